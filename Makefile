@@ -1,0 +1,61 @@
+# Two commands do everything on a fresh machine: `make repro` and `make test`.
+# They use the active virtual environment, or make .venv if none is active.
+PYTHON ?= python3
+VENV := $(or $(VIRTUAL_ENV),.venv)
+BIN := $(VENV)/bin
+READY := $(VENV)/.compassion-repro-$(shell cat settings.ini setup.py constraints.txt | cksum | cut -d' ' -f1)
+SHELL := /bin/bash
+export OMP_NUM_THREADS ?= 2
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: help repro test notebooks tests check export clean-notebooks readme figures base install bench clean
+
+help:            ## list the targets
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
+
+$(READY):
+	@if [ -n "$(VIRTUAL_ENV)" ]; then echo "Installing into the active environment $(notdir $(VENV)) ..."; \
+	else echo "No virtual environment is active: making .venv and installing into it (about 2.5 GB, some minutes) ..."; $(PYTHON) -m venv $(VENV); fi
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@rm -f $(VENV)/.compassion-repro-*; touch $@
+
+install: $(READY)  ## make the environment and install the package with what developers need
+
+repro: $(READY)  ## the whole study on the embedded miniature world (CPU, no network), ending in the claim table
+	@echo "Running the study 'tiny' into studies/tiny; run again, it carries on where it stopped."
+	$(BIN)/compassion-repro run --preset tiny
+
+test: check tests  ## everything that CI checks: notebooks in sync, every notebook's tests, the end-to-end tests
+
+tests: $(READY)  ## pytest: one item a notebook, and the end-to-end, crash and bad-input tests
+	$(BIN)/python -m pytest -q tests
+
+check: $(READY)  ## exported modules, notebooks and README are in sync and clean
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/in_sync.py
+
+notebooks: $(READY)  ## only the notebooks' own tests, with nbdev
+	PATH="$(abspath $(BIN)):$$PATH" nbdev_test --n_workers 2
+
+export: $(READY)  ## notebooks to modules, notebooks cleaned, README rendered
+	PATH="$(abspath $(BIN)):$$PATH" nbdev_export
+	PATH="$(abspath $(BIN)):$$PATH" nbdev_clean
+	$(MAKE) readme
+
+readme: $(READY)  ## render README.md from nbs/index.ipynb
+	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed 's#\.\./figures/#figures/#g' > README.md.new
+	mv README.md.new README.md
+
+figures: $(READY)  ## redraw the repository's figures from studies/tiny
+	$(BIN)/compassion-repro run --preset tiny --seeds 3
+	cp studies/tiny/figures/scores.png studies/tiny/figures/scores.svg figures/
+
+base: $(READY)  ## rebuild the shipped base model (minutes), print what it reached, then its scores before and after mid-training
+	$(BIN)/python -m compassion_repro.midtrain
+	$(BIN)/compassion-repro run --preset tiny --set 'arms=[]' --out studies/base-check
+
+bench: $(READY)  ## speed beside the plain library's, as ratios from one run
+	$(BIN)/compassion-repro bench
+
+clean:           ## remove what was built (studies stay)
+	rm -rf build dist *.egg-info _proc .pytest_cache

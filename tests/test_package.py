@@ -1,0 +1,59 @@
+"""The package itself: what a wheel holds, what a room imports, that the repository is in sync."""
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+LIGHT = ["study", "world", "stats", "figures", "pipeline", "cli"]
+HEAVY_LIBRARIES = ["torch", "transformers", "trl", "datasets", "inspect_ai"]
+ORDER = ["study", "world", "data", "models", "midtrain", "sft", "evaluate", "stats", "figures", "pipeline", "cli"]
+
+
+def loaded_by(code: str) -> set[str]:
+    "Heavy libraries that a piece of code loads."
+    probe = f"{code}\nimport sys, json\nprint(json.dumps([m for m in {HEAVY_LIBRARIES} if m in sys.modules]))"
+    return set(json.loads(subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("room", LIGHT)
+def test_light_rooms_load_no_heavy_library(room): assert loaded_by(f"import compassion_repro.{room}") == set()
+
+
+def test_help_and_plan_load_no_heavy_library():
+    assert loaded_by("import contextlib\nfrom compassion_repro.cli import main\nwith contextlib.suppress(SystemExit): main(['--help'])") == set()
+    assert loaded_by("from compassion_repro.cli import main\nmain(['plan'])") == set()
+
+
+def test_no_room_imports_upward():
+    for n, room in enumerate(ORDER):
+        text = (ROOT / "compassion_repro" / f"{room}.py").read_text(encoding="utf-8")
+        for later in ORDER[n + 1:]: assert f"compassion_repro.{later} import" not in text and f"from compassion_repro import {later}\n" not in text.split("\ndef ")[0], (room, later)
+
+
+def test_the_wheel_works_outside_the_checkout(tmp_path):
+    source = tmp_path / "source"
+    subprocess.run(["git", "-C", ROOT, "ls-files", "-z", "-co", "--exclude-standard"], check=True, stdout=(tmp_path / "files").open("wb"))
+    for name in filter(None, (tmp_path / "files").read_bytes().decode().split("\0")):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source], check=True, capture_output=True)
+    wheel = next(tmp_path.glob("*.whl"))
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "compassion_repro/assets/presets/tiny.yaml" in names and "compassion_repro/assets/base/model.safetensors" in names
+    assert sum(i.file_size for i in zipfile.ZipFile(wheel).infolist() if i.filename.endswith(".safetensors")) <= 8 * 2**20
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    check = ("import sys; sys.path.insert(0, 'site'); from compassion_repro import study, world, models; "
+             "assert study.__file__.startswith(sys.argv[1]), study.__file__; assert study.load_preset('smoke'); "
+             "assert models.load_model(models.find_model('world:base'), 'cpu').num_parameters() > 1e6; print(len(world.corpus('help', 3)))")
+    done = subprocess.run([sys.executable, "-c", check, str(tmp_path / "site")], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "3", done.stderr
+
+
+def test_constraints_pin_torch_without_a_local_suffix():
+    pins = (ROOT / "constraints.txt").read_text().split()
+    assert "torch==2.13.0" in pins and all("==" in pin and "+" not in pin for pin in pins)
