@@ -7,8 +7,8 @@ __all__ = ['ROLES', 'SCHEMAS', 'SHAPES', 'EXTRAS', 'CUTS', 'LONG_PROMPTS', 'FILE
            'chat_row', 'Schema', 'split_text', 'fit', 'Source', 'parse_source', 'load', 'rows_sha256', 'save_rows',
            'read_rows', 'train_held_out']
 
-# %% ../nbs/02_data.ipynb #7d5197b6
-import contextlib, hashlib, json, os, re
+# %% ../nbs/02_data.ipynb #791c12fd
+import hashlib, json, os, re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -19,7 +19,7 @@ import pyarrow
 import pyarrow.parquet as parquet
 
 from . import world
-from .study import InputError
+from .study import InputError, write_atomically
 
 # %% ../nbs/02_data.ipynb #b7513bf0
 @dataclass
@@ -466,24 +466,14 @@ def rows_sha256(
     for row in rows: digest.update(_row_line(row))
     return digest.hexdigest()
 
-# %% ../nbs/02_data.ipynb #f0071eda
+# %% ../nbs/02_data.ipynb #420ac6df
 def save_rows(
     rows: list[dict],  # rows of a corpus
     path: str | Path,  # the file to write, usually `rows.jsonl` in a stage's folder
 ) -> Path:  # the file
     "Write rows as JSON Lines in UTF-8, whole or not at all; raises `InputError` where the place cannot be written."
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(unfinished, "wb") as handle:
-            handle.writelines(map(_row_line, rows))
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(unfinished, path)
+    try: return write_atomically(path, lambda partial: partial.write_bytes(b"".join(map(_row_line, rows))))
     except OSError as error: raise InputError(f"{path}: cannot be written ({error.strerror or error}); free some space or choose another folder") from error
-    finally:
-        with contextlib.suppress(OSError): unfinished.unlink()
-    return path
 
 def read_rows(
     path: str | Path,  # a file that `save_rows` wrote

@@ -8,7 +8,7 @@ __all__ = ['language_code', 'content_hash', 'read_judge_prompt', 'indicator_phra
            'is_looping', 'generate_answers', 'benchmark_generation', 'saved_answers', 'mean_where_graded',
            'judge_answers', 'official_metrics', 'mean_scores']
 
-# %% ../nbs/09_evaluate.ipynb #a3194077
+# %% ../nbs/09_evaluate.ipynb #2ec782a3
 import contextlib
 import copy
 import gc
@@ -35,12 +35,13 @@ import torch
 import yaml
 from babel import Locale
 from huggingface_hub import snapshot_download
-from inspect_ai import Epochs, Task, eval, task_with
+from inspect_ai import Epochs, Task, task_with
+from inspect_ai import eval as inspect_eval
 from inspect_ai.event import ModelEvent
 from inspect_ai.log import EvalLog, EvalSample, list_eval_logs, read_eval_log
 from inspect_ai.model import ModelAPI, ModelOutput, ModelUsage, modelapi
 from inspect_ai.scorer import Score, mean_score, score_reducer
-from inspect_ai.solver import solver
+from inspect_ai.solver import Solver, solver
 from inspect_evals.anima import anima
 from inspect_evals.anima import dataset as anima_data
 from inspect_evals.anima import scorer as anima_scoring
@@ -94,7 +95,7 @@ def _place(source: str) -> tuple[Path, str]:
     if not folder.is_dir(): raise InputError(f"benchmark data {source!r} is a file; give the folder in the official layout")
     return folder, "local"
 
-# %% ../nbs/09_evaluate.ipynb #784dcb37
+# %% ../nbs/09_evaluate.ipynb #131a320d
 def _locate(
     name: str, # benchmark id
     benchmark: Benchmark, # its section of the preset
@@ -109,10 +110,10 @@ def _locate(
     if benchmark.task == "anima": return [(folder, revision)]
     beside = folder.parent / f"{folder.resolve().name}_dims"
     if not benchmark.dimensions and revision == "local" and not beside.is_dir():
-        raise InputError(f"benchmark {name}: MORU keeps its dimensions in a folder of their own; set benchmarks.{name}.dimensions, or put {beside.name} beside {folder.name}")
+        raise InputError(f"benchmark {name}: MORU's dimensions lie in a folder of their own; set benchmarks.{name}.dimensions, or put {beside.name} beside {folder.name}")
     return [(folder, revision), _place(benchmark.dimensions or (str(beside) if revision == "local" else moru_data.DIMENSIONS_REPO_ID))]
 
-# %% ../nbs/09_evaluate.ipynb #1d4cf1fc
+# %% ../nbs/09_evaluate.ipynb #e3e676af
 _COLUMNS = { # what the official loaders read of each file
     "anima questions": ("id", "question", "tags", "variables"),
     "anima dimensions": ("dimension", "scoring", "guiding_question", "observable_indicators"),
@@ -134,7 +135,7 @@ def _problem(row: dict, kind: str) -> str:
 
 def _json_rows(file: Path) -> list[dict]:
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1): # not splitlines, which also cuts at U+2028
         if not line.strip(): continue
         try: rows.append(json.loads(line))
         except json.JSONDecodeError: raise InputError(f"benchmark file {file}: line {number} is not JSON; one object a line is wanted") from None
@@ -188,18 +189,20 @@ def _read_benchmark(
     known = {str(d["dimension"]).strip().lower(): d["observable_indicators"] or "" for d in dims}
     return dict(zip(ids, (r["question"] for r in questions))), known
 
-# %% ../nbs/09_evaluate.ipynb #79dbc0fb
+# %% ../nbs/09_evaluate.ipynb #7fe6a1fe
 _BENCHMARK_FILES = {".md", ".jsonl", ".parquet"}
 
 
 def content_hash(
     folder: Path, # benchmark folder
 ) -> str: # 64 hexadecimal characters
-    "SHA-256 over the names and bytes of a benchmark's files."
+    "SHA-256 over the names and bytes of a benchmark's files, hidden ones left out."
     digest = hashlib.sha256()
-    for file in sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix in _BENCHMARK_FILES):
+    files = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file() and f.suffix in _BENCHMARK_FILES}
+    for name, file in sorted(files.items()):
+        if name.startswith(".") or "/." in name: continue
         content = file.read_bytes()
-        digest.update(f"{file.relative_to(folder).as_posix()}\0{len(content)}\0".encode() + content)
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
 
 
@@ -215,10 +218,10 @@ def _own_copy(folder: Path, cache: Path) -> Path:
         part.replace(target)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
-        if not target.exists(): raise InputError(f"benchmark cache {cache} cannot be written ({error.strerror}): free some space or choose another folder") from None
+        if not target.exists(): raise InputError(f"benchmark cache {cache} cannot be written ({error.strerror}): make room or choose another folder") from None
     return target
 
-# %% ../nbs/09_evaluate.ipynb #2f03bbba
+# %% ../nbs/09_evaluate.ipynb #e3d60dcf
 _JUDGE_PROMPT = re.compile(r"\[Submission\]: (?P<submission>.*)\n\*\*\*\n\[Criterion\]: (?P<dimension>.*?)\n\*\*\*\n"
                            r"\[Guiding question for that dimension\]: (?P<guide>.*)\n\*\*\*\n\[Observable indicators\]: (?P<indicators>.*?)\n\*\*\*\n\[END DATA\]", re.S)
 
@@ -236,7 +239,8 @@ def indicator_phrases(
     indicators: str, # text of a dimension's observable indicators
 ) -> list[str]: # phrases, lower case
     "The quoted phrases after 'any of:'; empty where the rubric is written for people only."
-    return [" ".join(phrase.lower().split()) for tail in re.findall(r"any of:(.*)", indicators, flags=re.I) for phrase in re.findall(r'"([^"]+)"', tail)]
+    lists = re.findall(r"any of:(.*)", indicators, flags=re.I)
+    return [" ".join(phrase.lower().split()) for text in lists for phrase in re.findall(r'"([^"]+)"', text)]
 
 # %% ../nbs/09_evaluate.ipynb #fa4294cf
 def matched_phrases(
@@ -346,7 +350,7 @@ def _quiet_loading(cache: Path):
         finally:
             if shown: datasets.enable_progress_bars()
 
-# %% ../nbs/09_evaluate.ipynb #05d1714b
+# %% ../nbs/09_evaluate.ipynb #833bf7d1
 def load_task(
     name: str, # benchmark id
     benchmark: Benchmark, # its section of the preset
@@ -373,7 +377,7 @@ def load_task(
     if expected: _compare(name, places[0][0], questions, expected)
     used = {tag.strip().lower() for sample in task.dataset for tag in json.loads(sample.target)["tags"]}
     valid = judge != "indicator" or all(indicator_phrases(indicators.get(tag, "")) for tag in used)
-    if not valid: warnings.warn(f"benchmark {name}: its rubric holds no phrases that the indicator judge could look for, so its scores mean nothing; name a real judge", stacklevel=2)
+    if not valid: warnings.warn(f"benchmark {name}: the indicator judge finds no phrases in its rubric, so its scores mean nothing; name a real judge", stacklevel=2)
     hashes = [content_hash(folder) for folder, _ in places]
     provenance = dict(source=benchmark.data, revision=places[0][1], rows=len(questions), content=" ".join(hashes), task_version=task.version)
     return LoadedTask(name, task, questions, judge, valid, places[0][0], settings, provenance)
@@ -539,19 +543,21 @@ def benchmark_generation(
     rates = {name: samples / statistics.median(times[1:]) for name, times in seconds.items()}
     return rates | {"ratio": rates["ours"] / rates["bare"]}
 
-# %% ../nbs/09_evaluate.ipynb #6e1d71c0
-@solver
+# %% ../nbs/09_evaluate.ipynb #ae26c5a3
 def saved_answers(
     model: str, # model id, for the log
     texts: dict[tuple[str, int], str], # answer by question id and epoch
-):
-    "Solver that hands out saved answers."
-    async def solve(state, generate):
-        state.output = ModelOutput.from_content(model, texts[str(state.sample_id), state.epoch])
-        return state
-    return solve
+) -> Solver:
+    "A solver that hands out saved answers. (It takes them from here: Inspect would write a solver's own arguments into the log's header.)"
+    @solver(name="saved_answers")
+    def hand_out() -> Solver:
+        async def solve(state, generate):
+            state.output = ModelOutput.from_content(model, texts[str(state.sample_id), state.epoch])
+            return state
+        return solve
+    return hand_out()
 
-# %% ../nbs/09_evaluate.ipynb #f9570034
+# %% ../nbs/09_evaluate.ipynb #0a52489d
 @score_reducer(name="mean_where_graded")
 def mean_where_graded():
     "Mean over epochs of each dimension, over the epochs that were graded on it."
@@ -566,11 +572,11 @@ def mean_where_graded():
 
 @contextlib.contextmanager
 def _patient_explanation():
-    "ANIMA's explanation without the dimensions that have no grade."
-    original = anima_scoring._generate_explanation
+    "ANIMA's explanation without the dimensions that have no grade; nothing to do in a version that has no such function."
+    original = getattr(anima_scoring, "_generate_explanation", None)
     def explain(target_dimensions, avg_by_dim, **others):
         return original(target_dimensions=[d for d in target_dimensions if d in avg_by_dim], avg_by_dim=avg_by_dim, **others)
-    with mock.patch.object(anima_scoring, "_generate_explanation", explain): yield
+    with mock.patch.object(anima_scoring, "_generate_explanation", explain, create=True): yield
 
 
 @contextlib.contextmanager
@@ -588,7 +594,7 @@ def _rare_collection():
     try: yield
     finally: gc.set_threshold(*before)
 
-# %% ../nbs/09_evaluate.ipynb #9826788d
+# %% ../nbs/09_evaluate.ipynb #ebba540e
 def _calls(sample: EvalSample) -> list[tuple[str, str, dict]]:
     "Dimension, reply and settings of each call to the judge, in order; failed attempts that were repeated are left out."
     calls = []
@@ -598,7 +604,8 @@ def _calls(sample: EvalSample) -> list[tuple[str, str, dict]]:
         prompt = sample.attachments.get(prompt.removeprefix("attachment://"), prompt)
         reply = event.output.completion if event.output and event.output.choices else ""
         reply = sample.attachments.get(reply.removeprefix("attachment://"), reply)
-        calls.append((prompt, bool(event.error), read_judge_prompt(prompt)["dimension"], reply or str(event.error or ""), event.config.model_dump(exclude_none=True)))
+        settings = event.config.model_dump(exclude_none=True)
+        calls.append((prompt, bool(event.error), read_judge_prompt(prompt)["dimension"], reply or str(event.error or ""), settings))
     answered = {prompt for prompt, failed, *_ in calls if not failed}
     return [tuple(call) for prompt, failed, *call in calls if not (failed and prompt in answered)]
 
@@ -611,7 +618,7 @@ def _graded(sample: EvalSample, dimension: str) -> list[tuple[dict, float | None
     if details is not None: return [(d["variables"], next(iter(d["by_grader"].values()), None)) for d in details.get(dimension, [])]
     return [({}, score.value.get(dimension) if isinstance(score.value, dict) else None)]
 
-# %% ../nbs/09_evaluate.ipynb #4705d371
+# %% ../nbs/09_evaluate.ipynb #4730de9c
 def _sample_rows(sample: EvalSample) -> tuple[list[dict], list[dict]]:
     "Grade rows and score rows of one judged sample."
     score, calls = next(iter((sample.scores or {}).values()), None), _calls(sample)
@@ -623,8 +630,8 @@ def _sample_rows(sample: EvalSample) -> tuple[list[dict], list[dict]]:
         for i in range(max(len(replies), len(graded))):
             variables, grade = graded[i] if i < len(graded) else ({}, None)
             reply, settings = replies[i][1:] if i < len(replies) else (None, {})
-            grades.append(key | dict(dimension=dimension, variables=json.dumps(variables, ensure_ascii=False), judge_settings=json.dumps(settings, sort_keys=True),
-                                     grade=grade, attempted=i < len(replies), reply=reply))
+            texts = dict(variables=json.dumps(variables, ensure_ascii=False), judge_settings=json.dumps(settings, sort_keys=True))
+            grades.append(key | texts | dict(dimension=dimension, grade=grade, attempted=i < len(replies), reply=reply))
     return grades, [key | dict(dimension=d, score=values.get(d)) for d in ("overall", *dimensions)]
 
 
@@ -638,15 +645,16 @@ def _tidy(log: EvalLog, loaded: LoadedTask, study: str) -> tuple[pd.DataFrame, p
     except InputError: arm = None
     arms = dict(arm=arm.name, start=arm.start, paradigm=arm.paradigm, domain=arm.domain) if arm else dict.fromkeys(("arm", "start", "paradigm", "domain"))
     whose = dict(model=model, seed=seed, judge=loaded.judge, judge_valid=loaded.judge_valid)
-    return grades.assign(**whose)[_GRADES], scores.assign(study=study, **whose, **arms)[_SCORES]
+    grades, scores = grades.assign(**whose), scores.assign(study=study, judge_settings=json.dumps(loaded.settings, sort_keys=True), **whose, **arms)
+    return grades[_GRADES].astype({"grade": float}), scores[_SCORES].astype({"score": float})
 
 
 _KEY = ["model", "seed", "benchmark", "language", "item_id", "question_id", "epoch", "dimension"]
 _GRADES = [*_KEY, "variables", "judge", "judge_settings", "judge_valid", "grade", "attempted", "reply"]
-_SCORES = ["study", "model", "arm", "start", "paradigm", "domain", *_KEY[1:], "score", "judge", "judge_valid"]
+_SCORES = ["study", "model", "arm", "start", "paradigm", "domain", *_KEY[1:], "score", "judge", "judge_settings", "judge_valid"]
 
-# %% ../nbs/09_evaluate.ipynb #ed9aa9ce
-def _judging_tasks(answers: pd.DataFrame, tasks: dict[str, LoadedTask], judge: str, progress: _Progress) -> list[tuple[LoadedTask, Task]]:
+# %% ../nbs/09_evaluate.ipynb #6d561edb
+def _judging_tasks(answers: pd.DataFrame, tasks: dict[str, LoadedTask], judge: str, progress: _Progress) -> list[Task]:
     "An official task per model, seed and benchmark, with the solver swapped."
     async def judged(state) -> None: progress.advance()
     prepared = []
@@ -656,11 +664,12 @@ def _judging_tasks(answers: pd.DataFrame, tasks: dict[str, LoadedTask], judge: s
         if loaded.judge != judge: raise InputError(f"benchmark {name!r} was loaded with judge {loaded.judge!r}, not {judge!r}: load it again")
         texts, epochs = dict(zip(zip(group.question_id, group.epoch), group.text)), int(group.epoch.max())
         missing = [(q, e) for q in (q["question_id"] for q in loaded.questions) for e in range(1, epochs + 1) if (q, e) not in texts]
-        if missing or len(texts) > len(loaded.questions) * epochs:
-            raise InputError(f"the answers of {model} to {name} do not fit the benchmark ({len(missing)} of {len(loaded.questions) * epochs} are missing): generate them again")
+        wanted = len(loaded.questions) * epochs
+        if missing or len(group) > wanted:
+            raise InputError(f"the answers of {model} to {name} do not fit the benchmark ({len(group)} for {wanted}, {len(missing)} missing): generate them again")
         metadata = {**(loaded.task.metadata or {}), "model": model, "seed": int(seed), "benchmark": name, **loaded.provenance}
         swapped = dict(solver=saved_answers(model, texts), epochs=Epochs(epochs, mean_where_graded()), model=f"saved/{model}", name=name)
-        prepared.append((loaded, task_with(copy.copy(loaded.task), **swapped, metadata=metadata, cleanup=judged)))
+        prepared.append(task_with(copy.copy(loaded.task), **swapped, metadata=metadata, cleanup=judged))
     return prepared
 
 
@@ -672,7 +681,7 @@ def _check_log(log: EvalLog) -> None:
         raise InputError(f"judging {log.eval.task} failed: {message}; check the judge's name, its package and its key")
     if failed: warnings.warn(f"judging {log.eval.task}: {len(failed)} of {len(log.samples)} answers could not be judged ({failed[0].splitlines()[-1][:100]})", stacklevel=3)
 
-# %% ../nbs/09_evaluate.ipynb #6ff80ff7
+# %% ../nbs/09_evaluate.ipynb #5585a144
 def judge_answers(
     answers: pd.DataFrame, # from `generate_answers`, one model or several
     tasks: dict[str, LoadedTask], # by benchmark id, from `load_task`
@@ -684,11 +693,11 @@ def judge_answers(
     "Have the official scorers judge saved answers. Raises `InputError` where answers and benchmarks do not fit, or the judge does not work at all."
     prepared = _judging_tasks(answers, tasks, judge, _Progress(report, len(answers)))
     with _patient_explanation(), _own_console(), _rare_collection():
-        logs = eval([task for _, task in prepared], log_dir=str(log_dir), display="none", log_level="error", ctl_server=False,
-                    log_realtime=False, log_buffer=1000, fail_on_error=False, score_display=False, max_tasks=1)
+        logs = inspect_eval(prepared, log_dir=str(log_dir), display="none", log_level="error", ctl_server=False,
+                            log_realtime=False, log_buffer=1000, fail_on_error=False, score_display=False, max_tasks=1)
         if len(logs) < len(prepared) or any(log.status == "cancelled" for log in logs): raise KeyboardInterrupt
         for log in logs: _check_log(log)
-        frames = [_tidy(log, loaded, study) for log, (loaded, _) in zip(logs, prepared)]
+        frames = [_tidy(log, tasks[log.eval.metadata["benchmark"]], study) for log in logs]
     return tuple(pd.concat(kind, ignore_index=True) for kind in zip(*frames))
 
 # %% ../nbs/09_evaluate.ipynb #2c85acd4

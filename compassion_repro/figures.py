@@ -6,8 +6,7 @@
 __all__ = ['COLOURS', 'HATCHES', 'NAMES', 'TITLES', 'SUBJECTS', 'PAPER_LABEL', 'model_look', 'score_panels', 'panel_means',
            'panel_title', 'plot_scores', 'score_table', 'save_figure']
 
-# %% ../nbs/11_figures.ipynb #0b3b9a18
-import os
+# %% ../nbs/11_figures.ipynb #33bf3a9a
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import wrap
@@ -15,7 +14,7 @@ from textwrap import wrap
 import pandas as pd
 
 from .stats import answer_summary, model_means, model_rank
-from .study import InputError, PAPER, Statistics, parse_model
+from .study import InputError, PAPER, Statistics, parse_model, write_atomically
 
 # %% ../nbs/11_figures.ipynb #c36d49d1
 COLOURS = {"base": "#AAAAAA", "mid": "#8172B3", "mid-control": "#C6BEE0",
@@ -150,7 +149,7 @@ def score_table(
         columns |= {"tokens an answer": totals["tokens"].map("{:.0f}".format).to_list(), "empty (%)": totals["empty"].map("{:.1f}".format).to_list(), "looping (%)": totals["looping"].map("{:.1f}".format).to_list()}
     return pd.DataFrame(columns, index=pd.Index([model_look(model)[0].replace("\n", "") for model in models], name="model"))
 
-# %% ../nbs/11_figures.ipynb #b8600f5d
+# %% ../nbs/11_figures.ipynb #e42f41b8
 def save_figure(
     figure, # matplotlib Figure
     folder: str | Path, # made if it is not there
@@ -163,9 +162,7 @@ def save_figure(
         folder.mkdir(parents=True, exist_ok=True)
         for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
             path = folder / f"{name}.{kind}"
-            partial = path.with_name(f".{path.name}.partial")
-            with matplotlib.rc_context({"svg.hashsalt": name}): figure.savefig(partial, format=kind, dpi=200, metadata=metadata)
-            os.replace(partial, path)
+            with matplotlib.rc_context({"svg.hashsalt": name}): write_atomically(path, lambda partial: figure.savefig(partial, format=kind, dpi=200, metadata=metadata))
             paths.append(path)
     except OSError as error: raise InputError(f"cannot write figures to {folder}: {error.strerror or error}") from None
     return paths

@@ -163,8 +163,8 @@ def replay_rows(
     "How many base documents make up `share` of the training rows."
     return round(documents * share / (1 - share))
 
-# %% ../nbs/04_midtrain.ipynb #d11620ff
-BASE_TRAINING = Training(rows=40_000, held_out=500, steps=1200, learning_rate=2e-3, batch_size=16, micro_batch=4, length=192, warmup=0.05)
+# %% ../nbs/04_midtrain.ipynb #e5b185ae
+BASE_TRAINING = Training(rows=50_000, held_out=500, steps=2400, learning_rate=3e-3, batch_size=6, micro_batch=6, length=256, warmup=0.05)
 
 
 def _as_text(row: dict) -> dict:

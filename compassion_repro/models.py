@@ -7,6 +7,12 @@ __all__ = ['BEGIN', 'END', 'PAD', 'QUESTION', 'ANSWER', 'CHAT_TEMPLATE', 'IGNORE
            'encode_row', 'pick_device', 'pick_dtype', 'load_model', 'save_model', 'find_model', 'lora_config', 'merge',
            'row_losses']
 
+# %% ../nbs/03_models.ipynb #e235851a
+import logging
+
+# %% ../nbs/03_models.ipynb #aec75406
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 # %% ../nbs/03_models.ipynb #917c1a9a
 from pathlib import Path
 

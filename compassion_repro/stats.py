@@ -349,7 +349,7 @@ class Contrast(BaseModel):
         "Estimate and the bounds that a verdict rests on."
         return Interval(estimate=self.estimate, low=self.low, high=self.high)
 
-# %% ../nbs/10_stats.ipynb #e9af384b
+# %% ../nbs/10_stats.ipynb #26bfc3be
 def contrast(
     scores: pd.DataFrame, # rows of `scores.parquet` of one judge
     reading: Reading, # benchmark, cells, kind
@@ -367,7 +367,8 @@ def contrast(
     per_seed = np.einsum("c,cis->s", factors, sums)
     averaged, estimate, seeds = sums.mean(axis=2), float(per_seed.mean()), len(per_seed)
     weights = resampling_weights(strata, settings.resamples)
-    replicates = sum(cell.weight * (weights @ s) / (weights @ n) for cell, s, n in zip(reading.cells, averaged, counts))
+    with np.errstate(invalid="ignore"): # a cell of a very few items may be left empty by a resample: no interval then
+        replicates = sum(cell.weight * (weights @ s) / (weights @ n) for cell, s, n in zip(reading.cells, averaged, counts))
     spread = [(float(replicates.var()), len(strata) - len(np.unique(strata)))]
     checkpoints = interval = make_interval(estimate, spread, settings.confidence)
     if seeds >= 3:

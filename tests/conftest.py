@@ -30,7 +30,7 @@ def run_study(out: Path, *more_settings: str, words: tuple[str, ...] = (), **opt
     return subprocess.run([*command(out, *words), *settings(*more_settings)], capture_output=True, text=True, **options)
 
 
-def one_line(done, *parts: str):
+def assert_one_line(done, *parts: str):
     "A refusal: status 2 and exactly one line on stderr that holds the given words."
     assert done.returncode == 2, done.stderr[-2000:]
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("compassion-repro: "), done.stderr

@@ -8,7 +8,7 @@ import types
 from pathlib import Path
 
 import pytest
-from conftest import SHARED_DATA, command, one_line, run_study, settings
+from conftest import SHARED_DATA, command, assert_one_line, run_study, settings
 
 from compassion_repro import cli, world
 from compassion_repro.pipeline import Study
@@ -20,7 +20,7 @@ def refused(capsys, tmp_path):
     def run(*words, out=tmp_path / "study"):
         status = cli.main(["run", "--preset", "smoke", "--out", str(out), *settings(), *words])
         done = types.SimpleNamespace(returncode=status, stderr=capsys.readouterr().err)
-        one_line(done)
+        assert_one_line(done)
         return done.stderr
     return run
 
@@ -36,7 +36,7 @@ def refused(capsys, tmp_path):
 ])
 def test_mistakes_on_the_command_line(words, said, capsys):
     status = cli.main(words)
-    one_line(types.SimpleNamespace(returncode=status, stderr=capsys.readouterr().err), said)
+    assert_one_line(types.SimpleNamespace(returncode=status, stderr=capsys.readouterr().err), said)
 
 
 @pytest.mark.parametrize("content, said", [
@@ -81,7 +81,7 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(study_copy, finished):
     shutil.rmtree(study_copy / "seed-1" / "mid")
     small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
     done = run_study(study_copy, preexec_fn=small)
-    one_line(done, "no room left", "free some space")
+    assert_one_line(done, "no room left", "free some space")
     assert not list((study_copy / "seed-1").glob(".*")) and (study_copy / "seed-1" / "sft-help" / "manifest.json").exists()
     assert run_study(study_copy).returncode == 0
 
@@ -90,7 +90,7 @@ def test_a_disk_that_is_really_full(study_copy, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True).returncode: pytest.skip("this machine cannot mount a small disk")
-    try: one_line(run_study(disk / "study"), "no room left")
+    try: assert_one_line(run_study(disk / "study"), "no room left")
     finally: subprocess.run(["umount", "-l", disk], check=True)
 
 
@@ -98,13 +98,13 @@ def test_a_read_only_folder(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", disk], capture_output=True).returncode: pytest.skip("this machine cannot mount a read-only disk")
-    try: one_line(run_study(disk / "study"), "cannot write", "--out")
+    try: assert_one_line(run_study(disk / "study"), "cannot write", "--out")
     finally: subprocess.run(["umount", "-l", disk], check=True)
 
 
 def test_damaged_study_files(study_copy):
     (study_copy / "study.yaml").write_text("{ not yaml: [")
-    one_line(run_study(study_copy), "study.yaml")
+    assert_one_line(run_study(study_copy), "study.yaml")
 
 
 def test_a_damaged_manifest_is_made_again(study_copy, finished):

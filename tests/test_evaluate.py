@@ -66,7 +66,7 @@ def judged(loaded, answers, tmp_path):
     return evaluate.judge_answers(answers, {"mine": loaded}, loaded.judge, tmp_path / "logs", study="test", **QUIET)
 
 
-def one_line(error, *words):
+def assert_one_line(error, *words):
     message = str(error.value)
     assert "\n" not in message and all(word in message for word in words), message
 
@@ -102,24 +102,24 @@ def _change(place, **values):
 def test_bad_folder_is_one_clear_line(folder, tmp_path, spoil, word):
     spoil(folder)
     with pytest.raises(InputError) as error: load(folder, tmp_path / "cache")
-    one_line(error, word)
+    assert_one_line(error, word)
 
 
 @pytest.mark.parametrize("data, word", [("world:birds", "unknown embedded benchmark"), ("./nowhere", "neither an existing folder"), ("owner/name", "names no revision"), ("a b", "neither")])
 def test_bad_source_is_one_clear_line(tmp_path, data, word):
     with pytest.raises(InputError) as error: load(data, tmp_path / "cache", size=SIZE)
-    one_line(error, word)
+    assert_one_line(error, word)
 
 
 def test_a_file_is_not_a_benchmark(folder, tmp_path):
     with pytest.raises(InputError) as error: load(folder / "README.md", tmp_path / "cache")
-    one_line(error, "is a file")
+    assert_one_line(error, "is a file")
 
 
 def test_moru_needs_its_dimensions(minds, tmp_path):
     (minds.parent / "moru_dims").rename(tmp_path / "elsewhere")
     with pytest.raises(InputError) as error: load(minds, tmp_path / "cache", "moru")
-    one_line(error, "benchmarks.mine.dimensions")
+    assert_one_line(error, "benchmarks.mine.dimensions")
     loaded = load(minds, tmp_path / "cache", "moru", dimensions=str(tmp_path / "elsewhere"))
     assert len(loaded.questions) == 5 and {q["item_id"] for q in loaded.questions} == {str(json.loads(line)["id"]) for line in (minds / "train.jsonl").read_text().splitlines()}
 
@@ -144,24 +144,24 @@ def test_hub_that_cannot_be_reached(tmp_path, monkeypatch):
     def offline(*args, **kwargs): raise ConnectionError("offline")
     monkeypatch.setattr(evaluate, "snapshot_download", offline)
     with pytest.raises(InputError) as error: load("owner/name@abc", tmp_path / "cache")
-    one_line(error, "could not be fetched", "check id, revision and network")
+    assert_one_line(error, "could not be fetched", "check id, revision and network")
 
 
 def test_read_only_cache(folder, tmp_path):
     (tmp_path / "cache").write_text("a file where the cache should be")
     with pytest.raises(InputError) as error: load(folder, tmp_path / "cache")
-    one_line(error, "cannot be written")
+    assert_one_line(error, "cannot be written")
 
 
 @pytest.mark.parametrize("judge", ["", "indicators", "gemini", None])
 def test_the_judge_is_named(folder, tmp_path, judge):
     with pytest.raises(InputError) as error: load(folder, tmp_path / "cache", judge=judge)
-    one_line(error, "neither 'indicator'")
+    assert_one_line(error, "neither 'indicator'")
 
 
 def test_unknown_provider_is_one_clear_line(folder, tmp_path):
     with pytest.raises(InputError) as error: load(folder, tmp_path / "cache", judge="nobody/model")
-    one_line(error, "nobody/model")
+    assert_one_line(error, "nobody/model")
 
 
 # ---- the wrong-data trap
@@ -191,7 +191,7 @@ def test_wrong_rows_are_noticed(folder, tmp_path, monkeypatch):
     other = load(world.write_benchmark("leak", tmp_path / "other", {"en": 3}), tmp_path / "cache")
     monkeypatch.setattr(evaluate, "anima", lambda **arguments: other.task)
     with pytest.raises(InputError) as error: load(folder, tmp_path / "cache")
-    one_line(error, "was loaded but is not in")
+    assert_one_line(error, "was loaded but is not in")
 
 
 def test_rows_that_the_task_leaves_out_are_reported(folder, tmp_path):
@@ -270,7 +270,7 @@ def test_a_judge_that_fails_now_and_then(folder, tmp_path):
 def test_a_judge_that_is_down(folder, tmp_path):
     loaded = load(folder, tmp_path / "cache", judge="fickle/down")
     with pytest.raises(InputError) as error: judged(loaded, answered(loaded), tmp_path)
-    one_line(error, "401 no such key", "check the judge")
+    assert_one_line(error, "401 no such key", "check the judge")
 
 
 def test_indicators_for_people_only(folder, tmp_path):
@@ -288,9 +288,9 @@ def test_indicators_for_people_only(folder, tmp_path):
 
 def test_answers_must_fit(folder, tmp_path):
     loaded = load(folder, tmp_path / "cache")
-    for answers, word in ((answered(loaded).iloc[1:], "1 of 10 are missing"), (answered(loaded).assign(benchmark="other"), "no such benchmark")):
+    for answers, word in ((answered(loaded).iloc[1:], "9 for 10, 1 missing"), (answered(loaded).assign(benchmark="other"), "no such benchmark")):
         with pytest.raises(InputError) as error: judged(loaded, answers, tmp_path)
-        one_line(error, word)
+        assert_one_line(error, word)
 
 
 # ---- where it runs
@@ -363,7 +363,7 @@ def test_settings_beside_the_model_do_not_count(tmp_path):
 
 def test_no_model_is_one_clear_line(tmp_path):
     with pytest.raises(InputError) as error: evaluate.generate_answers(tmp_path, "mid", [], 0, Generation(), **QUIET)
-    one_line(error, "not a model folder")
+    assert_one_line(error, "not a model folder")
 
 
 def test_silence_and_length_are_flagged(tmp_path, monkeypatch):

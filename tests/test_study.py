@@ -7,7 +7,7 @@ import time
 
 import pandas as pd
 import pytest
-from conftest import command, one_line, run_study, settings
+from conftest import command, assert_one_line, run_study, settings
 
 from compassion_repro.pipeline import Study, graph
 from compassion_repro.study import load_preset
@@ -117,7 +117,7 @@ def test_another_judge_would_keep_the_answers(finished):
 
 def test_another_configuration_is_refused_with_the_difference(finished):
     done = run_study(finished, "sft.learning_rate=0.001")
-    one_line(done, "belongs to another configuration", "sft.learning_rate: 0.0003 there, 0.001 here", "--out")
+    assert_one_line(done, "belongs to another configuration", "sft.learning_rate: 0.0003 there, 0.001 here", "--out")
 
 
 @pytest.mark.parametrize("stage", ["base", "mid", "sft-help", "answers-mid", "eval-mid"])
