@@ -13,14 +13,13 @@ import logging
 # %% ../nbs/03_models.ipynb #aec75406
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-# %% ../nbs/03_models.ipynb #917c1a9a
+# %% ../nbs/03_models.ipynb #d98b0780
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from .study import InputError, Lora
 from .world import assets
