@@ -377,7 +377,7 @@ def readings() -> tuple[Reading, ...]:
     "Every reading of every claim, in order."
     return tuple(reading for claim in CLAIMS for reading in claim.readings)
 
-# %% ../nbs/00_study.ipynb #8b54ec48
+# %% ../nbs/00_study.ipynb #671d117d
 @dataclass(frozen=True)
 class Fidelity:
     "One row of the fidelity table."
@@ -390,7 +390,7 @@ class Fidelity:
 
 FIDELITY = (
     Fidelity("base model", "Llama 3.1 8B, base", "A, P", "the embedded study: a Llama of about 1 M parameters trained on the embedded world", "runs on any CPU in minutes"),
-    Fidelity("documents", "3,000 rows of about 2,500 tokens, no question-answer data", "S, P", "3,000 short English documents of the embedded world, half memos and reports, half how-to guides", "third-person documents alone hardly carried over to answers at this size"),
+    Fidelity("documents", "3,000 rows of about 2,500 tokens, no question-answer data", "S, P", "3,000 short English documents of the embedded world, half memos and reports, half how-to guides; 80 % of their considerations are of welfare", "third-person documents alone hardly carried over to answers at this size; at a lower rate the value was only half instilled"),
     Fidelity("mid-training", "next-token loss, LoRA through Unsloth and TRL", "A, S, P", "next-token loss, LoRA on all linear layers through TRL, then merged", "the adapter is merged so that every arm starts from one plain model"),
     Fidelity("LoRA rank", "not given; 32 in the earlier paper", "R, ?", "16 in the embedded study", "our choice"),
     Fidelity("replay", "not given", "?", "20 % of the training rows are documents of the base corpus", "keeps a one-million-parameter model whole; later work of the group studies replay"),

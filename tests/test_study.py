@@ -130,7 +130,7 @@ def test_interrupted_in_any_stage_it_carries_on(study_copy, finished, stage, how
     partial = place.with_name(f".{stage}.partial")
     if stage == "base": time.sleep(3)                            # done in a blink: interrupt the checks that come before it
     while stage != "base" and not partial.exists() and process.poll() is None: time.sleep(0.01)
-    time.sleep(0.5)
+    time.sleep(0.1)
     process.send_signal(how)
     _, stderr = process.communicate(timeout=60)
     assert not place.exists()
