@@ -15,12 +15,21 @@ from pathlib import Path
 from . import __version__
 from .study import InputError, load_preset, presets
 
-# %% ../nbs/14_cli.ipynb #cbc8d243
+# %% ../nbs/14_cli.ipynb #43315b23
+def _console(**options):
+    "A rich console for plain words; when the reader of a pipe has gone, what is left to say goes nowhere and the work goes on."
+    from rich.console import Console
+    class Quiet(Console):
+        def on_broken_pipe(self):
+            self.quiet = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return Quiet(highlight=False, markup=False, **options)
+
+
 @contextmanager
 def talking():
     "Two ways to print: `say` for lines that stay, `report` for progress that passes."
-    from rich.console import Console
-    console = Console(highlight=False)
+    console = _console()
     if not console.is_terminal:
         yield (lambda line: console.print(line, soft_wrap=True, markup=False)), (lambda line: None)
         return
@@ -40,8 +49,7 @@ def _table(columns: list[str], rows: list[list], title: str = ""):
 
 
 def _print(*things):
-    from rich.console import Console
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(*things)
+    _console(width=None if sys.stdout and sys.stdout.isatty() else 160).print(*things)
 
 # %% ../nbs/14_cli.ipynb #c4ae84d2
 def _study_folder(args, preset) -> Path:
