@@ -15,7 +15,7 @@ from pathlib import Path
 from . import __version__
 from .study import InputError, load_preset, presets
 
-# %% ../nbs/14_cli.ipynb #43315b23
+# %% ../nbs/14_cli.ipynb #a94c32a0
 def _console(**options):
     "A rich console for plain words; when the reader of a pipe has gone, what is left to say goes nowhere and the work goes on."
     from rich.console import Console
@@ -23,7 +23,7 @@ def _console(**options):
         def on_broken_pipe(self):
             self.quiet = True
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    return Quiet(highlight=False, markup=False, **options)
+    return Quiet(highlight=False, **{"markup": False, **options})
 
 
 @contextmanager
@@ -49,7 +49,8 @@ def _table(columns: list[str], rows: list[list], title: str = ""):
 
 
 def _print(*things):
-    _console(width=None if sys.stdout and sys.stdout.isatty() else 160).print(*things)
+    from rich.text import Text
+    _console(width=None if sys.stdout and sys.stdout.isatty() else 160, markup=True).print(*(Text(thing) if isinstance(thing, str) else thing for thing in things))
 
 # %% ../nbs/14_cli.ipynb #c4ae84d2
 def _study_folder(args, preset) -> Path:
