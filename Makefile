@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.compassion-repro-$(shell cat settings.ini setup.py constraints.txt | cksum | cut -d' ' -f1)
 SHELL := /bin/bash
 export OMP_NUM_THREADS ?= 2
+export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: help repro test notebooks tests check export clean-notebooks readme figures base install bench clean

@@ -8,9 +8,10 @@ __all__ = ['language_code', 'content_hash', 'read_judge_prompt', 'indicator_phra
            'is_looping', 'generate_answers', 'benchmark_generation', 'saved_answers', 'mean_where_graded',
            'judge_answers', 'official_metrics', 'mean_scores']
 
-# %% ../nbs/09_evaluate.ipynb #2ec782a3
+# %% ../nbs/09_evaluate.ipynb #3ad87f1e
 import contextlib
 import copy
+import functools
 import gc
 import hashlib
 import io
@@ -19,6 +20,8 @@ import os
 import re
 import shutil
 import statistics
+import tempfile
+import textwrap
 import time
 import warnings
 from collections import Counter
@@ -37,6 +40,7 @@ from babel import Locale
 from huggingface_hub import snapshot_download
 from inspect_ai import Epochs, Task, task_with
 from inspect_ai import eval as inspect_eval
+from inspect_ai._util.appdirs import inspect_data_dir
 from inspect_ai.event import ModelEvent
 from inspect_ai.log import EvalLog, EvalSample, list_eval_logs, read_eval_log
 from inspect_ai.model import ModelAPI, ModelOutput, ModelUsage, modelapi
@@ -160,16 +164,18 @@ def _read_rows(
     if not rows: raise InputError(f"benchmark folder {folder} holds no rows: the {kind} are expected there")
     return rows
 
-# %% ../nbs/09_evaluate.ipynb #6fdd62be
+# %% ../nbs/09_evaluate.ipynb #913f2967
 def _check_readme(folder: Path) -> None:
     "An ANIMA folder needs a README whose front matter names both configurations."
     readme = folder / "README.md"
     want = "README.md with front matter that names the configurations 'questions' and 'dimensions'"
     if not readme.is_file(): raise InputError(f"benchmark folder {folder} has no README.md: the official layout wants a {want}")
-    parts = readme.read_text(encoding="utf-8").split("---")
-    try: configs = (yaml.safe_load(parts[1]) or {}).get("configs", [])
-    except (IndexError, AttributeError, yaml.YAMLError): configs = []
-    if not {"questions", "dimensions"} <= {c.get("config_name") for c in configs if isinstance(c, dict)}:
+    try:
+        configs = yaml.safe_load(readme.read_text(encoding="utf-8").split("---")[1])["configs"]
+        names = [c.get("config_name") for c in configs if isinstance(c, dict)]
+    except (OSError, UnicodeDecodeError): raise InputError(f"benchmark file {readme} cannot be read: save it as UTF-8 text") from None
+    except (LookupError, TypeError, ValueError, yaml.YAMLError): names = []
+    if "questions" not in names or "dimensions" not in names:
         raise InputError(f"benchmark folder {folder}: {readme.name} does not describe its files; write a {want}")
 
 
@@ -186,11 +192,27 @@ def _read_benchmark(
     ids = [str(r["id"]) if task == "anima" else f"{r['id']}_{r['language']}" for r in questions]
     if task == "anima" and (twice := [i for i, n in Counter(ids).items() if n > 1]):
         raise InputError(f"benchmark folder {tables[0]}: id {twice[0]!r} stands twice; every question needs an id of its own")
+    first = {}
+    for row, key in zip(questions, ids):
+        if first.setdefault(key, row["question"]) != row["question"]:
+            raise InputError(f"benchmark folder {tables[0]}: id {row['id']!r} stands twice in language {row['language']!r}, with different questions; every question needs an id of its own")
     known = {str(d["dimension"]).strip().lower(): d["observable_indicators"] or "" for d in dims}
-    return dict(zip(ids, (r["question"] for r in questions))), known
+    return first, known
 
-# %% ../nbs/09_evaluate.ipynb #7fe6a1fe
+# %% ../nbs/09_evaluate.ipynb #b597649d
 _BENCHMARK_FILES = {".md", ".jsonl", ".parquet"}
+
+
+@functools.cache
+def _temporary() -> tempfile.TemporaryDirectory: return tempfile.TemporaryDirectory(prefix="compassion-", ignore_cleanup_errors=True)
+
+
+def _is_pattern(path: Path) -> bool: return bool(re.search(r"[][*?{}]", str(path.absolute())))
+
+
+def _literal(cache: Path) -> Path:
+    "The cache, or a temporary folder where its path would be read as a pattern."
+    return Path(_temporary().name) / "cache" if _is_pattern(cache) else cache
 
 
 def content_hash(
@@ -208,7 +230,8 @@ def content_hash(
 
 def _own_copy(folder: Path, cache: Path) -> Path:
     "The folder's files under a name that no other content can have."
-    target = cache / f"{folder.resolve().name}-{content_hash(folder)[:16]}"
+    name = re.sub(r"[^\w.-]", "-", folder.resolve().name)
+    target = cache / f"{name}-{content_hash(folder)[:16]}"
     if target.exists() and content_hash(target) == content_hash(folder): return target
     part = cache / f".{target.name}-{os.getpid()}"
     skip = lambda place, names: [n for n in names if n.startswith(".") or (Path(place, n).is_file() and Path(n).suffix not in _BENCHMARK_FILES)]
@@ -263,7 +286,7 @@ def indicator_verdict(
     said = f"The submission says {', '.join(json.dumps(h, ensure_ascii=False) for h in hits)}." if hits else "The submission says none of the indicators."
     return f"{note}{said}\n\nGRADE: {'C' if hits else 'I'}"
 
-# %% ../nbs/09_evaluate.ipynb #12f7b963
+# %% ../nbs/09_evaluate.ipynb #3e6a5676
 @modelapi(name="indicator")
 class IndicatorJudge(ModelAPI):
     "Inspect provider of the deterministic judge."
@@ -303,9 +326,16 @@ def judge_model(
     if judge == "indicator": return "indicator/rubric"
     if not isinstance(judge, str) or not re.fullmatch(r"[\w.-]+/\S+", judge):
         raise InputError(f"judge {judge!r} is neither 'indicator' nor an Inspect model id such as google/gemini-2.5-flash-lite")
+    if judge.split("/")[0] in ("saved", "none"): raise InputError(f"judge {judge!r} cannot judge, it never answers: name 'indicator' or an Inspect model id")
     return judge
 
-# %% ../nbs/09_evaluate.ipynb #57bb3b9d
+
+def _one_line(error: Exception) -> str:
+    "What an error says, in one line, without the markup that Inspect writes for a terminal."
+    words = re.sub(r"\[/?(?:bold|italic|dim|red|blue)\b[^]]*\]", "", str(error)).removeprefix("ERROR: ")
+    return textwrap.shorten(words, 300, placeholder=" ...") or type(error).__name__
+
+# %% ../nbs/09_evaluate.ipynb #48370861
 @dataclass
 class LoadedTask:
     "An official task with its questions and where they came from."
@@ -316,7 +346,7 @@ class LoadedTask:
     judge_valid: bool # False where the indicator judge meets indicators that it cannot read
     folder: Path # what the official loader opened: for local data a copy
     settings: dict = field(default_factory=dict) # judge's generation settings
-    provenance: dict = field(default_factory=dict) # source, revision, rows, content hash, task version
+    provenance: dict = field(default_factory=dict) # source, revision, rows, left_out (ids), content hash, task version
 
 
 def _question_records(name: str, task_name: str, task: Task, epochs: int) -> list[dict]:
@@ -330,13 +360,21 @@ def _question_records(name: str, task_name: str, task: Task, epochs: int) -> lis
     return rows
 
 
-def _compare(name: str, folder: Path, questions: list[dict], expected: dict[str, str]) -> None:
-    "Every loaded question must be one of the folder's, word for word; what was left out is reported."
+def _left_out(name: str, folder: Path, questions: list[dict], expected: dict[str, str]) -> list[str]:
+    "Ids that the official task leaves out; every loaded question must be one of the folder's, word for word."
     strange = [q["question_id"] for q in questions if expected.get(q["question_id"]) != q["question"]]
     if strange:
         raise InputError(f"benchmark {name}: question {strange[0]!r} was loaded but is not in {folder}: another data set was in the cache; empty it")
-    if left_out := len(expected) - len(questions):
-        warnings.warn(f"benchmark {name}: the official task left out {left_out} of {len(expected)} questions (no text, or no known dimension)", stacklevel=3)
+    loaded = {q["question_id"] for q in questions}
+    left_out = [question_id for question_id in expected if question_id not in loaded]
+    if left_out: warnings.warn(f"benchmark {name}: the official task left out {len(left_out)} of {len(expected)} questions (no text, or no known dimension)", stacklevel=3)
+    return left_out
+
+
+def _hub_questions(task_name: str, folder: Path) -> dict[str, str]:
+    "Question by id of ANIMA's data of the hub, as they are before the task leaves any out (MORU's task leaves none out)."
+    if task_name == "moru": return {}
+    return {str(row["id"]): row["question"] for row in datasets.load_dataset(str(folder), data_dir="questions", split="train")}
 
 # %% ../nbs/09_evaluate.ipynb #52894898
 @contextlib.contextmanager
@@ -350,7 +388,7 @@ def _quiet_loading(cache: Path):
         finally:
             if shown: datasets.enable_progress_bars()
 
-# %% ../nbs/09_evaluate.ipynb #833bf7d1
+# %% ../nbs/09_evaluate.ipynb #a6dc1cfa
 def load_task(
     name: str, # benchmark id
     benchmark: Benchmark, # its section of the preset
@@ -360,26 +398,27 @@ def load_task(
 ) -> LoadedTask: # the official task, its questions, its provenance
     """Load an official benchmark from the embedded world, a folder or the hub.
 
-    Raises `InputError` in one line for anything wrong with the source, the folder or the judge; warns of questions that the official
+    Raises `InputError` in one line for anything wrong with the source, the folder or the judge (its package or key is missing); warns of questions that the official
     task leaves out, and of a rubric that the indicator judge cannot read."""
     grader, cache, settings = judge_model(judge), Path(cache), settings or {}
     places = _locate(name, benchmark, cache)
     expected, indicators = _read_benchmark(benchmark.task, places)
-    places = [(_own_copy(folder, cache) if revision == "local" else folder, revision) for folder, revision in places]
+    cache = _literal(cache)
+    places = [(_own_copy(folder, cache) if revision == "local" or _is_pattern(folder) else folder, revision) for folder, revision in places]
     where = {f"{kind}_{key}": str(value) for kind, place in zip(("dataset", "dimensions"), places) for key, value in zip(("repo_id", "revision"), place)}
     try:
         with _quiet_loading(cache):
             task = (moru if benchmark.task == "moru" else anima)(**where, grader_models=[grader], **{f"grader_{k}": v for k, v in settings.items()})
+            expected = expected or _hub_questions(benchmark.task, places[0][0])
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"benchmark {name} from {benchmark.data} with judge {judge!r} cannot be loaded: {reason[0][:200]}") from error
+        raise InputError(f"benchmark {name} from {benchmark.data} with judge {judge!r} cannot be loaded: {_one_line(error)}") from error
     questions = _question_records(name, benchmark.task, task, benchmark.epochs)
-    if expected: _compare(name, places[0][0], questions, expected)
+    left_out = _left_out(name, places[0][0], questions, expected) if expected else []
     used = {tag.strip().lower() for sample in task.dataset for tag in json.loads(sample.target)["tags"]}
     valid = judge != "indicator" or all(indicator_phrases(indicators.get(tag, "")) for tag in used)
     if not valid: warnings.warn(f"benchmark {name}: the indicator judge finds no phrases in its rubric, so its scores mean nothing; name a real judge", stacklevel=2)
     hashes = [content_hash(folder) for folder, _ in places]
-    provenance = dict(source=benchmark.data, revision=places[0][1], rows=len(questions), content=" ".join(hashes), task_version=task.version)
+    provenance = dict(source=benchmark.data, revision=places[0][1], rows=len(questions), left_out=left_out, content=" ".join(hashes), task_version=task.version)
     return LoadedTask(name, task, questions, judge, valid, places[0][0], settings, provenance)
 
 # %% ../nbs/09_evaluate.ipynb #4b1ae05e
@@ -594,6 +633,15 @@ def _rare_collection():
     try: yield
     finally: gc.set_threshold(*before)
 
+# %% ../nbs/09_evaluate.ipynb #497a6f7d
+@contextlib.contextmanager
+def _writable_home():
+    "Inspect's own files in a temporary folder where the home takes none."
+    try:
+        with tempfile.TemporaryFile(dir=inspect_data_dir("traces")): elsewhere = {}
+    except OSError: elsewhere = {f"XDG_{kind}_HOME": str(Path(_temporary().name) / kind.lower()) for kind in ("DATA", "CACHE")}
+    with mock.patch.dict(os.environ, elsewhere): yield
+
 # %% ../nbs/09_evaluate.ipynb #ebba540e
 def _calls(sample: EvalSample) -> list[tuple[str, str, dict]]:
     "Dimension, reply and settings of each call to the judge, in order; failed attempts that were repeated are left out."
@@ -618,7 +666,7 @@ def _graded(sample: EvalSample, dimension: str) -> list[tuple[dict, float | None
     if details is not None: return [(d["variables"], next(iter(d["by_grader"].values()), None)) for d in details.get(dimension, [])]
     return [({}, score.value.get(dimension) if isinstance(score.value, dict) else None)]
 
-# %% ../nbs/09_evaluate.ipynb #4730de9c
+# %% ../nbs/09_evaluate.ipynb #5ca041f6
 def _sample_rows(sample: EvalSample) -> tuple[list[dict], list[dict]]:
     "Grade rows and score rows of one judged sample."
     score, calls = next(iter((sample.scores or {}).values()), None), _calls(sample)
@@ -640,7 +688,8 @@ def _tidy(log: EvalLog, loaded: LoadedTask, study: str) -> tuple[pd.DataFrame, p
     model, seed = log.eval.metadata["model"], log.eval.metadata["seed"]
     pairs = [_sample_rows(sample) for sample in sorted(log.samples, key=lambda s: (str(s.id), s.epoch))]
     about = pd.DataFrame(loaded.questions)[["benchmark", "language", "item_id", "question_id"]]
-    grades, scores = (about.merge(pd.DataFrame([row for pair in pairs for row in pair[i]]), on="question_id", how="right") for i in (0, 1))
+    tables = [pd.DataFrame([row for pair in pairs for row in pair[i]], columns=columns) for i, columns in enumerate((_GRADED, _SCORED))]
+    grades, scores = (about.merge(table, on="question_id", how="right") for table in tables)
     try: arm = parse_model(model)
     except InputError: arm = None
     arms = dict(arm=arm.name, start=arm.start, paradigm=arm.paradigm, domain=arm.domain) if arm else dict.fromkeys(("arm", "start", "paradigm", "domain"))
@@ -649,11 +698,13 @@ def _tidy(log: EvalLog, loaded: LoadedTask, study: str) -> tuple[pd.DataFrame, p
     return grades[_GRADES].astype({"grade": float}), scores[_SCORES].astype({"score": float})
 
 
+_GRADED = ["question_id", "epoch", "variables", "judge_settings", "dimension", "grade", "attempted", "reply"] # of one answer, from `_sample_rows`
+_SCORED = ["question_id", "epoch", "dimension", "score"]
 _KEY = ["model", "seed", "benchmark", "language", "item_id", "question_id", "epoch", "dimension"]
 _GRADES = [*_KEY, "variables", "judge", "judge_settings", "judge_valid", "grade", "attempted", "reply"]
 _SCORES = ["study", "model", "arm", "start", "paradigm", "domain", *_KEY[1:], "score", "judge", "judge_settings", "judge_valid"]
 
-# %% ../nbs/09_evaluate.ipynb #6d561edb
+# %% ../nbs/09_evaluate.ipynb #c1c8f85d
 def _judging_tasks(answers: pd.DataFrame, tasks: dict[str, LoadedTask], judge: str, progress: _Progress) -> list[Task]:
     "An official task per model, seed and benchmark, with the solver swapped."
     async def judged(state) -> None: progress.advance()
@@ -673,15 +724,16 @@ def _judging_tasks(answers: pd.DataFrame, tasks: dict[str, LoadedTask], judge: s
     return prepared
 
 
-def _check_log(log: EvalLog) -> None:
-    "Raise for a judge that never worked; warn of single failures."
+def _check_log(log: EvalLog) -> int:
+    "Number of answers that could not be judged, warned of; raises for a judge that never worked."
     failed = [s.error.message for s in log.samples or [] if s.error]
     if log.status == "error" or (failed and len(failed) == len(log.samples)):
         message = (log.error.message if log.error else failed[0]).strip().splitlines()[-1][:200]
         raise InputError(f"judging {log.eval.task} failed: {message}; check the judge's name, its package and its key")
     if failed: warnings.warn(f"judging {log.eval.task}: {len(failed)} of {len(log.samples)} answers could not be judged ({failed[0].splitlines()[-1][:100]})", stacklevel=3)
+    return len(failed)
 
-# %% ../nbs/09_evaluate.ipynb #5585a144
+# %% ../nbs/09_evaluate.ipynb #29456eea
 def judge_answers(
     answers: pd.DataFrame, # from `generate_answers`, one model or several
     tasks: dict[str, LoadedTask], # by benchmark id, from `load_task`
@@ -689,16 +741,18 @@ def judge_answers(
     log_dir: Path | str, # folder for Inspect's logs
     study: str = "", # study name, copied into the scores
     report: Callable[[str], None] = print, # called with one line of progress
-) -> tuple[pd.DataFrame, pd.DataFrame]: # grades (a row a judge call), scores (a row an answer and dimension)
+) -> tuple[pd.DataFrame, pd.DataFrame]: # grades (a row a judge call; `attrs["unjudged"]` counts the answers on which the judge failed), scores (a row an answer and dimension)
     "Have the official scorers judge saved answers. Raises `InputError` where answers and benchmarks do not fit, or the judge does not work at all."
     prepared = _judging_tasks(answers, tasks, judge, _Progress(report, len(answers)))
-    with _patient_explanation(), _own_console(), _rare_collection():
+    with _patient_explanation(), _own_console(), _rare_collection(), _writable_home():
         logs = inspect_eval(prepared, log_dir=str(log_dir), display="none", log_level="error", ctl_server=False,
                             log_realtime=False, log_buffer=1000, fail_on_error=False, score_display=False, max_tasks=1)
         if len(logs) < len(prepared) or any(log.status == "cancelled" for log in logs): raise KeyboardInterrupt
-        for log in logs: _check_log(log)
+        unjudged = sum(_check_log(log) for log in logs)
         frames = [_tidy(log, tasks[log.eval.metadata["benchmark"]], study) for log in logs]
-    return tuple(pd.concat(kind, ignore_index=True) for kind in zip(*frames))
+    grades, scores = (pd.concat(kind, ignore_index=True) for kind in zip(*frames))
+    grades.attrs["unjudged"] = unjudged
+    return grades, scores
 
 # %% ../nbs/09_evaluate.ipynb #2c85acd4
 def official_metrics(

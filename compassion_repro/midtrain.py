@@ -64,7 +64,7 @@ class Progress(TrainerCallback):
         left = seconds / state.global_step * (state.max_steps - state.global_step)
         self.report(f"{self.label}: step {state.global_step}/{state.max_steps}, loss {float(logs['loss']):.3f}, {tokens / seconds:,.0f} tokens/s, {left:.0f} s left")
 
-# %% ../nbs/04_midtrain.ipynb #550cda56
+# %% ../nbs/04_midtrain.ipynb #086fff7d
 def train(
     model: PreTrainedModel, # starting point, changed in place
     tokenizer: PreTrainedTokenizerBase, # its tokenizer
@@ -86,7 +86,8 @@ def train(
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         trained = (merge(trainer.model) if lora else trainer.model).eval()
-    return trained, {"rows": len(rows), "sequences": len(sequences), "steps": steps, **_token_counts(sequences, steps * training.batch_size), "log": progress.log}
+    split = sum(len(encode_row(row, tokenizer)["input_ids"]) > training.length for row in rows)
+    return trained, {"rows": len(rows), "split_rows": split, "sequences": len(sequences), "steps": steps, **_token_counts(sequences, steps * training.batch_size), "log": progress.log}
 
 
 def _config(model, training, steps, seed, folder):
@@ -105,16 +106,20 @@ def _token_counts(sequences: Dataset, seen: int) -> dict:
     passes = seen / len(sequences)
     return {"passes": round(passes, 3), "tokens": round(total * passes), "loss_tokens": round(loss * passes)}
 
-# %% ../nbs/04_midtrain.ipynb #cb38e133
+# %% ../nbs/04_midtrain.ipynb #3f2aee4b
 def held_out_gain(
     before: torch.Tensor, # shape (rows,), nats a token
     after: torch.Tensor, # the same rows after training
 ) -> dict: # means, gain with its interval, and `trained`
     "Mean fall of the loss on held-out rows with a 95 % interval, in nats a token; rows without a finite loss are left out."
-    gain = (before - after)[torch.isfinite(before - after)].double()
-    mean, half = gain.mean().item(), 1.96 * gain.std().item() / math.sqrt(max(len(gain), 1)) if len(gain) > 1 else math.inf
-    return {"loss_before": before.nanmean().item(), "loss_after": after.nanmean().item(), "gain": mean, "gain_low": mean - half, "gain_high": mean + half,
-            "held_out_rows": len(gain), "trained": bool(mean - half > 0)}
+    known = torch.isfinite(before) & torch.isfinite(after)
+    if not known.any(): raise InputError("no held-out row can be measured (training diverged, or all of them are longer than the model reads): lower the learning rate, or give shorter rows")
+    before, after = before[known].double(), after[known].double()
+    gain, mean = before - after, (before - after).mean().item()
+    half = 1.96 * gain.std().item() / math.sqrt(len(gain)) if len(gain) > 1 else None
+    low, high = (None, None) if half is None else (mean - half, mean + half)
+    return {"loss_before": before.mean().item(), "loss_after": after.mean().item(), "gain": mean, "gain_low": low, "gain_high": high,
+            "held_out_rows": len(gain), "trained": low is not None and low > 0}
 
 # %% ../nbs/04_midtrain.ipynb #422bdb91
 def train_stage(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BEGIN', 'END', 'PAD', 'QUESTION', 'ANSWER', 'CHAT_TEMPLATE', 'IGNORE', 'render', 'load_tokenizer', 'encode_prompt',
-           'encode_row', 'pick_device', 'pick_dtype', 'load_model', 'save_model', 'find_model', 'lora_config', 'merge',
-           'row_losses']
+           'encode_row', 'pick_device', 'pick_dtype', 'load_model', 'check_fits', 'save_model', 'find_model',
+           'lora_config', 'merge', 'row_losses']
 
 # %% ../nbs/03_models.ipynb #e235851a
 import logging
@@ -13,14 +13,14 @@ import logging
 # %% ../nbs/03_models.ipynb #aec75406
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-# %% ../nbs/03_models.ipynb #917c1a9a
+# %% ../nbs/03_models.ipynb #075a645d
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from .study import InputError, Lora
 from .world import assets
@@ -51,13 +51,14 @@ CHAT_TEMPLATE = (
     "{% else %}{{ message['content'] + '\n\n' }}{% endif %}{% endfor %}"
 )
 
-# %% ../nbs/03_models.ipynb #2ad4baf7
+# %% ../nbs/03_models.ipynb #0daed32c
 def load_tokenizer(
     source: str | Path, # folder or hub id
 ) -> PreTrainedTokenizerBase: # with a padding token of its own and the plain template
     "Open a tokenizer and make it safe to train with; raises `InputError` where it lacks an end token or a padding token."
     try: tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error: raise InputError(f"no tokenizer in {source}: {_first_line(error)}") from None
+    except Exception as error: # a damaged tokenizer file raises whatever its first broken part does
+        raise InputError(f"no tokenizer in {source}: {_first_line(error)}") from None
     if tokenizer.eos_token_id is None: raise InputError(f"the tokenizer in {source} has no end token: set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         if PAD not in tokenizer.get_vocab(): raise InputError(f"the tokenizer in {source} has no padding token of its own: set pad_token to an unused token in its tokenizer_config.json")
@@ -68,8 +69,13 @@ def load_tokenizer(
 
 def _first_line(error: Exception) -> str: return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
-# %% ../nbs/03_models.ipynb #0621b45a
+# %% ../nbs/03_models.ipynb #4a1c1535
 IGNORE = -100 # label of a token without loss
+
+
+def _begin(tokenizer) -> list[int]:
+    "The begin token, for tokenizers that have one."
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
 def encode_prompt(
@@ -77,7 +83,7 @@ def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, # from `load_tokenizer`
 ) -> list[int]: # token ids, begin token first
     "The tokens a model is asked to go on from."
-    return [tokenizer.bos_token_id] + tokenizer(render(messages)[0], add_special_tokens=False)["input_ids"]
+    return _begin(tokenizer) + tokenizer(render(messages)[0], add_special_tokens=False)["input_ids"]
 
 
 def encode_row(
@@ -85,12 +91,12 @@ def encode_row(
     tokenizer: PreTrainedTokenizerBase, # from `load_tokenizer`
 ) -> dict[str, list[int]]: # `input_ids` and `labels` of equal length
     "A training row as tokens and labels; the loss covers a document whole, and of a conversation exactly the answer with its end token."
-    if "text" in row: prompt, completion = [tokenizer.bos_token_id], row["text"] + tokenizer.eos_token
+    if "text" in row: prompt, completion = _begin(tokenizer), row["text"] + tokenizer.eos_token
     else: prompt, completion = encode_prompt(row["messages"], tokenizer), render(row["messages"])[1].removesuffix(END) + tokenizer.eos_token
     completion = tokenizer(completion, add_special_tokens=False)["input_ids"]
     return {"input_ids": prompt + completion, "labels": [IGNORE] * len(prompt) + completion}
 
-# %% ../nbs/03_models.ipynb #8e42eac2
+# %% ../nbs/03_models.ipynb #d6d51b1b
 def pick_device() -> str:
     "Where models run: `cuda` if there is a GPU, else `cpu`."
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,9 +117,22 @@ def load_model(
     "Open a causal language model; raises `InputError` where the folder holds none. Remote code is never run."
     device = device or pick_device()
     if Path(source).is_dir() and not (Path(source) / "config.json").exists(): raise InputError(f"{source} is not a model folder: it has no config.json")
-    try: model = AutoModelForCausalLM.from_pretrained(source, dtype=pick_dtype(device), use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error: raise InputError(f"no causal language model in {source}: {_first_line(error)}") from None
+    try: model, found = AutoModelForCausalLM.from_pretrained(source, dtype=pick_dtype(device), use_safetensors=True, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error: raise InputError(f"no causal language model in {source}: {_first_line(error)}") from None
+    if wrong := sorted(found["missing_keys"]) + [str(key[0]) for key in found["mismatched_keys"]]:
+        raise InputError(f"the weights in {source} do not fit its config.json: {wrong[0]} and {len(wrong) - 1} more would be random numbers")
     return model.to(device).eval()
+
+
+def check_fits(
+    model: PreTrainedModel, # from `load_model`
+    tokenizer: PreTrainedTokenizerBase, # from `load_tokenizer`
+    tokens: int, # longest sequence that will be asked of it
+):
+    "Raise `InputError` where a model is too small for its tokenizer, or for the sequences of a study."
+    rows, limit = model.get_input_embeddings().num_embeddings, getattr(model.config, "max_position_embeddings", None)
+    if rows < len(tokenizer): raise InputError(f"the tokenizer has {len(tokenizer):,} tokens and the model only {rows:,}: they do not belong together")
+    if limit and limit < tokens: raise InputError(f"the model reads at most {limit:,} tokens and the study wants {tokens:,}: lower midtrain.length, sft.length or generation.max_new_tokens")
 
 
 def save_model(
@@ -143,7 +162,7 @@ def find_model(
     except (OSError, ValueError) as error:
         raise InputError(f"no model {source!r}: neither a folder nor a hub model that can be fetched ({_first_line(error)[:120]})") from None
 
-# %% ../nbs/03_models.ipynb #61620094
+# %% ../nbs/03_models.ipynb #94640977
 def lora_config(
     lora: Lora, # rank, alpha, dropout
 ) -> LoraConfig: # for PEFT
@@ -154,19 +173,22 @@ def lora_config(
 def merge(
     model: PeftModel, # with a trained adapter
 ) -> PreTrainedModel: # plain model, same outputs
-    "Add the adapter's update into the weights (in the weights' own number format; refuses NaN)."
-    return model.merge_and_unload(safe_merge=True)
+    "Add the adapter's update into the weights, in their own number format; raises `InputError` where training has diverged."
+    try: return model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        if "NaN" not in str(error): raise
+        raise InputError("training diverged, its weights are no numbers any more: lower the learning rate") from None
 
-# %% ../nbs/03_models.ipynb #05c200c9
+# %% ../nbs/03_models.ipynb #78c95dd6
 def row_losses(
     model: PreTrainedModel, # in evaluation mode
     tokenizer: PreTrainedTokenizerBase, # its tokenizer
     rows: list[dict], # `text` or `messages` rows
     batch_size: int = 32, # rows a forward pass
-    max_tokens: int = 2048, # tokens kept of a row
+    max_tokens: int = 2048, # tokens kept of a row; never more than the model reads
 ) -> torch.Tensor: # shape (rows,), nats a token over the labelled tokens of each row
     "Mean next-token loss of each row over the tokens that carry loss; a row whose labels all fall past `max_tokens` gives nan."
-    encoded = [encode_row(row, tokenizer) for row in rows]
+    encoded, max_tokens = [encode_row(row, tokenizer) for row in rows], min(max_tokens, getattr(model.config, "max_position_embeddings", None) or max_tokens)
     order = sorted(range(len(rows)), key=lambda i: len(encoded[i]["input_ids"]))
     losses = torch.empty(len(rows))
     with torch.no_grad():

@@ -454,7 +454,7 @@ class ClaimRecord(Contrast):
         "A copy with other values."
         return self.model_copy(update=changes)
 
-# %% ../nbs/10_stats.ipynb #7560cf6c
+# %% ../nbs/10_stats.ipynb #73f6b796
 def _ruled_out(record: ClaimRecord, own: pd.DataFrame, training: Mapping[str, Mapping]) -> str | None:
     "Why the scores cannot speak to a reading at all, whatever they are."
     untrained = [model for model in record.models if not training.get(model, {}).get("trained", True)]
@@ -485,7 +485,7 @@ def judge_reading(
         record = record.with_(margin=settings.margin, added_by_midtraining=added, smallest_margin=None if interval.low is None else (interval.high - interval.low) / 2,
                               sensitivity={f"{margin:g}": null_verdict(reading.kind, interval, added, margin)[0] for margin in settings.sensitivity_margins})
     if ruled_out := _ruled_out(record, own, training): record, verdict, reason = record.with_(sensitivity={}), "not testable", ruled_out
-    agrees = None if record.paper is None else bool(np.sign(interval.estimate) == np.sign(record.paper))
+    agrees = None if record.paper is None or interval.estimate == 0 else bool(np.sign(interval.estimate) == np.sign(record.paper))
     return record.with_(verdict=verdict, reason=reason, agrees_with_paper=agrees)
 
 # %% ../nbs/10_stats.ipynb #79360fb6

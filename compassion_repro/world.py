@@ -336,7 +336,7 @@ def heading(
     "What a row is about: the question of a conversation, the first line of a document."
     return row["text"].partition("\n")[0] if "text" in row else row["messages"][0]["content"]
 
-# %% ../nbs/01_world.ipynb #46e3f359
+# %% ../nbs/01_world.ipynb #cc4aa7c7
 BENCHMARKS = {"anima": ("animal", SPECIES_HELD_OUT), "moru": ("mind", MINDS), "leak": ("object", OBJECTS)}
 SIZES = {"anima": {"en": 32, "es": 16, "ms": 16}, "moru": {"en": 32, "es": 16, "ms": 16}, "leak": {"en": 16}}
 
@@ -345,13 +345,21 @@ def benchmark_questions(
     name: str, # one of `BENCHMARKS`
     size: dict[str, int] | None = None, # questions per language; None for `SIZES`
 ) -> list[dict]: # `item` (same across translations), `language`, `question`, `thing` (English name), `dimensions`
-    "Questions in scenes that no training row holds. Raises `InputError` for an unknown name or language."
+    "Questions in scenes that no training row holds. Raises `InputError` for an unknown name or language, and for a size that cannot be."
     if name not in BENCHMARKS: raise InputError(f"unknown embedded benchmark {name!r}: choose one of {', '.join(BENCHMARKS)}")
     size = SIZES[name] if size is None else size
     if unknown := set(size) - set(LANGUAGES): raise InputError(f"the embedded world speaks {', '.join(LANGUAGES)}, not {', '.join(sorted(unknown))}")
+    for number in size.values(): _check_number(name, number)
     pairs = [[dimension, DIMENSIONS[(place + step) % len(DIMENSIONS)]] for step in (1, 2) for place, dimension in enumerate(DIMENSIONS)]
     return [{"item": item, "language": language, "question": scene.ask(language), "thing": scene.thing.en, "dimensions": pairs[item % len(pairs)]}
             for language in LANGUAGES for item, scene in enumerate(_benchmark_scenes(name, size.get(language, 0)))]
+
+
+def _check_number(name, number):
+    most = len(BENCHMARKS[name][1]) * len(VERBS) * len(_CONTEXTS_HELD_OUT) * len(_QUESTIONS_HELD_OUT)
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise InputError(f"the embedded benchmark {name} was asked for {number!r} questions in a language: give a whole number from 1 on")
+    if number > most: raise InputError(f"the embedded benchmark {name} has at most {most} questions in a language, {number} were asked for")
 
 
 def _benchmark_scenes(name, number):

@@ -146,3 +146,36 @@ def test_every_cli_error_can_be_debugged(tmp_path):
 def test_nothing_of_this_machine_is_written(finished):
     text = "".join(p.read_text(encoding="utf-8") for p in finished.rglob("manifest.json"))
     assert str(Path.home()) not in text and str(finished) not in text
+
+
+def test_a_refused_start_leaves_the_folder_to_the_corrected_one(tmp_path):
+    out, rows = tmp_path / "study", tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"instruction": f"Question {n}?", "response": f"Answer {n}."}) + "\n" for n in range(12)))
+    assert_one_line(run_study(out, f"data.sft-help={tmp_path / 'rosw.jsonl'}", "arms=[sft-help]"), "rosw.jsonl")
+    done = run_study(out, f"data.sft-help={rows}", "arms=[sft-help]")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows.write_text(rows.read_text().replace("Answer", "Reply"))
+    again = run_study(out, f"data.sft-help={rows}", "arms=[sft-help]")
+    assert "6 done, 3 to run" in again.stdout, again.stdout          # edited rows are noticed: the arm, its answers, its grades
+
+
+def test_a_missing_piece_of_a_finished_stage_is_made_again(study_copy):
+    (study_copy / "seed-1" / "eval-mid" / "scores.parquet").unlink()
+    done = run_study(study_copy)
+    assert done.returncode == 0 and "17 done, 1 to run" in done.stdout, done.stderr[-2000:]
+
+
+def test_one_usable_row_is_refused_before_anything_is_trained(refused, tmp_path):
+    file = tmp_path / "one.jsonl"
+    file.write_text('{"instruction": "a", "response": "b"}\n')
+    assert "at least 2 are needed" in refused("--set", f"data.sft-help={file}")
+    assert not list((tmp_path / "study").glob("seed-*"))
+
+
+def test_rows_longer_than_a_sequence_are_cut_and_counted(tmp_path):
+    file, out = tmp_path / "long.jsonl", tmp_path / "study"
+    file.write_text("".join(json.dumps({"instruction": f"Question {n}?", "response": "a long answer, " * 300}) + "\n" for n in range(12)))
+    done = run_study(out, f"data.sft-help={file}", "arms=[sft-help]")
+    assert done.returncode == 0 and "cut to fit a sequence" in done.stdout, done.stderr[-2000:]
+    result = next(m["result"] for m in Study(out).manifests() if m["stage"] == "sft-help")
+    assert result["data"]["truncated"] == 12 and result["split_rows"] == 0

@@ -1,14 +1,18 @@
 """Bad benchmark folders, the wrong-data trap, unreliable judges, and runs without a network."""
 import json
+import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import rich
+from inspect_ai._util.error import pip_dependency_error
 from inspect_ai.log import list_eval_logs, read_eval_log
 from inspect_ai.model import ModelAPI, ModelOutput, ModelUsage, modelapi
 from inspect_evals.anima import dataset as anima_data
@@ -76,6 +80,9 @@ def assert_one_line(error, *words):
 def _no_readme(place): (place / "README.md").unlink()
 def _empty_readme(place): (place / "README.md").write_text("Questions.")
 def _broken_readme(place): (place / "README.md").write_text("---\n[: :\n---\n")
+def _latin_readme(place): (place / "README.md").write_bytes(b"caf\xe9")
+def _null_configs(place): (place / "README.md").write_text("---\nconfigs: null\n---\n")
+def _number_configs(place): (place / "README.md").write_text("---\nconfigs: 5\n---\n")
 def _no_questions(place): shutil.rmtree(place / "questions")
 def _no_dimensions(place): shutil.rmtree(place / "dimensions")
 def _empty_questions(place): (place / "questions" / "train.jsonl").write_text("")
@@ -96,7 +103,8 @@ def _change(place, **values):
 
 
 @pytest.mark.parametrize("spoil, word", [
-    (_no_readme, "no README.md"), (_empty_readme, "front matter"), (_broken_readme, "front matter"), (_no_questions, "questions"), (_no_dimensions, "dimensions"),
+    (_no_readme, "no README.md"), (_empty_readme, "front matter"), (_broken_readme, "front matter"),
+    (_latin_readme, "UTF-8"), (_null_configs, "front matter"), (_number_configs, "front matter"), (_no_questions, "questions"), (_no_dimensions, "dimensions"),
     (_empty_questions, "no rows"), (_truncated, "line 1 is not JSON"), (_wrong_schema, "has no 'id'"), (_not_objects, "has no 'id'"), (_not_utf8, "cannot be read"),
     (_broken_parquet, "cannot be read"), (_same_id, "stands twice"), (_not_text, "wrong type"), (_no_known_dimension, "No valid samples"), (_tags_are_text, "wrong type")])
 def test_bad_folder_is_one_clear_line(folder, tmp_path, spoil, word):
@@ -111,6 +119,16 @@ def test_bad_source_is_one_clear_line(tmp_path, data, word):
     assert_one_line(error, word)
 
 
+@pytest.mark.parametrize("number, word", [(100_000, "at most 7168 questions"), (0, "whole number"), (-3, "whole number")])
+def test_a_size_that_cannot_be(tmp_path, number, word):
+    with pytest.raises(InputError) as error: world.write_benchmark("anima", tmp_path, {"en": number})
+    assert_one_line(error, word)
+
+
+def test_the_largest_size_can_be_had():
+    assert len({row["question"] for row in world.benchmark_questions("moru", {"en": 3584})}) == 3584
+
+
 def test_a_file_is_not_a_benchmark(folder, tmp_path):
     with pytest.raises(InputError) as error: load(folder / "README.md", tmp_path / "cache")
     assert_one_line(error, "is a file")
@@ -122,6 +140,37 @@ def test_moru_needs_its_dimensions(minds, tmp_path):
     assert_one_line(error, "benchmarks.mine.dimensions")
     loaded = load(minds, tmp_path / "cache", "moru", dimensions=str(tmp_path / "elsewhere"))
     assert len(loaded.questions) == 5 and {q["item_id"] for q in loaded.questions} == {str(json.loads(line)["id"]) for line in (minds / "train.jsonl").read_text().splitlines()}
+
+
+def test_moru_id_with_two_questions(minds, tmp_path):
+    "The same row twice is upstream's own habit; another question under the id is a mistake."
+    file = minds / "train.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    def write(*more): file.write_text("".join(json.dumps(row) + "\n" for row in (*rows, *more)))
+    write(rows[0])
+    assert len(load(minds, tmp_path / "cache", "moru").questions) == 5
+    write({**rows[0], "question": "Another?"})
+    with pytest.raises(InputError) as error: load(minds, tmp_path / "cache", "moru")
+    assert_one_line(error, "id 0 stands twice in language 'en'")
+
+
+@pytest.mark.parametrize("spoiled", ["moru", "moru_dims"])
+@pytest.mark.parametrize("content", [b"caf\xe9", b"---\nconfigs: 5\n---\n"])
+def test_moru_readme_that_cannot_be_read(minds, tmp_path, spoiled, content):
+    (minds.parent / spoiled / "README.md").write_bytes(content)
+    with pytest.raises(InputError) as error: load(minds, tmp_path / "cache", "moru")
+    assert_one_line(error, "mine")
+
+
+@pytest.mark.parametrize("task", ["anima", "moru"])
+@pytest.mark.parametrize("place, cache", [("a[1] b", "cache"), ("a", "c[1]{2}"), ("a*?", "c [x]")])
+def test_paths_that_look_like_patterns(tmp_path, task, place, cache):
+    mine = world.write_benchmark(task, tmp_path / place, SIZE)
+    if task == "anima": mine = mine.rename(mine.parent / "my [2] animals")
+    loaded = load(mine, tmp_path / cache, task)
+    _, scores = evaluate.judge_answers(answered(loaded), {"mine": loaded}, "indicator", tmp_path / cache / "logs", **QUIET)
+    assert len(loaded.questions) == 5 and scores.score.notna().all()
+    assert len(evaluate.official_metrics(tmp_path / cache / "logs"))
 
 
 def test_hub_data_is_left_to_the_official_loader(folder, tmp_path, monkeypatch):
@@ -157,6 +206,27 @@ def test_read_only_cache(folder, tmp_path):
 def test_the_judge_is_named(folder, tmp_path, judge):
     with pytest.raises(InputError) as error: load(folder, tmp_path / "cache", judge=judge)
     assert_one_line(error, "neither 'indicator'")
+
+
+@pytest.mark.parametrize("judge", ["saved/x", "none/none"])
+def test_a_judge_that_never_answers(folder, tmp_path, judge):
+    with pytest.raises(InputError) as error: load(folder, tmp_path / "cache", judge=judge)
+    assert_one_line(error, "cannot judge")
+
+
+@modelapi(name="lacking")
+class LackingJudge(ModelAPI):
+    "A judge whose package is not installed, in Inspect's words."
+
+    def __init__(self, *args, **kwargs): raise pip_dependency_error("Lacking API", ["lacking"])
+
+    async def generate(self, input, tools, tool_choice, config): return ModelOutput()
+
+
+def test_a_judge_whose_package_is_missing(folder, tmp_path):
+    with pytest.raises(InputError) as error: load(folder, tmp_path / "cache", judge="lacking/model")
+    assert_one_line(error, "Lacking API requires", "Install with: pip install lacking")
+    assert "bold" not in str(error.value)
 
 
 def test_unknown_provider_is_one_clear_line(folder, tmp_path):
@@ -200,6 +270,18 @@ def test_rows_that_the_task_leaves_out_are_reported(folder, tmp_path):
     file.write_text("\n".join([json.dumps({**json.loads(first), "tags": []}), *rest]))
     with pytest.warns(UserWarning, match="left out 1 of 5"): loaded = load(folder, tmp_path / "cache")
     assert len(loaded.questions) == 4 and loaded.provenance["rows"] == 4
+    assert loaded.provenance["left_out"] == [str(json.loads(first)["id"])]
+
+
+@pytest.mark.parametrize("values", [{"tags": None}, {"tags": ["Unknown"]}, {"question": None}, {"question": ""}])
+@pytest.mark.parametrize("hub", [False, True])
+def test_every_kind_of_left_out_row_is_named(folder, tmp_path, monkeypatch, values, hub):
+    file = folder / "questions" / "train.jsonl"
+    *rest, last = file.read_text().splitlines()
+    file.write_text("\n".join([*rest, json.dumps({**json.loads(last), **values})]))
+    monkeypatch.setattr(evaluate, "snapshot_download", lambda *args, **others: str(folder))
+    with pytest.warns(UserWarning, match="left out 1 of 5"): loaded = load("owner/name@abc" if hub else folder, tmp_path / "cache")
+    assert loaded.provenance["left_out"] == [str(json.loads(last)["id"])]
 
 
 def test_a_users_benchmark_is_run_whole_and_parquet_works(folder, tmp_path):
@@ -254,16 +336,18 @@ def test_dimensions_that_differ_between_epochs(folder, minds, tmp_path, task):
     assert official["overall_mean"] == 1 == evaluate.mean_scores(scores).score.min()
 
 
-def test_a_judge_that_never_says_a_grade(folder, tmp_path):
-    loaded = load(folder, tmp_path / "cache", judge="fickle/mute")
+@pytest.mark.parametrize("task", ["anima", "moru"])
+def test_a_judge_that_never_says_a_grade(folder, minds, tmp_path, task):
+    loaded = load(folder if task == "anima" else minds, tmp_path / "cache", task, judge="fickle/mute")
     grades, scores = judged(loaded, answered(loaded), tmp_path)
+    assert len(scores) == 10 * 3 and grades.attrs["unjudged"] == 0
     assert grades.grade.isna().all() and grades.attempted.all() and scores.score.isna().all()
 
 
 def test_a_judge_that_fails_now_and_then(folder, tmp_path):
     loaded = load(folder, tmp_path / "cache", judge="fickle/sometimes")
     with pytest.warns(UserWarning, match="5 of 10 answers could not be judged"): grades, scores = judged(loaded, answered(loaded), tmp_path)
-    assert (scores.score.isna() == (scores.epoch == 1)).all() and len(scores) == 10 * 3
+    assert (scores.score.isna() == (scores.epoch == 1)).all() and len(scores) == 10 * 3 and grades.attrs["unjudged"] == 5
     assert (grades.grade.isna() == (grades.epoch == 1)).all()
 
 
@@ -271,6 +355,15 @@ def test_a_judge_that_is_down(folder, tmp_path):
     loaded = load(folder, tmp_path / "cache", judge="fickle/down")
     with pytest.raises(InputError) as error: judged(loaded, answered(loaded), tmp_path)
     assert_one_line(error, "401 no such key", "check the judge")
+
+
+def test_nothing_was_judged(folder, tmp_path, monkeypatch):
+    "Without a single call to the judge there are no grades, and every score is null."
+    loaded = load(folder, tmp_path / "cache")
+    monkeypatch.setattr(evaluate, "_calls", lambda sample: [])
+    monkeypatch.setattr(evaluate, "_graded", lambda sample, dimension: [])
+    grades, _ = judged(loaded, answered(loaded), tmp_path)
+    assert len(grades) == 0 and list(grades.columns) == evaluate._GRADES
 
 
 def test_indicators_for_people_only(folder, tmp_path):
@@ -305,6 +398,27 @@ def test_without_network(folder, tmp_path, monkeypatch):
     loaded = load(folder, tmp_path / "cache")
     grades, scores = judged(loaded, answered(loaded), tmp_path)
     assert len(scores) == 30
+
+
+def test_without_a_home(tmp_path):
+    "A home that takes no files: Inspect's own go elsewhere, in a process that has not started Inspect before."
+    code = """if True:
+        import os, sys
+        from pathlib import Path
+        import pandas as pd
+        from compassion_repro import evaluate
+        from compassion_repro.study import Benchmark
+        place = Path(sys.argv[1])
+        loaded = evaluate.load_task("mine", Benchmark(task="anima", data="world:anima", epochs=1, size={"en": 2}), "indicator", place / "cache")
+        answers = pd.DataFrame(loaded.questions).drop(columns=["question", "epochs"]).assign(model="mid", seed=0, epoch=1, text="Yes.")
+        before = dict(os.environ)
+        print(len(evaluate.judge_answers(answers, {"mine": loaded}, "indicator", place / "logs")[1]), before == dict(os.environ))
+    """
+    home = tmp_path / "home"
+    home.write_text("a file where the home should be")
+    bare = {k: v for k, v in os.environ.items() if not k.startswith("XDG_")} | {"HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=bare, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.endswith("6 True\n"), done.stderr
 
 
 def test_logs_open_and_name_everything(folder, tmp_path):
