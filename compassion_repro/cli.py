@@ -52,7 +52,7 @@ def _print(*things):
     from rich.text import Text
     _console(width=None if sys.stdout and sys.stdout.isatty() else 160, markup=True).print(*(Text(thing) if isinstance(thing, str) else thing for thing in things))
 
-# %% ../nbs/14_cli.ipynb #c4ae84d2
+# %% ../nbs/14_cli.ipynb #7099b1d8
 def _study_folder(args, preset) -> Path:
     "`--out`, or studies/<preset>, with a short hash where `--set` changed the preset."
     from compassion_repro.pipeline import study_name
@@ -64,7 +64,7 @@ def run(args) -> int:
     preset = load_preset(args.preset, args.set)
     folder = _study_folder(args, preset)
     from compassion_repro import pipeline
-    with talking() as (say, report): study = pipeline.run(preset, folder, args.seeds, say, report)
+    with talking() as (say, report): study = pipeline.run(preset, folder, args.seeds, say, report, args.allow_unsafe_code)
     print_claims(study.folder)
     _print(f"\nscores, answers, figures: {study.folder}")
     return 0
@@ -98,7 +98,7 @@ def claims(args) -> int:
     print_claims(folder)
     return 0
 
-# %% ../nbs/14_cli.ipynb #2bad7034
+# %% ../nbs/14_cli.ipynb #95f3f926
 TOKENS = ("HF_TOKEN", "GOOGLE_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY")
 
 
@@ -117,9 +117,10 @@ def doctor(args) -> int:
     import platform
     import shutil
     import psutil
+    from compassion_repro import sandbox
     from compassion_repro.pipeline import provenance
     memory, disk = psutil.virtual_memory().total / 2**30, shutil.disk_usage(".").free / 2**30
-    facts = [["python", platform.python_version()], ["processors", str(os.cpu_count())], ["memory", f"{memory:.0f} GB"], ["free disk here", f"{disk:.0f} GB"], ["GPU", _gpu()]]
+    facts = [["python", platform.python_version()], ["processors", str(os.cpu_count())], ["memory", f"{memory:.0f} GB"], ["free disk here", f"{disk:.0f} GB"], ["GPU", _gpu()], ["jail for model-written code", sandbox.describe_level()]]
     facts += [[name, found or "missing: pip install -c constraints.txt ."] for name, found in provenance()["packages"].items()]
     facts += [[token, "set" if os.environ.get(token) else "not set"] for token in TOKENS]
     _print(_table(["what", "found"], facts))
@@ -127,26 +128,33 @@ def doctor(args) -> int:
     _print(f"\npresets smoke and tiny: {'yes' if enough else 'no'} (they want 3 GB of memory, 1 GB of disk and every package above)")
     return 0 if enough else 1
 
-# %% ../nbs/14_cli.ipynb #96a5cdfa
+# %% ../nbs/14_cli.ipynb #ef8b2c8e
 def bench(args) -> int:
-    "Print how answer generation compares with the library's own batched `generate`, and what `--help` costs."
+    "Print how answers, the jail and GRPO compare with the plain library, and what `--help` costs."
     import resource
     import subprocess
     from compassion_repro import pipeline
     preset = load_preset("tiny")
     pipeline.prepare(preset)
     from compassion_repro import evaluate, models
+    from compassion_repro import grpo, rewards, sandbox, world
     result = evaluate.benchmark_generation(models.find_model(preset.models.base))
+    walls = {where: sandbox.benchmark(200, where) for where in sandbox.LEVELS[:2] if not sandbox.probe(where)}
+    steps = grpo.benchmark_grpo(models.find_model(preset.models.base), world.corpus("code", 200), rewards.code_reward()) if walls else None
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-m", "compassion_repro.cli", "--help"], capture_output=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     names = {"bare": "bare batched generate, answers/s", "ours": "ours, within generation, answers/s", "end_to_end": "ours with loading, draws and decoding, answers/s", "ratio": "ours / bare, within generation"}
     rows = [[names[name], f"{value:,.2f}"] for name, value in result.items()]
-    _print(_table(["measure", "value"], [*rows, ["processor seconds of --help", f"{seconds:.2f}"]], "answer generation, 256 answers of 60 tokens, medians of 3 interleaved runs"))
+    for where, wall in walls.items():
+        rows += [[f"jail ({where}), programs/s through the pool", f"{wall['programs_per_second']:.0f}"], [f"jail ({where}), overhead a program, ms", f"{wall['overhead_milliseconds']:.1f}"],
+                 [f"jail ({where}) / bare subprocess, time a program", f"{wall['ratio_to_bare']:.2f}"]]
+    if steps: rows.append(["GRPO steps/s with the code reward / bare GRPOTrainer", f"{steps['ratio']:.2f}"])
+    _print(_table(["measure", "value"], [*rows, ["processor seconds of --help", f"{seconds:.2f}"]], "speed on this machine (answers: 256 of 60 tokens, medians of 3 interleaved runs)"))
     return 0
 
-# %% ../nbs/14_cli.ipynb #9305ccfe
+# %% ../nbs/14_cli.ipynb #5d434454
 EPILOG = """examples:
   compassion-repro run                                     the whole study on the embedded miniature world
   compassion-repro run --preset smoke --seeds 3            about a minute a seed, three seeds
@@ -179,8 +187,10 @@ def build_parser() -> argparse.ArgumentParser:
                      epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"compassion-repro {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
-    _study_options(command("run", run, "run a study; run again, it carries on where it stopped", [
-        "compassion-repro run", "compassion-repro run --preset smoke --seeds 3", "compassion-repro run --set data.sft-help=rows.jsonl --set sft.steps=60 --out studies/mine"]))
+    p = command("run", run, "run a study; run again, it carries on where it stopped", [
+        "compassion-repro run", "compassion-repro run --preset smoke --seeds 3", "compassion-repro run --set data.sft-help=rows.jsonl --set sft.steps=60 --out studies/mine"])
+    _study_options(p)
+    p.add_argument("--allow-unsafe-code", action="store_true", help="run model-written code even where this machine has no jail for it; warns each run")
     _study_options(command("plan", plan, "print what a run would do: every value, stage, row, step and judge call; loads no model", [
         "compassion-repro plan", "compassion-repro plan --preset smoke --set lora.rank=8"]))
     p = command("claims", claims, "print the claim table of a study", ["compassion-repro claims studies/tiny"])

@@ -163,7 +163,7 @@ def _detect(row):
         for name, schema in SCHEMAS.items():
             if columns.issuperset(schema.needs): return name
 
-# %% ../nbs/02_data.ipynb #add8f759
+# %% ../nbs/02_data.ipynb #ec7e7153
 SHAPES = ("text", "messages", "prompts", "any")
 
 def _shaped(row, shape):
@@ -172,16 +172,16 @@ def _shaped(row, shape):
         if shape in ("text", "any"): return row
         raise BadRow("a document where a conversation is wanted")
     if shape == "text": raise BadRow("a conversation where a document is wanted")
-    turns = row["messages"]
+    turns, reference = row["messages"], {}
     if shape == "prompts":
-        while turns and turns[-1]["role"] == "assistant": turns = turns[:-1]
+        while turns and turns[-1]["role"] == "assistant": turns, reference = turns[:-1], {"reference": turns[-1]["content"]}
     if not any(turn["role"] == "user" for turn in turns): raise BadRow("no question in the conversation")
     last = "user" if shape == "prompts" else "assistant"
     if turns[-1]["role"] != last: raise BadRow(f"the conversation does not end with the {last}")
-    return {**row, "messages": turns}
+    return {**row, "messages": turns, **reference}
 
-# %% ../nbs/02_data.ipynb #07c2f352
-EXTRAS = ("id", "tests")
+# %% ../nbs/02_data.ipynb #eb3b0df1
+EXTRAS = ("id", "tests", "reference")
 
 def _row_line(row):
     "A row as the line that `save_rows` writes; characters stand as themselves, not as escapes."
@@ -192,7 +192,7 @@ def _adapted(row, schema, shape):
     result = _shaped(SCHEMAS[schema].adapt(row), shape)
     result |= {name: row[name] for name in EXTRAS if row.get(name) is not None}
     try: _row_line(result)
-    except (TypeError, ValueError): raise BadRow("id or tests cannot be written as JSON text") from None
+    except (TypeError, ValueError): raise BadRow("id, tests or reference cannot be written as JSON text") from None
     return result
 
 # %% ../nbs/02_data.ipynb #ff0fe8a1

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'HATCHES', 'NAMES', 'TITLES', 'SUBJECTS', 'PAPER_LABEL', 'model_look', 'score_panels', 'panel_means',
-           'panel_title', 'plot_scores', 'score_table', 'save_figure']
+           'panel_title', 'plot_scores', 'score_table', 'plot_rewards', 'save_figure']
 
-# %% ../nbs/11_figures.ipynb #33bf3a9a
+# %% ../nbs/11_figures.ipynb #4e9bf8ed
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import wrap
@@ -14,9 +14,9 @@ from textwrap import wrap
 import pandas as pd
 
 from .stats import answer_summary, model_means, model_rank
-from .study import InputError, PAPER, Statistics, parse_model, write_atomically
+from .study import DOMAINS, InputError, PAPER, Statistics, parse_model, write_atomically
 
-# %% ../nbs/11_figures.ipynb #c36d49d1
+# %% ../nbs/11_figures.ipynb #13e32506
 COLOURS = {"base": "#AAAAAA", "mid": "#8172B3", "mid-control": "#C6BEE0",
            "sft-help": "#E69F00", "sft-code": "#56B4E9", "grpo-help": "#D55E00", "grpo-code": "#0072B2"}
 HATCHES = {"mid": "", "base": "///", "mid-control": "..."}
@@ -33,9 +33,11 @@ def model_look(
     from matplotlib.colors import to_rgb
     try: arm = parse_model(model)
     except InputError: return "\n".join(wrap(model.split("/")[-1].replace("_", "_ "), 26)).replace("_ ", "_").replace(" ", ""), to_rgb("#F0E442"), ""
-    if arm is None or arm.start == "mid": return NAMES[arm.name if arm else model], to_rgb(COLOURS[arm.name if arm else model]), ""
-    paler = tuple((channel + 1) / 2 for channel in to_rgb(COLOURS[arm.name]))
-    return f"{NAMES[arm.name]}, from {NAMES[arm.start]}", paler, HATCHES[arm.start]
+    if arm is None: return NAMES[model], to_rgb(COLOURS[model]), ""
+    name = NAMES[arm.rows] + (f", {DOMAINS[arm.rewarded_by]} reward" if arm.rewarded_by else "")
+    if arm.start == "mid": return name, to_rgb(COLOURS[arm.rows]), ""
+    paler = tuple((channel + 1) / 2 for channel in to_rgb(COLOURS[arm.rows]))
+    return f"{name}, from {NAMES[arm.start]}", paler, HATCHES[arm.start]
 
 # %% ../nbs/11_figures.ipynb #c6c5069a
 def score_panels(
@@ -148,6 +150,25 @@ def score_table(
         totals = shown.apply(lambda own: own[["tokens", "empty", "looping"]].mul(own["weight"], axis=0).sum() / own["weight"].sum(), include_groups=False).reindex(models)
         columns |= {"tokens an answer": totals["tokens"].map("{:.0f}".format).to_list(), "empty (%)": totals["empty"].map("{:.1f}".format).to_list(), "looping (%)": totals["looping"].map("{:.1f}".format).to_list()}
     return pd.DataFrame(columns, index=pd.Index([model_look(model)[0].replace("\n", "") for model in models], name="model"))
+
+# %% ../nbs/11_figures.ipynb #ed71698a
+def plot_rewards(
+    manifests: Sequence[dict], # of a study's stages; those of GRPO arms are drawn
+): # matplotlib Figure
+    "Reward by step of every GRPO arm, a line a seed; raises `InputError` where there is none."
+    import seaborn
+    from matplotlib import pyplot
+    rows = [{"arm": m["model"], "seed": str(m["seed"]), "step": r["step"], "reward": r["reward"]} for m in manifests if m["kind"] == "grpo" for r in m["result"]["log"]]
+    if not rows: raise InputError("no GRPO arm to draw: the study has none that is finished")
+    frame = pd.DataFrame(rows)
+    arms = sorted(frame["arm"].unique(), key=model_rank)
+    with seaborn.axes_style("whitegrid"), seaborn.plotting_context("paper"):
+        figure, axes = pyplot.subplots(1, len(arms), figsize=(0.6 + 3.1 * len(arms), 2.5), layout="constrained", squeeze=False)
+        for arm, axis in zip(arms, axes[0]):
+            seaborn.lineplot(frame[frame["arm"] == arm], x="step", y="reward", hue="seed", palette="colorblind", ax=axis)
+            axis.set(title=arm, ylabel="mean reward")
+    pyplot.close(figure)
+    return figure
 
 # %% ../nbs/11_figures.ipynb #e42f41b8
 def save_figure(

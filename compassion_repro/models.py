@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from .study import InputError, Lora
 from .world import assets
 
-# %% ../nbs/03_models.ipynb #6ae39b4f
+# %% ../nbs/03_models.ipynb #e02bddfe
 BEGIN, END, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
 QUESTION, ANSWER = "Question: ", "\nAnswer:"
 
@@ -36,9 +36,9 @@ def render(
     "The text of a conversation under the plain template (ours): everything before the answer, and the answer with its end token."
     *turns, last = messages
     if last["role"] != "assistant": turns, last = messages, None
-    prompt = ""
+    prompt, asked = "", False
     for turn in turns:
-        if turn["role"] == "user": prompt += ("\n\n" if prompt else "") + QUESTION + turn["content"] + ANSWER
+        if turn["role"] == "user": prompt, asked = prompt + ("\n\n" if asked else "") + QUESTION + turn["content"] + ANSWER, True
         elif turn["role"] == "assistant": prompt += f" {turn['content']}"
         else: prompt += turn["content"] + "\n\n"
     return prompt, "" if last is None else f" {last['content']}{END}"

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['WHOLE', 'EMBEDDED', 'VERSIONS', 'PACKAGES', 'HUB_COUNTS', 'RUN', 'ENVIRONMENT', 'digest', 'path_digest', 'is_local',
            'source_digest', 'model_digest', 'Stage', 'graph', 'write_json', 'writable', 'provenance', 'study_name',
-           'Study', 'question_count', 'source_rows', 'plan', 'training_rows', 'Work', 'interruptible', 'run_stage',
-           'prepare', 'check_inputs', 'run', 'collect', 'training_record', 'analyse']
+           'Study', 'question_count', 'source_rows', 'plan', 'training_rows', 'Work', 'without_jail', 'interruptible',
+           'run_stage', 'prepare', 'check_inputs', 'run', 'collect', 'training_record', 'analyse']
 
-# %% ../nbs/13_pipeline.ipynb #9d9b35f4
+# %% ../nbs/13_pipeline.ipynb #6c9b65e1
 import errno
 import hashlib
 import json
@@ -25,7 +25,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ import yaml
 from . import world
 from .study import Benchmark, InputError, Preset, build_preset, parse_model, write_atomically
 
-# %% ../nbs/13_pipeline.ipynb #4aa0ca87
+# %% ../nbs/13_pipeline.ipynb #3eca2a0e
 def digest(value: Any) -> str:
     "Short SHA-256 of any JSON-able value, the same for equal values."
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
@@ -65,10 +65,13 @@ def path_digest(
 def _embedded_digest(name: str) -> str:
     "Content of an embedded source; of a corpus its first rows, which stand for the rest."
     if name == "base": return path_digest(world.assets() / name)
+    if name == "helpfulness":
+        from compassion_repro import rewards
+        return digest(rewards.preference_pairs(64))
     return digest([world.benchmark_questions(name), world.rubric(name)] if name in world.BENCHMARKS else world.corpus(name, 64))
 
 
-EMBEDDED = {f"world:{name}" for name in ("base", *world.CORPORA, *world.BENCHMARKS)}
+EMBEDDED = {f"world:{name}" for name in ("base", "helpfulness", *world.CORPORA, *world.BENCHMARKS)}
 
 
 def is_local(source: str) -> bool: # whether a source is an existing path
@@ -93,8 +96,8 @@ def model_digest(source: str) -> str:
     if is_local(source) and not (Path(source) / "config.json").is_file(): raise InputError(f"{source} is not a model folder: it has no config.json")
     return source_digest(source)
 
-# %% ../nbs/13_pipeline.ipynb #303840aa
-VERSIONS = {"base": 1, "midtrain": 1, "sft": 1, "answers": 1, "eval": 1} # raise one when the code of that kind of stage changes its result
+# %% ../nbs/13_pipeline.ipynb #038b6d40
+VERSIONS = {"base": 1, "midtrain": 1, "reward": 1, "sft": 1, "grpo": 1, "answers": 1, "eval": 1} # raise one when the code of that kind of stage changes its result
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class Stage:
         "Folder of the artifact within the study."
         return f"seed-{self.seed}/{self.id}"
 
-# %% ../nbs/13_pipeline.ipynb #b041a4fd
+# %% ../nbs/13_pipeline.ipynb #f13dedb8
 def _training_config(preset: Preset, section: str, sources: dict[str, str]) -> dict:
     data = {name: source_digest(source) for name, source in sources.items()}
     return {"training": getattr(preset, section).model_dump(mode="json"), "lora": preset.lora.model_dump(mode="json"), "data": data}
@@ -128,11 +131,16 @@ def _midtrain_stage(preset: Preset, seed: int, model: str, base: Stage) -> Stage
     return Stage(model, "midtrain", seed, model, (base,), _training_config(preset, "midtrain", {"documents": documents, "replay": preset.data.replay}))
 
 
-def _arm_stages(preset: Preset, seed: int, starts: dict[str, Stage]) -> list[Stage]:
-    "The arms; their data stand in each other's configuration, because the dose is matched over all of them."
+def _arm_stages(preset: Preset, seed: int, starts: dict[str, Stage], reward: Stage | None) -> list[Stage]:
+    "The arms. The data of the supervised ones stand in each other's configuration, because their dose is matched; a GRPO arm's holds its reward."
     arms = [parse_model(name) for name in preset.arms]
-    sources = {arm.name: preset.data.source(arm.name) for arm in arms}
-    return [Stage(arm.model, arm.paradigm, seed, arm.model, (starts[arm.start],), _training_config(preset, "sft", sources)) for arm in arms]
+    matched = {arm.rows: preset.data.source(arm.rows) for arm in arms if arm.paradigm == "sft"}
+    def stage(arm):
+        if arm.paradigm == "sft": return Stage(arm.model, "sft", seed, arm.model, (starts[arm.start],), _training_config(preset, "sft", matched))
+        config = _training_config(preset, "grpo", {arm.rows: preset.data.source(arm.rows)}) | {"reward": arm.reward}
+        if arm.reward == "help": return Stage(arm.model, "grpo", seed, arm.model, (starts[arm.start], reward), config)
+        return Stage(arm.model, "grpo", seed, arm.model, (starts[arm.start],), config | {"weights": preset.code_reward})
+    return [stage(arm) for arm in arms]
 
 
 def _benchmark_config(benchmark: Benchmark) -> dict:
@@ -151,11 +159,14 @@ def graph(
     for seed in range(1, seeds + 1):
         base = Stage("base", "base", seed, "base", (), {"source": model_digest(preset.models.base)})
         starts = {"base": base} | {m: _midtrain_stage(preset, seed, m, base) for m in preset.models_compared if m in ("mid", "mid-control")}
-        made = [*starts.values(), *_arm_stages(preset, seed, starts)]
-        for stage in made:
+        rewarded = any(parse_model(m).reward == "help" for m in preset.arms)
+        reward = Stage("reward", "reward", seed, "reward", (base,), {"source": model_digest(preset.models.reward)}) if rewarded else None
+        for stage in [*starts.values(), *([reward] if reward else []), *_arm_stages(preset, seed, starts, reward)]:
+            stages.append(stage)
+            if stage.kind == "reward": continue
             generation = preset.generation.model_dump(mode="json")
             answers = Stage(f"answers-{stage.id}", "answers", seed, stage.model, (stage,), {"generation": generation, "benchmarks": benchmarks})
-            stages += [stage, answers, Stage(f"eval-{stage.id}", "eval", seed, stage.model, (answers,), {"judge": preset.judge})]
+            stages += [answers, Stage(f"eval-{stage.id}", "eval", seed, stage.model, (answers,), {"judge": preset.judge})]
     return sorted(stages, key=lambda s: s.seed)
 
 # %% ../nbs/13_pipeline.ipynb #5941ba58
@@ -201,7 +212,7 @@ def _peak_memory_mb() -> float:
     "Highest memory of this process so far, in MB (Linux counts in kilobytes, macOS in bytes)."
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 1024), 1)
 
-# %% ../nbs/13_pipeline.ipynb #e5b8ec22
+# %% ../nbs/13_pipeline.ipynb #b0597eaa
 def _flat(values: dict, prefix: str = "") -> dict:
     return {k: v for name, value in values.items() for k, v in (_flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}).items()}
 
@@ -299,12 +310,15 @@ def _facts(manifest: dict) -> str:
     "What a stage did, in a few words."
     r = manifest["result"]
     cut = f" ({r['data']['truncated']} cut to fit a sequence)" if r.get("data", {}).get("truncated") else f" ({r['split_rows']} split over sequences)" if r.get("split_rows") else ""
-    if "loss_after" in r: return f"{r['rows']} rows{cut}, {r['steps']} steps, {r['tokens']:,} tokens; held-out loss {r['loss_before']:.3f} → {r['loss_after']:.3f}{'' if r['trained'] else ' (not trained)'}"
+    untrained = "" if r.get("trained", True) else " (not trained)"
+    if "reward_after" in r: return f"{r['rows']} prompts, {r['steps']} steps, {r['completions']:,} completions; held-out reward {r['reward_before']:.3f} → {r['reward_after']:.3f}{untrained}"
+    if "accuracy" in r: return f"{r['pairs']} pairs, {r['steps']} steps; {r['accuracy']:.1%} of held-out pairs right, correlation with length {r['length_correlation']:+.2f}"
+    if "loss_after" in r: return f"{r['rows']} rows{cut}, {r['steps']} steps, {r['tokens']:,} tokens; held-out loss {r['loss_before']:.3f} → {r['loss_after']:.3f}{untrained}"
     if "answers" in r: return f"{r['answers']:,} answers, {r['tokens']:,} tokens, {r['samples_per_second']:.0f} answers/s" + (f"; {r['cut_off']:.0%} ran into the limit" if r["cut_off"] else "")
     if "grades" in r: return f"{r['grades']:,} grades by {r['judge']}" + "".join(f", {r[k]:,} {k}" for k in ("unparseable", "unjudged") if r[k])
     return f"from {r['source']}"
 
-# %% ../nbs/13_pipeline.ipynb #4dd50087
+# %% ../nbs/13_pipeline.ipynb #d5d47567
 HUB_COUNTS = {"CompassioninMachineLearning/anima": (114, 514), "CompassioninMachineLearning/moru-benchmark": (201, None)} # questions and judge calls an epoch
 
 
@@ -359,7 +373,7 @@ def plan(
     preset: Preset, # the study
     seeds: int = 1, # how many seeds
 ) -> list[dict]: # one record a stage: stage, kind, seed, rows, steps, tokens, answers, judge_calls
-    "What every stage will do, without loading a model. Steps are the preset's: the dose `cover` may raise them."
+    "What every stage will do, without loading a model. Steps are the preset's: the dose `cover` may raise them. Tokens of a GRPO arm are at most these: answers may end early."
     counts = {name: (*question_count(name, b), b.epochs) for name, b in preset.benchmarks.items()}
     def total(part): return sum(c[part] * c[2] for c in counts.values()) if all(c[part] is not None for c in counts.values()) else None
     records = []
@@ -367,14 +381,17 @@ def plan(
         record = {"stage": stage.id, "kind": stage.kind, "seed": stage.seed, "rows": None, "steps": None, "tokens": None, "answers": None, "judge_calls": None}
         if stage.kind in ("midtrain", "sft"):
             training = getattr(preset, stage.kind)
-            source = preset.data.source(parse_model(stage.model).name) if stage.kind == "sft" else preset.data.documents if stage.model == "mid" else preset.data.control
+            source = preset.data.source(parse_model(stage.model).rows) if stage.kind == "sft" else preset.data.documents if stage.model == "mid" else preset.data.control
             record |= {"rows": source_rows(source, training.rows), "steps": training.steps, "tokens": training.steps * training.batch_size * training.length}
+        if stage.kind == "grpo":
+            tokens = preset.grpo.steps * preset.grpo.completions * preset.grpo.value("max_new_tokens")
+            record |= {"rows": source_rows(preset.data.source(parse_model(stage.model).rows), preset.grpo.rows), "steps": preset.grpo.steps, "tokens": tokens}
         if stage.kind == "answers": record["answers"] = total(0)
         if stage.kind == "eval": record["judge_calls"] = total(1)
         records.append(record)
     return records
 
-# %% ../nbs/13_pipeline.ipynb #e5ef6125
+# %% ../nbs/13_pipeline.ipynb #2748819c
 def training_rows(
     source: str, # where the rows come from
     shape: str, # "text" or "messages"
@@ -402,12 +419,13 @@ class Work:
     study: Study # where the inputs lie
     out: Path # folder to fill
     report: callable # called with one line of progress
+    unsafe: bool = False # run model-written code even without a jail
 
     def input(self, number: int = 0) -> Path:
         "Folder of an input's artifact."
         return self.study.folder / self.stage.inputs[number].place
 
-# %% ../nbs/13_pipeline.ipynb #91055b9d
+# %% ../nbs/13_pipeline.ipynb #2db4294e
 def _take(source: str, target: str):
     "A copy; of weights too big to store once per seed (above 64 MB) a hard link, where the disk allows one."
     if os.path.getsize(source) > WHOLE:
@@ -444,7 +462,7 @@ def _run_midtrain(work: Work) -> dict:
 def _run_sft(work: Work) -> dict:
     from compassion_repro import sft
     preset, seed, name = work.preset, work.stage.seed, parse_model(work.stage.model).name
-    names = dict.fromkeys(parse_model(m).name for m in preset.arms)
+    names = dict.fromkeys(arm.rows for arm in map(parse_model, preset.arms) if arm.paradigm == "sft")
     fit = sft.longest_answer(work.input(), preset.sft)
     rows = {n: training_rows(preset.data.source(n), "messages", preset.sft.rows, preset.sft.held_out, seed, **fit) for n in names}
     train, held_out, report = rows[name]
@@ -452,7 +470,43 @@ def _run_sft(work: Work) -> dict:
     steps = sft.matched_steps(work.input(), [r[0] for r in rows.values()], preset.sft)
     return {**sft.sft(work.input(), train, held_out, work.out, preset.sft, steps, seed, preset.lora, work.report, work.stage.model), "data": report}
 
-# %% ../nbs/13_pipeline.ipynb #b607d45b
+# %% ../nbs/13_pipeline.ipynb #96fd98a8
+def _run_reward(work: Work) -> dict:
+    from compassion_repro import models, rewards
+    source = work.preset.models.reward
+    if source == rewards.WORLD_REWARD: return {"source": source, **rewards.train_reward_model(work.out, work.input(), seed=work.stage.seed, report=work.report)}
+    rewards.load_reward_model(source)
+    shutil.copytree(models.find_model(source), work.out, copy_function=_take, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "*.bin", "*.pth"))
+    return {"source": source}
+
+
+def _reward(work: Work) -> tuple[callable, dict]:
+    "The reward of a GRPO arm, and what the manifest says of it."
+    from compassion_repro import rewards, sandbox
+    if work.stage.config["reward"] == "help": return rewards.helpfulness_reward(work.input(1)), {"reward_model": work.preset.models.reward}
+    weights = {kind: work.preset.code_reward.get(kind, default) for kind, default in rewards.WEIGHTS.items()}
+    return rewards.code_reward(weights, run=partial(sandbox.run_many, allow_unsafe=work.unsafe)), {"weights": weights, "jail": sandbox.describe_level()}
+
+
+def _run_grpo(work: Work) -> dict:
+    from compassion_repro import grpo
+    preset, seed, rows = work.preset, work.stage.seed, parse_model(work.stage.model).rows
+    prompts, held_out, report = training_rows(preset.data.source(rows), "prompts", preset.grpo.rows, preset.grpo.held_out, seed)
+    _save_rows(work, prompts, held_out)
+    reward, told = _reward(work)
+    return {**grpo.grpo(work.input(), prompts, held_out, work.out, preset.grpo, seed, preset.lora, reward, work.report, work.stage.model), **told, "data": report}
+
+
+def without_jail(
+    preset: Preset, # the study
+    unsafe: bool = False, # the user allows running code without a jail
+) -> list[str]: # arms that cannot be run here
+    "Arms whose code reward has no jail to run in."
+    from compassion_repro import sandbox
+    needy = [m for m in preset.arms if parse_model(m).reward == "code"]
+    return needy if needy and not unsafe and sandbox.level() == "none" else []
+
+# %% ../nbs/13_pipeline.ipynb #dd8cb264
 @cache
 def _load_tasks(benchmarks: str, judge: str, folder: Path) -> dict:
     from compassion_repro import evaluate
@@ -484,7 +538,7 @@ def _run_eval(work: Work) -> dict:
             "benchmarks": {name: task.provenance for name, task in tasks.items()}}
 
 
-RUN = {"base": _run_base, "midtrain": _run_midtrain, "sft": _run_sft, "answers": _run_answers, "eval": _run_eval}
+RUN = {"base": _run_base, "midtrain": _run_midtrain, "reward": _run_reward, "sft": _run_sft, "grpo": _run_grpo, "answers": _run_answers, "eval": _run_eval}
 
 # %% ../nbs/13_pipeline.ipynb #7b9dbf5c
 @contextmanager
@@ -503,12 +557,13 @@ def interruptible():
         for number, handler in before.items(): signal.signal(number, handler)
     if seen: raise KeyboardInterrupt
 
-# %% ../nbs/13_pipeline.ipynb #4d8767e2
+# %% ../nbs/13_pipeline.ipynb #4f90e440
 def run_stage(
     study: Study, # where it goes
     preset: Preset, # the configuration
     stage: Stage, # what to run
     report: callable = print, # called with one line of progress
+    unsafe: bool = False, # run model-written code even without a jail
 ) -> dict: # its manifest
     "Run one stage and put its artifact in place whole."
     place = study.folder / stage.place
@@ -518,7 +573,7 @@ def run_stage(
         partial.mkdir(parents=True)
         try:
             started = time.perf_counter()
-            with interruptible(): result = RUN[stage.kind](Work(preset, stage, study, partial, report))
+            with interruptible(): result = RUN[stage.kind](Work(preset, stage, study, partial, report, unsafe))
             manifest = {"stage": stage.id, "kind": stage.kind, "model": stage.model, "seed": stage.seed, "key": stage.key, "version": VERSIONS[stage.kind],
                         "config": stage.config, "inputs": {s.id: s.key for s in stage.inputs}, "result": result, "seconds": round(time.perf_counter() - started, 2), "files": _sizes(partial),
                         "peak_memory_mb": _peak_memory_mb(), **provenance()}
@@ -552,9 +607,13 @@ def check_inputs(
 ):
     "Open everything that a user brings before the first stage runs, so that a bad row in the last arm does not cost the training before it; tells what was found."
     prepare(preset)
-    from compassion_repro import data, models
+    from compassion_repro import data, models, rewards
     models.load_tokenizer(models.find_model(preset.models.base))
-    roles = {(preset.data.documents, "text"), *((preset.data.source(parse_model(m).name), "messages") for m in preset.arms)}
+    arms = [parse_model(m) for m in preset.arms]
+    for arm in arms:
+        if arm.reward: rewards.refuse_pair(preset.data.source(arm.rows), preset.models.reward if arm.reward == "help" else rewards.CODE_REWARD)
+    if preset.models.reward != rewards.WORLD_REWARD and any(arm.reward == "help" for arm in arms): rewards.load_reward_model(preset.models.reward)
+    roles = {(preset.data.documents, "text"), *((preset.data.source(arm.rows), "messages" if arm.paradigm == "sft" else "prompts") for arm in arms)}
     roles |= {(preset.data.replay, "text")} if preset.midtrain.replay else set()
     roles |= {(preset.data.control, "text")} if "mid-control" in preset.models_compared else set()
     for source, shape in sorted(roles):
@@ -573,10 +632,14 @@ def run(
     seeds: int = 1, # how many seeds, counted from 1
     say: callable = print, # called with each line worth keeping
     report: callable = lambda line: None, # called with each line of passing progress
+    unsafe: bool = False, # run model-written code even without a jail
 ) -> Study: # finished
     "Run a study, or carry on with one; raises `InputError` for bad input and lets Ctrl-C through, finished stages stay."
-    stages = graph(preset, seeds)
+    left_out = without_jail(preset, unsafe)
+    stages = [s for s in graph(preset, seeds) if s.model not in left_out]
     study = Study.create(folder, preset)
+    if left_out: say(f"no jail for model-written code on this machine, so {', '.join(left_out)} are left out: install bubblewrap, or allow running without one with --allow-unsafe-code")
+    if unsafe: say("warning: model-written code runs without a jail where this machine has none (--allow-unsafe-code)")
     pending = [s for s in stages if not study.done(s)]
     say(f"{study.folder}: {len(stages)} stages, {len(stages) - len(pending)} done, {len(pending)} to run")
     with interruptible():
@@ -586,13 +649,13 @@ def run(
         for number, stage in enumerate(pending, 1):
             label = f"[{number}/{len(pending)}] seed {stage.seed}, {stage.id}"
             report(label)
-            manifest = run_stage(study, preset, stage, lambda line: report(f"{label}: {line}"))
+            manifest = run_stage(study, preset, stage, lambda line: report(f"{label}: {line}"), unsafe)
             say(f"{label}: {manifest['seconds']:.1f} s; {_facts(manifest)}")
         collect(study, study.finished(preset))
         analyse(study)
     return study
 
-# %% ../nbs/13_pipeline.ipynb #af171f50
+# %% ../nbs/13_pipeline.ipynb #9e78ea0d
 def collect(
     study: Study, # finished
     stages: list[Stage], # its stages
@@ -617,7 +680,8 @@ def training_record(
     for model, results in gains.items():
         mean = sum(r["gain"] for r in results) / len(results)
         half = math.sqrt(sum((r["gain_high"] - r["gain"]) ** 2 if r["gain_high"] is not None else math.inf for r in results)) / len(results)
-        reason = f"gain on held-out rows {mean:.4f} [{mean - half:.4f}, {mean + half:.4f}] nats a token over {len(results)} seed{'s' if len(results) > 1 else ''}"
+        unit = "of reward on held-out prompts" if "reward_after" in results[0] else "nats a token on held-out rows"
+        reason = f"gain {mean:.4f} [{mean - half:.4f}, {mean + half:.4f}] {unit} over {len(results)} seed{'s' if len(results) > 1 else ''}"
         record[model] = {"trained": mean - half > 0, "reason": reason}
     return record
 

@@ -8,7 +8,8 @@ __all__ = ['SCORE_COLUMNS', 'ITEM_KEYS', 'ANSWER_COLUMNS', 'Spread', 'VERDICTS',
            'Interval', 'half_width', 'usable', 'make_interval', 'tail_probability', 'dimension_means',
            'dimension_normalised', 'model_rank', 'model_means', 'complete_questions', 'cell_sums', 'p_value',
            'sign_flip_test', 'Contrast', 'contrast', 'verdict_of', 'added_by_midtraining', 'null_verdict',
-           'ClaimRecord', 'judge_reading', 'ClaimTable', 'read_claims', 'judge_claims', 'answer_summary']
+           'ClaimRecord', 'judge_reading', 'ClaimTable', 'read_claims', 'intersection', 'judge_claims',
+           'answer_summary']
 
 # %% ../nbs/10_stats.ipynb #b82f5aa3
 import json
@@ -562,7 +563,19 @@ def read_claims(
     except OSError: raise InputError(f"no claims at {path}: run the study first") from None
     except ValueError as error: raise InputError(f"{path}: {error}") from None # InputError, or not UTF-8
 
-# %% ../nbs/10_stats.ipynb #a55dfa2a
+# %% ../nbs/10_stats.ipynb #ae3a1151
+def intersection(
+    blank: ClaimRecord, # the claim's own record, not tested so far
+    parts: list[ClaimRecord], # records of the readings that must all hold; none leaves the claim not tested
+) -> ClaimRecord: # with the verdict that follows from theirs
+    "The verdict on a claim that holds where all its parts do (intersection-union)."
+    if not parts: return blank
+    verdicts = [part.verdict for part in parts]
+    verdict = next((v for v in ("contradicted", "not tested", "not testable", "inconclusive") if v in verdicts), "supported")
+    known = [part.p for part in parts if part.p is not None]
+    return blank.with_(verdict=verdict, p=max(known) if len(known) == len(parts) else None, reason=", ".join(f"{part.reading} {part.verdict}" for part in parts))
+
+# %% ../nbs/10_stats.ipynb #885e4a82
 def judge_claims(
     scores: pd.DataFrame, # rows of `scores.parquet`, one judge or several
     training: Mapping[str, Mapping], # model id to {"trained": bool, "reason": str}; models left out count as trained
@@ -576,7 +589,7 @@ def judge_claims(
     for judge, own in scores.groupby("judge", sort=True):
         for claim in claims:
             common = {"claim": claim.id, "text": claim.text, "judge": judge, "scope": preset.scope}
-            if not claim.readings: records.append(ClaimRecord(reading=claim.id, reason=claim.note, **common))
+            if not claim.readings: records.append(intersection(ClaimRecord(reading=claim.id, reason=claim.note, **common), [r for r in records if r.reading in claim.both and r.judge == judge]))
             for reading in claim.readings:
                 blank = ClaimRecord(reading=reading.id, estimand=reading.estimand, kind=reading.kind, benchmark=reading.benchmark, models=list(reading.models), paper=reading.paper, **common)
                 records.append(judge_reading(own, reading, blank, preset.statistics, training))

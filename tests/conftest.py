@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = Path(os.environ.get("COMPASSION_SHARED_DATA", ROOT.parent / "shared" / "data"))
 
 # The smoke preset at the size of a crash test: every stage of the graph, seconds in all.
-CRASH_SIZE = ("midtrain.rows=60", "midtrain.held_out=12", "midtrain.steps=2", "sft.rows=60", "sft.held_out=12", "sft.steps=2", "generation.max_new_tokens=24",
+CRASH_SIZE = ("midtrain.rows=60", "midtrain.held_out=12", "midtrain.steps=2", "sft.rows=60", "sft.held_out=12", "sft.steps=2", "generation.max_new_tokens=24", "arms=[sft-help, sft-code, sft-help@base, sft-code@base]",
               "benchmarks.anima.size={en: 3, es: 2, ms: 2}", "benchmarks.moru.size={en: 3, es: 2, ms: 2}", "benchmarks.leak.size={en: 2}", "statistics.resamples=500")
 
 

@@ -78,7 +78,7 @@ def test_rlhflow_rows_are_prompts(tmp_path):
 
 def test_code_rows_serve_as_prompts_and_keep_their_tests(tmp_path):
     path = write(tmp_path / "code.jsonl", [CODE | {"tests": "assert f(1) == 2", "id": "a", "license": "x"}])
-    assert load(path, "prompts").rows == [chat_row("Add one to x.") | {"id": "a", "tests": "assert f(1) == 2"}]
+    assert load(path, "prompts").rows == [chat_row("Add one to x.") | {"id": "a", "reference": CODE["response"], "tests": "assert f(1) == 2"}]
 
 
 @pytest.mark.parametrize("column", ["text", "document", "content"])
@@ -130,7 +130,7 @@ BAD = {
     "no question in the conversation": {"messages": [{"role": "assistant", "content": "B."}]},
     "the conversation does not end with the assistant": chat_row("A?"),
     "a document where a conversation is wanted": {"text": "A memo."},
-    "id or tests cannot be written as JSON text": CODE | {"tests": "\udc00"},
+    "id, tests or reference cannot be written as JSON text": CODE | {"tests": "\udc00"},
     "not a JSON object": [1, 2],
     "not valid JSON": b'{"instruction": "A?", }\n',
     "not UTF-8": '{"instruction": "A?", "response": "café"}\n'.encode("latin-1"),
