@@ -212,7 +212,7 @@ def _peak_memory_mb() -> float:
     "Highest memory of this process so far, in MB (Linux counts in kilobytes, macOS in bytes)."
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 1024), 1)
 
-# %% ../nbs/13_pipeline.ipynb #b0597eaa
+# %% ../nbs/13_pipeline.ipynb #e7eade14
 def _flat(values: dict, prefix: str = "") -> dict:
     return {k: v for name, value in values.items() for k, v in (_flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}).items()}
 
@@ -280,16 +280,16 @@ class Study:
         manifest, place = self.manifest(stage), self.folder / stage.place
         return manifest is not None and manifest["key"] == stage.key and manifest["files"] == _sizes(place)
 
-    def finished(self, preset: Preset) -> list[Stage]:
-        "The stages of every seed that is finished whole, as many seeds as there are."
+    def finished(self, preset: Preset, left_out: list[str] = []) -> list[Stage]:
+        "The stages of every seed that is finished whole, as many seeds as there are; arms that were left out are not waited for."
         seeds = [int(p.name[5:]) for p in self.folder.glob("seed-*") if p.name[5:].isdigit()]
         by_seed = {}
-        for stage in graph(preset, max(seeds, default=0)): by_seed.setdefault(stage.seed, []).append(stage)
+        for stage in graph(preset, max(seeds, default=0)):
+            if stage.model not in left_out: by_seed.setdefault(stage.seed, []).append(stage)
         return [stage for stages in by_seed.values() if all(map(self.done, stages)) for stage in stages]
 
-    def manifests(self, preset: Preset | None = None) -> list[dict]:
-        "Manifests of the stages that have one, by seed; with a preset, of its finished seeds alone."
-        if preset: return [self.manifest(stage) for stage in self.finished(preset)]
+    def manifests(self) -> list[dict]:
+        "Manifests of the stages that have one, by seed."
         places = sorted((p.parent for p in self.folder.glob("seed-*/[!.]*/manifest.json")), key=lambda p: p.stat().st_mtime)
         return sorted(filter(None, map(self._manifest, places)), key=lambda m: m["seed"])
 
@@ -557,7 +557,7 @@ def interruptible():
         for number, handler in before.items(): signal.signal(number, handler)
     if seen: raise KeyboardInterrupt
 
-# %% ../nbs/13_pipeline.ipynb #4f90e440
+# %% ../nbs/13_pipeline.ipynb #f419e906
 def run_stage(
     study: Study, # where it goes
     preset: Preset, # the configuration
@@ -651,11 +651,12 @@ def run(
             report(label)
             manifest = run_stage(study, preset, stage, lambda line: report(f"{label}: {line}"), unsafe)
             say(f"{label}: {manifest['seconds']:.1f} s; {_facts(manifest)}")
-        collect(study, study.finished(preset))
-        analyse(study)
+        stages = study.finished(preset, left_out)
+        collect(study, stages)
+        analyse(study, stages)
     return study
 
-# %% ../nbs/13_pipeline.ipynb #9e78ea0d
+# %% ../nbs/13_pipeline.ipynb #9e4510d7
 def collect(
     study: Study, # finished
     stages: list[Stage], # its stages
@@ -688,11 +689,12 @@ def training_record(
 
 def analyse(
     study: Study, # with its tables in place
+    stages: list[Stage], # those that the tables were made from
 ):
     "Judge the claims and draw the figure of a study from its tables; returns the claim table."
     from compassion_repro import figures, stats
     preset, scores = study.preset, study.table("scores")
-    claims = stats.judge_claims(scores, training_record(study.manifests(preset)), preset)
+    claims = stats.judge_claims(scores, training_record([study.manifest(stage) for stage in stages]), preset)
     with writable(study.folder):
         write_atomically(study.folder / "claims.json", lambda partial: partial.write_text(claims.to_json(), encoding="utf-8"))
         if scores.score.notna().any(): figures.save_figure(figures.plot_scores(scores, preset.statistics), study.folder / "figures", "scores")

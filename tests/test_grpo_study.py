@@ -3,9 +3,9 @@ import json
 
 import pandas as pd
 import pytest
-from conftest import assert_one_line, run_study
+from conftest import CRASH_SIZE, assert_one_line, run_study
 
-from compassion_repro import pipeline, sandbox
+from compassion_repro import pipeline, sandbox, stats
 from compassion_repro.pipeline import Study
 from compassion_repro.study import InputError, load_preset
 
@@ -39,6 +39,16 @@ def test_without_a_jail_the_code_arms_are_left_out(monkeypatch):
     assert pipeline.without_jail(preset, unsafe=True) == []
     monkeypatch.setattr(sandbox, "level", lambda: "landlock")
     assert pipeline.without_jail(preset) == []
+
+
+def test_without_a_jail_the_rest_of_the_study_finishes(monkeypatch, tmp_path):
+    said = []
+    monkeypatch.setattr(sandbox, "level", lambda: "none")
+    preset = load_preset("smoke", [*CRASH_SIZE, "arms=[sft-code, grpo-code]"])
+    study = pipeline.run(preset, tmp_path / "study", say=said.append)
+    assert any("grpo-code are left out" in line for line in said)
+    assert set(study.table("scores").model.unique()) == {"base", "mid", "sft-code"}
+    assert stats.read_claims(study.folder / "claims.json")["C2"].verdict == "not tested"
 
 
 def test_pairs_that_make_no_sense_are_refused(tmp_path):
