@@ -5,6 +5,7 @@ VENV := $(or $(VIRTUAL_ENV),.venv)
 BIN := $(VENV)/bin
 READY := $(VENV)/.compassion-repro-$(shell cat settings.ini setup.py constraints.txt | cksum | cut -d' ' -f1)
 SHELL := /bin/bash
+WORKERS ?= 2
 export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM = false
@@ -29,8 +30,8 @@ repro: $(READY)  ## the whole study on the embedded miniature world (CPU, no net
 
 test: check tests  ## everything that CI checks: notebooks in sync, every notebook's tests, the end-to-end tests
 
-tests: $(READY)  ## pytest: one item a notebook, and the end-to-end, crash and bad-input tests
-	$(BIN)/python -m pytest -q tests
+tests: $(READY)  ## pytest in two workers: one item a notebook, and the end-to-end, crash and bad-input tests
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile tests
 
 check: $(READY)  ## exported modules, notebooks and README are in sync and clean
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/in_sync.py
