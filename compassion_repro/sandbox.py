@@ -6,10 +6,11 @@
 __all__ = ['STATUSES', 'LEVELS', 'OUTPUT_LIMIT', 'FLOOD_LIMIT', 'NO_LEVEL', 'UNSAFE', 'PROBE', 'CodeResult', 'Jail', 'run_many',
            'run_code', 'probe', 'level', 'describe_level', 'benchmark']
 
-# %% ../nbs/06_sandbox.ipynb #49c8ae19
+# %% ../nbs/06_sandbox.ipynb #8f64921f
 import marshal
 import os
 import secrets
+import select
 import selectors
 import signal
 import socket
@@ -41,7 +42,7 @@ class CodeResult:
     stderr: str # its traceback or the test that failed, or why the sandbox failed
     seconds: float # wall time, the sandbox's own start included
 
-# %% ../nbs/06_sandbox.ipynb #a6bcadd1
+# %% ../nbs/06_sandbox.ipynb #f12daa0b
 def _environment() -> dict[str, str]: # the whole environment of the jail
     "Nothing, or the library folders where the interpreter itself is found through `LD_LIBRARY_PATH`."
     folders = [folder for folder in os.environ.get("LD_LIBRARY_PATH", "").split(":") if folder.startswith(interpreter_files()[1])]
@@ -75,8 +76,8 @@ class Jail:
 
     def __exit__(self, *error):
         self.line.close() # hanging up ends it
-        try: self.process.wait(10)
-        except subprocess.TimeoutExpired: self.process.kill()
+        with open(os.pidfd_open(self.process.pid)) as ended: # `wait` with a limit would look only now and then
+            if not select.select([ended], [], [], 10)[0]: self.process.kill()
         self.process.wait()
         self.process.stderr.close()
 
