@@ -42,7 +42,7 @@ class CodeResult:
     stderr: str # its traceback or the test that failed, or why the sandbox failed
     seconds: float # wall time, the sandbox's own start included
 
-# %% ../nbs/06_sandbox.ipynb #f12daa0b
+# %% ../nbs/06_sandbox.ipynb #bd3acd8c
 def _environment() -> dict[str, str]: # the whole environment of the jail
     "Nothing, or the library folders where the interpreter itself is found through `LD_LIBRARY_PATH`."
     folders = [folder for folder in os.environ.get("LD_LIBRARY_PATH", "").split(":") if folder.startswith(interpreter_files()[1])]
@@ -76,8 +76,9 @@ class Jail:
 
     def __exit__(self, *error):
         self.line.close() # hanging up ends it
-        with open(os.pidfd_open(self.process.pid)) as ended: # `wait` with a limit would look only now and then
-            if not select.select([ended], [], [], 10)[0]: self.process.kill()
+        if self.process.poll() is None:
+            with open(os.pidfd_open(self.process.pid)) as ended: # `wait` with a limit would look only now and then
+                if not select.select([ended], [], [], 10)[0]: self.process.kill()
         self.process.wait()
         self.process.stderr.close()
 
