@@ -29,7 +29,7 @@ from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-# %% ../nbs/08_grpo.ipynb #661fa584
+# %% ../nbs/08_grpo.ipynb #bdf2c69f
 def advantages(
     rewards: list[float | None], # group after group, None where the reward abstained
     group: int, # completions a prompt, G
@@ -49,9 +49,9 @@ def without_variance(
 ) -> float: # 0 to 1
     "Share of the groups that teach nothing: fewer than two different rewards in them."
     groups = [{reward for reward in rewards[start:start + group] if reward is not None} for start in range(0, len(rewards), group)]
-    return sum(len(known) < 2 for known in groups) / len(groups)
+    return sum(len(known) < 2 for known in groups) / max(len(groups), 1)
 
-# %% ../nbs/08_grpo.ipynb #ebde6120
+# %% ../nbs/08_grpo.ipynb #3f91381e
 def prompt_rows(
     rows: list[dict], # `messages` rows, with or without a last answer, and columns for the reward
     tokenizer: PreTrainedTokenizerBase, # the model's
@@ -61,9 +61,10 @@ def prompt_rows(
     shown = []
     for row in rows:
         turns, answer = row["messages"], row.get("reference")
-        if turns[-1]["role"] == "assistant": turns, answer = turns[:-1], turns[-1]["content"]
+        if turns and turns[-1]["role"] == "assistant": turns, answer = turns[:-1], turns[-1]["content"]
         shown.append({**row, "messages": turns, "reference": answer})
     kept = [row for row in shown if row["messages"] and len(encode_prompt(row["messages"], tokenizer)) <= max_tokens]
+    if not rows: raise InputError("there is no prompt to train on or to measure with: give rows, or raise held_out")
     if not kept: raise InputError(f"none of the {len(rows)} prompts has {max_tokens} tokens or fewer: raise max_prompt_tokens or give shorter prompts")
     return kept
 

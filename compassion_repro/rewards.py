@@ -27,7 +27,7 @@ from zlib import crc32
 from . import world
 from .study import InputError
 
-# %% ../nbs/07_rewards.ipynb #5d35848d
+# %% ../nbs/07_rewards.ipynb #6a13d217
 def answer_text(
     completion: str | list[dict], # plain text, or messages
 ) -> str: # without surrounding blanks
@@ -48,7 +48,7 @@ def finite(
     count: int, # completions it was asked about
 ) -> list[float | None]: # as floats, None for what is no finite number
     "What a reward said, in one form; raises `InputError` where it did not answer for every completion."
-    if len(values) != count: raise InputError(f"the reward {getattr(reward, '__name__', type(reward).__name__)} gave {len(values)} values for {count} completions: it must give one each, None where it cannot judge")
+    if values is None or len(values) != count: raise InputError(f"the reward {getattr(reward, '__name__', type(reward).__name__)} gave {len(values if values is not None else [])} values for {count} completions: it must give one each, None where it cannot judge")
     return [float(value) if value is not None and math.isfinite(value) else None for value in values]
 
 
@@ -217,14 +217,14 @@ def _code_parts(case: _Case, weights: dict, results: dict) -> dict[str, float | 
             "behaves": _behaves(case, weights, results),
             "resembles": resembles(case.program, case.reference) if case.reference.text and weights.get("resembles") else None}
 
-# %% ../nbs/07_rewards.ipynb #0390c129
+# %% ../nbs/07_rewards.ipynb #8c883236
 def code_reward(
     weights: dict[str, dict[str, float]] = WEIGHTS, # "tested" and "graded": part -> weight
     run: Callable | None = None, # runs programs, list of (code, tests) -> list of results; default: the jail's pool, which must be there
 ) -> Callable: # `code(prompts, completions, tests=None, reference=None, **columns)`
     """The code reward: range 0 to 1, `None` where the jail itself failed or no part applies (ours).
 
-    Columns: `tests` (asserts that decide) and `reference` (an answer to compare with). Its `parts` attribute holds the parts of the last call. Raises `InputError` for weights that cannot be used."""
+    Columns: `tests` (asserts that decide, a text or a list of lines) and `reference` (an answer to compare with). Its `parts` attribute holds the parts of the last call. Raises `InputError` for weights that cannot be used."""
     _check_weights(weights)
     if run is None:
         from compassion_repro.sandbox import level, run_many as run
@@ -234,7 +234,7 @@ def code_reward(
     def code(prompts, completions, tests=None, reference=None, **columns):
         blank = [None] * len(prompts)
         columns_of_rows = zip(completions, tests or blank, reference or blank)
-        cases = [_Case(find_code(answer_text(answer)), find_code(model or ""), test or "") for answer, test, model in columns_of_rows]
+        cases = [_Case(find_code(answer_text(answer)), find_code(model or ""), test if isinstance(test, str) else "\n".join(test or [])) for answer, test, model in columns_of_rows]
         chosen = [weights["tested" if case.tests else "graded"] for case in cases]
         results = jail([program for case, weight in zip(cases, chosen) for program in case.programs(weight)])
         failed = [any(results[program].passed is None for program in case.programs(weight)) for case, weight in zip(cases, chosen)]

@@ -172,7 +172,7 @@ def _run_in(jail: Jail, program: tuple[str, str], timeout_s: float, memory_mb: i
     text = errors.decode("utf-8", "replace") + (f"sandbox: {why}\n" if why else "")
     return CodeResult(None if status == "sandbox-error" else status == "ok", status, output.decode("utf-8", "replace"), text, time.perf_counter() - began)
 
-# %% ../nbs/06_sandbox.ipynb #765363ab
+# %% ../nbs/06_sandbox.ipynb #548c7bd7
 NO_LEVEL = "sandbox: neither bubblewrap nor Landlock works here, so nothing was run; install bubblewrap, or allow unsafe code explicitly"
 UNSAFE = "model-written code runs WITHOUT any isolation: it can read, change and send whatever this user can"
 
@@ -189,7 +189,7 @@ def run_many(
     "Run many programs, each as `run_code` does, in one jail. Raises `InputError` as that does."
     where = using or level()
     if where not in LEVELS: raise InputError(f"unknown sandbox level {where!r}: use one of {', '.join(LEVELS)}")
-    if not timeout_s > 0 or not memory_mb >= 32: raise InputError(f"the sandbox wants timeout_s above 0 and memory_mb of at least 32, got {timeout_s} and {memory_mb}")
+    if not 0 < timeout_s < 10**6 or not 32 <= memory_mb < 10**9: raise InputError(f"the sandbox wants timeout_s above 0 and memory_mb of at least 32, and numbers a kernel knows, got {timeout_s} and {memory_mb}")
     if where == "none" and not allow_unsafe: return [CodeResult(None, "sandbox-error", "", NO_LEVEL, 0.0)] * len(programs)
     if not programs: return []
     if where == "none": warnings.warn(UNSAFE, RuntimeWarning, stacklevel=2)

@@ -69,7 +69,7 @@ def interpreter_files() -> tuple[str, tuple[str, ...]]: # the real interpreter, 
     outermost = [path for path in needed if not any(str(folder) in needed for folder in Path(path).parents)]
     return python, tuple(sorted(outermost))
 
-# %% ../nbs/06b_walls.ipynb #e437004d
+# %% ../nbs/06b_walls.ipynb #3ee78027
 MEGABYTE = 1 << 20
 FOLDER_LIMIT = 64 * MEGABYTE # bytes in the program's folder
 USERS = itertools.cycle(range(60706, 61184)) # one for each program that root runs
@@ -80,7 +80,7 @@ def limits(
     memory_mb: int, # address space in MB
 ) -> dict[str, int]: # name of the resource -> hard and soft limit
     "The kernel's limits on one process of the jail."
-    return {"RLIMIT_AS": memory_mb * MEGABYTE, "RLIMIT_CPU": int(timeout_s) + 2, "RLIMIT_NPROC": 512, "RLIMIT_FSIZE": 16 * MEGABYTE, "RLIMIT_NOFILE": 64, "RLIMIT_CORE": 0, "RLIMIT_MEMLOCK": 0}
+    return {"RLIMIT_AS": int(memory_mb * MEGABYTE), "RLIMIT_CPU": int(timeout_s) + 2, "RLIMIT_NPROC": 512, "RLIMIT_FSIZE": 16 * MEGABYTE, "RLIMIT_NOFILE": 64, "RLIMIT_CORE": 0, "RLIMIT_MEMLOCK": 0}
 
 # %% ../nbs/06b_walls.ipynb #2e4a834f
 def _change_user(user, keep_reading):

@@ -535,7 +535,7 @@ def test_tests_that_do_not_compile_give_no_score(where):
     assert result.passed is None and result.status == "sandbox-error" and "do not compile" in result.stderr
 
 
-@pytest.mark.parametrize("arguments, words", [({"using": "cellar"}, "unknown sandbox level"), ({"timeout_s": 0}, "above 0"), ({"timeout_s": -1}, "above 0"), ({"timeout_s": float("nan")}, "above 0"), ({"memory_mb": 1}, "at least 32")])
+@pytest.mark.parametrize("arguments, words", [({"using": "cellar"}, "unknown sandbox level"), ({"timeout_s": 0}, "above 0"), ({"timeout_s": -1}, "above 0"), ({"timeout_s": float("nan")}, "above 0"), ({"timeout_s": float("inf")}, "above 0"), ({"memory_mb": float("inf")}, "at least 32"), ({"memory_mb": 1}, "at least 32")])
 def test_bad_arguments_are_refused_in_one_line(arguments, words):
     with pytest.raises(InputError, match=words) as caught: run_code(ADD, ADD_TESTS, **arguments)
     assert "\n" not in str(caught.value)
