@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['LOGGED', 'advantages', 'without_variance', 'prompt_rows', 'sample_answers', 'held_out_rewards', 'reward_gain',
-           'Recorder', 'step_log', 'warnings_of', 'make_trainer', 'grpo', 'benchmark_grpo']
+           'Recorder', 'step_log', 'warnings_before', 'warnings_of', 'make_trainer', 'grpo', 'benchmark_grpo']
 
-# %% ../nbs/08_grpo.ipynb #c426bd3d
+# %% ../nbs/08_grpo.ipynb #5e2dd8a7
+import hashlib
 import json
 import math
+import os
 import shutil
 import tempfile
 import time
@@ -18,7 +20,7 @@ from statistics import median
 
 from .data import rows_sha256
 from .models import CHAT_TEMPLATE, encode_prompt, load_model, load_tokenizer, lora_config, merge, pick_dtype, save_model
-from .rewards import answer_text, apply_reward
+from .rewards import answer_text, apply_reward, finite
 from .study import GRPO_SETTINGS, Grpo, InputError, Lora, settings_markdown, write_atomically
 
 import pandas as pd
@@ -27,7 +29,7 @@ from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-# %% ../nbs/08_grpo.ipynb #661fa584
+# %% ../nbs/08_grpo.ipynb #bdf2c69f
 def advantages(
     rewards: list[float | None], # group after group, None where the reward abstained
     group: int, # completions a prompt, G
@@ -47,9 +49,9 @@ def without_variance(
 ) -> float: # 0 to 1
     "Share of the groups that teach nothing: fewer than two different rewards in them."
     groups = [{reward for reward in rewards[start:start + group] if reward is not None} for start in range(0, len(rewards), group)]
-    return sum(len(known) < 2 for known in groups) / len(groups)
+    return sum(len(known) < 2 for known in groups) / max(len(groups), 1)
 
-# %% ../nbs/08_grpo.ipynb #ebde6120
+# %% ../nbs/08_grpo.ipynb #3f91381e
 def prompt_rows(
     rows: list[dict], # `messages` rows, with or without a last answer, and columns for the reward
     tokenizer: PreTrainedTokenizerBase, # the model's
@@ -59,9 +61,10 @@ def prompt_rows(
     shown = []
     for row in rows:
         turns, answer = row["messages"], row.get("reference")
-        if turns[-1]["role"] == "assistant": turns, answer = turns[:-1], turns[-1]["content"]
+        if turns and turns[-1]["role"] == "assistant": turns, answer = turns[:-1], turns[-1]["content"]
         shown.append({**row, "messages": turns, "reference": answer})
     kept = [row for row in shown if row["messages"] and len(encode_prompt(row["messages"], tokenizer)) <= max_tokens]
+    if not rows: raise InputError("there is no prompt to train on or to measure with: give rows, or raise held_out")
     if not kept: raise InputError(f"none of the {len(rows)} prompts has {max_tokens} tokens or fewer: raise max_prompt_tokens or give shorter prompts")
     return kept
 
@@ -71,7 +74,7 @@ def _as_dataset(rows: list[dict]) -> Dataset:
     names = sorted({name for row in rows for name in row} - {"messages", "id"})
     return Dataset.from_list([{"prompt": row["messages"], **{name: row.get(name) for name in names}} for row in rows])
 
-# %% ../nbs/08_grpo.ipynb #05c1d55e
+# %% ../nbs/08_grpo.ipynb #9f09cc6d
 def sample_answers(
     model: PreTrainedModel, # in evaluation mode
     tokenizer: PreTrainedTokenizerBase, # its tokenizer
@@ -116,18 +119,19 @@ def held_out_rewards(
 def reward_gain(
     before: list[float], # mean reward of each held-out prompt
     after: list[float], # the same prompts after training
-) -> dict: # means, gain with its 95 % interval, and `trained`
+) -> dict: # means, gain with its 95 % interval, and `trained`; None for what too few prompts leave open
     "Mean rise of the reward on held-out prompts, paired by prompt; `trained` says that its whole interval lies above 0."
     pairs = torch.tensor([(a, b) for a, b in zip(before, after) if math.isfinite(a + b)], dtype=torch.float64).view(-1, 2)
     gain, count = pairs[:, 1] - pairs[:, 0], len(pairs)
-    mean = gain.mean().item() if count else math.nan
-    half = 1.96 * gain.std().item() / math.sqrt(count) if count > 1 else math.inf
-    low, high = pairs.mean(0).tolist() if count else (math.nan, math.nan)
-    return {"reward_before": low, "reward_after": high, "gain": mean, "gain_low": mean - half, "gain_high": mean + half, "held_out_prompts": count, "trained": bool(mean - half > 0)}
+    low, high = pairs.mean(0).tolist() if count else (None, None)
+    mean = gain.mean().item() if count else None
+    half = 1.96 * gain.std().item() / math.sqrt(count) if count > 1 else None
+    ends = {"gain_low": mean - half, "gain_high": mean + half} if half is not None else {"gain_low": None, "gain_high": None}
+    return {"reward_before": low, "reward_after": high, "gain": mean, **ends, "held_out_prompts": count, "trained": half is not None and mean - half > 0}
 
-# %% ../nbs/08_grpo.ipynb #16611a90
+# %% ../nbs/08_grpo.ipynb #0b737345
 class Recorder:
-    "A reward, watched: same values, and a record of what they meant."
+    "A reward, watched: same values, and a record of what they meant. A value that is no finite number counts as abstained."
     def __init__(
         self,
         reward: Callable, # the reward itself
@@ -140,7 +144,7 @@ class Recorder:
 
     def __call__(self, prompts, completions, trainer_state=None, log_metric=None, log_extra=None, **columns):
         said = {}
-        values = self.reward(prompts=prompts, completions=completions, trainer_state=trainer_state, log_metric=log_metric, log_extra=said.__setitem__, **columns)
+        values = finite(self.reward, self.reward(prompts=prompts, completions=completions, trainer_state=trainer_state, log_metric=log_metric, log_extra=said.__setitem__, **columns), len(prompts))
         relative = advantages(values, self.group)
         log_metric("advantage_spread", math.sqrt(sum(value ** 2 for value in relative) / len(relative)))
         log_metric("zero_variance", without_variance(values, self.group))
@@ -160,7 +164,7 @@ class Recorder:
         files = [file for file in sorted(self.folder.glob("step-*.parquet")) if int(file.stem.removeprefix("step-")) <= steps]
         return pd.concat([pd.read_parquet(file) for file in files], ignore_index=True) if files else pd.DataFrame(columns=["step", "prompt", "completion", "reward", "advantage"])
 
-# %% ../nbs/08_grpo.ipynb #6909e96f
+# %% ../nbs/08_grpo.ipynb #17d7f895
 LOGGED = {"reward": "reward", "reward_std": "reward_spread", "advantage_spread": "advantage_spread", "zero_variance": "zero_variance", "abstained": "abstained", "kl": "kl",
           "completions/clipped_ratio": "clipped", "completions/mean_length": "length", "entropy": "entropy", "clip_ratio/region_mean": "ratio_clipped",
           "learning_rate": "learning_rate", "loss": "loss", "step_time": "seconds"}
@@ -172,6 +176,16 @@ def step_log(
     "The log, in this package's names. `clipped` is the share of completions that ran into the limit, `length` their tokens, `entropy` in nats a token."
     def parts(entry): return {name: value for name, value in entry.items() if name.startswith("code/")}
     return [{"step": entry["step"], **{ours: entry.get(theirs) for theirs, ours in LOGGED.items()}, **parts(entry)} for entry in history if "reward" in entry]
+
+
+def warnings_before(
+    answers: pd.DataFrame, # held-out answers of the start, from `held_out_rewards`
+    remark: str = "", # what the reward itself says of these prompts
+) -> list[str]: # one line, or none
+    "Says before the first step that a reward makes no difference between the answers it will be given."
+    known = answers.reward.dropna()
+    if known.nunique() > 1: return []
+    return [f"before training the reward is {known.iloc[0]:.2g} for each of {len(known)} held-out answers, so there is nothing to learn from yet" + (f": {remark}" if remark else "")]
 
 
 def warnings_of(
@@ -236,7 +250,7 @@ def _config(model, training: Grpo, seed: int, folder: str | Path, save: bool) ->
         temperature=training.value("temperature"), top_p=training.value("top_p"), top_k=0, max_completion_length=training.value("max_new_tokens"),
         logging_steps=1, save_strategy="steps" if save else "no", save_steps=training.save_every, save_total_limit=2, report_to=[], disable_tqdm=True)
 
-# %% ../nbs/08_grpo.ipynb #85f088e1
+# %% ../nbs/08_grpo.ipynb #6ed8d38a
 def _usable_checkpoint(folder: Path, identity: str) -> str | None:
     "The latest whole checkpoint of this very run, or None; a folder of another run is emptied."
     mark = folder / "identity"
@@ -249,6 +263,17 @@ def _usable_checkpoint(folder: Path, identity: str) -> str | None:
     return str(max(whole, key=lambda place: int(place.name.rpartition("-")[2]))) if whole else None
 
 
+def _weights_digest(folder: str | Path) -> str:
+    "Identity of a model's weights wherever they lie: size and last megabyte of each file."
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 2**20))
+            digest.update(b"%d" % size + file.read())
+    return digest.hexdigest()[:16]
+
+
 def _is_whole(checkpoint: Path) -> bool:
     "Whether a checkpoint was written to its end: the trainer writes its state last."
     try: return bool(json.loads((checkpoint / "trainer_state.json").read_text())["global_step"])
@@ -257,7 +282,7 @@ def _is_whole(checkpoint: Path) -> bool:
 
 def _train(start, prompts, training, seed, lora, reward, report, label, checkpoints) -> tuple[PreTrainedModel, list[dict], pd.DataFrame, float]:
     "Train; gives the plain trained model, the log, the sampled completions and the seconds."
-    identity = json.dumps([training.model_dump(), lora and lora.model_dump(), seed, rows_sha256(prompts), str(start), getattr(reward, "__name__", "")])
+    identity = json.dumps([training.model_dump(), lora and lora.model_dump(), seed, rows_sha256(prompts), _weights_digest(start), getattr(reward, "__name__", "")])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(checkpoints or temporary)
         found = _usable_checkpoint(folder, identity) if checkpoints else None
@@ -268,7 +293,7 @@ def _train(start, prompts, training, seed, lora, reward, report, label, checkpoi
         model = (merge(trainer.model) if lora else trainer.model).eval()
         return model, step_log(trainer.state.log_history), recorder.table(training.steps), time.perf_counter() - begun
 
-# %% ../nbs/08_grpo.ipynb #9799bf04
+# %% ../nbs/08_grpo.ipynb #fb32909d
 def grpo(
     start: str | Path, # model folder to start from; also the KL reference, so a plain model without adapter
     prompts: list[dict], # training prompts: `messages` rows, and the columns that the reward reads
@@ -288,18 +313,20 @@ def grpo(
     if why := getattr(reward, "refuses", lambda rows: None)(prompts): raise InputError(f"{label}: {why}")
     before, answers_before = held_out_rewards(load_model(start), tokenizer, held_out, reward, training, seed)
     if not any(map(math.isfinite, before)): raise InputError(f"{label}: the reward cannot judge a single answer to these prompts: pair them with another reward")
+    early = warnings_before(answers_before, getattr(reward, "remark", lambda rows: "")(prompts))
+    for line in early: report(f"{label}: warning: {line}")
     model, log, completions, seconds = _train(start, prompts, training, seed, lora, reward, report, label, checkpoints)
     save_model(model, tokenizer, out)
     after, answers_after = held_out_rewards(load_model(out), tokenizer, held_out, reward, training, seed)
-    told = warnings_of(log)
-    for line in told: report(f"{label}: warning: {line}")
+    late = warnings_of(log)
+    for line in late: report(f"{label}: warning: {line}")
     write_atomically(Path(out) / "completions.parquet", completions.to_parquet)
     answers = pd.concat([answers_before.assign(when="before"), answers_after.assign(when="after")], ignore_index=True)
     write_atomically(Path(out) / "held_out.parquet", answers.to_parquet)
     if checkpoints: shutil.rmtree(checkpoints, ignore_errors=True)
     return {"rows": len(prompts), "steps": training.steps, "completions": training.steps * training.completions, "settings": {key: training.value(key) for key in GRPO_SETTINGS[training.settings]},
-            "reward": getattr(reward, "__name__", type(reward).__name__), "abstained_held_out": float(answers_after.reward.isna().mean()), **reward_gain(before, after), **_method(lora, model),
-            "train_seconds": round(seconds, 2), "warnings": told, "log": log}
+            "reward": getattr(reward, "__name__", type(reward).__name__), "abstained": sum(record["abstained"] for record in log) / len(log) if log else 0., "abstained_held_out": float(answers_after.reward.isna().mean()), **reward_gain(before, after), **_method(lora, model),
+            "train_seconds": round(seconds, 2), "warnings": early + late, "log": log}
 
 
 def _method(lora: Lora | None, model: PreTrainedModel) -> dict:

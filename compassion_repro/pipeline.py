@@ -212,7 +212,7 @@ def _peak_memory_mb() -> float:
     "Highest memory of this process so far, in MB (Linux counts in kilobytes, macOS in bytes)."
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 1024), 1)
 
-# %% ../nbs/13_pipeline.ipynb #e7eade14
+# %% ../nbs/13_pipeline.ipynb #9be107fc
 def _flat(values: dict, prefix: str = "") -> dict:
     return {k: v for name, value in values.items() for k, v in (_flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}).items()}
 
@@ -306,12 +306,19 @@ class Study:
         return "\n".join([f"**{self.folder.name}**", "", "| seed | stage | seconds | peak memory, MB | |", "|---|---|---|---|---|", *rows])
 
 
+def _reward_facts(result: dict, untrained: str) -> str:
+    "The rise of a GRPO arm's reward, how much of it could not be judged, and what its training warned of."
+    rise = " → ".join("unknown" if result[key] is None else f"{result[key]:.3f}" for key in ("reward_before", "reward_after"))
+    abstained = f", abstained on {result['abstained']:.0%}" if result.get("abstained") else ""
+    return rise + untrained + abstained + "".join(f"; warning: {line}" for line in result.get("warnings", []))
+
+
 def _facts(manifest: dict) -> str:
     "What a stage did, in a few words."
     r = manifest["result"]
     cut = f" ({r['data']['truncated']} cut to fit a sequence)" if r.get("data", {}).get("truncated") else f" ({r['split_rows']} split over sequences)" if r.get("split_rows") else ""
     untrained = "" if r.get("trained", True) else " (not trained)"
-    if "reward_after" in r: return f"{r['rows']} prompts, {r['steps']} steps, {r['completions']:,} completions; held-out reward {r['reward_before']:.3f} → {r['reward_after']:.3f}{untrained}"
+    if "reward_after" in r: return f"{r['rows']} prompts, {r['steps']} steps, {r['completions']:,} completions; held-out reward {_reward_facts(r, untrained)}"
     if "accuracy" in r: return f"{r['pairs']} pairs, {r['steps']} steps; {r['accuracy']:.1%} of held-out pairs right, correlation with length {r['length_correlation']:+.2f}"
     if "loss_after" in r: return f"{r['rows']} rows{cut}, {r['steps']} steps, {r['tokens']:,} tokens; held-out loss {r['loss_before']:.3f} → {r['loss_after']:.3f}{untrained}"
     if "answers" in r: return f"{r['answers']:,} answers, {r['tokens']:,} tokens, {r['samples_per_second']:.0f} answers/s" + (f"; {r['cut_off']:.0%} ran into the limit" if r["cut_off"] else "")
@@ -470,7 +477,7 @@ def _run_sft(work: Work) -> dict:
     steps = sft.matched_steps(work.input(), [r[0] for r in rows.values()], preset.sft)
     return {**sft.sft(work.input(), train, held_out, work.out, preset.sft, steps, seed, preset.lora, work.report, work.stage.model), "data": report}
 
-# %% ../nbs/13_pipeline.ipynb #96fd98a8
+# %% ../nbs/13_pipeline.ipynb #4905cb12
 def _run_reward(work: Work) -> dict:
     from compassion_repro import models, rewards
     source = work.preset.models.reward
@@ -494,7 +501,12 @@ def _run_grpo(work: Work) -> dict:
     prompts, held_out, report = training_rows(preset.data.source(rows), "prompts", preset.grpo.rows, preset.grpo.held_out, seed)
     _save_rows(work, prompts, held_out)
     reward, told = _reward(work)
-    return {**grpo.grpo(work.input(), prompts, held_out, work.out, preset.grpo, seed, preset.lora, reward, work.report, work.stage.model), **told, "data": report}
+    return {**grpo.grpo(work.input(), prompts, held_out, work.out, preset.grpo, seed, preset.lora, reward, work.report, work.stage.model, _checkpoints(work)), **told, "data": report}
+
+
+def _checkpoints(work: Work) -> Path:
+    "Where a stage leaves what it needs to carry on after a kill: hidden beside the stage's place, gone when the stage is done."
+    return work.out.with_name(f".{work.stage.id}.checkpoints")
 
 
 def without_jail(
@@ -557,7 +569,7 @@ def interruptible():
         for number, handler in before.items(): signal.signal(number, handler)
     if seen: raise KeyboardInterrupt
 
-# %% ../nbs/13_pipeline.ipynb #f419e906
+# %% ../nbs/13_pipeline.ipynb #d4e63ec7
 def run_stage(
     study: Study, # where it goes
     preset: Preset, # the configuration
@@ -611,7 +623,10 @@ def check_inputs(
     models.load_tokenizer(models.find_model(preset.models.base))
     arms = [parse_model(m) for m in preset.arms]
     for arm in arms:
-        if arm.reward: rewards.refuse_pair(preset.data.source(arm.rows), preset.models.reward if arm.reward == "help" else rewards.CODE_REWARD)
+        if not arm.reward: continue
+        pair = preset.data.source(arm.rows), preset.models.reward if arm.reward == "help" else rewards.CODE_REWARD
+        rewards.refuse_pair(*pair)
+        if told := rewards.remark_pair(*pair): say(f"warning: {arm.model}: {told}")
     if preset.models.reward != rewards.WORLD_REWARD and any(arm.reward == "help" for arm in arms): rewards.load_reward_model(preset.models.reward)
     roles = {(preset.data.documents, "text"), *((preset.data.source(arm.rows), "messages" if arm.paradigm == "sft" else "prompts") for arm in arms)}
     roles |= {(preset.data.replay, "text")} if preset.midtrain.replay else set()
@@ -656,7 +671,7 @@ def run(
         analyse(study, stages)
     return study
 
-# %% ../nbs/13_pipeline.ipynb #9e4510d7
+# %% ../nbs/13_pipeline.ipynb #23afe060
 def collect(
     study: Study, # finished
     stages: list[Stage], # its stages
@@ -679,6 +694,9 @@ def training_record(
         if "gain" in m["result"]: gains.setdefault(m["model"], []).append(m["result"])
     record = {}
     for model, results in gains.items():
+        if any(r["gain"] is None for r in results):
+            record[model] = {"trained": False, "reason": "no answer to a held-out prompt could be judged both before and after training"}
+            continue
         mean = sum(r["gain"] for r in results) / len(results)
         half = math.sqrt(sum((r["gain_high"] - r["gain"]) ** 2 if r["gain_high"] is not None else math.inf for r in results)) / len(results)
         unit = "of reward on held-out prompts" if "reward_after" in results[0] else "nats a token on held-out rows"

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LONGEST_PROGRAM', 'WEIGHTS', 'PARTS', 'FAULTS', 'WORLD_REWARD', 'CODE_REWARD', 'answer_text', 'prompt_messages',
-           'apply_reward', 'weighted_mean', 'Program', 'find_code', 'parse', 'block', 'parses', 'resembles',
+           'finite', 'apply_reward', 'weighted_mean', 'Program', 'find_code', 'parse', 'block', 'parses', 'resembles',
            'code_reward', 'preference_pairs', 'load_reward_model', 'helpfulness_reward', 'encode_conversation',
-           'train_reward_model', 'measure_reward_model', 'refuse_pair']
+           'train_reward_model', 'measure_reward_model', 'refuse_pair', 'remark_pair']
 
 # %% ../nbs/07_rewards.ipynb #b7b8e574
 import ast
@@ -27,7 +27,7 @@ from zlib import crc32
 from . import world
 from .study import InputError
 
-# %% ../nbs/07_rewards.ipynb #f0cdcc18
+# %% ../nbs/07_rewards.ipynb #6a13d217
 def answer_text(
     completion: str | list[dict], # plain text, or messages
 ) -> str: # without surrounding blanks
@@ -42,6 +42,16 @@ def prompt_messages(
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
+def finite(
+    reward: Callable, # who said it
+    values: list[float | None], # what it said
+    count: int, # completions it was asked about
+) -> list[float | None]: # as floats, None for what is no finite number
+    "What a reward said, in one form; raises `InputError` where it did not answer for every completion."
+    if values is None or len(values) != count: raise InputError(f"the reward {getattr(reward, '__name__', type(reward).__name__)} gave {len(values if values is not None else [])} values for {count} completions: it must give one each, None where it cannot judge")
+    return [float(value) if value is not None and math.isfinite(value) else None for value in values]
+
+
 def apply_reward(
     reward: Callable, # any reward of this room, or a user's
     rows: list[dict], # `messages` without the last answer, and the columns that the reward reads
@@ -50,7 +60,7 @@ def apply_reward(
     "Call a reward outside a trainer, on rows and answers."
     columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row if name != "messages")}
     completions = [[{"role": "assistant", "content": answer}] for answer in answers]
-    return reward(prompts=[row["messages"] for row in rows], completions=completions, **columns)
+    return finite(reward, reward(prompts=[row["messages"] for row in rows], completions=completions, **columns), len(rows))
 
 # %% ../nbs/07_rewards.ipynb #f10c1895
 def weighted_mean(
@@ -207,14 +217,14 @@ def _code_parts(case: _Case, weights: dict, results: dict) -> dict[str, float | 
             "behaves": _behaves(case, weights, results),
             "resembles": resembles(case.program, case.reference) if case.reference.text and weights.get("resembles") else None}
 
-# %% ../nbs/07_rewards.ipynb #28074377
+# %% ../nbs/07_rewards.ipynb #8c883236
 def code_reward(
     weights: dict[str, dict[str, float]] = WEIGHTS, # "tested" and "graded": part -> weight
     run: Callable | None = None, # runs programs, list of (code, tests) -> list of results; default: the jail's pool, which must be there
 ) -> Callable: # `code(prompts, completions, tests=None, reference=None, **columns)`
     """The code reward: range 0 to 1, `None` where the jail itself failed or no part applies (ours).
 
-    Columns: `tests` (asserts that decide) and `reference` (an answer to compare with). Its `parts` attribute holds the parts of the last call. Raises `InputError` for weights that cannot be used."""
+    Columns: `tests` (asserts that decide, a text or a list of lines) and `reference` (an answer to compare with). Its `parts` attribute holds the parts of the last call. Raises `InputError` for weights that cannot be used."""
     _check_weights(weights)
     if run is None:
         from compassion_repro.sandbox import level, run_many as run
@@ -224,7 +234,7 @@ def code_reward(
     def code(prompts, completions, tests=None, reference=None, **columns):
         blank = [None] * len(prompts)
         columns_of_rows = zip(completions, tests or blank, reference or blank)
-        cases = [_Case(find_code(answer_text(answer)), find_code(model or ""), test or "") for answer, test, model in columns_of_rows]
+        cases = [_Case(find_code(answer_text(answer)), find_code(model or ""), test if isinstance(test, str) else "\n".join(test or [])) for answer, test, model in columns_of_rows]
         chosen = [weights["tested" if case.tests else "graded"] for case in cases]
         results = jail([program for case, weight in zip(cases, chosen) for program in case.programs(weight)])
         failed = [any(results[program].passed is None for program in case.programs(weight)) for case, weight in zip(cases, chosen)]
@@ -234,6 +244,7 @@ def code_reward(
         return values
 
     code.parts, code.weights, code.refuses = [], weights, functools.partial(_refuses_code, weights)
+    code.remark = _remark_code
     return code
 
 
@@ -251,6 +262,12 @@ def _refuses_code(weights: dict, rows: list[dict]) -> str | None:
     if not any(weights["graded"].values()) and not any(row.get("tests") for row in rows):
         return "the code reward is set to unit tests alone and these prompts bring none: give `graded` weights, or prompts with a column `tests`"
     return None
+
+
+def _remark_code(rows: list[dict]) -> str:
+    "What the columns of these rows let the reward judge by, where that is little; else nothing."
+    silent = sum(not row.get("tests") and not find_code(row.get("reference") or "").text for row in rows)
+    return f"{silent} of {len(rows)} prompts bring neither unit tests nor a reference answer with code, and there only an answer that holds code of its own earns anything" if silent else ""
 
 
 def _tell(columns: dict, parts: list[dict], cases: list[_Case], failed: list[bool]):
@@ -475,7 +492,7 @@ def _correlation(x: list[float], y: list[float]) -> float:
     scale = math.sqrt(sum((a - mx) ** 2 for a in x) * sum((b - my) ** 2 for b in y))
     return product / scale if scale else 0.
 
-# %% ../nbs/07_rewards.ipynb #a2cbe75d
+# %% ../nbs/07_rewards.ipynb #b1b8e00e
 WORLD_REWARD = "world:helpfulness" # the embedded reward model, trained on the spot
 CODE_REWARD = "code"
 
@@ -488,3 +505,12 @@ def refuse_pair(
     if reward.startswith("world:") and reward != WORLD_REWARD: raise InputError(f"unknown embedded reward {reward!r}: the package has {WORLD_REWARD}")
     if reward == WORLD_REWARD and not prompts.startswith("world:"):
         raise InputError(f"{WORLD_REWARD} knows only the miniature world's language and cannot judge answers to {prompts}: name a reward model by hub id or folder")
+
+
+def remark_pair(
+    prompts: str, # source of the prompts, as above
+    reward: str, # as above
+) -> str: # empty where there is nothing to say
+    "What is to be expected of a pair that can be run and may teach nothing; embedded prompts only, for others need reading first."
+    if reward != CODE_REWARD or not prompts.startswith("world:"): return ""
+    return _remark_code(world.corpus(prompts.removeprefix("world:"), 8)) and "these prompts ask for no code and bring no tests, so answers without any all earn the same: expect groups without variance and an arm that is not trained"
