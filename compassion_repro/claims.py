@@ -117,7 +117,7 @@ class ClaimRecord(Contrast):
         if None in found.values(): return ", ".join(("" if same else "not in ") + name for name, same in found.items() if same is not None)
         return {(True, True): "sign and size", (True, False): "sign only", (False, True): "size only", (False, False): "neither"}[self.agrees_with_paper, self.agrees_in_size]
 
-# %% ../nbs/10b_claims.ipynb #6ccd819f
+# %% ../nbs/10b_claims.ipynb #9db80c8f
 def estimate_reading(
     items: Items, # scores of one judge
     reading: Reading, # what to estimate
@@ -152,9 +152,10 @@ def _beside_the_paper(record: ClaimRecord) -> dict:
     if record.paper is not None:
         within = None if record.low is None else bool(record.low <= record.paper <= record.high)
         return {"agrees_with_paper": bool(np.sign(record.estimate) == np.sign(record.paper)) if record.estimate else None, "agrees_in_size": within}
-    return {} if record.paper_ratio is None or record.ratio is None else {"agrees_in_size": record.ratio.holds(record.paper_ratio)}
+    known = record.paper_ratio is not None and record.ratio is not None and record.ratio.shape != "everything" # which agrees with any figure
+    return {"agrees_in_size": record.ratio.holds(record.paper_ratio)} if known else {}
 
-# %% ../nbs/10b_claims.ipynb #71295b35
+# %% ../nbs/10b_claims.ipynb #cf4af252
 def correct_families(
     records: Sequence[ClaimRecord], # of one judge, estimated
     alpha: float = 0.05, # error rate of a family
@@ -186,7 +187,7 @@ def judge_record(
         verdict, reason = null_verdict(record.kind, record.decisive, record.added_by_midtraining, record.margin)
         strict = record.at_step(max(record.family_size, 1))
         record = record.with_(sensitivity={f"{margin:g}": null_verdict(record.kind, strict, record.added_by_midtraining, margin)[0] for margin in margins})
-    if record.family and record.family_size > 1: reason = reason.replace("the interval", f"the {100 * record.adjusted_confidence:.1f} % interval")
+    if record.family and record.family_size > 1: reason = reason.replace("the interval", f"the {100 * record.adjusted_confidence:.3g} % interval")
     return record.with_(verdict=verdict, reason=reason)
 
 

@@ -223,7 +223,7 @@ def ratio_noise(
     seeds = per_seed.shape[1]
     return noise if seeds < 3 else noise + np.cov(per_seed) / seeds * t.isf(tail, seeds - 1) ** 2
 
-# %% ../nbs/10_inference.ipynb #6b67a0e6
+# %% ../nbs/10_inference.ipynb #3e1238c3
 class MixedModel(BaseModel):
     "A fitted model of items and seeds, in points; only `note` where there is none."
     model_config = ConfigDict(extra="forbid")
@@ -232,7 +232,7 @@ class MixedModel(BaseModel):
     high: float | None = None # upper bound
     item_sd: float | None = None # spread between items
     seed_sd: float | None = None # spread between seeds
-    note: str = "" # why there is no fit
+    note: str = "" # why there is no fit, or what was left out of it
 
 
 def _moment_components(differences: np.ndarray) -> np.ndarray:
@@ -240,7 +240,21 @@ def _moment_components(differences: np.ndarray) -> np.ndarray:
     (items, seeds), by_item, by_seed = differences.shape, differences.mean(1), differences.mean(0)
     residual = differences - by_item[:, None] - by_seed + differences.mean()
     error = max((residual**2).sum() / ((items - 1) * (seeds - 1)), 1e-9)
-    return np.clip([by_item.var(ddof=1) / error - 1 / seeds, by_seed.var(ddof=1) / error - 1 / items], 0.01, 100)
+    return np.array([by_item.var(ddof=1) / error - 1 / seeds, by_seed.var(ddof=1) / error - 1 / items])
+
+
+def _fit_components(differences: np.ndarray, moments: np.ndarray, names: Sequence[str]):
+    "A MixedLM fit with some of the two components; None where it does not converge, the error's text where it fails."
+    from statsmodels.regression.mixed_linear_model import MixedLM, MixedLMParams
+    items, seeds = differences.shape
+    designs = {"item": np.kron(np.eye(items), np.ones((seeds, 1))), "seed": np.kron(np.ones((items, 1)), np.eye(seeds))}
+    start = MixedLMParams.from_components(np.array([differences.mean()]), vcomp=np.clip(moments[:len(names)], 0.01, 100))
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        model = MixedLM(differences.ravel(), np.ones((items * seeds, 1)), groups=np.repeat("all", items * seeds), exog_vc={name: {"all": designs[name]} for name in names})
+        try: fit = model.fit(start_params=start, method=["lbfgs"])
+        except (ValueError, np.linalg.LinAlgError) as error: return str(error)
+    return fit if fit.converged and np.isfinite(fit.bse_fe[0]) else None
 
 
 def mixed_model(
@@ -252,18 +266,13 @@ def mixed_model(
     if seeds < 3: return MixedModel(note=f"{seeds} seed{'s' * (seeds > 1)}: three are needed to see how they vary")
     if differences.std() < 1e-9: return MixedModel(note="all questions alike")
     from scipy.stats import t
-    from statsmodels.regression.mixed_linear_model import MixedLM, MixedLMParams
-    scale = differences.std()
-    start = MixedLMParams.from_components(np.array([differences.mean() / scale]), vcomp=_moment_components(differences))
-    groups = {"item": {"all": np.kron(np.eye(items), np.ones((seeds, 1)))}, "seed": {"all": np.kron(np.ones((items, 1)), np.eye(seeds))}}
-    with warnings.catch_warnings(record=True):
-        warnings.simplefilter("always")
-        try: fit = MixedLM((differences / scale).ravel(), np.ones((items * seeds, 1)), groups=np.repeat("all", items * seeds), exog_vc=groups).fit(start_params=start, method=["lbfgs"])
-        except (ValueError, np.linalg.LinAlgError) as error: return MixedModel(note=f"the fit failed: {error}")
-    if not fit.converged or not np.isfinite(fit.bse_fe[0]): return MixedModel(note="the fit did not converge")
-    half, deviations = t.isf((1 - confidence) / 2, seeds - 1) * fit.bse_fe[0], np.sqrt(np.maximum(fit.vcomp, 0))
-    centre, (item_sd, seed_sd) = fit.fe_params[0], deviations
-    return MixedModel(**{name: float(100 * scale * value) for name, value in (("estimate", centre), ("low", centre - half), ("high", centre + half), ("item_sd", item_sd), ("seed_sd", seed_sd))})
+    scale, moments, note = differences.std(), _moment_components(differences), ""
+    fit = _fit_components(differences / scale, moments, ("item", "seed"))
+    if fit is None and moments[1] <= 0: fit, note = _fit_components(differences / scale, moments, ("item",)), "seeds left out: they differ no more than the questions make them"
+    if fit is None or isinstance(fit, str): return MixedModel(note=f"the fit failed: {fit}" if fit else "the fit did not converge")
+    centre, half = fit.fe_params[0], t.isf((1 - confidence) / 2, seeds - 1) * fit.bse_fe[0]
+    item_sd, seed_sd = np.sqrt(np.maximum([*fit.vcomp, 0], 0))[:2]
+    return MixedModel(**{name: float(100 * scale * value) for name, value in (("estimate", centre), ("low", centre - half), ("high", centre + half), ("item_sd", item_sd), ("seed_sd", seed_sd))}, note=note)
 
 # %% ../nbs/10_inference.ipynb #442e77f7
 def expected_spread(

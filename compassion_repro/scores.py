@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DRAWN', 'DRAWN_SIZE', 'SCORE_COLUMNS', 'ITEM_KEYS', 'ANSWER_COLUMNS', 'MEAN_OF_JUDGES', 'GRADE_COLUMNS',
            'draw_scores', 'check_columns', 'check_scores', 'read_scores', 'item_scores', 'one_judge', 'model_rank',
-           'mean_of_judges', 'scores_from_grades', 'dimension_weights', 'unparsed_shares', 'question_texts',
-           'answer_summary']
+           'in_languages', 'dimension_means', 'dimension_normalised', 'mean_of_judges', 'scores_from_grades',
+           'dimension_weights', 'unparsed_shares', 'question_texts', 'answer_summary']
 
 # %% ../nbs/10_scores.ipynb #0723ea93
 import os
@@ -130,6 +130,39 @@ def model_rank(
     order = (*STARTS, *ARMS)
     return order.index(arm) if arm in order else len(order), STARTS.index(start) if start in STARTS else -1, model
 
+# %% ../nbs/10_scores.ipynb #2695b7f1
+def in_languages(
+    language: pd.Series | np.ndarray, # ISO codes
+    group: str, # "all", "en", "other" (all but English), or one ISO code
+) -> np.ndarray: # true where the language belongs to the group
+    "Which questions belong to a group of languages."
+    language = np.asarray(language)
+    if group == "all": return np.ones(len(language), dtype=bool)
+    return language != "en" if group == "other" else language == group
+
+
+def dimension_means(
+    scores: pd.DataFrame, # rows of `scores.parquet` of one judge
+    languages: str = "all", # group of languages
+) -> pd.DataFrame: # model, benchmark, dimension, mean (percent), questions
+    "Mean score of each dimension: epochs first, then questions (all seeds together)."
+    rows = scores[(scores["dimension"] != "overall") & in_languages(scores["language"], languages)]
+    questions = rows.groupby(["model", "benchmark", "dimension", "question_id", "seed"], observed=True)["score"].mean()
+    means = questions.groupby(["model", "benchmark", "dimension", "question_id"]).mean().groupby(["model", "benchmark", "dimension"]).agg(["mean", "count"])
+    return means.rename(columns={"count": "questions"}).assign(mean=100 * means["mean"]).reset_index()
+
+
+def dimension_normalised(
+    scores: pd.DataFrame, # rows of `scores.parquet` of one judge
+    languages: str = "all", # group of languages
+    weights: Mapping[str, float] | None = None, # dimension to weight; equal where not given
+) -> pd.Series: # percent, by (model, benchmark)
+    "Weighted mean over dimensions of their means: ANIMA's `dimension_normalized_avg`."
+    means = dimension_means(scores, languages).dropna(subset="mean")
+    means["weight"] = 1.0 if weights is None else means["dimension"].map(weights)
+    totals = means.assign(mean=means["mean"] * means["weight"]).groupby(["model", "benchmark"])[["mean", "weight"]].sum()
+    return totals["mean"] / totals["weight"]
+
 # %% ../nbs/10_scores.ipynb #9f471949
 MEAN_OF_JUDGES = "mean of judges"
 _ROW_KEYS = ["study", "model", "seed", "benchmark", "language", "item_id", "question_id", "epoch", "dimension"]
@@ -145,7 +178,7 @@ def mean_of_judges(
     means["score"] = means["score"].where(means.pop("given") == scores["judge"].nunique())
     return means.assign(judge=MEAN_OF_JUDGES)
 
-# %% ../nbs/10_scores.ipynb #ce9005ef
+# %% ../nbs/10_scores.ipynb #d462b115
 _ANSWER_KEYS = ["judge", "model", "seed", "benchmark", "language", "item_id", "question_id", "epoch"]
 GRADE_COLUMNS = (*_ANSWER_KEYS, "dimension", "grade", "attempted")
 
@@ -180,7 +213,8 @@ def dimension_weights(
         if "overall" not in table or table.shape[1] < 2: continue
         gaps = table.drop(columns="overall").sub(table["overall"], axis=0).fillna(0)
         distinct = np.unique(gaps.to_numpy().round(9), axis=0)
-        change, *_ = np.linalg.lstsq(distinct, -distinct.sum(1), rcond=1e-9)
+        equal = np.abs(distinct.sum(1)).max() < 1e-7
+        change = np.zeros(distinct.shape[1]) if equal else np.linalg.lstsq(distinct, -distinct.sum(1), rcond=1e-9)[0]
         found[benchmark] = dict(zip(gaps.columns, (1 + change).tolist()))
     return found
 
