@@ -6,7 +6,7 @@
 __all__ = ['VERDICTS', 'COLOURS', 'verdict_of', 'worth_losing', 'null_verdict', 'ClaimRecord', 'estimate_reading',
            'correct_families', 'judge_record', 'intersection', 'ClaimTable', 'read_claims', 'judge_claims']
 
-# %% ../nbs/10b_claims.ipynb #fd8722a0
+# %% ../nbs/10b_claims.ipynb #18a5b625
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .inference import Interval, holm, make_interval
 from .scores import MEAN_OF_JUDGES, check_scores, dimension_weights, mean_of_judges, question_texts, scores_from_grades
-from .stats import Contrast, Items, contrast
+from .stats import Contrast, Items, contrast, within_reach
 from .study import CLAIMS, Cell, Claim, InputError, Preset, Reading, Statistics, claim_readings, family_of
 
 # %% ../nbs/10b_claims.ipynb #83ce5f26
@@ -65,7 +65,7 @@ def null_verdict(
         return "not testable", f"what there is to lose here is {to_lose}, not surely above the margin of {margin:g}"
     return verdict_of(kind, interval, margin)
 
-# %% ../nbs/10b_claims.ipynb #293d5743
+# %% ../nbs/10b_claims.ipynb #5af60c20
 class ClaimRecord(Contrast):
     "The verdict on one reading of one claim under one judge, with everything it rests on; figures are points (percents, or differences of percents)."
     claim: str # C0 ... C8
@@ -80,7 +80,7 @@ class ClaimRecord(Contrast):
     adjusted_p: float | None = None # Holm's, within the family
     adjusted_low: float | None = None # bounds of the interval of level 1 − alpha/k that the verdict rests on
     adjusted_high: float | None = None
-    adjusted_confidence: float | None = None # that level
+    adjusted_confidence: float | None = None # that level; `detectable` and the margins are at it, too
     paper: float | None = None # the paper's figure for the same quantity
     paper_ratio: float | None = None # the paper's figure for the ratio of gains
     agrees_with_paper: bool | None = None # same sign as the paper's figure
@@ -102,8 +102,12 @@ class ClaimRecord(Contrast):
 
     def at_step(self, factor: float) -> Interval:
         "Its interval of level 1 − alpha/k."
-        spread = [((error / 100) ** 2, freedom) for error, freedom in self.spread]
-        return make_interval(self.estimate / 100, spread, 1 - (1 - self.confidence) / factor, -self.reach / 100, self.reach / 100)
+        return make_interval(self.estimate / 100, self.sources, 1 - (1 - self.confidence) / factor, -self.reach / 100, self.reach / 100)
+
+    @property
+    def sources(self) -> list[tuple[float, float]]:
+        "Sources of variation as `inference` takes them: variances of shares, degrees of freedom."
+        return [((error / 100) ** 2, freedom) for error, freedom in self.spread]
 
     @property
     def decisive(self) -> Interval:
@@ -155,10 +159,10 @@ def _beside_the_paper(record: ClaimRecord) -> dict:
     known = record.paper_ratio is not None and record.ratio is not None and record.ratio.shape != "everything" # which agrees with any figure
     return {"agrees_in_size": record.ratio.holds(record.paper_ratio)} if known else {}
 
-# %% ../nbs/10b_claims.ipynb #cf4af252
+# %% ../nbs/10b_claims.ipynb #754c7867
 def correct_families(
     records: Sequence[ClaimRecord], # of one judge, estimated
-    alpha: float = 0.05, # error rate of a family
+    settings: Statistics = Statistics(), # of the preset: alpha, the error rate of a family, and the power
 ) -> list[ClaimRecord]: # with adjusted p values and intervals, in the same order
     "Holm's correction within the families of `study`."
     corrected = list(records)
@@ -169,8 +173,9 @@ def correct_families(
         for place, p, factor in zip(places, adjusted, factors):
             record = records[place]
             if record.kind != "superiority" and record.p >= 1: factor = len(places)
-            interval = record.at_step(factor)
-            corrected[place] = record.with_(family_size=len(places), adjusted_p=float(p), adjusted_low=interval.low, adjusted_high=interval.high, adjusted_confidence=1 - alpha / float(factor))
+            interval, confidence = record.at_step(factor), 1 - settings.alpha / float(factor)
+            corrected[place] = record.with_(family_size=len(places), adjusted_p=float(p), adjusted_low=interval.low, adjusted_high=interval.high, adjusted_confidence=confidence,
+                                            **within_reach(record.sources, record.kind, confidence, settings.power))
     return corrected
 
 
@@ -188,7 +193,13 @@ def judge_record(
         strict = record.at_step(max(record.family_size, 1))
         record = record.with_(sensitivity={f"{margin:g}": null_verdict(record.kind, strict, record.added_by_midtraining, margin)[0] for margin in margins})
     if record.family and record.family_size > 1: reason = reason.replace("the interval", f"the {100 * record.adjusted_confidence:.3g} % interval")
-    return record.with_(verdict=verdict, reason=reason)
+    return record.with_(verdict=verdict, reason=reason + (_reach(record) if verdict == "inconclusive" else ""))
+
+
+def _reach(record: ClaimRecord) -> str:
+    "What the study could have shown, in words, for a verdict that is open."
+    if record.kind == "superiority": return "" if record.detectable is None else f"; it would find effects from {record.detectable:.1f} points on with {record.power:.0%} power"
+    return "" if record.smallest_margin is None else f"; the smallest margin it could have established is {record.smallest_margin:.1f}"
 
 
 def _ruled_out(record: ClaimRecord, own: pd.DataFrame, training: Mapping[str, Mapping]) -> str:
@@ -212,7 +223,7 @@ def intersection(
     return blank.with_(verdict=verdict, kind="intersection", test="intersection-union", p=max(known) if len(known) == len(parts) else None, seeds=min(part.seeds for part in parts), models=list(dict.fromkeys(model for part in parts for model in part.models)),
                        reason=", ".join(f"{part.reading} {verdict}" for part, verdict in zip(parts, verdicts)) + (" (each without correction)" if "supported" in verdicts else ""))
 
-# %% ../nbs/10b_claims.ipynb #e638af1f
+# %% ../nbs/10b_claims.ipynb #979c65d7
 COLOURS = {"supported": "green", "contradicted": "red", "inconclusive": "yellow"}
 
 
@@ -239,8 +250,12 @@ class ClaimTable(BaseModel):
         def points(record): return "" if record.estimate is None else f"{record.estimate:+.1f}" + ("" if record.low is None else f" [{record.low:+.1f}, {record.high:+.1f}]")
         def p(record): return "" if record.p is None else f"{record.p:.2g} (plain)" if record.adjusted_p is None else f"{record.adjusted_p:.2g}"
         def paper(record): return f"{record.paper:+.1f}" if record.paper is not None else f"ratio {record.paper_ratio:g}" if record.paper_ratio is not None else ""
+        def words(record):
+            wrong = record.estimate_counting_unparsed_as_wrong
+            also = f"; unreadable replies counted as wrong: {wrong}" if wrong is not None and wrong != record.interval else ""
+            return (record.estimand or record.text) + ("" if record.ratio is None else f"; ratio {record.ratio}") + also
         several = len({record.judge for record in self.records}) > 1
-        return [[record.reading + (f" ({record.judge})" if several else ""), (record.estimand or record.text) + ("" if record.ratio is None else f"; ratio {record.ratio}"), points(record), p(record),
+        return [[record.reading + (f" ({record.judge})" if several else ""), words(record), points(record), p(record),
                  paper(record), record.agreement, f"{record.questions} × {record.seeds}" if record.questions else "", record.verdict, record.reason] for record in self.records]
 
     def header(self) -> list[str]:
@@ -299,7 +314,7 @@ def read_claims(
     except OSError: raise InputError(f"no claims at {path}: run the study first") from None
     except ValueError as error: raise InputError(f"{path}: {error}") from None # InputError, or not UTF-8
 
-# %% ../nbs/10b_claims.ipynb #72d92530
+# %% ../nbs/10b_claims.ipynb #5385fdb3
 def _by_judge(scores: pd.DataFrame, grades: pd.DataFrame | None) -> list[tuple[str, pd.DataFrame, pd.DataFrame | None]]:
     "Judge, scores, and scores that count unreadable replies as wrong (the very same frame where there are none; None where grades are not known)."
     found = []
@@ -342,7 +357,7 @@ def judge_claims(
                                     paper=reading.paper, paper_ratio=reading.paper_ratio, **common)
                 records.append(estimate_reading(items, reading, blank, settings, counted))
         valid = {benchmark: part for benchmark, part in own.groupby("benchmark", observed=True)}
-        judged = [judge_record(record, _ruled_out(record, valid.get(record.benchmark, own[:0]), training), settings.sensitivity_margins) for record in correct_families(records, settings.alpha)]
+        judged = [judge_record(record, _ruled_out(record, valid.get(record.benchmark, own[:0]), training), settings.sensitivity_margins) for record in correct_families(records, settings)]
         both = {claim.id: claim.both for claim in claims if claim.both}
         table += [intersection(record, [part for part in judged if part.reading in both[record.reading]]) if record.reading in both else record for record in judged]
     return ClaimTable(records=table)

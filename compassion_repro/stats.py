@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['language_strata', 'resampling_weights', 'model_means', 'complete_questions', 'CellSums', 'cell_sums', 'Items',
-           'reading_cells', 'Contrast', 'contrast', 'ratio_of', 'retention', 'Interval', 'answer_summary',
-           'check_columns', 'check_scores', 'dimension_means', 'dimension_normalised', 'in_languages', 'item_scores',
-           'model_rank', 'one_judge', 'read_scores']
+           'reading_cells', 'Contrast', 'within_reach', 'contrast', 'ratio_of', 'retention', 'Interval',
+           'answer_summary', 'check_columns', 'check_scores', 'dimension_means', 'dimension_normalised', 'in_languages',
+           'item_scores', 'model_rank', 'one_judge', 'read_scores']
 
 # %% ../nbs/10_stats.ipynb #203b345a
 from collections.abc import Mapping, Sequence
@@ -198,7 +198,7 @@ def reading_cells(
     laid.dropped = len(set().union(*(table.index for table in used))) - laid.questions
     return laid
 
-# %% ../nbs/10_stats.ipynb #cb2c40e3
+# %% ../nbs/10_stats.ipynb #6fda1920
 class Contrast(BaseModel):
     "An estimated weighted sum of means, in points; `low` and `high` are the procedure's where there are three seeds or more."
     model_config = ConfigDict(extra="forbid")
@@ -222,9 +222,10 @@ class Contrast(BaseModel):
     hedges_g: float | None = None # the same, corrected for few items
     log_odds: float | None = None # the contrast of the cells' log-odds
     ratio: Ratio | None = None # of the gains elsewhere and in English, where the reading asks for it
-    detectable: float | None = None # smallest true effect that such a study finds with the preset's power, points
+    power: float | None = None # the preset's, for the next and the last of the following
+    detectable: float | None = None # smallest true effect that such a study finds with that power, points
     smallest_margin: float | None = None # half the interval: the margin that an estimate of zero would have met
-    margin_with_power: float | None = None # smallest margin that it establishes with the preset's power when nothing differs
+    margin_with_power: float | None = None # smallest margin that it establishes with that power when nothing differs
     questions: int = 0 # questions used
     items: int = 0 # items they belong to
     epochs: int = 0 # answers a question
@@ -236,7 +237,7 @@ class Contrast(BaseModel):
         "Estimate and interval, not corrected for the number of claims."
         return Interval(estimate=self.estimate, low=self.low, high=self.high)
 
-# %% ../nbs/10_stats.ipynb #3d84b186
+# %% ../nbs/10_stats.ipynb #aa015d43
 def _sources(laid: CellSums) -> tuple[float, np.ndarray, Spread]:
     "Estimate, estimate by seed, and sources of variation."
     per_seed = laid.weights @ laid.means
@@ -267,6 +268,16 @@ def _second_opinions(laid: CellSums, settings: Statistics) -> dict:
     return found | effect_sizes(shares.mean(axis=1)) | {"permutation_p": float(sign_flip_test(shares.mean(axis=1), settings.resamples)), "mixed_model": mixed_model(shares * len(shares), settings.confidence)}
 
 
+def within_reach(
+    spread: Spread, # sources of variation
+    kind: str, # of the reading
+    confidence: float, # level of the interval that decides
+    power: float, # how often an effect is to be found
+) -> dict: # power, detectable, smallest_margin, margin_with_power
+    "What a study with this spread could have shown, in points."
+    return {"power": power, "detectable": detectable(spread, confidence, power), "smallest_margin": smallest_margin(spread, kind, confidence), "margin_with_power": smallest_margin(spread, kind, confidence, power)}
+
+
 def contrast(
     scores: pd.DataFrame | Items, # rows of `scores.parquet` of one judge
     reading: Reading, # benchmark, cells, kind
@@ -283,8 +294,7 @@ def contrast(
     ends = dict(confidence=settings.confidence, lowest=-highest if (laid.weights < 0).any() else 0.0, highest=highest)
     checkpoints, interval = make_interval(estimate, spread[:1], **ends), make_interval(estimate, spread, **ends)
     test, p = p_value(estimate, spread, reading.kind, settings.margin, highest)
-    power = {"detectable": detectable(spread, settings.confidence, settings.power), "smallest_margin": None if interval.low is None else (interval.high - interval.low) / 2,
-             "margin_with_power": smallest_margin(spread, reading.kind, settings.confidence, settings.power)} if full else {}
+    power = within_reach(spread, reading.kind, settings.confidence, settings.power) if full else {}
     second = _second_opinions(laid, settings) if full else {}
     return Contrast(**interval.model_dump(), confidence=settings.confidence, level="the procedure" if len(spread) > 1 else "these checkpoints",
                     checkpoints=checkpoints, procedure=interval if len(spread) > 1 else None, test=test, p=p, spread=[(100 * v**0.5, f) for v, f in spread], reach=100 * highest,
