@@ -121,7 +121,7 @@ class ClaimRecord(Contrast):
         if None in found.values(): return ", ".join(("" if same else "not in ") + name for name, same in found.items() if same is not None)
         return {(True, True): "sign and size", (True, False): "sign only", (False, True): "size only", (False, False): "neither"}[self.agrees_with_paper, self.agrees_in_size]
 
-# %% ../nbs/10b_claims.ipynb #9db80c8f
+# %% ../nbs/10b_claims.ipynb #7b77c2c6
 def estimate_reading(
     items: Items, # scores of one judge
     reading: Reading, # what to estimate
@@ -156,8 +156,9 @@ def _beside_the_paper(record: ClaimRecord) -> dict:
     if record.paper is not None:
         within = None if record.low is None else bool(record.low <= record.paper <= record.high)
         return {"agrees_with_paper": bool(np.sign(record.estimate) == np.sign(record.paper)) if record.estimate else None, "agrees_in_size": within}
-    known = record.paper_ratio is not None and record.ratio is not None and record.ratio.shape != "everything" # which agrees with any figure
-    return {"agrees_in_size": record.ratio.holds(record.paper_ratio)} if known else {}
+    if record.paper_ratio is None or record.ratio is None: return {}
+    within = None if record.ratio.shape == "everything" else record.ratio.holds(record.paper_ratio) # everything agrees with any figure
+    return {"agrees_with_paper": bool((record.estimate > 0) == (record.paper_ratio > 1)) if record.estimate else None, "agrees_in_size": within}
 
 # %% ../nbs/10b_claims.ipynb #754c7867
 def correct_families(

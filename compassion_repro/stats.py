@@ -237,7 +237,7 @@ class Contrast(BaseModel):
         "Estimate and interval, not corrected for the number of claims."
         return Interval(estimate=self.estimate, low=self.low, high=self.high)
 
-# %% ../nbs/10_stats.ipynb #aa015d43
+# %% ../nbs/10_stats.ipynb #47100566
 def _sources(laid: CellSums) -> tuple[float, np.ndarray, Spread]:
     "Estimate, estimate by seed, and sources of variation."
     per_seed = laid.weights @ laid.means
@@ -246,19 +246,21 @@ def _sources(laid: CellSums) -> tuple[float, np.ndarray, Spread]:
     return float(per_seed.mean()), per_seed, spread
 
 
-def _bootstrap(laid: CellSums, settings: Statistics) -> Interval:
-    "Percentiles over resampled questions; a replicate that empties a cell is left out."
+def _bootstrap(laid: CellSums, settings: Statistics) -> Interval | None:
+    "Percentiles over resampled questions; None where a replicate leaves a cell without any, or there is only one."
+    if len(laid.strata) < 2: return None
     weights = resampling_weights(laid.strata, settings.resamples)
     with np.errstate(invalid="ignore", divide="ignore"):
         replicates = sum(weight * (weights @ s) / (weights @ n) for weight, s, n in zip(laid.weights, laid.sums.mean(axis=2), laid.counts))
+    if not np.isfinite(replicates).all(): return None
     tail = 50 * (1 - settings.confidence)
-    low, high = np.percentile(replicates[np.isfinite(replicates)], [tail, 100 - tail])
+    low, high = np.percentile(replicates, [tail, 100 - tail])
     return Interval(estimate=100 * float(laid.weights @ laid.means.mean(axis=1)), low=100 * low, high=100 * high)
 
 
 def _second_opinions(laid: CellSums, settings: Statistics) -> dict:
     "What stands beside the estimate and decides nothing."
-    found, means = {"bootstrap": _bootstrap(laid, settings) if len(laid.strata) > 1 else None}, laid.means.mean(axis=1)
+    found, means = {"bootstrap": _bootstrap(laid, settings)}, laid.means.mean(axis=1)
     if ((means > 0) & (means < 1)).all(): found["log_odds"] = float(laid.weights @ np.log(means / (1 - means)))
     if not laid.same_items: return found | {"mixed_model": MixedModel(note="the languages sit on different items")}
     if abs(laid.weights.sum()) > 1e-9: return found # a mean, not a difference
