@@ -52,7 +52,7 @@ def _print(*things):
     from rich.text import Text
     _console(width=None if sys.stdout and sys.stdout.isatty() else 160, markup=True).print(*(Text(thing) if isinstance(thing, str) else thing for thing in things))
 
-# %% ../nbs/14_cli.ipynb #7099b1d8
+# %% ../nbs/14_cli.ipynb #0243f9ea
 def _study_folder(args, preset) -> Path:
     "`--out`, or studies/<preset>, with a short hash where `--set` changed the preset."
     from compassion_repro.pipeline import study_name
@@ -86,8 +86,8 @@ def plan(args) -> int:
 
 def print_claims(folder: Path):
     "The claim table of a study, in the terminal."
-    from compassion_repro import stats
-    _print(stats.read_claims(folder / "claims.json").rich_table())
+    from compassion_repro.claims import read_claims
+    _print(read_claims(folder / "claims.json").rich_table())
 
 
 def claims(args) -> int:

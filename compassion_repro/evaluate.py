@@ -335,7 +335,7 @@ def _one_line(error: Exception) -> str:
     words = re.sub(r"\[/?(?:bold|italic|dim|red|blue)\b[^]]*\]", "", str(error)).removeprefix("ERROR: ")
     return textwrap.shorten(words, 300, placeholder=" ...") or type(error).__name__
 
-# %% ../nbs/09_evaluate.ipynb #48370861
+# %% ../nbs/09_evaluate.ipynb #6aa9e27a
 @dataclass
 class LoadedTask:
     "An official task with its questions and where they came from."
@@ -349,14 +349,15 @@ class LoadedTask:
     provenance: dict = field(default_factory=dict) # source, revision, rows, left_out (ids), content hash, task version
 
 
-def _question_records(name: str, task_name: str, task: Task, epochs: int) -> list[dict]:
-    "One record a question, in the shape that every benchmark shares."
+def _question_records(name: str, task_name: str, task: Task, epochs: int, strip_suffix: str = "") -> list[dict]:
+    "One record a question, in the shape that every benchmark shares; `asked` where the model reads less than the judge."
     rows = []
     for sample in task.dataset:
         language = (sample.metadata or {}).get("language")
         question_id = str(sample.id)
         item = question_id.removesuffix(f"_{language}") if task_name == "moru" else question_id
         rows.append(dict(benchmark=name, language=language_code(language), item_id=item, question_id=question_id, question=sample.input, epochs=epochs))
+        if strip_suffix and sample.input.rstrip().endswith(strip_suffix): rows[-1]["asked"] = sample.input.rstrip().removesuffix(strip_suffix).rstrip()
     return rows
 
 
@@ -388,7 +389,7 @@ def _quiet_loading(cache: Path):
         finally:
             if shown: datasets.enable_progress_bars()
 
-# %% ../nbs/09_evaluate.ipynb #a6dc1cfa
+# %% ../nbs/09_evaluate.ipynb #c256386a
 def load_task(
     name: str, # benchmark id
     benchmark: Benchmark, # its section of the preset
@@ -412,7 +413,7 @@ def load_task(
             expected = expected or _hub_questions(benchmark.task, places[0][0])
     except Exception as error:
         raise InputError(f"benchmark {name} from {benchmark.data} with judge {judge!r} cannot be loaded: {_one_line(error)}") from error
-    questions = _question_records(name, benchmark.task, task, benchmark.epochs)
+    questions = _question_records(name, benchmark.task, task, benchmark.epochs, benchmark.strip_suffix)
     left_out = _left_out(name, places[0][0], questions, expected) if expected else []
     used = {tag.strip().lower() for sample in task.dataset for tag in json.loads(sample.target)["tags"]}
     valid = judge != "indicator" or all(indicator_phrases(indicators.get(tag, "")) for tag in used)
@@ -483,7 +484,7 @@ def is_looping(
     sequences = list(zip(*(tokens[i:] for i in range(4))))
     return len(tokens) >= 16 and 1 - len(set(sequences)) / len(sequences) > 0.5
 
-# %% ../nbs/09_evaluate.ipynb #b6c3205c
+# %% ../nbs/09_evaluate.ipynb #981145e4
 class _Progress:
     "Counts what is done and reports it in one line, at most once a second, with rate and time left."
     def __init__(self, report: Callable[[str], None], total: int):
@@ -500,8 +501,9 @@ class _Progress:
 def _work(questions: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[dict]:
     "One record an answer that is wanted, with its prompt, in the fixed order."
     rows = [dict(row, epoch=epoch) for row in questions for epoch in range(1, row["epochs"] + 1)]
-    prompts = {q: encode_prompt([{"role": "user", "content": q}], tokenizer) for q in {row["question"] for row in questions}}
-    for row in rows: row["ids"] = prompts[row["question"]]
+    for row in rows: row.setdefault("asked", row["question"])
+    prompts = {asked: encode_prompt([{"role": "user", "content": asked}], tokenizer) for asked in {row["asked"] for row in rows}}
+    for row in rows: row["ids"] = prompts[row["asked"]]
     return sorted(rows, key=lambda r: (len(r["ids"]), r["benchmark"], r["question_id"], r["epoch"]))
 
 

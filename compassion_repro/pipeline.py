@@ -120,7 +120,7 @@ class Stage:
         "Folder of the artifact within the study."
         return f"seed-{self.seed}/{self.id}"
 
-# %% ../nbs/13_pipeline.ipynb #f13dedb8
+# %% ../nbs/13_pipeline.ipynb #54522bdf
 def _training_config(preset: Preset, section: str, sources: dict[str, str]) -> dict:
     data = {name: source_digest(source) for name, source in sources.items()}
     return {"training": getattr(preset, section).model_dump(mode="json"), "lora": preset.lora.model_dump(mode="json"), "data": data}
@@ -146,6 +146,7 @@ def _arm_stages(preset: Preset, seed: int, starts: dict[str, Stage], reward: Sta
 def _benchmark_config(benchmark: Benchmark) -> dict:
     "What decides a benchmark's questions; sizes count for embedded ones only."
     config = {"task": benchmark.task, "data": source_digest(benchmark.data), "epochs": benchmark.epochs, "dimensions": benchmark.dimensions and source_digest(benchmark.dimensions)}
+    if benchmark.strip_suffix: config["strip_suffix"] = benchmark.strip_suffix
     return {**config, "size": benchmark.size} if benchmark.data.startswith("world:") else config
 
 
@@ -671,7 +672,7 @@ def run(
         analyse(study, stages)
     return study
 
-# %% ../nbs/13_pipeline.ipynb #23afe060
+# %% ../nbs/13_pipeline.ipynb #bcbdad26
 def collect(
     study: Study, # finished
     stages: list[Stage], # its stages
@@ -710,9 +711,10 @@ def analyse(
     stages: list[Stage], # those that the tables were made from
 ):
     "Judge the claims and draw the figure of a study from its tables; returns the claim table."
-    from compassion_repro import figures, stats
+    from compassion_repro import figures
+    from compassion_repro.claims import judge_claims
     preset, scores = study.preset, study.table("scores")
-    claims = stats.judge_claims(scores, training_record([study.manifest(stage) for stage in stages]), preset)
+    claims = judge_claims(scores, training_record([study.manifest(stage) for stage in stages]), preset, study.table("grades"), answers=study.table("answers"))
     with writable(study.folder):
         write_atomically(study.folder / "claims.json", lambda partial: partial.write_text(claims.to_json(), encoding="utf-8"))
         if scores.score.notna().any(): figures.save_figure(figures.plot_scores(scores, preset.statistics), study.folder / "figures", "scores")

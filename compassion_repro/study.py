@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['STARTS', 'PARADIGMS', 'DOMAINS', 'ARMS', 'CROSSED', 'Source', 'DEEPSEEKMATH', 'TRL_DEFAULT', 'GRPO_SETTINGS', 'PAPER',
-           'KINDS', 'CLAIMS', 'FIDELITY', 'InputError', 'write_atomically', 'Arm', 'parse_model', 'Section', 'Lora',
-           'Training', 'Generation', 'settings_markdown', 'Grpo', 'Benchmark', 'Statistics', 'Models', 'Data', 'Preset',
-           'presets', 'build_preset', 'load_preset', 'PaperFigure', 'paper_percent', 'Cell', 'Reading', 'Claim',
-           'readings', 'Fidelity', 'fidelity_markdown']
+           'KINDS', 'CLAIMS', 'FAMILIES', 'FIDELITY', 'InputError', 'write_atomically', 'Arm', 'parse_model', 'Section',
+           'Lora', 'Training', 'Generation', 'settings_markdown', 'Grpo', 'Benchmark', 'Statistics', 'Models', 'Data',
+           'Preset', 'presets', 'build_preset', 'load_preset', 'PaperFigure', 'paper_percent', 'Cell', 'Reading',
+           'Claim', 'readings', 'claim_readings', 'family_of', 'Fidelity', 'fidelity_markdown']
 
-# %% ../nbs/00_study.ipynb #b52d07ba
+# %% ../nbs/00_study.ipynb #2282e0d0
 import contextlib
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -207,7 +207,7 @@ class Grpo(Section):
         "Completions an optimiser step."
         return self.value("group") * self.value("prompts_per_step")
 
-# %% ../nbs/00_study.ipynb #1b02186b
+# %% ../nbs/00_study.ipynb #e05d2ab3
 class Benchmark(Section):
     "One benchmark: the official task that scores it, and its data."
     task: Literal["anima", "moru"] # official `inspect_evals` task
@@ -215,14 +215,21 @@ class Benchmark(Section):
     dimensions: Source | None = None # MORU keeps its dimensions in a data set of their own
     epochs: int = Field(5, ge=1) # answers a question
     size: dict[str, Annotated[int, Field(ge=1, strict=True)]] | None = None # questions per language, embedded benchmarks only
+    strip_suffix: str = "" # text taken off the end of a question before it is asked; the judge still reads the whole question
 
 
 class Statistics(Section):
     "Settings of the inference, fixed before any result is seen."
     margin: float = Field(5.0, gt=0) # equivalence and non-inferiority margin, in points
     sensitivity_margins: tuple[float, ...] = (3.0, 10.0) # margins shown beside it
-    confidence: float = Field(0.95, gt=0, lt=1) # level of the intervals
-    resamples: int = Field(10_000, ge=100) # bootstrap resamples
+    confidence: float = Field(0.95, gt=0, lt=1) # level of the intervals; alpha is 1 minus it
+    resamples: int = Field(10_000, ge=100) # bootstrap and permutation replicates
+    power: float = Field(0.8, gt=0, lt=1) # power at which the smallest detectable effect is given
+
+    @property
+    def alpha(self) -> float:
+        "Error rate of a family of tests."
+        return 1 - self.confidence
 
 
 class Models(Section):
@@ -378,7 +385,7 @@ def paper_percent(
     "The paper's mean score of a model."
     return next((f.percent for f in PAPER if (f.benchmark, f.model, f.languages) == (benchmark, model, languages)), None)
 
-# %% ../nbs/00_study.ipynb #b9c02bd9
+# %% ../nbs/00_study.ipynb #af99a515
 KINDS = ("superiority", "equivalence", "non-inferiority")
 
 
@@ -399,11 +406,19 @@ class Reading:
     benchmark: str # benchmark id
     cells: tuple[Cell, ...] # the weighted sum
     paper: float | None = None # the paper's figure for the same quantity, in points
+    to_lose: tuple[Cell, ...] = () # null claims: what must exceed the margin for the claim to be testable; mid − base where not given
+    by_dimension: bool = False # every dimension weighs the same in each cell, over those present in all
+    without_suffix: str = "" # leave out the questions that end in this text
+    paper_ratio: float | None = None # the paper's figure for the ratio of two gains
 
     @property
     def models(self) -> tuple[str, ...]:
         "Model ids that the reading needs."
         return tuple(dict.fromkeys(cell.model for cell in self.cells))
+
+    def on(self, benchmark: str) -> "Reading":
+        "The same reading on another benchmark, whose id joins its own."
+        return replace(self, id=f"{self.id}-{benchmark}", estimand=f"{self.estimand}, {benchmark}", benchmark=benchmark)
 
 
 @dataclass(frozen=True)
@@ -415,6 +430,7 @@ class Claim:
     readings: tuple[Reading, ...] # empty where no reading can be computed from the scores
     note: str = "" # why it is read this way, or what it waits for
     both: tuple[str, ...] = () # readings that must all hold: the claim is their intersection
+    elsewhere: tuple[Reading, ...] = () # read on every benchmark of the study whose task is neither ANIMA nor MORU
 
 
 def _difference(high: str, low: str, languages: str = "all") -> tuple[Cell, ...]:
@@ -426,7 +442,16 @@ def _gain_elsewhere(model: str, start: str) -> tuple[Cell, ...]:
     "Gain of `model` over `start` on the other languages, minus the same gain in English."
     return (*_difference(model, start, "other"), *_difference(start, model, "en"))
 
-# %% ../nbs/00_study.ipynb #6febbfae
+
+def _carry_over(id: str, start: str, words: str) -> tuple[Reading, ...]:
+    "C5 over one start: the reading itself, and the three that ask whether the form or the topics of the English questions make it."
+    cells, estimand = _gain_elsewhere("sft-code", start), f"gain of coding SFT over {words}: other languages − English"
+    return (Reading(id, estimand, "superiority", "anima", cells, paper_ratio=4.5),
+            Reading(f"{id}-stripped", f'{estimand}, "Answer:" taken off the questions', "superiority", "anima-stripped", cells),
+            Reading(f"{id}-no-suffix", f'{estimand}, without the questions that end in "Answer:"', "superiority", "anima", cells, without_suffix="Answer:"),
+            Reading(f"{id}-standardised", f"{estimand}, every dimension weighing the same", "superiority", "anima", cells, by_dimension=True))
+
+# %% ../nbs/00_study.ipynb #6dd981c5
 CLAIMS = (
     Claim("C0", "Helpfulness training erodes what mid-training added, more than coding does", "ours", (
         Reading("C0-SFT", "(code − help) from mid, minus (code − help) from base", "superiority", "anima",
@@ -448,24 +473,48 @@ CLAIMS = (
         Reading("C4c", "domain effect in English minus in the other languages, paired on items", "superiority", "moru",
                 (*_difference("sft-code", "sft-help", "en"), *_difference("sft-help", "sft-code", "other")))),
         "if 'multilingual' means all rows, the paper's own figures imply a reversal on the other languages (about 55 against 41)"),
-    Claim("C5", "The animal-compassion effect carries over: coding's AHB gain is larger on non-English items", "A", (
-        Reading("C5a", "gain of coding SFT over mid: other languages − English", "superiority", "anima", _gain_elsewhere("sft-code", "mid")),
-        Reading("C5b", "gain of coding SFT over the raw base: other languages − English", "superiority", "anima", _gain_elsewhere("sft-code", "base"))),
-        "the paper gives a ratio (4.5 times) over 'the base model'; the difference of gains is the primary estimand"),
+    Claim("C5", "The animal-compassion effect carries over: coding's AHB gain is larger on non-English items", "A",
+        (*_carry_over("C5a", "mid", "mid"), *_carry_over("C5b", "base", "the raw base")),
+        "the paper gives a ratio (4.5 times) over 'the base model'; the difference of gains is the primary estimand, and most English questions of AHB end in \"Answer:\" while no other does"),
     Claim("C6", "Coding keeps the mid-trained values", "S", (
         Reading("C6-SFT", "coding SFT − mid", "non-inferiority", "anima", _difference("sft-code", "mid"), 65.2 - 60.2),
         Reading("C6-GRPO", "coding GRPO − mid", "non-inferiority", "anima", _difference("grpo-code", "mid"), 32.0 - 60.2)),
         "under GRPO the paper's own figures are 28.2 points below mid, if the start is the same"),
     Claim("C7", "C1 and C2 agree in sign: two data sets, two paradigms", "A", (), "the intersection of C1 and C2: it holds where both do", ("C1", "C2")),
-    Claim("C8", "Coding does no harm to general reasoning", "A", (), "wants a measure other than MORU"),
+    Claim("C8", "Coding does no harm to general reasoning", "A", (), "wants a measure other than MORU: give the study a benchmark whose task is neither anima nor moru", elsewhere=(
+        Reading("C8-SFT", "coding SFT − mid", "non-inferiority", "", _difference("sft-code", "mid"), to_lose=(Cell("mid", 1),)),
+        Reading("C8-GRPO", "coding GRPO − mid", "non-inferiority", "", _difference("grpo-code", "mid"), to_lose=(Cell("mid", 1),)))),
 )
 
 
 def readings() -> tuple[Reading, ...]:
-    "Every reading of every claim, in order."
+    "Every reading of every claim that is tied to a benchmark, in order."
     return tuple(reading for claim in CLAIMS for reading in claim.readings)
 
-# %% ../nbs/00_study.ipynb #df68e7ba
+
+def claim_readings(
+    claim: Claim, # of `CLAIMS`
+    preset: Preset, # whose benchmarks count
+) -> tuple[Reading, ...]: # to be judged in that study
+    "A claim's readings in a study: its own, and those that any other benchmark opens."
+    others = [name for name, benchmark in preset.benchmarks.items() if benchmark.task not in ("anima", "moru")]
+    return (*claim.readings, *(reading.on(name) for name in others for reading in claim.elsewhere))
+
+# %% ../nbs/00_study.ipynb #f8638315
+FAMILIES = { # family -> claims or readings in it; corrected together
+    "superiority": ("C1", "C2", "C3"),
+    "equivalence and non-inferiority": ("C4a", "C4b", "C6-SFT", "C6-GRPO", "C8"),
+    "exploratory": ("C0-SFT", "C0-GRPO", "C4c", "C5a", "C5b"),
+}
+
+
+def family_of(
+    reading: str, # id of a reading
+) -> str | None: # a key of FAMILIES, or None for one that is not corrected
+    "The family whose readings are corrected together."
+    return next((family for family, members in FAMILIES.items() if reading in members or reading.startswith("C8-") and "C8" in members), None)
+
+# %% ../nbs/00_study.ipynb #20750327
 @dataclass(frozen=True)
 class Fidelity:
     "One row of the fidelity table."
@@ -500,7 +549,7 @@ FIDELITY = (
     Fidelity("benchmark 2", "MORU, 201 rows = 67 questions in en, ms, hi, 16 dimensions", "P", "the official task on the embedded world's uncertain-minds questions (en, es, ms)", "same"),
     Fidelity("percentages", "taken to be the task's overall mean × 100", "?", "overall mean × 100; the dimension-normalised mean beside it", "ANIMA reports both"),
     Fidelity("judge", "gemini-2.5-flash-lite for all models", "S", "always named; embedded: a deterministic judge that looks for the rubric's indicators", "repeatable, free, no network"),
-    Fidelity("statistics", "t-tests, no correction", "S", "bootstrap over questions, differences paired on them", "one answer set, many questions: questions are the sample"),
+    Fidelity("statistics", "t-tests, no correction", "S", "differences paired on questions and within seeds, intervals over both, Holm within families; the t-tests beside them", "what varies is the question and the training run, not the epoch; one claim in twenty would hold by chance"),
 )
 
 

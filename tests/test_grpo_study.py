@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from conftest import CRASH_SIZE
 
-from compassion_repro import pipeline, rewards, sandbox, stats
+from compassion_repro import pipeline, rewards, sandbox
+from compassion_repro.claims import read_claims
 from compassion_repro.pipeline import Study
 from compassion_repro.study import InputError, load_preset
 
@@ -104,7 +105,7 @@ def test_without_a_jail_the_rest_of_the_study_finishes(monkeypatch, finished, tm
     pipeline.run(preset, study.folder, say=said.append)
     assert any("grpo-code are left out" in line for line in said)
     assert set(study.table("scores").model.unique()) == {"base", "mid", "sft-code"}
-    assert stats.read_claims(study.folder / "claims.json")["C2"].verdict == "not tested"
+    assert read_claims(study.folder / "claims.json")["C2"].verdict == "not tested"
 
 
 def test_pairs_that_make_no_sense_are_refused(tmp_path):

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-LIGHT = ["study", "world", "harness", "walls", "sandbox", "rewards", "stats", "figures", "pipeline", "cli"]
 HEAVY_LIBRARIES = ["torch", "transformers", "trl", "datasets", "inspect_ai"]
-ORDER = ["study", "world", "data", "models", "midtrain", "sft", "harness", "walls", "sandbox", "rewards", "grpo", "evaluate", "stats", "figures", "pipeline", "cli"]
+HEAVY = ["data", "models", "midtrain", "sft", "grpo", "evaluate"]
+ORDER = ["study", "world", "data", "models", "midtrain", "sft", "harness", "walls", "sandbox", "rewards", "grpo", "evaluate", "inference", "scores", "stats", "claims", "figures", "pipeline", "cli"]
+LIGHT = [room for room in ORDER if room not in HEAVY]
 
 
 def loaded_by(code: str) -> set[str]:
