@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STARTS', 'PARADIGMS', 'DOMAINS', 'ARMS', 'CROSSED', 'Source', 'DEEPSEEKMATH', 'TRL_DEFAULT', 'GRPO_SETTINGS', 'PAPER',
            'KINDS', 'CLAIMS', 'FIDELITY', 'InputError', 'write_atomically', 'Arm', 'parse_model', 'Section', 'Lora',
-           'Training', 'Generation', 'settings_markdown', 'Grpo', 'Benchmark', 'Statistics', 'Models', 'Data', 'Preset',
-           'presets', 'build_preset', 'load_preset', 'PaperFigure', 'paper_percent', 'Cell', 'Reading', 'Claim',
-           'readings', 'Fidelity', 'fidelity_markdown']
+           'Training', 'Generation', 'settings_markdown', 'Grpo', 'Benchmark', 'Statistics', 'Margin', 'Models', 'Data',
+           'Preset', 'presets', 'build_preset', 'load_preset', 'PaperFigure', 'paper_percent', 'Cell', 'Reading',
+           'Claim', 'readings', 'Fidelity', 'fidelity_markdown']
 
 # %% ../nbs/00_study.ipynb #b52d07ba
 import contextlib
@@ -207,7 +207,7 @@ class Grpo(Section):
         "Completions an optimiser step."
         return self.value("group") * self.value("prompts_per_step")
 
-# %% ../nbs/00_study.ipynb #1b02186b
+# %% ../nbs/00_study.ipynb #b2cae2f2
 class Benchmark(Section):
     "One benchmark: the official task that scores it, and its data."
     task: Literal["anima", "moru"] # official `inspect_evals` task
@@ -223,6 +223,13 @@ class Statistics(Section):
     sensitivity_margins: tuple[float, ...] = (3.0, 10.0) # margins shown beside it
     confidence: float = Field(0.95, gt=0, lt=1) # level of the intervals
     resamples: int = Field(10_000, ge=100) # bootstrap resamples
+
+
+class Margin(Section):
+    "The measures that need no judge: matched pairs, and KL from mid."
+    pairs: tuple[Literal["world", "written"], ...] = Field(("written",), min_length=1) # the embedded world's pairs, or the English ones written one by one
+    kl_epochs: int = Field(1, ge=0) # answers a question that KL is measured on; 0 measures none
+    batch_tokens: int = Field(8192, ge=64) # tokens a padded batch holds at most
 
 
 class Models(Section):
@@ -245,7 +252,7 @@ class Data(Section):
         "Source of an arm's rows, by their name: `sft-help`, `grpo-code`."
         return getattr(self, rows.replace("-", "_"))
 
-# %% ../nbs/00_study.ipynb #24c27ae6
+# %% ../nbs/00_study.ipynb #fb46c151
 class Preset(Section):
     "A whole study, resolved: every value that decides its result, seeds aside."
     name: str = Field(pattern=r"^[\w.-]+$") # preset it came from
@@ -262,6 +269,7 @@ class Preset(Section):
     generation: Generation = Generation()
     benchmarks: dict[str, Benchmark]
     judge: str = Field(pattern=r"^(indicator|[\w.-]+/\S+)$") # "indicator", or any Inspect model id: always named
+    margin: Margin = Margin()
     statistics: Statistics = Statistics()
 
     @field_validator("arms")
