@@ -29,7 +29,7 @@ def test_grpo_arms_join_the_study(tmp_path):
     verdicts = {r["reading"]: r["verdict"] for r in json.loads((out / "claims.json").read_text())}
     assert verdicts["C2"] != "not tested" and verdicts["C1"] == "not tested"
     again = run_study(out, f"arms=[{', '.join(ARMS)}]", "grpo.steps=1", "grpo.held_out=4")
-    assert "16 done, 0 to run" in again.stdout
+    assert "21 done, 0 to run" in again.stdout
 
 
 def test_without_a_jail_the_code_arms_are_left_out(monkeypatch):
