@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['RELATIVES', 'FEWEST_LETTERS', 'SUREST', 'ANSWER_COLUMNS', 'SHARES', 'sentences', 'count_words', 'welfare_pattern',
            'welfare_words', 'detect_language', 'same_language', 'in_other_language', 'is_code_shaped',
-           'answer_features', 'moved', 'concerns', 'arm_facts', 'kl_points', 'MatchedLength', 'matched_length']
+           'answer_features', 'moved', 'concerns', 'arm_facts', 'kl_points', 'margin_means', 'MatchedLength',
+           'matched_length']
 
-# %% ../nbs/09c_behaviour.ipynb #8eeaaae7
+# %% ../nbs/09c_behaviour.ipynb #0410458f
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from functools import cache
 
 import numpy as np
@@ -68,16 +70,22 @@ def welfare_words(
     if pattern is None: raise InputError(f"there is no welfare lexicon for the language {language!r}: there is one for {', '.join(_LEXICON)}")
     return pattern.findall(text)
 
-# %% ../nbs/09c_behaviour.ipynb #8f644107
+# %% ../nbs/09c_behaviour.ipynb #7691f078
 RELATIVES = ({"ms", "id"}, {"da", "no", "nb", "nn", "sv"}, {"hr", "sr", "bs"}, {"cs", "sk"}, {"zh", "yue"}, {"hi", "ur"}) # taken as one language
 FEWEST_LETTERS, SUREST = 20, 0.6 # of an answer, for a verdict on its language
 
 
 @cache
-def _identifier(languages: frozenset[str]):
-    "A language identifier that chooses among some languages; its file is read once for each choice."
+def _all_languages():
+    "The language identifier, whose file is read once."
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+@cache
+def _identifier(languages: frozenset[str]):
+    "A language identifier that chooses among the lexicon's languages and these."
+    identifier = copy(_all_languages())
     identifier.set_languages((languages | set(_LEXICON)) & set(identifier.labels))
     return identifier
 
@@ -235,7 +243,7 @@ def arm_facts(
                      "rows": np.mean([r.get("rows", np.nan) for r in results]), "tokens": tokens[0], "loss_tokens": tokens[1], "kl": float(np.mean(kl)) if kl else np.nan})
     return pd.DataFrame(rows, columns=["model", "paradigm", "seeds", "gain", "low", "high", "unit", "trained", "steps", "rows", "tokens", "loss_tokens", "kl"])
 
-# %% ../nbs/09c_behaviour.ipynb #65eb2f71
+# %% ../nbs/09c_behaviour.ipynb #d308b0ae
 def _in_languages(language: pd.Series, group: str) -> pd.Series:
     "Which rows belong to a group of languages: all, en, other, or one code."
     return language.notna() if group == "all" else language != "en" if group == "other" else language == group
@@ -262,8 +270,36 @@ def kl_points(
     drift = drift.assign(nats=drift["kl"] * drift["tokens"]).groupby(["model", "seed"], sort=False)[["nats", "tokens"]].sum()
     items = own.groupby(["model", "seed", "item_id"], sort=False)["score"].mean().groupby(["model", "seed"], sort=False).agg(["mean", "std", "count"])
     half = t.isf((1 - confidence) / 2, items["count"] - 1) * items["std"] / np.sqrt(items["count"])
-    points = pd.DataFrame({"kl": drift["nats"] / drift["tokens"], "score": 100 * items["mean"], "low": 100 * (items["mean"] - half), "high": 100 * (items["mean"] + half)})
+    points = pd.DataFrame({"kl": drift["nats"] / drift["tokens"], "score": 100 * items["mean"], "low": 100 * (items["mean"] - half).clip(0), "high": 100 * (items["mean"] + half).clip(upper=1)})
     return points.dropna(subset=["kl", "score"]).reset_index()
+
+# %% ../nbs/09c_behaviour.ipynb #942079b2
+def _student(values: pd.Series, confidence: float) -> tuple[float, float, float]:
+    "Mean and Student interval; null bounds for one value."
+    from scipy.stats import t
+    half = t.isf((1 - confidence) / 2, len(values) - 1) * values.std() / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    return values.mean(), values.mean() - half, values.mean() + half
+
+
+def margin_means(
+    margin: pd.DataFrame, # rows of `margin.parquet`
+    reference: str = "mid", # model to compare with
+    confidence: float = 0.95, # level of the intervals
+) -> pd.DataFrame: # a row a model, source and language
+    """Mean margins in nats a token.
+
+    Columns: model, source, language, pairs, seeds, margin, low, high, held_out (mean over the pairs that were set apart),
+    difference, difference_low, difference_high (to the reference, paired; null where it has no margins)."""
+    _require(margin, ("model", "seed", "source", "language", "pair_id", "held_out", "margin"), "the margins")
+    averaged = margin.groupby(["source", "language", "pair_id", "held_out", "model"], sort=False)["margin"].mean().unstack("model").reset_index(["pair_id", "held_out"])
+    models, rows = list(dict.fromkeys(margin["model"])), []
+    for (source, language), own in averaged.groupby(["source", "language"], sort=False):
+        for model in models:
+            known = own.dropna(subset=[model])
+            paired = (known[model] - known[reference]).dropna() if reference in own else known[model][:0]
+            rows.append([model, source, language, len(known), margin.loc[margin["model"] == model, "seed"].nunique(), *_student(known[model], confidence),
+                         known.loc[known["held_out"], model].mean(), *(_student(paired, confidence) if len(paired) else (np.nan,) * 3)])
+    return pd.DataFrame(rows, columns=["model", "source", "language", "pairs", "seeds", "margin", "low", "high", "held_out", "difference", "difference_low", "difference_high"])
 
 # %% ../nbs/09c_behaviour.ipynb #ec7cb9fd
 class MatchedLength(BaseModel):
