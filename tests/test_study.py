@@ -67,7 +67,7 @@ def test_the_claim_table_is_printed_and_kept(finished):
 
 def test_manifests_say_what_was_done(finished):
     manifests = {m["stage"]: m for m in Study(finished).manifests()}
-    assert len(manifests) == 18
+    assert len(manifests) == 24
     for model in MODELS[1:]:
         result = manifests[model]["result"]
         assert {"rows", "steps", "tokens", "loss_tokens", "loss_before", "loss_after", "trained", "merge"} <= set(result)
