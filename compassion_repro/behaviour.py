@@ -22,9 +22,9 @@ from pydantic import BaseModel, ConfigDict
 from . import world
 from .study import InputError, parse_model
 
-# %% ../nbs/09c_behaviour.ipynb #b92f9a71
+# %% ../nbs/09c_behaviour.ipynb #07774533
 _SENTENCE_END = re.compile(r"(?<=[.!?।؟])\s+|(?<=[。！？])\s*|\n+")
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\W\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+(?:['’-][^\W\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+)*")
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|(?=[^\s\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]*\w)[^\s\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+")
 
 
 def sentences(
@@ -301,12 +301,12 @@ def margin_means(
                          known.loc[known["held_out"], model].mean(), *(_student(paired, confidence) if len(paired) else (np.nan,) * 3)])
     return pd.DataFrame(rows, columns=["model", "source", "language", "pairs", "seeds", "margin", "low", "high", "held_out", "difference", "difference_low", "difference_high"])
 
-# %% ../nbs/09c_behaviour.ipynb #ec7cb9fd
+# %% ../nbs/09c_behaviour.ipynb #847834c5
 class MatchedLength(BaseModel):
     "An arm difference, in points, before and after matching the length of answers."
     model_config = ConfigDict(extra="forbid")
     high: str # model whose mean is taken positively
-    low_model: str # model whose mean is subtracted
+    low: str # model whose mean is subtracted
     benchmark: str # benchmark id
     languages: str # group of languages
     total: float # difference of means
@@ -321,7 +321,7 @@ class MatchedLength(BaseModel):
     share_low: float | None # lower bound; None where the share has no bounds
     share_high: float | None # upper bound
     tokens_high: float # mean tokens of an answer of `high`
-    tokens_low: float # mean tokens of an answer of `low_model`
+    tokens_low: float # mean tokens of an answer of `low`
     answers: int # answers used
     items: int # items they belong to
     seeds: int # seeds common to both
@@ -330,7 +330,7 @@ class MatchedLength(BaseModel):
     def sentence(self) -> str:
         "The finding with its caveat."
         share = "no share of it can be told to go through length" if self.share_low is None else f"{self.share_mediated:.0f} % [{self.share_low:.0f}, {self.share_high:.0f}] of it goes through length"
-        return (f"{self.high} − {self.low_model} on {self.benchmark}: {self.total:.1f} points [{self.total_low:.1f}, {self.total_high:.1f}], {self.matched:.1f} "
+        return (f"{self.high} − {self.low} on {self.benchmark}: {self.total:.1f} points [{self.total_low:.1f}, {self.total_high:.1f}], {self.matched:.1f} "
                 f"[{self.matched_low:.1f}, {self.matched_high:.1f}] at matched length; {share}. A mediator analysis: length is itself an outcome of training, "
                 f"and whatever drives both length and score biases the matched difference, so this describes and proves nothing about causes.")
 
@@ -373,7 +373,7 @@ def _share_through_length(own: pd.DataFrame, replicates: int, confidence: float)
     bounded = n > 1 and np.isfinite(drawn).all() and np.prod(np.quantile(totals, tails)) > 0
     return float(share[0]), *(map(float, np.quantile(drawn, tails)) if bounded else (None, None))
 
-# %% ../nbs/09c_behaviour.ipynb #9a7162b0
+# %% ../nbs/09c_behaviour.ipynb #b18b688d
 def _stratified(own: pd.DataFrame, bins: int) -> tuple[float | None, float]:
     "Difference within bins of length, in points, and the percent of answers in bins that hold both arms."
     place = pd.qcut(own["length"], bins, labels=False, duplicates="drop") if own["length"].nunique() > 1 else 0
@@ -402,5 +402,5 @@ def matched_length(
     found = [_fit(own, ["a"], confidence), _fit(own, varied, confidence), _share_through_length(own, replicates, confidence)]
     stratified, overlap = _stratified(own, bins)
     tokens = own.groupby("arm")["tokens"].mean()
-    return MatchedLength(**{name: value for place, values in enumerate(found) for name, value in zip(names[place], values)}, high=high, low_model=low, benchmark=benchmark, languages=languages,
+    return MatchedLength(**{name: value for place, values in enumerate(found) for name, value in zip(names[place], values)}, high=high, low=low, benchmark=benchmark, languages=languages,
                          stratified=stratified, overlap=overlap, tokens_high=tokens[1.0], tokens_low=tokens[0.0], answers=len(own), items=own["item_id"].nunique(), seeds=own["seed"].nunique())
