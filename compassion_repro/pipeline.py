@@ -96,8 +96,8 @@ def model_digest(source: str) -> str:
     if is_local(source) and not (Path(source) / "config.json").is_file(): raise InputError(f"{source} is not a model folder: it has no config.json")
     return source_digest(source)
 
-# %% ../nbs/13_pipeline.ipynb #038b6d40
-VERSIONS = {"base": 1, "midtrain": 1, "reward": 1, "sft": 1, "grpo": 1, "answers": 1, "eval": 1} # raise one when the code of that kind of stage changes its result
+# %% ../nbs/13_pipeline.ipynb #a986a2a0
+VERSIONS = {"base": 1, "midtrain": 1, "reward": 1, "sft": 1, "grpo": 1, "answers": 1, "eval": 1, "probe": 1} # raise one when the code of that kind of stage changes its result
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Stage:
         "Folder of the artifact within the study."
         return f"seed-{self.seed}/{self.id}"
 
-# %% ../nbs/13_pipeline.ipynb #54522bdf
+# %% ../nbs/13_pipeline.ipynb #11360d17
 def _training_config(preset: Preset, section: str, sources: dict[str, str]) -> dict:
     data = {name: source_digest(source) for name, source in sources.items()}
     return {"training": getattr(preset, section).model_dump(mode="json"), "lora": preset.lora.model_dump(mode="json"), "data": data}
@@ -150,6 +150,13 @@ def _benchmark_config(benchmark: Benchmark) -> dict:
     return {**config, "size": benchmark.size} if benchmark.data.startswith("world:") else config
 
 
+def _probe_stages(preset: Preset, seed: int, measured: list[Stage], mid: Stage) -> list[Stage]:
+    "The measures without a judge of each model that answers; pairs count by their content."
+    files = {"world": world.assets() / "world" / "bank.yaml", "written": world.assets() / "margin" / "pairs.yaml"}
+    config = {"margin": preset.margin.model_dump(mode="json"), "pairs": {name: path_digest(files[name]) for name in preset.margin.pairs}}
+    return [Stage(f"probe-{answers.inputs[0].id}", "probe", seed, answers.model, (answers.inputs[0], answers, mid), config) for answers in measured]
+
+
 def graph(
     preset: Preset, # the study
     seeds: int = 1, # how many seeds, counted from 1
@@ -168,6 +175,7 @@ def graph(
             generation = preset.generation.model_dump(mode="json")
             answers = Stage(f"answers-{stage.id}", "answers", seed, stage.model, (stage,), {"generation": generation, "benchmarks": benchmarks})
             stages += [answers, Stage(f"eval-{stage.id}", "eval", seed, stage.model, (answers,), {"judge": preset.judge})]
+        stages += _probe_stages(preset, seed, [s for s in stages if s.kind == "answers" and s.seed == seed], starts["mid"])
     return sorted(stages, key=lambda s: s.seed)
 
 # %% ../nbs/13_pipeline.ipynb #5941ba58
@@ -213,7 +221,7 @@ def _peak_memory_mb() -> float:
     "Highest memory of this process so far, in MB (Linux counts in kilobytes, macOS in bytes)."
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 1024), 1)
 
-# %% ../nbs/13_pipeline.ipynb #9be107fc
+# %% ../nbs/13_pipeline.ipynb #d6dc687e
 def _flat(values: dict, prefix: str = "") -> dict:
     return {k: v for name, value in values.items() for k, v in (_flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}).items()}
 
@@ -294,7 +302,7 @@ class Study:
         places = sorted((p.parent for p in self.folder.glob("seed-*/[!.]*/manifest.json")), key=lambda p: p.stat().st_mtime)
         return sorted(filter(None, map(self._manifest, places)), key=lambda m: m["seed"])
 
-    def table(self, name: str): # answers, grades or scores
+    def table(self, name: str): # answers, grades, scores, margin or kl
         "One of the study's tables as a frame; raises `InputError` where it is missing or damaged."
         import pandas as pd
         file = self.folder / f"{name}.parquet"
@@ -319,6 +327,7 @@ def _facts(manifest: dict) -> str:
     r = manifest["result"]
     cut = f" ({r['data']['truncated']} cut to fit a sequence)" if r.get("data", {}).get("truncated") else f" ({r['split_rows']} split over sequences)" if r.get("split_rows") else ""
     untrained = "" if r.get("trained", True) else " (not trained)"
+    if "margin_mean" in r: return f"{r['pairs']} pairs, margin {r['margin_mean']:+.3f} nats a token" + ("" if r["kl_mean"] is None else f"; KL from mid {r['kl_mean']:.4f}")
     if "reward_after" in r: return f"{r['rows']} prompts, {r['steps']} steps, {r['completions']:,} completions; held-out reward {_reward_facts(r, untrained)}"
     if "accuracy" in r: return f"{r['pairs']} pairs, {r['steps']} steps; {r['accuracy']:.1%} of held-out pairs right, correlation with length {r['length_correlation']:+.2f}"
     if "loss_after" in r: return f"{r['rows']} rows{cut}, {r['steps']} steps, {r['tokens']:,} tokens; held-out loss {r['loss_before']:.3f} → {r['loss_after']:.3f}{untrained}"
@@ -519,7 +528,7 @@ def without_jail(
     needy = [m for m in preset.arms if parse_model(m).reward == "code"]
     return needy if needy and not unsafe and sandbox.level() == "none" else []
 
-# %% ../nbs/13_pipeline.ipynb #dd8cb264
+# %% ../nbs/13_pipeline.ipynb #967da649
 @cache
 def _load_tasks(benchmarks: str, judge: str, folder: Path) -> dict:
     from compassion_repro import evaluate
@@ -551,7 +560,17 @@ def _run_eval(work: Work) -> dict:
             "benchmarks": {name: task.provenance for name, task in tasks.items()}}
 
 
-RUN = {"base": _run_base, "midtrain": _run_midtrain, "reward": _run_reward, "sft": _run_sft, "grpo": _run_grpo, "answers": _run_answers, "eval": _run_eval}
+def _run_probe(work: Work) -> dict:
+    import pandas as pd
+    from compassion_repro import margin
+    answers = pd.read_parquet(work.input(1) / "answers.parquet")
+    margins, kl, result = margin.probe(work.input(), work.input(2), answers, work.stage.model, work.stage.seed, work.preset.margin, report=work.report)
+    write_atomically(work.out / "margin.parquet", margins.to_parquet)
+    write_atomically(work.out / "kl.parquet", kl.to_parquet)
+    return result
+
+
+RUN = {"base": _run_base, "midtrain": _run_midtrain, "reward": _run_reward, "sft": _run_sft, "grpo": _run_grpo, "answers": _run_answers, "eval": _run_eval, "probe": _run_probe}
 
 # %% ../nbs/13_pipeline.ipynb #7b9dbf5c
 @contextmanager
@@ -672,16 +691,16 @@ def run(
         analyse(study, stages)
     return study
 
-# %% ../nbs/13_pipeline.ipynb #bcbdad26
+# %% ../nbs/13_pipeline.ipynb #ab561ed7
 def collect(
     study: Study, # finished
     stages: list[Stage], # its stages
 ):
-    "Lay the tables of all models and seeds together: answers, grades, scores."
+    "Lay the tables of all models and seeds together: answers, grades, scores, margin, kl."
     import pandas as pd
-    for name, kind in (("answers", "answers"), ("grades", "eval"), ("scores", "eval")):
+    for name, kind in (("answers", "answers"), ("grades", "eval"), ("scores", "eval"), ("margin", "probe"), ("kl", "probe")):
         parts = [pd.read_parquet(study.folder / s.place / f"{name}.parquet") for s in stages if s.kind == kind]
-        table = pd.concat([p for p in parts if len(p)], ignore_index=True)
+        table = pd.concat([p for p in parts if len(p)] or parts[:1], ignore_index=True)
         if name == "scores": table["study"] = study.folder.name
         with writable(study.folder): write_atomically(study.folder / f"{name}.parquet", table.to_parquet)
 

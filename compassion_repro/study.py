@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STARTS', 'PARADIGMS', 'DOMAINS', 'ARMS', 'CROSSED', 'Source', 'DEEPSEEKMATH', 'TRL_DEFAULT', 'GRPO_SETTINGS', 'PAPER',
            'KINDS', 'CLAIMS', 'FAMILIES', 'FIDELITY', 'InputError', 'write_atomically', 'Arm', 'parse_model', 'Section',
-           'Lora', 'Training', 'Generation', 'settings_markdown', 'Grpo', 'Benchmark', 'Statistics', 'Models', 'Data',
-           'Preset', 'presets', 'build_preset', 'load_preset', 'PaperFigure', 'paper_percent', 'Cell', 'Reading',
-           'Claim', 'readings', 'claim_readings', 'family_of', 'Fidelity', 'fidelity_markdown']
+           'Lora', 'Training', 'Generation', 'settings_markdown', 'Grpo', 'Benchmark', 'Statistics', 'Margin', 'Models',
+           'Data', 'Preset', 'presets', 'build_preset', 'load_preset', 'PaperFigure', 'paper_percent', 'Cell',
+           'Reading', 'Claim', 'readings', 'claim_readings', 'family_of', 'Fidelity', 'fidelity_markdown']
 
 # %% ../nbs/00_study.ipynb #2282e0d0
 import contextlib
@@ -207,7 +207,7 @@ class Grpo(Section):
         "Completions an optimiser step."
         return self.value("group") * self.value("prompts_per_step")
 
-# %% ../nbs/00_study.ipynb #e05d2ab3
+# %% ../nbs/00_study.ipynb #8291425d
 class Benchmark(Section):
     "One benchmark: the official task that scores it, and its data."
     task: Literal["anima", "moru"] # official `inspect_evals` task
@@ -232,6 +232,13 @@ class Statistics(Section):
         return 1 - self.confidence
 
 
+class Margin(Section):
+    "The measures that need no judge: matched pairs, and KL from mid."
+    pairs: tuple[Literal["world", "written"], ...] = Field(("written",), min_length=1) # the embedded world's pairs, or the English ones written one by one
+    kl_epochs: int = Field(1, ge=0) # answers a question that KL is measured on; 0 measures none
+    batch_tokens: int = Field(8192, ge=64) # tokens a padded batch holds at most
+
+
 class Models(Section):
     "Where models come from."
     base: Source # `world:base`, a folder, or a hub id with @revision
@@ -252,7 +259,7 @@ class Data(Section):
         "Source of an arm's rows, by their name: `sft-help`, `grpo-code`."
         return getattr(self, rows.replace("-", "_"))
 
-# %% ../nbs/00_study.ipynb #24c27ae6
+# %% ../nbs/00_study.ipynb #fb46c151
 class Preset(Section):
     "A whole study, resolved: every value that decides its result, seeds aside."
     name: str = Field(pattern=r"^[\w.-]+$") # preset it came from
@@ -269,6 +276,7 @@ class Preset(Section):
     generation: Generation = Generation()
     benchmarks: dict[str, Benchmark]
     judge: str = Field(pattern=r"^(indicator|[\w.-]+/\S+)$") # "indicator", or any Inspect model id: always named
+    margin: Margin = Margin()
     statistics: Statistics = Statistics()
 
     @field_validator("arms")

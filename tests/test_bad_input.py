@@ -110,7 +110,7 @@ def test_damaged_study_files(study_copy):
 def test_a_damaged_manifest_is_made_again(study_copy, finished):
     (study_copy / "seed-1" / "eval-base" / "manifest.json").write_text('{"key": ')
     done = run_study(study_copy)
-    assert done.returncode == 0 and "17 done, 1 to run" in done.stdout, done.stderr
+    assert done.returncode == 0 and "23 done, 1 to run" in done.stdout, done.stderr
 
 
 def test_a_users_own_benchmark_is_run_whole_under_a_size_that_would_cut_it(tmp_path):
@@ -156,13 +156,13 @@ def test_a_refused_start_leaves_the_folder_to_the_corrected_one(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     rows.write_text(rows.read_text().replace("Answer", "Reply"))
     again = run_study(out, f"data.sft-help={rows}", "arms=[sft-help]")
-    assert "6 done, 3 to run" in again.stdout, again.stdout          # edited rows are noticed: the arm, its answers, its grades
+    assert "8 done, 4 to run" in again.stdout, again.stdout          # edited rows are noticed: the arm, its answers, its grades, its margin
 
 
 def test_a_missing_piece_of_a_finished_stage_is_made_again(study_copy):
     (study_copy / "seed-1" / "eval-mid" / "scores.parquet").unlink()
     done = run_study(study_copy)
-    assert done.returncode == 0 and "17 done, 1 to run" in done.stdout, done.stderr[-2000:]
+    assert done.returncode == 0 and "23 done, 1 to run" in done.stdout, done.stderr[-2000:]
 
 
 def test_one_usable_row_is_refused_before_anything_is_trained(refused, tmp_path):

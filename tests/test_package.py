@@ -10,8 +10,16 @@ import pytest
 from conftest import ROOT
 
 HEAVY_LIBRARIES = ["torch", "transformers", "trl", "datasets", "inspect_ai"]
-HEAVY = ["data", "models", "midtrain", "sft", "grpo", "evaluate"]
-ORDER = ["study", "world", "data", "models", "midtrain", "sft", "harness", "walls", "sandbox", "rewards", "grpo", "evaluate", "inference", "scores", "stats", "claims", "figures", "pipeline", "cli"]
+HEAVY = {"data", "models", "midtrain", "sft", "grpo", "evaluate", "margin"}
+
+
+def exporting() -> list[str]:
+    "The rooms, in the order of the notebooks that they are exported from."
+    cells = [(path.name, "".join(cell["source"])) for path in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+    return [found[1] for _, source in cells if (found := re.match(r"#\s*\|\s*default_exp (\w+)", source))]
+
+
+ORDER = exporting()
 LIGHT = [room for room in ORDER if room not in HEAVY]
 
 

@@ -67,7 +67,7 @@ def test_the_claim_table_is_printed_and_kept(finished):
 
 def test_manifests_say_what_was_done(finished):
     manifests = {m["stage"]: m for m in Study(finished).manifests()}
-    assert len(manifests) == 18
+    assert len(manifests) == 24
     for model in MODELS[1:]:
         result = manifests[model]["result"]
         assert {"rows", "steps", "tokens", "loss_tokens", "loss_before", "loss_after", "trained", "merge"} <= set(result)
@@ -87,7 +87,7 @@ def test_saved_models_open_with_transformers(finished):
 def test_a_second_run_has_nothing_to_do(study_copy):
     before = {p: p.stat().st_mtime_ns for p in study_copy.rglob("manifest.json")}
     done = run_study(study_copy)
-    assert done.returncode == 0 and "18 done, 0 to run" in done.stdout
+    assert done.returncode == 0 and "24 done, 0 to run" in done.stdout
     assert before == {p: p.stat().st_mtime_ns for p in study_copy.rglob("manifest.json")}
 
 
@@ -101,7 +101,7 @@ def test_the_same_seed_gives_the_same_scores_bit_for_bit(finished, tmp_path):
 
 def test_more_seeds_extend_a_study(study_copy, finished):
     done = run_study(study_copy, words=("--seeds", "2"))
-    assert done.returncode == 0 and "18 done, 18 to run" in done.stdout, done.stderr[-2000:]
+    assert done.returncode == 0 and "24 done, 24 to run" in done.stdout, done.stderr[-2000:]
     scores = table(study_copy, "scores")
     assert set(scores.seed) == {1, 2}
     first = scores[scores.seed == 1].drop(columns="study").reset_index(drop=True)
@@ -138,7 +138,7 @@ def test_interrupted_in_any_stage_it_carries_on(study_copy, finished, stage, how
         assert process.returncode == 130 and "the same command carries on" in stderr and "Traceback" not in stderr, stderr[-2000:]
         assert not partial.exists()
     done = run_study(study_copy)
-    assert done.returncode == 0 and "17 done, 1 to run" in done.stdout, done.stderr[-2000:]
+    assert done.returncode == 0 and "23 done, 1 to run" in done.stdout, done.stderr[-2000:]
     assert place.exists() and not partial.exists() and same_scores(finished, study_copy)
 
 
