@@ -181,7 +181,7 @@ def claim_figures(
     "Estimate and interval as text, with true minus signs."
     return ("" if pd.isna(row.estimate) else f"{row.estimate:+.1f}" + ("" if pd.isna(row.low) else f" [{row.low:+.1f}, {row.high:+.1f}]")).replace("-", "−")
 
-# %% ../nbs/11_figures.ipynb #86ae9597
+# %% ../nbs/11_figures.ipynb #49dc8ab9
 def _draw_claim(axes, place: int, row, limits: tuple[float, float]) -> None:
     "One row of the forest: margin band, interval, estimate, the paper's figure."
     colour, marker = VERDICT_LOOKS[row.verdict]
@@ -200,6 +200,7 @@ def _say_verdicts(axes, rows: pd.DataFrame) -> None:
     right.set(ylim=axes.get_ylim(), yticks=range(len(rows)))
     right.set_yticklabels([f"{row.verdict}\n{claim_figures(row)}".strip() for row in rows.itertuples()], fontsize=9, weight="bold")
     right.grid(visible=False)
+    for side in (axes, right): side.tick_params(axis="y", length=0)
     for label, verdict in zip(right.get_yticklabels(), rows["verdict"]): label.set_color(VERDICT_LOOKS[verdict][0])
 
 
@@ -263,7 +264,7 @@ def profile_means(
     if chosen.empty: raise InputError(f"no scores to draw by {by}")
     return pd.concat([model_means(own.assign(dimension="overall"), settings=settings).assign(**{by: value}) for value, own in chosen.groupby(by, observed=True)], ignore_index=True)
 
-# %% ../nbs/11_figures.ipynb #5188a653
+# %% ../nbs/11_figures.ipynb #33008dc0
 def _draw_profile(axes, rows: pd.DataFrame, by: str, models: Sequence[str]) -> None:
     "Points and intervals of one panel, the models of a row below each other."
     values = sorted(rows[by].unique(), key=lambda value: (value != "en", value))
@@ -285,7 +286,7 @@ def model_legend(
     "Models by marker and colour, below a figure."
     from matplotlib.lines import Line2D
     handles = [Line2D([], [], linestyle="", marker=model_marker(m), color=model_look(m)[1], markeredgecolor="black", markeredgewidth=0.6, markersize=7, label=model_look(m)[0]) for m in models]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(models), 4), frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, min(len(models), int(figure.get_figwidth() / 1.8))), frameon=False, fontsize=9)
 
 
 def plot_profile(
