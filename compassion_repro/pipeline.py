@@ -557,7 +557,7 @@ def interruptible():
         for number, handler in before.items(): signal.signal(number, handler)
     if seen: raise KeyboardInterrupt
 
-# %% ../nbs/13_pipeline.ipynb #f419e906
+# %% ../nbs/13_pipeline.ipynb #dcdd3e60
 def run_stage(
     study: Study, # where it goes
     preset: Preset, # the configuration
@@ -653,10 +653,10 @@ def run(
             say(f"{label}: {manifest['seconds']:.1f} s; {_facts(manifest)}")
         stages = study.finished(preset, left_out)
         collect(study, stages)
-        analyse(study, stages)
+        analyse(study, report)
     return study
 
-# %% ../nbs/13_pipeline.ipynb #9e4510d7
+# %% ../nbs/13_pipeline.ipynb #81f9c82a
 def collect(
     study: Study, # finished
     stages: list[Stage], # its stages
@@ -689,13 +689,15 @@ def training_record(
 
 def analyse(
     study: Study, # with its tables in place
-    stages: list[Stage], # those that the tables were made from
+    report: callable = lambda line: None, # called with each line of passing progress
 ):
-    "Judge the claims and draw the figure of a study from its tables; returns the claim table."
-    from compassion_repro import figures, stats
-    preset, scores = study.preset, study.table("scores")
-    claims = stats.judge_claims(scores, training_record([study.manifest(stage) for stage in stages]), preset)
+    "Judge the claims of a study from its scores, draw its figures and write its report; returns the claim table. Loads no torch."
+    from compassion_repro import report as page, stats
+    preset = study.preset
+    scores = stats.check_scores(study.table("scores"), study.folder.name, str(study.folder / "scores.parquet"))
+    scored = set(zip(scores["model"], scores["seed"]))
+    claims = stats.judge_claims(scores, training_record([m for m in study.manifests() if (m["model"], m["seed"]) in scored]), preset)
     with writable(study.folder):
         write_atomically(study.folder / "claims.json", lambda partial: partial.write_text(claims.to_json(), encoding="utf-8"))
-        if scores.score.notna().any(): figures.save_figure(figures.plot_scores(scores, preset.statistics), study.folder / "figures", "scores")
+        page.write_report(study.folder, report)
     return claims
