@@ -6,14 +6,14 @@
 __all__ = ['MEASURES', 'BENCHMARK_LOOKS', 'CURVES', 'item_changes', 'plot_item_changes', 'moved_means', 'plot_moved', 'plot_kl',
            'training_log', 'plot_training', 'plot_rewards', 'plot_margin']
 
-# %% ../nbs/11b_diagnostics.ipynb #89b1c7dd
+# %% ../nbs/11b_diagnostics.ipynb #c8d63c17
 import math
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
-from .figures import TITLES, figure_style, model_legend, model_look, model_marker, panel_title
+from .figures import benchmark_rank, figure_style, model_legend, model_look, model_marker, panel_title
 from .stats import check_columns, item_scores, model_rank, one_judge
 from .study import InputError
 
@@ -32,7 +32,7 @@ def item_changes(
     changes = joined.assign(change=100 * (joined["score"] - joined["before"])).groupby(["benchmark", "model", "language", "question_id"], observed=True)["change"].mean()
     return changes.reset_index()
 
-# %% ../nbs/11b_diagnostics.ipynb #a2a3eb54
+# %% ../nbs/11b_diagnostics.ipynb #1025f6be
 def _draw_changes(axes, changes: pd.Series, model: str) -> None:
     "Sorted changes of one arm on one benchmark, and how many fell, stayed and rose."
     ordered = changes.sort_values(ignore_index=True)
@@ -55,7 +55,7 @@ def plot_item_changes(
     from matplotlib import pyplot
     changes = item_changes(scores, start)
     arms = sorted(changes["model"].unique(), key=model_rank)
-    benchmarks = sorted(changes["benchmark"].unique(), key=lambda name: list(TITLES).index(name) if name in TITLES else -1)
+    benchmarks = sorted(changes["benchmark"].unique(), key=benchmark_rank)
     with figure_style():
         figure, grid = pyplot.subplots(len(benchmarks), len(arms), figsize=(0.9 + 2.2 * len(arms), 0.6 + 1.7 * len(benchmarks)), layout="constrained", sharey=True, squeeze=False)
         for row, benchmark in zip(grid, benchmarks):
@@ -69,20 +69,22 @@ def plot_item_changes(
     pyplot.close(figure)
     return figure
 
-# %% ../nbs/11b_diagnostics.ipynb #9c53bb1d
+# %% ../nbs/11b_diagnostics.ipynb #bc3ff3fa
 MEASURES = {"empty": "empty (%)", "looping": "looping (%)", "over_long": "ran into the limit (%)", "wrong_language": "other language (%)", "code_shaped": "shaped like code (%)",
             "tokens": "tokens an answer", "words": "words an answer", "sentences": "sentences an answer", "welfare_per_sentence": "sentences on welfare (%)"}
 BENCHMARK_LOOKS = {"anima": ("o", "black"), "moru": ("^", "#888888"), "leak": ("s", "white")} # marker, fill
 
 
 def moved_means(
-    moved: pd.DataFrame, # model, benchmark, language, answers, and any columns of MEASURES
+    moved: pd.DataFrame, # model, benchmark, language ("all" pools them), answers, and any columns of MEASURES
 ) -> pd.DataFrame: # one row a model and benchmark, the measures as means over the answers
-    "Measures of the answers, averaged over languages by the number of answers; raises `InputError` where there are none."
+    "Measures of the answers over all languages, weighted by the number of answers where no row pools them; nulls are passed over. Raises `InputError` where there are none."
     measures = [name for name in MEASURES if name in moved]
     if moved.empty or not measures: raise InputError("nothing to draw of what else moved: the study has no answers")
-    totals = moved.groupby(["model", "benchmark"], observed=True).apply(lambda own: own[measures].mul(own["answers"], axis=0).sum() / own["answers"].sum(), include_groups=False)
-    return totals.reset_index()
+    if (moved["language"] == "all").any(): return moved.loc[moved["language"] == "all", ["model", "benchmark", *measures]].astype(dict.fromkeys(measures, float)).reset_index(drop=True)
+    values, weights = moved[measures].astype(float), moved["answers"].astype(float)
+    sums = [frame.mul(weights, axis=0).groupby([moved["model"], moved["benchmark"]], observed=True).sum() for frame in (values, values.notna().astype(float))]
+    return (sums[0] / sums[1].where(sums[1] > 0)).reset_index()
 
 
 def plot_moved(
@@ -92,7 +94,7 @@ def plot_moved(
     from matplotlib import pyplot
     means = moved_means(moved)
     measures, models = [name for name in MEASURES if name in means], sorted(means["model"].unique(), key=model_rank)
-    benchmarks = sorted(means["benchmark"].unique(), key=lambda name: list(TITLES).index(name) if name in TITLES else -1)
+    benchmarks = sorted(means["benchmark"].unique(), key=benchmark_rank)
     columns = min(3, len(measures))
     rows = math.ceil(len(measures) / columns)
     with figure_style():
@@ -102,7 +104,7 @@ def plot_moved(
                 own, (marker, fill) = means[means["benchmark"] == benchmark], BENCHMARK_LOOKS.get(benchmark, ("D", "white"))
                 shift = 0.6 * ((number + 0.5) / len(benchmarks) - 0.5)
                 axes.plot(own[measure], own["model"].map(models.index) + shift, linestyle="", marker=marker, markerfacecolor=fill, markeredgecolor="black", markersize=5.5, label=panel_title(benchmark), clip_on=False, zorder=3)
-            widest = max(1.08 * means[measure].max(), 5) # a share of a percent must not fill the panel
+            widest = max(1.08 * means[measure].fillna(0).max(), 5) # a share of a percent must not fill the panel
             axes.set(xlabel=MEASURES[measure], xlim=(0, widest), ylim=(len(models) - 0.5, -0.5))
             for place in range(1, len(models)): axes.axhline(place - 0.5, color="#CCCCCC", linewidth=0.6)
             axes.grid(axis="y", visible=False)

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'HATCHES', 'NAMES', 'TITLES', 'SUBJECTS', 'PAPER_LABEL', 'VERDICT_LOOKS', 'MARKERS', 'model_look',
-           'figure_style', 'score_panels', 'panel_means', 'panel_title', 'plot_scores', 'score_table', 'claim_rows',
-           'claim_figures', 'plot_claims', 'model_marker', 'profile_means', 'model_legend', 'plot_profile',
-           'plot_dimensions', 'plot_languages', 'save_figure']
+           'figure_style', 'benchmark_rank', 'score_panels', 'panel_means', 'panel_title', 'plot_scores', 'score_table',
+           'claim_rows', 'claim_figures', 'plot_claims', 'model_marker', 'profile_means', 'model_legend',
+           'plot_profile', 'plot_dimensions', 'plot_languages', 'save_figure']
 
-# %% ../nbs/11_figures.ipynb #4a3b521c
+# %% ../nbs/11_figures.ipynb #855810e9
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import wrap
 
+import numpy as np
 import pandas as pd
 
 from .stats import ClaimTable, answer_summary, model_means, model_rank
@@ -49,12 +50,19 @@ def figure_style():
     import seaborn
     with seaborn.axes_style("whitegrid"), seaborn.plotting_context("paper"): yield
 
-# %% ../nbs/11_figures.ipynb #c6c5069a
+# %% ../nbs/11_figures.ipynb #2c07e190
+def benchmark_rank(
+    benchmark: str, # benchmark id
+) -> int: # sorts strangers first, then as in TITLES
+    "Key that sorts benchmarks: the leak comes last."
+    return list(TITLES).index(benchmark) if benchmark in TITLES else -1
+
+
 def score_panels(
     scores: pd.DataFrame, # rows of `scores.parquet`, or means from `stats.model_means`
 ) -> list[tuple[str, str]]: # (benchmark, group of languages)
     "Which panels the scores fill: every benchmark, and every group of languages for which the paper gives a figure."
-    benchmarks = sorted(scores["benchmark"].unique(), key=lambda name: list(TITLES).index(name) if name in TITLES else -1)
+    benchmarks = sorted(scores["benchmark"].unique(), key=benchmark_rank)
     if "languages" in scores:
         present = set(zip(scores["benchmark"], scores["languages"]))
         return [(name, group) for name in benchmarks for group in ("all", "en", "other") if (name, group) in present]
@@ -181,13 +189,12 @@ def claim_figures(
     "Estimate and interval as text, with true minus signs."
     return ("" if pd.isna(row.estimate) else f"{row.estimate:+.1f}" + ("" if pd.isna(row.low) else f" [{row.low:+.1f}, {row.high:+.1f}]")).replace("-", "−")
 
-# %% ../nbs/11_figures.ipynb #49dc8ab9
+# %% ../nbs/11_figures.ipynb #94892645
 def _draw_claim(axes, place: int, row, limits: tuple[float, float]) -> None:
     "One row of the forest: margin band, interval, estimate, the paper's figure."
     colour, marker = VERDICT_LOOKS[row.verdict]
     if pd.notna(row.margin):
-        right = row.margin if row.kind == "equivalence" else limits[1]
-        axes.fill_betweenx([place - 0.42, place + 0.42], -row.margin, right, color="#CFE0EE", linewidth=0, zorder=0)
+        axes.fill_betweenx([place - 0.42, place + 0.42], -row.margin, row.margin if row.kind == "equivalence" else limits[1], color="#CFE0EE", linewidth=0, zorder=0)
     if pd.notna(row.estimate):
         axes.plot([row.low, row.high], [place, place], color=colour, linewidth=2, solid_capstyle="butt", zorder=3)
         axes.plot(row.estimate, place, marker=marker or "o", color=colour, markeredgecolor="white", markersize=9, zorder=4)
@@ -197,8 +204,8 @@ def _draw_claim(axes, place: int, row, limits: tuple[float, float]) -> None:
 def _say_verdicts(axes, rows: pd.DataFrame) -> None:
     "Verdict and figures of every row, at the right-hand edge."
     right = axes.twinx()
-    right.set(ylim=axes.get_ylim(), yticks=range(len(rows)))
-    right.set_yticklabels([f"{row.verdict}\n{claim_figures(row)}".strip() for row in rows.itertuples()], fontsize=9, weight="bold")
+    right.set_ylim(axes.get_ylim())
+    right.set_yticks(range(len(rows)), [f"{row.verdict}\n{claim_figures(row)}".strip() for row in rows.itertuples()], fontsize=9, weight="bold")
     right.grid(visible=False)
     for side in (axes, right): side.tick_params(axis="y", length=0)
     for label, verdict in zip(right.get_yticklabels(), rows["verdict"]): label.set_color(VERDICT_LOOKS[verdict][0])
@@ -208,8 +215,7 @@ def _claim_legend(figure, rows: pd.DataFrame) -> None:
     "What line, band and diamond mean, below the forest."
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
-    kind = "interval, adjusted for several claims" if rows["adjusted"].any() else "interval"
-    handles = [Line2D([], [], color="black", linewidth=2, marker="o", markeredgecolor="white", markersize=8, label=f"ours, with its {kind}")]
+    handles = [Line2D([], [], color="black", linewidth=2, marker="o", markeredgecolor="white", markersize=8, label="ours, with its interval" + ", adjusted for several claims" * bool(rows["adjusted"].any()))]
     if rows["paper"].notna().any(): handles.append(Line2D([], [], linestyle="", marker="D", markerfacecolor="white", markeredgecolor="black", label=PAPER_LABEL))
     if rows["margin"].notna().any(): handles.append(Patch(facecolor="#CFE0EE", label="margin of a claim of no (or no smaller) effect"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
@@ -223,9 +229,8 @@ def plot_claims(
     rows = claim_rows(claims)
     if rows.empty or rows["estimate"].isna().all(): raise InputError("no claim has an estimate to draw: the models it compares have no scores")
     values = rows[["low", "high", "estimate", "paper"]].astype(float).to_numpy().ravel().tolist() + [0, *rows["margin"].dropna(), *-rows["margin"].dropna()]
-    low, high = min(v for v in values if v == v), max(v for v in values if v == v)
+    (low, high), judges = np.nanquantile(values, (0, 1)), rows["judge"].nunique() > 1
     limits = (low - 0.06 * (high - low), high + 0.06 * (high - low))
-    judges = rows["judge"].nunique() > 1
     with figure_style():
         figure, axes = pyplot.subplots(figsize=(8.5, 1.3 + 0.4 * len(rows)), layout="constrained")
         for place, row in enumerate(rows.itertuples()): _draw_claim(axes, place, row, limits)
@@ -241,7 +246,7 @@ def plot_claims(
     pyplot.close(figure)
     return figure
 
-# %% ../nbs/11_figures.ipynb #ebf54185
+# %% ../nbs/11_figures.ipynb #0f27dd6e
 MARKERS = {"base": "s", "mid": "o", "mid-control": "P", "sft-help": "v", "sft-code": "^", "grpo-help": "<", "grpo-code": ">"}
 
 
@@ -259,12 +264,11 @@ def profile_means(
     settings: Statistics = Statistics(), # of the preset
 ) -> pd.DataFrame: # rows of `stats.model_means`, with a column named `by`
     "Means with intervals for every dimension or language. Raises `InputError` where nothing is scored."
-    models = [model for model in scores["model"].unique() if "@" not in model] if models is None else models
-    chosen = scores[scores["model"].isin(models) & ((scores["dimension"] == "overall") == (by == "language"))].dropna(subset="score")
+    chosen = scores[(~scores["model"].str.contains("@") if models is None else scores["model"].isin(models)) & ((scores["dimension"] == "overall") == (by == "language"))].dropna(subset="score")
     if chosen.empty: raise InputError(f"no scores to draw by {by}")
     return pd.concat([model_means(own.assign(dimension="overall"), settings=settings).assign(**{by: value}) for value, own in chosen.groupby(by, observed=True)], ignore_index=True)
 
-# %% ../nbs/11_figures.ipynb #33008dc0
+# %% ../nbs/11_figures.ipynb #8fc973f6
 def _draw_profile(axes, rows: pd.DataFrame, by: str, models: Sequence[str]) -> None:
     "Points and intervals of one panel, the models of a row below each other."
     values = sorted(rows[by].unique(), key=lambda value: (value != "en", value))
@@ -286,7 +290,7 @@ def model_legend(
     "Models by marker and colour, below a figure."
     from matplotlib.lines import Line2D
     handles = [Line2D([], [], linestyle="", marker=model_marker(m), color=model_look(m)[1], markeredgecolor="black", markeredgewidth=0.6, markersize=7, label=model_look(m)[0]) for m in models]
-    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, min(len(models), int(figure.get_figwidth() / 1.8))), frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(models) // -(-len(models) // max(1, int(figure.get_figwidth() / 1.8)))), frameon=False, fontsize=9)
 
 
 def plot_profile(
@@ -329,7 +333,7 @@ def plot_languages(
     "Score by language and model."
     return plot_profile(scores, "language", models, settings)
 
-# %% ../nbs/11_figures.ipynb #e42f41b8
+# %% ../nbs/11_figures.ipynb #3eb1d5be
 def save_figure(
     figure, # matplotlib Figure
     folder: str | Path, # made if it is not there
@@ -343,6 +347,7 @@ def save_figure(
         for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
             path = folder / f"{name}.{kind}"
             with matplotlib.rc_context({"svg.hashsalt": name}): write_atomically(path, lambda partial: figure.savefig(partial, format=kind, dpi=200, metadata=metadata))
+            figure.set_layout_engine("none") # laid out once, for both
             paths.append(path)
     except OSError as error: raise InputError(f"cannot write figures to {folder}: {error.strerror or error}") from None
     return paths

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'SIGNS', 'Picture', 'pictures', 'draw_pictures', 'claim_cards', 'cell_shape', 'render', 'write_report']
 
-# %% ../nbs/12_report.ipynb #796b8afb
+# %% ../nbs/12_report.ipynb #5778a951
 import base64
 import re
 from collections.abc import Callable
@@ -16,9 +16,9 @@ from pathlib import Path
 import yaml
 
 from . import diagnostics, figures, findings
-from .findings import StudyFiles
 from .stats import one_judge
 from .study import InputError, write_atomically
+from .studyfiles import StudyFiles, read_study_files
 
 # %% ../nbs/12_report.ipynb #e25bb8d6
 @dataclass
@@ -123,7 +123,7 @@ def cell_shape(
     if re.fullmatch(r"[±+−-]?[\d.,]+(e[-−+]?\d+)?( ?%)?( \[.*\])?( × \d+)?", str(text)): return "number"
     return "words" if len(str(text)) > 24 else ""
 
-# %% ../nbs/12_report.ipynb #85fd2822
+# %% ../nbs/12_report.ipynb #653fa73f
 def _tables(files: StudyFiles) -> dict:
     "The tables of the page, each a frame of text or None."
     grades = files.grades
@@ -144,7 +144,7 @@ def render(
     room.filters["shape"] = cell_shape
     template = room.from_string((assets / "report.html.jinja").read_text(encoding="utf-8"))
     return template.render(files=files, pictures=drawn, tables=_tables(files), sections=SECTIONS, signs=SIGNS, cards=claim_cards(files), claims=files.claims, several=len(files.judges) > 1,
-                           headline=findings.headline(files), limitations=findings.limitations(files), samples=findings.sample_answers(files), completions=findings.sample_completions(files.completions),
+                           headline=findings.headline(files), counts=findings.verdict_counts(files.claims), limitations=findings.limitations(files), samples=findings.sample_answers(files), completions=findings.sample_completions(files.completions),
                            environment=findings.environment(files), settings=yaml.safe_dump(files.preset.resolved(), sort_keys=False, allow_unicode=True, width=100),
                            style=Markup((assets / "report.css").read_text(encoding="utf-8")))
 
@@ -154,7 +154,7 @@ def write_report(
     report: Callable[[str], None] = lambda line: None, # called with each line of passing progress
 ) -> Path: # `report.html` in it
     "Draw the figures of a study and write its report. Raises `InputError` for a folder that is no study, lacks scores or claims, holds damaged files or cannot be written."
-    files = findings.read_study_files(folder)
+    files = read_study_files(folder)
     drawn = draw_pictures(files, Path(folder) / "figures", report)
     report("report.html")
     page = render(files, drawn)
