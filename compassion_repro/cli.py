@@ -53,7 +53,7 @@ def _print(*things):
     from rich.text import Text
     _console(width=None if sys.stdout and sys.stdout.isatty() else 160, markup=True).print(*(Text(thing) if isinstance(thing, str) else thing for thing in things))
 
-# %% ../nbs/14_cli.ipynb #273d5618
+# %% ../nbs/14_cli.ipynb #255c6747
 def _study_folder(args, preset) -> Path:
     "`--out`, or studies/<preset>, with a short hash where `--set` changed the preset."
     from compassion_repro.pipeline import study_name
@@ -65,9 +65,9 @@ def run(args) -> int:
     preset = load_preset(args.preset, args.set)
     folder = _study_folder(args, preset)
     from compassion_repro import pipeline
-    with talking() as (say, report): study = pipeline.run(preset, folder, args.seeds, say, report, args.allow_unsafe_code)
+    with talking() as (say, report): study = pipeline.run(preset, folder, args.seeds, say, report, args.allow_unsafe_code, not args.no_report)
     print_claims(study.folder)
-    _print(f"\nscores, answers, figures: {study.folder}\nreport: {study.folder / 'report.html'}")
+    _print(f"\nscores, answers{'' if args.no_report else ', figures'}: {study.folder}" + ("" if args.no_report else f"\nreport: {study.folder / 'report.html'}"))
     return 0
 
 
@@ -91,10 +91,17 @@ def print_claims(folder: Path):
     _print(stats.read_claims(folder / "claims.json").rich_table())
 
 
+def _existing_study(folder: str) -> Path:
+    "A folder that holds a study, or one clear line."
+    if not (Path(folder) / "study.yaml").is_file(): raise InputError(f"{folder} is not a study folder: name one that `compassion-repro run` made, such as studies/tiny")
+    return Path(folder)
+
+
 def report(args) -> int:
     "Compute a study's claims, figures and report again from its scores, and print the claims; needs no torch."
+    folder = _existing_study(args.study)
     from compassion_repro import pipeline
-    study = pipeline.Study(args.study)
+    study = pipeline.Study(folder)
     with talking() as (say, progress): pipeline.analyse(study, progress)
     print_claims(study.folder)
     _print(f"\nreport: {study.folder / 'report.html'}")
@@ -103,8 +110,7 @@ def report(args) -> int:
 
 def claims(args) -> int:
     "Print the claim table of a study."
-    folder = Path(args.study)
-    if not (folder / "study.yaml").is_file(): raise InputError(f"{folder} is not a study folder: name one that `compassion-repro run` made, such as studies/tiny")
+    folder = _existing_study(args.study)
     if not (folder / "claims.json").is_file(): raise InputError(f"{folder} has no claims yet: finish it with `compassion-repro run --out {folder}`")
     print_claims(folder)
     return 0
@@ -165,7 +171,7 @@ def bench(args) -> int:
     _print(_table(["measure", "value"], [*rows, ["processor seconds of --help", f"{seconds:.2f}"]], "speed on this machine (answers: 256 of 60 tokens, medians of 3 interleaved runs)"))
     return 0
 
-# %% ../nbs/14_cli.ipynb #4885b9d0
+# %% ../nbs/14_cli.ipynb #f3a23d30
 EPILOG = """examples:
   compassion-repro run                                     the whole study on the embedded miniature world
   compassion-repro run --preset smoke --seeds 3            about a minute a seed, three seeds
@@ -203,6 +209,7 @@ def build_parser() -> argparse.ArgumentParser:
         "compassion-repro run", "compassion-repro run --preset smoke --seeds 3", "compassion-repro run --set data.sft-help=rows.jsonl --set sft.steps=60 --out studies/mine"])
     _study_options(p)
     p.add_argument("--allow-unsafe-code", action="store_true", help="run model-written code even where this machine has no jail for it; warns each run")
+    p.add_argument("--no-report", action="store_true", help="claims alone; figures and report.html are made later, by `compassion-repro report STUDY`")
     _study_options(command("plan", plan, "print what a run would do: every value, stage, row, step and judge call; loads no model", [
         "compassion-repro plan", "compassion-repro plan --preset smoke --set lora.rank=8"]))
     p = command("claims", claims, "print the claim table of a study", ["compassion-repro claims studies/tiny"])

@@ -557,7 +557,7 @@ def interruptible():
         for number, handler in before.items(): signal.signal(number, handler)
     if seen: raise KeyboardInterrupt
 
-# %% ../nbs/13_pipeline.ipynb #dcdd3e60
+# %% ../nbs/13_pipeline.ipynb #d0c23de9
 def run_stage(
     study: Study, # where it goes
     preset: Preset, # the configuration
@@ -633,6 +633,7 @@ def run(
     say: callable = print, # called with each line worth keeping
     report: callable = lambda line: None, # called with each line of passing progress
     unsafe: bool = False, # run model-written code even without a jail
+    page: bool = True, # draw the figures and write the report
 ) -> Study: # finished
     "Run a study, or carry on with one; raises `InputError` for bad input and lets Ctrl-C through, finished stages stay."
     left_out = without_jail(preset, unsafe)
@@ -653,10 +654,10 @@ def run(
             say(f"{label}: {manifest['seconds']:.1f} s; {_facts(manifest)}")
         stages = study.finished(preset, left_out)
         collect(study, stages)
-        analyse(study, report)
+        analyse(study, report, page)
     return study
 
-# %% ../nbs/13_pipeline.ipynb #81f9c82a
+# %% ../nbs/13_pipeline.ipynb #9db4cfc0
 def collect(
     study: Study, # finished
     stages: list[Stage], # its stages
@@ -690,14 +691,17 @@ def training_record(
 def analyse(
     study: Study, # with its tables in place
     report: callable = lambda line: None, # called with each line of passing progress
+    page: bool = True, # draw the figures and write the report, too
 ):
     "Judge the claims of a study from its scores, draw its figures and write its report; returns the claim table. Loads no torch."
-    from compassion_repro import report as page, stats
+    from compassion_repro import stats
     preset = study.preset
     scores = stats.check_scores(study.table("scores"), study.folder.name, str(study.folder / "scores.parquet"))
     scored = set(zip(scores["model"], scores["seed"]))
     claims = stats.judge_claims(scores, training_record([m for m in study.manifests() if (m["model"], m["seed"]) in scored]), preset)
     with writable(study.folder):
         write_atomically(study.folder / "claims.json", lambda partial: partial.write_text(claims.to_json(), encoding="utf-8"))
-        page.write_report(study.folder, report)
+        if page:
+            from compassion_repro.report import write_report
+            write_report(study.folder, report)
     return claims

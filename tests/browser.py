@@ -1,8 +1,12 @@
-"""A headless browser, driven over its own debugging protocol: what a page looks like once it is laid out."""
+"""A headless browser, driven over its own debugging protocol: what a page looks like once it is laid out.
+
+`python tests/browser.py PAGE PICTURE` takes a picture of the top of a page (`make figures`)."""
 import base64
 import json
 import shutil
 import subprocess
+import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -69,3 +73,12 @@ class Page:
         "What is in view, as PNG."
         file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
         return file
+
+
+if __name__ == "__main__":
+    from PIL import Image
+    if BROWSER is None: sys.exit("no browser on this machine: apt-get install chromium")
+    with tempfile.TemporaryDirectory() as profile, Page(Path(profile)) as browser:
+        browser.open(Path(sys.argv[1]), 1280, 1500)
+        picture = browser.screenshot(Path(sys.argv[2]))
+    Image.open(picture).convert("RGB").resize((960, 1125), Image.LANCZOS).quantize(128, Image.Quantize.MAXCOVERAGE).save(picture, optimize=True) # small enough to keep in git
