@@ -69,7 +69,7 @@ def plot_item_changes(
     pyplot.close(figure)
     return figure
 
-# %% ../nbs/11b_diagnostics.ipynb #bc3ff3fa
+# %% ../nbs/11b_diagnostics.ipynb #47b201ee
 MEASURES = {"empty": "empty (%)", "looping": "looping (%)", "over_long": "ran into the limit (%)", "wrong_language": "other language (%)", "code_shaped": "shaped like code (%)",
             "tokens": "tokens an answer", "words": "words an answer", "sentences": "sentences an answer", "welfare_per_sentence": "sentences on welfare (%)"}
 BENCHMARK_LOOKS = {"anima": ("o", "black"), "moru": ("^", "#888888"), "leak": ("s", "white")} # marker, fill
@@ -95,7 +95,7 @@ def plot_moved(
     means = moved_means(moved)
     measures, models = [name for name in MEASURES if name in means], sorted(means["model"].unique(), key=model_rank)
     benchmarks = sorted(means["benchmark"].unique(), key=benchmark_rank)
-    columns = min(3, len(measures))
+    columns = 2 if len(measures) == 4 else min(3, len(measures))
     rows = math.ceil(len(measures) / columns)
     with figure_style():
         figure, grid = pyplot.subplots(rows, columns, figsize=(2 + 2.1 * columns, 0.6 + rows * (0.65 + 0.22 * len(models))), layout="constrained", sharey=True, squeeze=False)
@@ -114,7 +114,7 @@ def plot_moved(
     pyplot.close(figure)
     return figure
 
-# %% ../nbs/11b_diagnostics.ipynb #79a72878
+# %% ../nbs/11b_diagnostics.ipynb #8bd5b993
 def plot_kl(
     points: pd.DataFrame, # model, seed, kl (nats a token), score, low, high (percent; the bounds may be null)
 ): # matplotlib Figure
@@ -129,7 +129,7 @@ def plot_kl(
             axes.vlines(own["kl"], own["low"], own["high"], color=model_look(model)[1], linewidth=1.4, zorder=2)
             axes.plot(own["kl"], own["score"], linestyle="", marker=model_marker(model), color=model_look(model)[1], markeredgecolor="black", markeredgewidth=0.6, markersize=8, zorder=3, clip_on=False)
         axes.set(xlabel="KL from the mid-trained model (nats a token)", ylabel="mean score (%)", xlim=(min(0, points["kl"].min()), 1.05 * points["kl"].max() or 1))
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, max(5, 1.08 * points[["score", "high"]].max().max()))
         model_legend(figure, models)
     pyplot.close(figure)
     return figure

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['model_name', 'claim_table', 'stage_table', 'fidelity_table', 'sample_answers', 'sample_completions', 'judge_table',
-           'judge_agreement', 'what_moved', 'kl_points', 'limitations', 'environment', 'verdict_counts', 'headline']
+           'judge_agreement', 'agreement_table', 'what_moved', 'kl_points', 'limitations', 'environment',
+           'verdict_counts', 'headline']
 
 # %% ../nbs/11d_findings.ipynb #ac50aaf1
 import hashlib
@@ -67,7 +68,7 @@ def fidelity_table() -> pd.DataFrame: # part, the paper, source, ours, why
     "What the paper says, where that is known from, what is done here and why."
     return pd.DataFrame([asdict(row) for row in FIDELITY]).rename(columns={"paper": "the paper"})
 
-# %% ../nbs/11d_findings.ipynb #550e641c
+# %% ../nbs/11d_findings.ipynb #b03c36e5
 def _question_text(prompt: str) -> str:
     "The question alone, without the template around it."
     return prompt.removeprefix("<|begin_of_text|>").removeprefix("Question: ").removesuffix("\nAnswer:").strip()
@@ -82,7 +83,7 @@ def _verdicts(grades: pd.DataFrame | None, model: str) -> list[dict]:
     "What every judge said of a model's answer: judge, dimension, of (what the question varies), passed (None where nothing parsed), reply."
     own = _select(grades, {"model": model})
     return [] if own is None else [{"judge": row.judge, "dimension": row.dimension, "of": ", ".join(map(str, json.loads(row.variables or "{}").values())), "passed": None if pd.isna(row.grade) else row.grade >= 0.5,
-             "grade": "no grade" if pd.isna(row.grade) else f"{row.grade:g}", "reply": row.reply or ""} for row in own.sort_values(["judge", "dimension"]).itertuples()]
+             "grade": "no grade" if pd.isna(row.grade) else f"{row.grade:g}", "reply": row.reply or ""} for row in own.sort_values(["dimension", "judge"]).itertuples()]
 
 
 def sample_answers(
@@ -119,7 +120,7 @@ def sample_completions(
             samples += [{"model": model_name(model), "step": int(row.step), "prompt": row.prompt, "completion": row.completion, "reward": row.reward} for row in ranked.iloc[[0, -1] if len(ranked) > 1 else [0]].itertuples()]
     return samples
 
-# %% ../nbs/11d_findings.ipynb #ec94b660
+# %% ../nbs/11d_findings.ipynb #b88eff55
 def judge_table(
     grades: pd.DataFrame, # rows of `grades.parquet`
 ) -> pd.DataFrame: # a row a judge and benchmark, columns of text
@@ -132,13 +133,23 @@ def judge_table(
 
 def judge_agreement(
     grades: pd.DataFrame, # rows of `grades.parquet`
-) -> pd.DataFrame: # benchmark, dimension, answers, agreement (percent); empty with one judge
-    "Share of equal verdicts between judges, over the answers that all of them could grade."
+) -> pd.DataFrame: # benchmark, dimension, units, raw (0-1); empty where no two judges graded the same
+    "Share of equal verdicts between judges, over what all of them could grade."
     keys = ["model", "seed", "benchmark", "question_id", "epoch", "dimension", "variables"]
     wide = grades.assign(variables=grades["variables"].fillna("")).pivot_table(index=keys, columns="judge", values="grade", aggfunc="first").dropna()
-    if wide.shape[1] < 2: return pd.DataFrame(columns=["benchmark", "dimension", "answers", "agreement"])
-    equal = (wide.ge(0.5).nunique(axis=1) == 1).groupby(["benchmark", "dimension"]).agg(["size", "mean"]).reset_index()
-    return pd.DataFrame({"benchmark": equal["benchmark"].map(panel_title), "dimension": equal["dimension"], "answers": equal["size"].map("{:,}".format), "agreement": (100 * equal["mean"]).map("{:.1f} %".format)})
+    if wide.shape[1] < 2: return pd.DataFrame(columns=["benchmark", "dimension", "units", "raw"])
+    return (wide.ge(0.5).nunique(axis=1) == 1).groupby(["benchmark", "dimension"]).agg(units="size", raw="mean").reset_index()
+
+
+def agreement_table(
+    measured: pd.DataFrame, # benchmark, dimension, units, raw (0-1), and alpha where it was computed, each with bounds as `<name>_low`, `<name>_high` where there are any
+) -> pd.DataFrame: # columns of text
+    "Agreement between judges as a table."
+    def shown(name, form):
+        bounds = [measured[f"{name}_{end}"] if f"{name}_{end}" in measured else [float("nan")] * len(measured) for end in ("low", "high")]
+        return ["" if pd.isna(value) else form(value) + ("" if pd.isna(low) else f" [{form(low)}, {form(high)}]") for value, low, high in zip(measured[name], *bounds)]
+    table = {"benchmark": measured["benchmark"].map(panel_title), "dimension": measured["dimension"], "graded by all": measured["units"].map("{:,}".format), "equal (%)": shown("raw", lambda value: f"{100 * value:.1f}")}
+    return pd.DataFrame(table | ({"Krippendorff's alpha": shown("alpha", lambda value: f"{value:.2f}")} if "alpha" in measured else {}))
 
 
 def what_moved(

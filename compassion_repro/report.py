@@ -96,7 +96,7 @@ def draw_pictures(
         else: picture.__dict__.update(_inline(figures.save_figure(figure, folder, name)[1]))
     return drawn
 
-# %% ../nbs/12_report.ipynb #d4087fe2
+# %% ../nbs/12_report.ipynb #2aa52971
 SECTIONS = {"verdicts": "Verdicts", "limitations": "Limitations", "scores": "Scores", "answers": "Answers side by side", "moved": "What else moved", "judges": "Judges",
             "training": "Training", "fidelity": "Fidelity to the paper", "environment": "Environment"}
 SIGNS = {"supported": "●", "contradicted": "■", "inconclusive": "▲", "not testable": "✕", "not tested": "–"}
@@ -104,15 +104,17 @@ SIGNS = {"supported": "●", "contradicted": "■", "inconclusive": "▲", "not 
 
 def claim_cards(
     files: StudyFiles, # of the study
-) -> list[dict]: # id, text, worst (a verdict), rows: [{reading, judge, verdict, estimand, figures, paper}]
-    "A card a claim; its colour is that of its least favourable verdict, so that no green card hides a red reading."
+) -> list[dict]: # id, text, worst (a verdict), readings: [{id, estimand, paper, verdicts: [{judge, verdict, figures}]}]
+    "A card a claim, under each reading the verdict of every judge. Its colour is that of its least favourable verdict, so that no green card hides a red reading."
     order = ("contradicted", "inconclusive", "not testable", "not tested", "supported")
     rows, cards = figures.claim_rows(files.claims), {}
     for record, row in zip(files.claims.records, rows.itertuples()):
-        card = cards.setdefault(row.claim, {"id": row.claim, "text": record.text, "rows": []})
-        card["rows"].append({"reading": row.reading, "judge": row.judge, "verdict": row.verdict, "estimand": row.estimand if record.estimand else row.reason,
-                             "figures": figures.claim_figures(row), "paper": "" if record.paper is None else f"{record.paper:+.1f}".replace("-", "−")})
-    for card in cards.values(): card["worst"] = min((row["verdict"] for row in card["rows"]), key=order.index)
+        card = cards.setdefault(row.claim, {"id": row.claim, "text": record.text, "readings": {}})
+        reading = card["readings"].setdefault(row.reading, {"id": row.reading, "estimand": record.estimand or row.reason, "paper": "" if record.paper is None else f"{record.paper:+.1f}".replace("-", "−"), "verdicts": []})
+        reading["verdicts"].append({"judge": row.judge, "verdict": row.verdict, "figures": figures.claim_figures(row)})
+    for card in cards.values():
+        card["readings"] = list(card["readings"].values())
+        card["worst"] = min((told["verdict"] for reading in card["readings"] for told in reading["verdicts"]), key=order.index)
     return list(cards.values())
 
 
@@ -123,13 +125,13 @@ def cell_shape(
     if re.fullmatch(r"[±+−-]?[\d.,]+(e[-−+]?\d+)?( ?%)?( \[.*\])?( × \d+)?", str(text)): return "number"
     return "words" if len(str(text)) > 24 else ""
 
-# %% ../nbs/12_report.ipynb #653fa73f
+# %% ../nbs/12_report.ipynb #143f3114
 def _tables(files: StudyFiles) -> dict:
     "The tables of the page, each a frame of text or None."
     grades = files.grades
     scores = {judge: figures.score_table(own, files.answers, files.preset.statistics).reset_index() for judge, own in files.scores.groupby("judge") if own["score"].notna().any()}
     return {"claims": findings.claim_table(files.claims), "scores": scores, "stages": findings.stage_table(files.manifests), "fidelity": findings.fidelity_table(),
-            "judges": None if grades is None else findings.judge_table(grades), "agreement": None if grades is None else findings.judge_agreement(grades)}
+            "judges": None if grades is None else findings.judge_table(grades), "agreement": None if grades is None else findings.agreement_table(findings.judge_agreement(grades))}
 
 
 def render(
