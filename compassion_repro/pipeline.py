@@ -657,7 +657,7 @@ def run(
         analyse(study, report, page)
     return study
 
-# %% ../nbs/13_pipeline.ipynb #9db4cfc0
+# %% ../nbs/13_pipeline.ipynb #5d919cac
 def collect(
     study: Study, # finished
     stages: list[Stage], # its stages
@@ -696,7 +696,10 @@ def analyse(
     "Judge the claims of a study from its scores, draw its figures and write its report; returns the claim table. Loads no torch."
     from compassion_repro import stats
     preset = study.preset
-    scores = stats.check_scores(study.table("scores"), study.folder.name, str(study.folder / "scores.parquet"))
+    table, name, file = study.table("scores"), study.folder.name, study.folder / "scores.parquet"
+    if foreign := set(table.get("study", [])) - {name}:
+        raise InputError(f"{file} belongs to the study {sorted(map(str, foreign))[0]!r}, not to {name!r}: if the folder was renamed, `compassion-repro run --out {study.folder}` lays its tables together anew")
+    scores = stats.check_scores(table, name, str(file))
     scored = set(zip(scores["model"], scores["seed"]))
     claims = stats.judge_claims(scores, training_record([m for m in study.manifests() if (m["model"], m["seed"]) in scored]), preset)
     with writable(study.folder):
