@@ -51,6 +51,7 @@ readme: $(READY)  ## render README.md from nbs/index.ipynb
 figures: $(READY)  ## redraw the repository's figures from studies/tiny
 	$(BIN)/compassion-repro run --preset tiny --seeds 3
 	cp studies/tiny/figures/scores.png studies/tiny/figures/scores.svg figures/
+	$(BIN)/python tests/browser.py studies/tiny/report.html figures/report.png
 
 base: $(READY)  ## rebuild the shipped base model (minutes), print what it reached, then its scores before and after mid-training
 	$(BIN)/python -m compassion_repro.midtrain

@@ -589,7 +589,7 @@ def interruptible():
         for number, handler in before.items(): signal.signal(number, handler)
     if seen: raise KeyboardInterrupt
 
-# %% ../nbs/13_pipeline.ipynb #d4e63ec7
+# %% ../nbs/13_pipeline.ipynb #b3a4953e
 def run_stage(
     study: Study, # where it goes
     preset: Preset, # the configuration
@@ -668,6 +668,7 @@ def run(
     say: callable = print, # called with each line worth keeping
     report: callable = lambda line: None, # called with each line of passing progress
     unsafe: bool = False, # run model-written code even without a jail
+    page: bool = True, # draw the figures and write the report
 ) -> Study: # finished
     "Run a study, or carry on with one; raises `InputError` for bad input and lets Ctrl-C through, finished stages stay."
     left_out = without_jail(preset, unsafe)
@@ -688,10 +689,10 @@ def run(
             say(f"{label}: {manifest['seconds']:.1f} s; {_facts(manifest)}")
         stages = study.finished(preset, left_out)
         collect(study, stages)
-        analyse(study, stages)
+        analyse(study, report, page)
     return study
 
-# %% ../nbs/13_pipeline.ipynb #ab561ed7
+# %% ../nbs/13_pipeline.ipynb #bd773eec
 def collect(
     study: Study, # finished
     stages: list[Stage], # its stages
@@ -727,14 +728,23 @@ def training_record(
 
 def analyse(
     study: Study, # with its tables in place
-    stages: list[Stage], # those that the tables were made from
+    report: callable = lambda line: None, # called with each line of passing progress
+    page: bool = True, # draw the figures and write the report, too
 ):
-    "Judge the claims and draw the figure of a study from its tables; returns the claim table."
-    from compassion_repro import figures
+    "Judge the claims of a study from its scores, draw its figures and write its report; returns the claim table. Loads no torch."
+    from compassion_repro import scores as score_room
     from compassion_repro.claims import judge_claims
-    preset, scores = study.preset, study.table("scores")
-    claims = judge_claims(scores, training_record([study.manifest(stage) for stage in stages]), preset, study.table("grades"), answers=study.table("answers"))
+    preset = study.preset
+    table, name, file = study.table("scores"), study.folder.name, study.folder / "scores.parquet"
+    if foreign := set(table.get("study", [])) - {name}:
+        raise InputError(f"{file} belongs to the study {sorted(map(str, foreign))[0]!r}, not to {name!r}: if the folder was renamed, `compassion-repro run --out {study.folder}` lays its tables together anew")
+    scores = score_room.check_scores(table, name, str(file))
+    scored = set(zip(scores["model"], scores["seed"]))
+    training = training_record([m for m in study.manifests() if (m["model"], m["seed"]) in scored])
+    claims = judge_claims(scores, training, preset, study.table("grades"), answers=study.table("answers"))
     with writable(study.folder):
         write_atomically(study.folder / "claims.json", lambda partial: partial.write_text(claims.to_json(), encoding="utf-8"))
-        if scores.score.notna().any(): figures.save_figure(figures.plot_scores(scores, preset.statistics), study.folder / "figures", "scores")
+        if page:
+            from compassion_repro.report import write_report
+            write_report(study.folder, report)
     return claims

@@ -24,14 +24,14 @@ def settings(*more: str) -> list[str]:
     return [word for setting in (*CRASH_SIZE, *more) for word in ("--set", setting)]
 
 
-def command(out: Path, *more: str) -> list[str]:
-    "The command line that runs the crash-test study into a folder."
-    return [sys.executable, "-m", "compassion_repro.cli", "run", "--preset", "smoke", "--out", str(out), *more]
+def command(out: Path, *more: str, report: bool = False) -> list[str]:
+    "The command line that runs the crash-test study into a folder; the report, seconds of drawing, only where it is wanted."
+    return [sys.executable, "-m", "compassion_repro.cli", "run", "--preset", "smoke", "--out", str(out), *([] if report else ["--no-report"]), *more]
 
 
-def run_study(out: Path, *more_settings: str, words: tuple[str, ...] = (), **options) -> subprocess.CompletedProcess:
+def run_study(out: Path, *more_settings: str, words: tuple[str, ...] = (), report: bool = False, **options) -> subprocess.CompletedProcess:
     "Run it to its end, with the output captured."
-    return subprocess.run([*command(out, *words), *settings(*more_settings)], capture_output=True, text=True, **options)
+    return subprocess.run([*command(out, *words, report=report), *settings(*more_settings)], capture_output=True, text=True, **options)
 
 
 def assert_one_line(done, *parts: str):
@@ -45,7 +45,7 @@ def assert_one_line(done, *parts: str):
 def finished(tmp_path_factory) -> Path:
     "A finished crash-test study; copy it before changing it."
     out = tmp_path_factory.mktemp("finished") / "study"
-    done = run_study(out)
+    done = run_study(out, report=True)
     assert done.returncode == 0, done.stderr[-3000:]
     (out.parent / "stdout.txt").write_text(done.stdout)
     return out

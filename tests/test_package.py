@@ -59,6 +59,7 @@ def test_the_wheel_works_outside_the_checkout(tmp_path):
     subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source], check=True, capture_output=True)
     wheel = next(tmp_path.glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
+    assert {f"compassion_repro/assets/report/{name}" for name in ("report.html.jinja", "report.css")} <= set(names)
     assert "compassion_repro/assets/presets/tiny.yaml" in names and "compassion_repro/assets/base/model.safetensors" in names
     assert sum(i.file_size for i in zipfile.ZipFile(wheel).infolist() if i.filename.endswith(".safetensors")) <= 8 * 2**20
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
