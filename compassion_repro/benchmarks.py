@@ -228,7 +228,7 @@ def _own_copy(folder: Path, cache: Path) -> Path:
         if not target.exists(): raise InputError(f"benchmark cache {cache} cannot be written ({error.strerror}): make room or choose another folder") from None
     return target
 
-# %% ../nbs/08b_benchmarks.ipynb #073873ae
+# %% ../nbs/08b_benchmarks.ipynb #c7a7f47d
 @dataclass
 class LoadedTask:
     "An official task with its questions and where they came from."
@@ -238,6 +238,7 @@ class LoadedTask:
     folder: Path | None = None # what the official loader opened: for local data a copy
     provenance: dict = field(default_factory=dict) # source, revision, rows, left_out (ids), content hash, task version
     indicators: dict[str, str] = field(default_factory=dict) # observable indicators by dimension in use, lower case; empty texts for data of the hub
+    grader: Model | None = None # the model behind the task's scorer, where one was handed in
     judge: str = "" # judge that the task's scorer asks, as the preset names it; "" for none
     judge_valid: bool = True # False where a deterministic judge meets indicators that it cannot read
     settings: dict = field(default_factory=dict) # judge's generation settings
@@ -289,7 +290,7 @@ def _quiet_loading(cache: Path):
         finally:
             if shown: datasets.enable_progress_bars()
 
-# %% ../nbs/08b_benchmarks.ipynb #e3360c38
+# %% ../nbs/08b_benchmarks.ipynb #ae6e2347
 def load_benchmark(
     name: str, # benchmark id
     benchmark: Benchmark, # its section of the preset
@@ -317,7 +318,7 @@ def load_benchmark(
     used = {tag.strip().lower() for sample in task.dataset for tag in json.loads(sample.target)["tags"]}
     hashes = [content_hash(folder) for folder, _ in places]
     provenance = dict(source=benchmark.data, revision=places[0][1], rows=len(questions), left_out=left_out, content=" ".join(hashes), task_version=task.version)
-    return LoadedTask(name, task, questions, places[0][0], provenance, {tag: indicators.get(tag, "") for tag in used})
+    return LoadedTask(name, task, questions, places[0][0], provenance, {tag: indicators.get(tag, "") for tag in used}, grader if isinstance(grader, Model) else None)
 
 # %% ../nbs/08b_benchmarks.ipynb #fea5b8ca
 OFFICIAL = {"anima": anima_data.DATASET_REPO_ID, "moru": moru_data.DATASET_REPO_ID} # hub ids of the official data
