@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REPLIES', 'GIVE_UP', 'JUDGE_SETTINGS', 'read_judge_prompt', 'indicator_phrases', 'matched_phrases',
            'indicator_verdict', 'prominent_phrases', 'strict_verdict', 'IndicatorJudge', 'StrictJudge', 'SavedAnswers',
-           'reply_key', 'Replies', 'JudgeGone', 'judge_model', 'open_judge', 'try_judge']
+           'reply_key', 'Replies', 'JudgeGone', 'Thrifty', 'judge_model', 'open_judge', 'try_judge']
 
 # %% ../nbs/09a_judges.ipynb #723d465c
 import asyncio
@@ -26,14 +26,14 @@ from .benchmarks import one_line
 from .prices import DETERMINISTIC, check_judge
 from .study import InputError
 
-# %% ../nbs/09a_judges.ipynb #47d938f8
-_JUDGE_PROMPT = re.compile(r"\[Submission\]: (?P<submission>.*)\n\*\*\*\n\[Criterion\]: (?P<dimension>.*?)\n\*\*\*\n"
+# %% ../nbs/09a_judges.ipynb #0011ecec
+_JUDGE_PROMPT = re.compile(r"\[Task\]: (?P<task>.*?)\n\*\*\*\n\[Submission\]: (?P<submission>.*)\n\*\*\*\n\[Criterion\]: (?P<dimension>.*?)\n\*\*\*\n"
                            r"\[Guiding question for that dimension\]: (?P<guide>.*)\n\*\*\*\n\[Observable indicators\]: (?P<indicators>.*?)\n\*\*\*\n\[END DATA\]", re.S)
 
 
 def read_judge_prompt(
     prompt: str, # a prompt of the official ANIMA or MORU scorer
-) -> dict[str, str]: # submission, dimension, guide (guiding question), indicators
+) -> dict[str, str]: # task (the question), submission, dimension, guide (guiding question), indicators
     "The parts of an official judge prompt; raises `ValueError` where it does not look like one."
     found = _JUDGE_PROMPT.search(prompt)
     if not found: raise ValueError("not a judge prompt of the official ANIMA or MORU scorer")
@@ -196,7 +196,7 @@ class Replies:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-# %% ../nbs/09a_judges.ipynb #b52454a4
+# %% ../nbs/09a_judges.ipynb #f099f889
 GIVE_UP = 20 # failures in a row after which a judge counts as gone
 
 
@@ -204,7 +204,7 @@ class JudgeGone(RuntimeError):
     "The judge does not answer any more."
 
 
-class _Thrifty(ModelAPI):
+class Thrifty(ModelAPI):
     "Laid over a provider: asks nothing twice, and stops asking a judge that is gone."
     replies: Replies
     identity: str
@@ -237,7 +237,7 @@ def _folder_identity(folder: Path) -> str:
         with file.open("rb") as start: digest.update(f"{file.name} {file.stat().st_size} ".encode() + start.read(2**20))
     return f"{folder.name}#{digest.hexdigest()[:16]}"
 
-# %% ../nbs/09a_judges.ipynb #203d6a9e
+# %% ../nbs/09a_judges.ipynb #dd8372b3
 JUDGE_SETTINGS = {"max_tokens": 512, "max_retries": 10, "attempt_timeout": 180} # in place of Inspect's endless patience
 
 
@@ -269,7 +269,7 @@ def open_judge(
     if replies is not None and judge not in DETERMINISTIC:
         folder = Path(judge).expanduser()
         model.api.replies, model.api.locks, model.api.identity = replies, {}, (_folder_identity(folder) if folder.is_dir() else judge) + ("" if options.get("do_sample", True) else " greedy")
-        model.api.__class__ = type(f"Thrifty{type(model.api).__name__}", (_Thrifty, type(model.api)), {})
+        model.api.__class__ = type(f"Thrifty{type(model.api).__name__}", (Thrifty, type(model.api)), {})
     return model
 
 

@@ -8,7 +8,7 @@ __all__ = ['WHOLE', 'EMBEDDED', 'VERSIONS', 'PACKAGES', 'HUB_COUNTS', 'RUN', 'EN
            'Study', 'question_count', 'source_rows', 'plan', 'training_rows', 'Work', 'without_jail', 'interruptible',
            'run_stage', 'prepare', 'check_inputs', 'run', 'collect', 'training_record', 'analyse']
 
-# %% ../nbs/13_pipeline.ipynb #6c9b65e1
+# %% ../nbs/13_pipeline.ipynb #2d14fef1
 import errno
 import hashlib
 import json
@@ -33,6 +33,7 @@ from typing import Any
 import yaml
 
 from . import world
+from .prices import judge_names
 from .study import Benchmark, InputError, Preset, build_preset, parse_model, write_atomically
 
 # %% ../nbs/13_pipeline.ipynb #3eca2a0e
@@ -318,7 +319,7 @@ def _facts(manifest: dict) -> str:
     if "grades" in r: return f"{r['grades']:,} grades by {r['judge']}" + "".join(f", {r[k]:,} {k}" for k in ("unparseable", "unjudged") if r[k])
     return f"from {r['source']}"
 
-# %% ../nbs/13_pipeline.ipynb #d5d47567
+# %% ../nbs/13_pipeline.ipynb #fcd92023
 HUB_COUNTS = {"CompassioninMachineLearning/anima": (114, 514), "CompassioninMachineLearning/moru-benchmark": (201, None)} # questions and judge calls an epoch
 
 
@@ -387,7 +388,7 @@ def plan(
             tokens = preset.grpo.steps * preset.grpo.completions * preset.grpo.value("max_new_tokens")
             record |= {"rows": source_rows(preset.data.source(parse_model(stage.model).rows), preset.grpo.rows), "steps": preset.grpo.steps, "tokens": tokens}
         if stage.kind == "answers": record["answers"] = total(0)
-        if stage.kind == "eval": record["judge_calls"] = total(1)
+        if stage.kind == "eval" and total(1) is not None: record["judge_calls"] = total(1) * len(judge_names(preset.judge))
         records.append(record)
     return records
 
@@ -506,16 +507,16 @@ def without_jail(
     needy = [m for m in preset.arms if parse_model(m).reward == "code"]
     return needy if needy and not unsafe and sandbox.level() == "none" else []
 
-# %% ../nbs/13_pipeline.ipynb #dd8cb264
+# %% ../nbs/13_pipeline.ipynb #ae859484
 @cache
 def _load_tasks(benchmarks: str, judge: str, folder: Path) -> dict:
-    from compassion_repro import evaluate
-    return {name: evaluate.load_task(name, Benchmark(**values), judge, folder) for name, values in json.loads(benchmarks).items()}
+    from compassion_repro import judge as judging, judges
+    return judging.load_tasks({name: Benchmark(**values) for name, values in json.loads(benchmarks).items()}, judge, folder, replies=judges.Replies(folder.parent / judges.REPLIES))
 
 
-def _tasks(work: Work) -> dict:
-    "The official tasks of the study's benchmarks, loaded once a process."
-    return _load_tasks(json.dumps(work.preset.resolved()["benchmarks"]), work.preset.judge, work.study.folder / "benchmarks")
+def _tasks(work: Work, judge: str | None = None) -> dict:
+    "The official tasks of the study's benchmarks with one judge (default: the first), loaded once a process."
+    return _load_tasks(json.dumps(work.preset.resolved()["benchmarks"]), judge or judge_names(work.preset.judge)[0], work.study.folder / "benchmarks")
 
 
 def _run_answers(work: Work) -> dict:
@@ -528,14 +529,16 @@ def _run_answers(work: Work) -> dict:
 
 def _run_eval(work: Work) -> dict:
     import pandas as pd
-    from compassion_repro import evaluate
+    from compassion_repro import judge as judging, judges
     answers = pd.read_parquet(work.input() / "answers.parquet")
-    tasks = _tasks(work)
-    grades, scores = evaluate.judge_answers(answers, tasks, work.preset.judge, work.out / "logs", report=work.report)
+    with judges.Replies(work.study.folder / judges.REPLIES).alone(work.report): # a pass a judge
+        passes = [judging.judge_answers(answers, _tasks(work, judge), judge, work.out / "logs", report=work.report) for judge in judge_names(work.preset.judge)]
+    unjudged = sum(int(grades.attrs.get("unjudged", 0)) for grades, _ in passes)
+    grades, scores = (pd.concat(tables, ignore_index=True) for tables in zip(*passes))
     write_atomically(work.out / "grades.parquet", grades.to_parquet)
     write_atomically(work.out / "scores.parquet", scores.to_parquet)
-    return {"judge": work.preset.judge, "unjudged": int(grades.attrs.get("unjudged", 0)), "grades": len(grades), "unparseable": int((grades.attempted & grades.grade.isna()).sum()),
-            "benchmarks": {name: task.provenance for name, task in tasks.items()}}
+    return {"judge": work.preset.judge, "unjudged": unjudged, "grades": len(grades), "unparseable": int((grades.attempted & grades.grade.isna()).sum()),
+            "benchmarks": {name: task.provenance for name, task in _tasks(work).items()}}
 
 
 RUN = {"base": _run_base, "midtrain": _run_midtrain, "reward": _run_reward, "sft": _run_sft, "grpo": _run_grpo, "answers": _run_answers, "eval": _run_eval}
@@ -557,7 +560,7 @@ def interruptible():
         for number, handler in before.items(): signal.signal(number, handler)
     if seen: raise KeyboardInterrupt
 
-# %% ../nbs/13_pipeline.ipynb #f419e906
+# %% ../nbs/13_pipeline.ipynb #c28e6f0e
 def run_stage(
     study: Study, # where it goes
     preset: Preset, # the configuration
@@ -620,10 +623,10 @@ def check_inputs(
         if not source.startswith("world:"):
             training_rows(source, shape, None, 1, 1)
             say(str(data.load(source, shape).report))
-    with writable(study.folder): tasks = _load_tasks(json.dumps(preset.resolved()["benchmarks"]), preset.judge, study.folder / "benchmarks")
-    for name, task in tasks.items():
-        if left := task.provenance.get("left_out"): say(f"warning: the official task leaves out {len(left)} questions of {name}: {', '.join(map(str, left[:5]))}")
-        if not task.judge_valid: say(f"warning: the indicator judge cannot read the indicators of {name}, so its scores mean nothing there; name a model with --set judge=...")
+    with writable(study.folder): by_judge = {judge: _load_tasks(json.dumps(preset.resolved()["benchmarks"]), judge, study.folder / "benchmarks") for judge in judge_names(preset.judge)}
+    for number, (judge, name, task) in enumerate((judge, name, task) for judge, tasks in by_judge.items() for name, task in tasks.items()):
+        if number < len(preset.benchmarks) and (left := task.provenance.get("left_out")): say(f"warning: the official task leaves out {len(left)} questions of {name}: {', '.join(map(str, left[:5]))}")
+        if not task.judge_valid: say(f"warning: the {judge} judge cannot read the indicators of {name}, so its scores mean nothing there; name a model with --set judge=...")
 
 
 def run(
@@ -656,16 +659,18 @@ def run(
         analyse(study, stages)
     return study
 
-# %% ../nbs/13_pipeline.ipynb #9e4510d7
+# %% ../nbs/13_pipeline.ipynb #7f37d56a
 def collect(
     study: Study, # finished
     stages: list[Stage], # its stages
 ):
-    "Lay the tables of all models and seeds together: answers, grades, scores."
+    "Lay the tables of all models and seeds together: answers, grades, scores; and with them what later judges said."
     import pandas as pd
+    from compassion_repro.agreement import lay_together
     for name, kind in (("answers", "answers"), ("grades", "eval"), ("scores", "eval")):
         parts = [pd.read_parquet(study.folder / s.place / f"{name}.parquet") for s in stages if s.kind == kind]
         table = pd.concat([p for p in parts if len(p)], ignore_index=True)
+        if name != "answers": table = lay_together(study.folder, name, table)
         if name == "scores": table["study"] = study.folder.name
         with writable(study.folder): write_atomically(study.folder / f"{name}.parquet", table.to_parquet)
 
@@ -697,5 +702,6 @@ def analyse(
     claims = stats.judge_claims(scores, training_record([study.manifest(stage) for stage in stages]), preset)
     with writable(study.folder):
         write_atomically(study.folder / "claims.json", lambda partial: partial.write_text(claims.to_json(), encoding="utf-8"))
-        if scores.score.notna().any(): figures.save_figure(figures.plot_scores(scores, preset.statistics), study.folder / "figures", "scores")
+        first = scores[scores.judge == judge_names(preset.judge)[0]]
+        if first.score.notna().any(): figures.save_figure(figures.plot_scores(first, preset.statistics), study.folder / "figures", "scores")
     return claims
