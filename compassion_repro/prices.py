@@ -97,7 +97,7 @@ class Estimate:
         cost = "no price in the table" if self.cost is None else "free" if is_free(self.judge) else f"about ${self.cost:,.2f}"
         return f"{self.judge}: {self.calls:,} calls ({self.stored:,} stored already), about {self.read:,} tokens read and {self.written:,} written, {cost}"
 
-# %% ../nbs/08a_prices.ipynb #51c1ba47
+# %% ../nbs/08a_prices.ipynb #f69514be
 def ask(
     estimates: Iterable[Estimate], # one a judge
     yes: bool, # the user agreed beforehand
@@ -106,7 +106,7 @@ def ask(
 ):
     "Put the cost to the user; raises `InputError` where it is not agreed to."
     dear = [e for e in estimates if e.calls and not is_free(e.judge)]
+    if dear and not yes and answer is None: raise InputError(f"judging would cost money ({'; '.join(map(str, dear))}): add --yes to agree")
     for estimate in dear: say(str(estimate))
     if not dear or yes: return
-    if answer is None: raise InputError(f"judging would cost money ({'; '.join(map(str, dear))}): add --yes to agree")
     if answer("Ask the judge? [y/N] ").strip().lower() not in ("y", "yes"): raise InputError("nothing was asked and nothing spent: the answers are kept, choose a free judge or agree next time")
