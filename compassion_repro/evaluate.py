@@ -6,7 +6,7 @@
 __all__ = ['draws', 'InverseSampling', 'is_looping', 'open_model', 'generate_answers', 'is_hosted', 'find_local',
            'generate_hosted', 'benchmark_generation']
 
-# %% ../nbs/09_evaluate.ipynb #955649f7
+# %% ../nbs/09_evaluate.ipynb #5dd75c21
 import copy
 import hashlib
 import json
@@ -25,13 +25,12 @@ from inspect_ai._util.registry import registry_find, registry_info
 from inspect_ai.dataset import Sample
 from inspect_ai.model import get_model
 from inspect_ai.solver import generate
-from peft import PeftModel
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from . import world
 from .benchmarks import LoadedTask, load_benchmark, load_named_task, one_line
-from .models import encode_prompt, find_model, load_model, load_tokenizer
+from .models import PeftModel, encode_prompt, find_model, load_model, load_tokenizer
 from .runner import Progress, run_inspect, with_prompts
 from .study import Benchmark, Generation, InputError
 

@@ -131,7 +131,7 @@ def _graded(sample: EvalSample, dimension: str) -> list[tuple[dict, float | None
     if details is not None: return [(d["variables"], next(iter(d["by_grader"].values()), None)) for d in details.get(dimension, [])]
     return [({}, score.value.get(dimension) if isinstance(score.value, dict) else None)]
 
-# %% ../nbs/09b_judge.ipynb #fae0b3ad
+# %% ../nbs/09b_judge.ipynb #a14e0114
 def _sample_rows(sample: EvalSample) -> tuple[list[dict], list[dict]]:
     "Grade rows and score rows of one judged sample."
     score, calls = next(iter((sample.scores or {}).values()), None), _calls(sample)
@@ -155,7 +155,7 @@ def _arm(model: str) -> dict:
     return {name: getattr(arm, name, None) for name in ("start", "paradigm", "domain")} | {"arm": arm and arm.name}
 
 
-def _tidy(log: EvalLog, loaded: LoadedTask, study: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _tidy(log: EvalLog, loaded: LoadedTask, study: str, substitute_for: str | None) -> tuple[pd.DataFrame, pd.DataFrame]:
     "Grades and scores of one log, with everything that tells whose they are."
     model, seed = log.eval.metadata["model"], log.eval.metadata["seed"]
     pairs = [_sample_rows(sample) for sample in sorted(log.samples, key=lambda s: (str(s.id), s.epoch))]
@@ -163,7 +163,7 @@ def _tidy(log: EvalLog, loaded: LoadedTask, study: str) -> tuple[pd.DataFrame, p
     tables = [pd.DataFrame([row for pair in pairs for row in pair[i]], columns=columns) for i, columns in enumerate((_GRADED, _SCORED))]
     grades, scores = (about.merge(table, on="question_id", how="right") for table in tables)
     arms = _arm(model)
-    whose = dict(model=model, seed=seed, judge=loaded.judge, judge_valid=loaded.judge_valid)
+    whose = dict(model=model, seed=seed, judge=loaded.judge, judge_valid=loaded.judge_valid, substitute_for=substitute_for)
     grades, scores = grades.assign(**whose), scores.assign(study=study, judge_settings=json.dumps(loaded.settings, sort_keys=True), **whose, **arms)
     return grades[_GRADES].astype({"grade": float}), scores[_SCORES].astype({"score": float})
 
@@ -171,8 +171,8 @@ def _tidy(log: EvalLog, loaded: LoadedTask, study: str) -> tuple[pd.DataFrame, p
 _GRADED = ["question_id", "epoch", "variables", "judge_settings", "dimension", "grade", "attempted", "reply"] # of one answer, from `_sample_rows`
 _SCORED = ["question_id", "epoch", "dimension", "score"]
 _KEY = ["model", "seed", "benchmark", "language", "item_id", "question_id", "epoch", "dimension"]
-_GRADES = [*_KEY, "variables", "judge", "judge_settings", "judge_valid", "grade", "attempted", "reply"]
-_SCORES = ["study", "model", "arm", "start", "paradigm", "domain", *_KEY[1:], "score", "judge", "judge_settings", "judge_valid"]
+_GRADES = [*_KEY, "variables", "judge", "judge_settings", "judge_valid", "substitute_for", "grade", "attempted", "reply"]
+_SCORES = ["study", "model", "arm", "start", "paradigm", "domain", *_KEY[1:], "score", "judge", "judge_settings", "judge_valid", "substitute_for"]
 
 # %% ../nbs/09b_judge.ipynb #9fbb01b7
 def _judging_tasks(answers: pd.DataFrame, tasks: dict[str, LoadedTask], judge: str, progress: Progress) -> list[Task]:
@@ -203,7 +203,7 @@ def _check_log(log: EvalLog) -> int:
     if failed: warnings.warn(f"judging {log.eval.task}: {len(failed)} of {len(log.samples)} answers could not be judged ({failed[0].splitlines()[-1][:100]})", stacklevel=3)
     return len(failed)
 
-# %% ../nbs/09b_judge.ipynb #5c017e94
+# %% ../nbs/09b_judge.ipynb #4791df2f
 def _seat(tasks: dict[str, LoadedTask]) -> list[Model]:
     "The judges of the tasks, ready for a pass: clients of hosted ones belong to one event loop, and are opened anew."
     graders = {id(task.grader): task for task in tasks.values() if isinstance(getattr(task.grader, "api", None), Thrifty)}
@@ -235,8 +235,8 @@ def judge_answers(
     with _patient_explanation(): logs = run_inspect(prepared, log_dir, fail_on_error=False)
     _check_gone(judge, graders)
     unjudged = {tuple(log.eval.metadata[k] for k in ("model", "seed", "benchmark")): _check_log(log) for log in logs}
-    frames = [_tidy(log, tasks[log.eval.metadata["benchmark"]], study) for log in logs]
-    grades, scores = (pd.concat(kind, ignore_index=True).assign(substitute_for=substitute_for) for kind in zip(*frames))
+    frames = [_tidy(log, tasks[log.eval.metadata["benchmark"]], study, substitute_for) for log in logs]
+    grades, scores = (pd.concat(kind, ignore_index=True) for kind in zip(*frames))
     grades.attrs |= {"unjudged": sum(unjudged.values()), "unjudged_in": [list(key) for key, count in unjudged.items() if count]}
     return grades, scores
 
@@ -308,7 +308,7 @@ def unpaid_calls(
     missing = replies.missing(keys)
     return len(missing), len(set(keys)) - len(missing), sum(len(texts[i]) for i in missing)
 
-# %% ../nbs/09b_judge.ipynb #e108791e
+# %% ../nbs/09b_judge.ipynb #5ba1e4c7
 def score_own(
     answers: pd.DataFrame, # saved answers to one benchmark, one model or several
     loaded: LoadedTask, # from `load_named_task`
@@ -324,5 +324,5 @@ def score_own(
             score = next(iter((sample.scores or {}).values()), None)
             value = None if score is None or isinstance(score.value, (dict, list)) else value_to_float()(score.value)
             keys = {k: about[str(sample.id)][k] for k in ("benchmark", "language", "item_id", "question_id")}
-            rows.append(dict(study=study, **_arm(model), **keys, model=model, seed=seed, epoch=sample.epoch, dimension="overall", score=value, judge="task", judge_settings="{}", judge_valid=True))
-    return pd.DataFrame(rows)[_SCORES].astype({"score": float}).assign(substitute_for=None)
+            rows.append(dict(study=study, **_arm(model), **keys, model=model, seed=seed, epoch=sample.epoch, dimension="overall", score=value, judge="task", judge_settings="{}", judge_valid=True, substitute_for=None))
+    return pd.DataFrame(rows)[_SCORES].astype({"score": float})
