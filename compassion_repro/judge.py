@@ -174,7 +174,7 @@ _KEY = ["model", "seed", "benchmark", "language", "item_id", "question_id", "epo
 _GRADES = [*_KEY, "variables", "judge", "judge_settings", "judge_valid", "substitute_for", "grade", "attempted", "reply"]
 _SCORES = ["study", "model", "arm", "start", "paradigm", "domain", *_KEY[1:], "score", "judge", "judge_settings", "judge_valid", "substitute_for"]
 
-# %% ../nbs/09b_judge.ipynb #9fbb01b7
+# %% ../nbs/09b_judge.ipynb #82f409a5
 def _judging_tasks(answers: pd.DataFrame, tasks: dict[str, LoadedTask], judge: str, progress: Progress) -> list[Task]:
     "An official task per model, seed and benchmark, with the solver swapped."
     async def judged(state) -> None: progress.advance()
@@ -194,16 +194,17 @@ def _judging_tasks(answers: pd.DataFrame, tasks: dict[str, LoadedTask], judge: s
     return prepared
 
 
-def _check_log(log: EvalLog) -> int:
+def _check_log(log: EvalLog, said: str) -> int:
     "Number of answers that could not be judged, warned of; raises for a judge that never worked."
     failed = [s.error.message for s in log.samples or [] if s.error]
     if log.status == "error" or (failed and len(failed) == len(log.samples)):
         message = (log.error.message if log.error else failed[0]).strip().splitlines()[-1][:200]
+        if "RetryError" in message: message = f"it was asked again and again, to no avail ({said or 'no answer in time'})"
         raise InputError(f"judging {log.eval.task} failed: {message}; check the judge's name, its package and its key")
     if failed: warnings.warn(f"judging {log.eval.task}: {len(failed)} of {len(log.samples)} answers could not be judged ({failed[0].splitlines()[-1][:100]})", stacklevel=3)
     return len(failed)
 
-# %% ../nbs/09b_judge.ipynb #4791df2f
+# %% ../nbs/09b_judge.ipynb #fc031ae7
 def _seat(tasks: dict[str, LoadedTask]) -> list[Model]:
     "The judges of the tasks, ready for a pass: clients of hosted ones belong to one event loop, and are opened anew."
     graders = {id(task.grader): task for task in tasks.values() if isinstance(getattr(task.grader, "api", None), Thrifty)}
@@ -234,7 +235,7 @@ def judge_answers(
     graders = _seat(tasks)
     with _patient_explanation(): logs = run_inspect(prepared, log_dir, fail_on_error=False)
     _check_gone(judge, graders)
-    unjudged = {tuple(log.eval.metadata[k] for k in ("model", "seed", "benchmark")): _check_log(log) for log in logs}
+    unjudged = {tuple(log.eval.metadata[k] for k in ("model", "seed", "benchmark")): _check_log(log, next((g.api.last_error for g in graders if g.api.last_error), "")) for log in logs}
     frames = [_tidy(log, tasks[log.eval.metadata["benchmark"]], study, substitute_for) for log in logs]
     grades, scores = (pd.concat(kind, ignore_index=True) for kind in zip(*frames))
     grades.attrs |= {"unjudged": sum(unjudged.values()), "unjudged_in": [list(key) for key, count in unjudged.items() if count]}

@@ -198,7 +198,7 @@ class Replies:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-# %% ../nbs/09a_judges.ipynb #f099f889
+# %% ../nbs/09a_judges.ipynb #355e44b1
 GIVE_UP = 20 # failures in a row after which a judge counts as gone
 
 
@@ -229,7 +229,8 @@ class Thrifty(ModelAPI):
             return result
 
     def _failed(self, error: Exception):
-        if not super().should_retry(error): self.failures, self.last_error = self.failures + 1, one_line(error)
+        self.last_error = one_line(error)
+        if not super().should_retry(error): self.failures += 1
 
 
 def _folder_identity(folder: Path) -> str:

@@ -427,7 +427,7 @@ def test_logs_open_and_name_everything(folder, tmp_path):
     judged(loaded, answered(loaded), tmp_path)
     [info] = list_eval_logs(str(tmp_path / "logs"))
     log = read_eval_log(info)
-    assert log.status == "success" and log.eval.model == "saved/mid" and log.eval.task_args["grader_models"] == ["indicator/rubric"]
+    assert log.status == "success" and log.eval.model == "saved/mid" and log.eval.task_args["grader_models"][0]["model"] == "indicator/rubric"
     assert log.eval.metadata["benchmark"] == "mine" and log.eval.metadata["seed"] == 0
     assert len(log.samples) == 10 and log.samples[0].output.completion.startswith("An answer of epoch")
 
