@@ -130,7 +130,7 @@ def claims(args) -> int:
     print_claims(folder)
     return 0
 
-# %% ../nbs/14_cli.ipynb #ea26baa1
+# %% ../nbs/14_cli.ipynb #77d0414b
 def _options(args) -> dict:
     "What `eval` and `judge` have in common."
     settings = {"temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens, "max_connections": args.judge_connections, "max_retries": args.judge_retries}
@@ -184,13 +184,15 @@ def evaluate(args) -> int:
 
 def judge(args) -> int:
     "Have the answers of a study or an evaluation judged again, and print the scores."
-    from compassion_repro import evaluation
+    from compassion_repro import evaluation, pipeline
     folder = Path(args.study)
     evaluation.setup_of(folder)
     _heavy()
     with talking() as (say, report): evaluation.judge_folder(folder, args.judge, again=args.again, say=say, report=report, answer=_asking(report), **_options(args))
     _print_scores(folder)
-    if (folder / "study.yaml").is_file(): _print("\nThe claims under every judge: run the study's own `compassion-repro run` again, which carries on and judges the claims anew.")
+    if (folder / "study.yaml").is_file() and (stages := (study := pipeline.Study(folder)).finished(study.preset, pipeline.without_jail(study.preset))):
+        pipeline.analyse(study, stages)
+        _print(f"\nthe claims under every judge: compassion-repro claims {folder}")
     return 0
 
 

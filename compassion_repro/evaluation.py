@@ -6,7 +6,7 @@
 __all__ = ['Setup', 'slug', 'read_setup', 'settle', 'setup_of', 'load_setup', 'generate', 'collect_answers', 'pending',
            'save_pass', 'judge_folder', 'evaluate_models', 'summary', 'make_sheet', 'add_sheet']
 
-# %% ../nbs/13b_evaluation.ipynb #e0f7cc81
+# %% ../nbs/13b_evaluation.ipynb #3b304b37
 import contextlib
 import hashlib
 import json
@@ -19,7 +19,7 @@ import yaml
 
 from .agreement import HUMAN, UNIT, agreement, lay_together, read_sheet, sample_units, unparseable, write_sheet
 from .pipeline import Study, path_digest, writable, write_json
-from .prices import DETERMINISTIC, Estimate, ask, check_judge, judge_names, load_prices
+from .prices import Estimate, ask, check_judge, is_free, judge_names, load_prices
 from .study import Benchmark, Generation, InputError, write_atomically
 
 # %% ../nbs/13b_evaluation.ipynb #84f25205
@@ -215,7 +215,7 @@ def _write_together(folder: Path, name: str):
     table = lay_together(folder, name, _top(folder, name))
     with writable(folder): write_atomically(folder / f"{name}.parquet", table.to_parquet)
 
-# %% ../nbs/13b_evaluation.ipynb #af0fd9b6
+# %% ../nbs/13b_evaluation.ipynb #5451803e
 def _one_pass(folder: Path, setup: Setup, answers, judge: str, settings: dict, replies, substitute_for: str | None, report) -> int:
     "Let one judge judge the given answers and save its pass; returns on how many answers it failed."
     from compassion_repro import judge as judging
@@ -236,14 +236,12 @@ def _own_pass(folder: Path, setup: Setup, answers, tasks: dict):
     if parts: save_pass(folder, "task", {"scores": pd.concat(parts, ignore_index=True)}, {"settings": {}, "substitute_for": None, "unjudged_in": []})
 
 
-def _estimates(folder: Path, setup: Setup, waiting: dict, settings: dict, replies, prices: dict) -> list[Estimate]:
-    "What the judges will take, counted from the very prompts that they will be sent."
-    import pandas as pd
-    from compassion_repro.judge import judge_prompts, listener, unpaid_calls
-    dear = {judge: rows for judge, rows in waiting.items() if judge not in DETERMINISTIC and len(rows)}
-    if not dear: return []
-    tasks, estimates = load_setup(setup, folder / "benchmarks", listener()), []
-    for judge, rows in dear.items():
+def _estimates(tasks: dict, waiting: dict, settings: dict, replies, prices: dict) -> list[Estimate]:
+    "What the judges that are not free will take, counted from the very prompts that they will be sent."
+    from compassion_repro.judge import judge_prompts, unpaid_calls
+    estimates = []
+    for judge, rows in waiting.items():
+        if is_free(judge) or not len(rows): continue
         calls, stored, characters = unpaid_calls(judge_prompts(rows, tasks), judge, settings, replies)
         estimates.append(Estimate(judge, calls, stored, characters, prices.get(judge)))
     return estimates
@@ -262,6 +260,7 @@ def judge_folder(
     answer: Callable[[str], str] | None = None, # asks a person; None where there is none
 ):
     "Have judges judge the answers of a folder, a pass each; raises `InputError` in one line for anything wrong, and before anything is spent without consent."
+    from compassion_repro.judge import listener
     from compassion_repro.judges import REPLIES, Replies
     folder, settings, names = Path(folder), settings or {}, judge_names(judges)
     if substitute is not None and check_judge(substitute) in names: raise InputError(f"the substitute {substitute!r} is one of the judges: name another")
@@ -269,11 +268,11 @@ def judge_folder(
     answers = Study(folder).table("answers") if (folder / "study.yaml").is_file() else collect_answers(folder)
     with writable(folder): replies = Replies(folder / REPLIES)
     with contextlib.closing(replies), replies.alone(report):
-        tasks = load_setup(setup, folder / "benchmarks")
+        tasks = load_setup(setup, folder / "benchmarks", listener())
         _own_pass(folder, setup, answers, tasks)
         judged = answers[answers["benchmark"].isin([name for name, task in tasks.items() if not task.own])]
         waiting = {judge: pending(folder, judged, judge, settings, again) for judge in names}
-        ask(_estimates(folder, setup, waiting, settings, replies, table), yes, say, answer)
+        ask(_estimates(tasks, waiting, settings, replies, table), yes, say, answer)
         for judge, rows in waiting.items():
             if not len(rows):
                 if len(judged): say(f"{judge}: nothing to judge, every answer has its scores")
@@ -284,7 +283,7 @@ def judge_folder(
                 say(f"{error}; {substitute} judges in its place, and is marked as a substitute")
                 judge, stands_for = substitute, judge
                 rows = pending(folder, judged, judge, settings, again)
-                ask(_estimates(folder, setup, {judge: rows}, settings, replies, table), yes, say, answer)
+                ask(_estimates(tasks, {judge: rows}, settings, replies, table), yes, say, answer)
                 failed = _one_pass(folder, setup, rows, judge, settings, replies, stands_for, report) if len(rows) else 0
             say(f"{judge}: judged {len(rows):,} answers" + (f"; it failed on {failed:,}, run the same command again for those" if failed else ""))
 

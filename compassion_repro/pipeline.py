@@ -8,7 +8,7 @@ __all__ = ['WHOLE', 'EMBEDDED', 'VERSIONS', 'PACKAGES', 'HUB_COUNTS', 'RUN', 'EN
            'Study', 'question_count', 'source_rows', 'plan', 'training_rows', 'Work', 'without_jail', 'interruptible',
            'run_stage', 'prepare', 'check_inputs', 'run', 'collect', 'training_record', 'analyse']
 
-# %% ../nbs/13_pipeline.ipynb #2d14fef1
+# %% ../nbs/13_pipeline.ipynb #40da5490
 import errno
 import hashlib
 import json
@@ -23,7 +23,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -33,7 +33,7 @@ from typing import Any
 import yaml
 
 from . import world
-from .prices import judge_names
+from .prices import DETERMINISTIC, judge_names
 from .study import Benchmark, InputError, Preset, build_preset, parse_model, write_atomically
 
 # %% ../nbs/13_pipeline.ipynb #3eca2a0e
@@ -507,11 +507,12 @@ def without_jail(
     needy = [m for m in preset.arms if parse_model(m).reward == "code"]
     return needy if needy and not unsafe and sandbox.level() == "none" else []
 
-# %% ../nbs/13_pipeline.ipynb #ae859484
+# %% ../nbs/13_pipeline.ipynb #ac3b109a
 @cache
 def _load_tasks(benchmarks: str, judge: str, folder: Path) -> dict:
     from compassion_repro import judge as judging, judges
-    return judging.load_tasks({name: Benchmark(**values) for name, values in json.loads(benchmarks).items()}, judge, folder, replies=judges.Replies(folder.parent / judges.REPLIES))
+    replies = None if judge in DETERMINISTIC else judges.Replies(folder.parent / judges.REPLIES)
+    return judging.load_tasks({name: Benchmark(**values) for name, values in json.loads(benchmarks).items()}, judge, folder, replies=replies)
 
 
 def _tasks(work: Work, judge: str | None = None) -> dict:
@@ -530,9 +531,9 @@ def _run_answers(work: Work) -> dict:
 def _run_eval(work: Work) -> dict:
     import pandas as pd
     from compassion_repro import judge as judging, judges
-    answers = pd.read_parquet(work.input() / "answers.parquet")
-    with judges.Replies(work.study.folder / judges.REPLIES).alone(work.report): # a pass a judge
-        passes = [judging.judge_answers(answers, _tasks(work, judge), judge, work.out / "logs", report=work.report) for judge in judge_names(work.preset.judge)]
+    answers, names = pd.read_parquet(work.input() / "answers.parquet"), judge_names(work.preset.judge)
+    with nullcontext() if set(names) <= set(DETERMINISTIC) else judges.Replies(work.study.folder / judges.REPLIES).alone(work.report):
+        passes = [judging.judge_answers(answers, _tasks(work, judge), judge, work.out / "logs", report=work.report) for judge in names] # a pass a judge
     unjudged = sum(int(grades.attrs.get("unjudged", 0)) for grades, _ in passes)
     grades, scores = (pd.concat(tables, ignore_index=True) for tables in zip(*passes))
     write_atomically(work.out / "grades.parquet", grades.to_parquet)

@@ -16,7 +16,7 @@ import yaml
 from inspect_ai.model import ModelAPI, ModelOutput, ModelUsage, modelapi
 from inspect_ai.scorer import Score, mean_score
 
-from compassion_repro import benchmarks, cli, evaluation, judges, pipeline, world
+from compassion_repro import benchmarks, cli, evaluation, judges, pipeline, stats, world
 from compassion_repro import judge as judging
 from compassion_repro.study import Generation, InputError
 
@@ -209,8 +209,9 @@ def test_replies_without_a_grade(folder, name, stored, column):
     asked = len(HEARD)
     judge(folder, f"paid/{name}", again=True)
     assert len(HEARD) == (asked if stored else 2 * asked) and asked >= calls
-    with pytest.raises(InputError, match="answers with nothing" if name == "nothing" else "^$"):
-        if judges.try_judge(f"paid/{name}"): raise InputError("")
+    if name == "nothing":
+        with pytest.raises(InputError, match="answers with nothing"): judges.try_judge("paid/nothing")
+    else: assert judges.try_judge("paid/refuses") == "I cannot help with that."
 
 
 @pytest.mark.parametrize("name, words", [("paid/gone", ("does not answer", "404")), ("nobody/model", ("nobody/model",)), ("./nowhere", ("not there",))])
@@ -219,7 +220,9 @@ def test_trying_a_judge(name, words):
     assert_one_line(error, *words)
 
 
-def test_a_local_judge_needs_no_key(folder, monkeypatch):
+def test_a_local_judge_needs_no_key(tmp_path, monkeypatch):
+    CALLS.clear()
+    folder = evaluated(tmp_path / "out", ["mockllm/model"], ["tiny-anima"], limit=1, epochs=1)
     for name in ("HF_TOKEN", "OPENAI_API_KEY"): monkeypatch.delenv(name, raising=False)
     place = world.assets() / "base"
     heard = []
@@ -370,11 +373,10 @@ def test_a_study_is_judged_again_and_keeps_it(study_copy, capsys):
     assert "strict" in out and "Krippendorff's alpha" in out
     table = scores(study_copy)
     assert table.judge.value_counts().nunique() == 1 and set(table.judge) == {"indicator", "strict"} and not table.duplicated(["judge", "model", "seed", "benchmark", "question_id", "epoch", "dimension"]).any()
+    assert {record.judge for record in stats.read_claims(study_copy / "claims.json").records} == {"indicator", "strict"}
     study = pipeline.Study(study_copy)
-    stages = study.finished(study.preset)
-    pipeline.collect(study, stages)                              # what `run` does when nothing is left to run
+    pipeline.collect(study, study.finished(study.preset))        # what `run` does when nothing is left to run
     assert len(scores(study_copy)) == len(table)
-    assert {r.judge for r in pipeline.analyse(study, stages).records} == {"indicator", "strict"}
 
 
 def test_people_grade_a_study(study_copy, tmp_path, capsys):
