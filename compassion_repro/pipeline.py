@@ -8,7 +8,7 @@ __all__ = ['WHOLE', 'EMBEDDED', 'VERSIONS', 'PACKAGES', 'HUB_COUNTS', 'RUN', 'EN
            'Study', 'question_count', 'source_rows', 'plan', 'training_rows', 'Work', 'without_jail', 'interruptible',
            'run_stage', 'prepare', 'check_inputs', 'run', 'collect', 'training_record', 'analyse']
 
-# %% ../nbs/13_pipeline.ipynb #6c9b65e1
+# %% ../nbs/13_pipeline.ipynb #40da5490
 import errno
 import hashlib
 import json
@@ -23,7 +23,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -33,6 +33,7 @@ from typing import Any
 import yaml
 
 from . import world
+from .prices import DETERMINISTIC, judge_names
 from .study import Benchmark, InputError, Preset, build_preset, parse_model, write_atomically
 
 # %% ../nbs/13_pipeline.ipynb #3eca2a0e
@@ -335,7 +336,7 @@ def _facts(manifest: dict) -> str:
     if "grades" in r: return f"{r['grades']:,} grades by {r['judge']}" + "".join(f", {r[k]:,} {k}" for k in ("unparseable", "unjudged") if r[k])
     return f"from {r['source']}"
 
-# %% ../nbs/13_pipeline.ipynb #d5d47567
+# %% ../nbs/13_pipeline.ipynb #fcd92023
 HUB_COUNTS = {"CompassioninMachineLearning/anima": (114, 514), "CompassioninMachineLearning/moru-benchmark": (201, None)} # questions and judge calls an epoch
 
 
@@ -404,7 +405,7 @@ def plan(
             tokens = preset.grpo.steps * preset.grpo.completions * preset.grpo.value("max_new_tokens")
             record |= {"rows": source_rows(preset.data.source(parse_model(stage.model).rows), preset.grpo.rows), "steps": preset.grpo.steps, "tokens": tokens}
         if stage.kind == "answers": record["answers"] = total(0)
-        if stage.kind == "eval": record["judge_calls"] = total(1)
+        if stage.kind == "eval" and total(1) is not None: record["judge_calls"] = total(1) * len(judge_names(preset.judge))
         records.append(record)
     return records
 
@@ -528,16 +529,17 @@ def without_jail(
     needy = [m for m in preset.arms if parse_model(m).reward == "code"]
     return needy if needy and not unsafe and sandbox.level() == "none" else []
 
-# %% ../nbs/13_pipeline.ipynb #967da649
+# %% ../nbs/13_pipeline.ipynb #e5c52502
 @cache
 def _load_tasks(benchmarks: str, judge: str, folder: Path) -> dict:
-    from compassion_repro import evaluate
-    return {name: evaluate.load_task(name, Benchmark(**values), judge, folder) for name, values in json.loads(benchmarks).items()}
+    from compassion_repro import judge as judging, judges
+    replies = None if judge in DETERMINISTIC else judges.Replies(folder.parent / judges.REPLIES)
+    return judging.load_tasks({name: Benchmark(**values) for name, values in json.loads(benchmarks).items()}, judge, folder, replies=replies)
 
 
-def _tasks(work: Work) -> dict:
-    "The official tasks of the study's benchmarks, loaded once a process."
-    return _load_tasks(json.dumps(work.preset.resolved()["benchmarks"]), work.preset.judge, work.study.folder / "benchmarks")
+def _tasks(work: Work, judge: str | None = None) -> dict:
+    "The official tasks of the study's benchmarks with one judge (default: the first), loaded once a process."
+    return _load_tasks(json.dumps(work.preset.resolved()["benchmarks"]), judge or judge_names(work.preset.judge)[0], work.study.folder / "benchmarks")
 
 
 def _run_answers(work: Work) -> dict:
@@ -550,14 +552,16 @@ def _run_answers(work: Work) -> dict:
 
 def _run_eval(work: Work) -> dict:
     import pandas as pd
-    from compassion_repro import evaluate
-    answers = pd.read_parquet(work.input() / "answers.parquet")
-    tasks = _tasks(work)
-    grades, scores = evaluate.judge_answers(answers, tasks, work.preset.judge, work.out / "logs", report=work.report)
+    from compassion_repro import judge as judging, judges
+    answers, names = pd.read_parquet(work.input() / "answers.parquet"), judge_names(work.preset.judge)
+    with nullcontext() if set(names) <= set(DETERMINISTIC) else judges.Replies(work.study.folder / judges.REPLIES).alone(work.report):
+        passes = [judging.judge_answers(answers, _tasks(work, judge), judge, work.out / "logs", report=work.report) for judge in names] # a pass a judge
+    unjudged = sum(int(grades.attrs.get("unjudged", 0)) for grades, _ in passes)
+    grades, scores = (pd.concat(tables, ignore_index=True) for tables in zip(*passes))
     write_atomically(work.out / "grades.parquet", grades.to_parquet)
     write_atomically(work.out / "scores.parquet", scores.to_parquet)
-    return {"judge": work.preset.judge, "unjudged": int(grades.attrs.get("unjudged", 0)), "grades": len(grades), "unparseable": int((grades.attempted & grades.grade.isna()).sum()),
-            "benchmarks": {name: task.provenance for name, task in tasks.items()}}
+    return {"judge": work.preset.judge, "unjudged": unjudged, "grades": len(grades), "unparseable": int((grades.attempted & grades.grade.isna()).sum()),
+            "benchmarks": {name: task.provenance for name, task in _tasks(work).items()}}
 
 
 def _run_probe(work: Work) -> dict:
@@ -589,7 +593,7 @@ def interruptible():
         for number, handler in before.items(): signal.signal(number, handler)
     if seen: raise KeyboardInterrupt
 
-# %% ../nbs/13_pipeline.ipynb #b3a4953e
+# %% ../nbs/13_pipeline.ipynb #423d4650
 def run_stage(
     study: Study, # where it goes
     preset: Preset, # the configuration
@@ -655,10 +659,10 @@ def check_inputs(
         if not source.startswith("world:"):
             training_rows(source, shape, None, 1, 1)
             say(str(data.load(source, shape).report))
-    with writable(study.folder): tasks = _load_tasks(json.dumps(preset.resolved()["benchmarks"]), preset.judge, study.folder / "benchmarks")
-    for name, task in tasks.items():
-        if left := task.provenance.get("left_out"): say(f"warning: the official task leaves out {len(left)} questions of {name}: {', '.join(map(str, left[:5]))}")
-        if not task.judge_valid: say(f"warning: the indicator judge cannot read the indicators of {name}, so its scores mean nothing there; name a model with --set judge=...")
+    with writable(study.folder): by_judge = {judge: _load_tasks(json.dumps(preset.resolved()["benchmarks"]), judge, study.folder / "benchmarks") for judge in judge_names(preset.judge)}
+    for number, (judge, name, task) in enumerate((judge, name, task) for judge, tasks in by_judge.items() for name, task in tasks.items()):
+        if number < len(preset.benchmarks) and (left := task.provenance.get("left_out")): say(f"warning: the official task leaves out {len(left)} questions of {name}: {', '.join(map(str, left[:5]))}")
+        if not task.judge_valid: say(f"warning: the {judge} judge cannot read the indicators of {name}, so its scores mean nothing there; name a model with --set judge=...")
 
 
 def run(
@@ -692,16 +696,18 @@ def run(
         analyse(study, report, page)
     return study
 
-# %% ../nbs/13_pipeline.ipynb #bd773eec
+# %% ../nbs/13_pipeline.ipynb #aaf2c0f3
 def collect(
     study: Study, # finished
     stages: list[Stage], # its stages
 ):
-    "Lay the tables of all models and seeds together: answers, grades, scores, margin, kl."
+    "Lay the tables of all models and seeds together: answers, grades, scores, margin, kl; and with them what later judges said."
     import pandas as pd
+    from compassion_repro.agreement import lay_together
     for name, kind in (("answers", "answers"), ("grades", "eval"), ("scores", "eval"), ("margin", "probe"), ("kl", "probe")):
         parts = [pd.read_parquet(study.folder / s.place / f"{name}.parquet") for s in stages if s.kind == kind]
         table = pd.concat([p for p in parts if len(p)] or parts[:1], ignore_index=True)
+        if name in ("grades", "scores"): table = lay_together(study.folder, name, table)
         if name == "scores": table["study"] = study.folder.name
         with writable(study.folder): write_atomically(study.folder / f"{name}.parquet", table.to_parquet)
 
@@ -741,7 +747,8 @@ def analyse(
     scores = score_room.check_scores(table, name, str(file))
     scored = set(zip(scores["model"], scores["seed"]))
     training = training_record([m for m in study.manifests() if (m["model"], m["seed"]) in scored])
-    claims = judge_claims(scores, training, preset, study.table("grades"), answers=study.table("answers"))
+    grades, answers = (study.table(name) if (study.folder / f"{name}.parquet").exists() else None for name in ("grades", "answers"))
+    claims = judge_claims(scores, training, preset, grades, answers=answers)
     with writable(study.folder):
         write_atomically(study.folder / "claims.json", lambda partial: partial.write_text(claims.to_json(), encoding="utf-8"))
         if page:

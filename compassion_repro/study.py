@@ -259,7 +259,7 @@ class Data(Section):
         "Source of an arm's rows, by their name: `sft-help`, `grpo-code`."
         return getattr(self, rows.replace("-", "_"))
 
-# %% ../nbs/00_study.ipynb #fb46c151
+# %% ../nbs/00_study.ipynb #83f34e11
 class Preset(Section):
     "A whole study, resolved: every value that decides its result, seeds aside."
     name: str = Field(pattern=r"^[\w.-]+$") # preset it came from
@@ -275,7 +275,7 @@ class Preset(Section):
     code_reward: dict[Literal["tested", "graded"], dict[str, float]] = {} # weights of the code reward's parts, in place of `rewards.WEIGHTS`
     generation: Generation = Generation()
     benchmarks: dict[str, Benchmark]
-    judge: str = Field(pattern=r"^(indicator|[\w.-]+/\S+)$") # "indicator", or any Inspect model id: always named
+    judge: str = Field(pattern=r"^(indicator|strict|[\w.~-]*/[^\s,]+)(, *(indicator|strict|[\w.~-]*/[^\s,]+))*$") # "indicator", "strict", a model folder, any Inspect model id, or several with commas: always named
     margin: Margin = Margin()
     statistics: Statistics = Statistics()
 

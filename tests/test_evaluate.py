@@ -17,7 +17,8 @@ from inspect_ai.log import list_eval_logs, read_eval_log
 from inspect_ai.model import ModelAPI, ModelOutput, ModelUsage, modelapi
 from inspect_evals.anima import dataset as anima_data
 
-from compassion_repro import evaluate, world
+from compassion_repro import benchmarks, evaluate, world
+from compassion_repro import judge as judging
 from compassion_repro.study import Benchmark, Generation, InputError
 
 SIZE = {"en": 3, "es": 2}
@@ -29,7 +30,7 @@ class FickleJudge(ModelAPI):
     "A judge whose model name says what it does, and when."
 
     async def generate(self, input, tools, tool_choice, config):
-        parts = evaluate.read_judge_prompt(input[-1].text)
+        parts = judging.read_judge_prompt(input[-1].text)
         if self.model_name == "down" or self.model_name == "sometimes" and "epoch 1" in parts["submission"]: raise RuntimeError("401 no such key")
         if self.model_name == "interrupts": signal.raise_signal(signal.SIGINT)
         first = parts["dimension"].lower() == DIMENSIONS[0].lower()
@@ -57,7 +58,7 @@ def minds(tmp_path):
 
 
 def load(data, cache, task="anima", judge="indicator", epochs=2, **fields):
-    return evaluate.load_task("mine", Benchmark(task=task, data=str(data), epochs=epochs, **fields), judge, cache)
+    return judging.load_task("mine", Benchmark(task=task, data=str(data), epochs=epochs, **fields), judge, cache)
 
 
 def answered(loaded, text="An answer of epoch {epoch}."):
@@ -67,7 +68,7 @@ def answered(loaded, text="An answer of epoch {epoch}."):
 
 
 def judged(loaded, answers, tmp_path):
-    return evaluate.judge_answers(answers, {"mine": loaded}, loaded.judge, tmp_path / "logs", study="test", **QUIET)
+    return judging.judge_answers(answers, {"mine": loaded}, loaded.judge, tmp_path / "logs", study="test", **QUIET)
 
 
 def assert_one_line(error, *words):
@@ -168,9 +169,9 @@ def test_paths_that_look_like_patterns(tmp_path, task, place, cache):
     mine = world.write_benchmark(task, tmp_path / place, SIZE)
     if task == "anima": mine = mine.rename(mine.parent / "my [2] animals")
     loaded = load(mine, tmp_path / cache, task)
-    _, scores = evaluate.judge_answers(answered(loaded), {"mine": loaded}, "indicator", tmp_path / cache / "logs", **QUIET)
+    _, scores = judging.judge_answers(answered(loaded), {"mine": loaded}, "indicator", tmp_path / cache / "logs", **QUIET)
     assert len(loaded.questions) == 5 and scores.score.notna().all()
-    assert len(evaluate.official_metrics(tmp_path / cache / "logs"))
+    assert len(judging.official_metrics(tmp_path / cache / "logs"))
 
 
 def test_hub_data_is_left_to_the_official_loader(folder, tmp_path, monkeypatch):
@@ -179,7 +180,7 @@ def test_hub_data_is_left_to_the_official_loader(folder, tmp_path, monkeypatch):
     def snapshot(name, repo_type, revision):
         wanted.append((name, repo_type, revision))
         return str(folder.rename(folder.parent / revision))
-    monkeypatch.setattr(evaluate, "snapshot_download", snapshot)
+    monkeypatch.setattr(benchmarks, "snapshot_download", snapshot)
     loaded = load(anima_data.DATASET_REPO_ID, tmp_path / "cache", judge="fickle/fine")
     assert wanted == [(anima_data.DATASET_REPO_ID, "dataset", anima_data.DATASET_DEFAULT_REVISION)]
     assert loaded.provenance["revision"] == anima_data.DATASET_DEFAULT_REVISION and len(loaded.questions) == 5
@@ -191,7 +192,7 @@ def test_hub_data_is_left_to_the_official_loader(folder, tmp_path, monkeypatch):
 
 def test_hub_that_cannot_be_reached(tmp_path, monkeypatch):
     def offline(*args, **kwargs): raise ConnectionError("offline")
-    monkeypatch.setattr(evaluate, "snapshot_download", offline)
+    monkeypatch.setattr(benchmarks, "snapshot_download", offline)
     with pytest.raises(InputError) as error: load("owner/name@abc", tmp_path / "cache")
     assert_one_line(error, "could not be fetched", "check id, revision and network")
 
@@ -259,7 +260,7 @@ def test_a_folder_that_changes_under_its_name(folder, tmp_path):
 def test_wrong_rows_are_noticed(folder, tmp_path, monkeypatch):
     "If the library hands back other rows than the folder's, that is an error."
     other = load(world.write_benchmark("leak", tmp_path / "other", {"en": 3}), tmp_path / "cache")
-    monkeypatch.setattr(evaluate, "anima", lambda **arguments: other.task)
+    monkeypatch.setattr(benchmarks, "anima", lambda **arguments: other.task)
     with pytest.raises(InputError) as error: load(folder, tmp_path / "cache")
     assert_one_line(error, "was loaded but is not in")
 
@@ -279,7 +280,7 @@ def test_every_kind_of_left_out_row_is_named(folder, tmp_path, monkeypatch, valu
     file = folder / "questions" / "train.jsonl"
     *rest, last = file.read_text().splitlines()
     file.write_text("\n".join([*rest, json.dumps({**json.loads(last), **values})]))
-    monkeypatch.setattr(evaluate, "snapshot_download", lambda *args, **others: str(folder))
+    monkeypatch.setattr(benchmarks, "snapshot_download", lambda *args, **others: str(folder))
     with pytest.warns(UserWarning, match="left out 1 of 5"): loaded = load("owner/name@abc" if hub else folder, tmp_path / "cache")
     assert loaded.provenance["left_out"] == [str(json.loads(last)["id"])]
 
@@ -297,15 +298,15 @@ def test_a_users_benchmark_is_run_whole_and_parquet_works(folder, tmp_path):
 # ---- judges
 
 def test_scores_equal_the_official_metrics(folder, minds, tmp_path):
-    phrase = evaluate.indicator_phrases(world.rubric("anima")[0]["observable_indicators"])[0]
+    phrase = judging.indicator_phrases(world.rubric("anima")[0]["observable_indicators"])[0]
     for task, place in (("anima", folder), ("moru", minds)):
         loaded = load(place, tmp_path / "cache", task, epochs=3)
         answers = answered(loaded)
         answers.loc[answers.index % 3 == 0, "text"] = f"First, {phrase}."
         logs = tmp_path / task
-        grades, scores = evaluate.judge_answers(answers, {"mine": loaded}, "indicator", logs, **QUIET)
-        ours = evaluate.mean_scores(scores).replace({"dimension": {"overall": "overall_mean"}}).set_index("dimension").score
-        official = evaluate.official_metrics(logs).set_index("metric").value
+        grades, scores = judging.judge_answers(answers, {"mine": loaded}, "indicator", logs, **QUIET)
+        ours = judging.mean_scores(scores).replace({"dimension": {"overall": "overall_mean"}}).set_index("dimension").score
+        official = judging.official_metrics(logs).set_index("metric").value
         assert 0 < ours["overall_mean"] < 1 and len(ours) > 2
         assert all(abs(official[name] - value) < 1e-12 for name, value in ours.items())
         assert grades.attempted.all() and grades.grade.isin([0, 1]).all() and scores.score.notna().all()
@@ -332,8 +333,8 @@ def test_dimensions_that_differ_between_epochs(folder, minds, tmp_path, task):
     grades, scores = judged(loaded, answered(loaded), tmp_path)
     muted = (grades.dimension.str.lower() == DIMENSIONS[0].lower()) & (grades.epoch == 1)
     assert (grades.grade.isna() == muted).all() and muted.any()
-    official = evaluate.official_metrics(tmp_path / "logs").set_index("metric").value
-    assert official["overall_mean"] == 1 == evaluate.mean_scores(scores).score.min()
+    official = judging.official_metrics(tmp_path / "logs").set_index("metric").value
+    assert official["overall_mean"] == 1 == judging.mean_scores(scores).score.min()
 
 
 @pytest.mark.parametrize("task", ["anima", "moru"])
@@ -360,10 +361,10 @@ def test_a_judge_that_is_down(folder, tmp_path):
 def test_nothing_was_judged(folder, tmp_path, monkeypatch):
     "Without a single call to the judge there are no grades, and every score is null."
     loaded = load(folder, tmp_path / "cache")
-    monkeypatch.setattr(evaluate, "_calls", lambda sample: [])
-    monkeypatch.setattr(evaluate, "_graded", lambda sample, dimension: [])
+    monkeypatch.setattr(judging, "_calls", lambda sample: [])
+    monkeypatch.setattr(judging, "_graded", lambda sample, dimension: [])
     grades, _ = judged(loaded, answered(loaded), tmp_path)
-    assert len(grades) == 0 and list(grades.columns) == evaluate._GRADES
+    assert len(grades) == 0 and list(grades.columns) == judging._GRADES
 
 
 def test_indicators_for_people_only(folder, tmp_path):
@@ -406,13 +407,13 @@ def test_without_a_home(tmp_path):
         import os, sys
         from pathlib import Path
         import pandas as pd
-        from compassion_repro import evaluate
+        from compassion_repro import judge as judging
         from compassion_repro.study import Benchmark
         place = Path(sys.argv[1])
-        loaded = evaluate.load_task("mine", Benchmark(task="anima", data="world:anima", epochs=1, size={"en": 2}), "indicator", place / "cache")
+        loaded = judging.load_task("mine", Benchmark(task="anima", data="world:anima", epochs=1, size={"en": 2}), "indicator", place / "cache")
         answers = pd.DataFrame(loaded.questions).drop(columns=["question", "epochs"]).assign(model="mid", seed=0, epoch=1, text="Yes.")
         before = dict(os.environ)
-        print(len(evaluate.judge_answers(answers, {"mine": loaded}, "indicator", place / "logs")[1]), before == dict(os.environ))
+        print(len(judging.judge_answers(answers, {"mine": loaded}, "indicator", place / "logs")[1]), before == dict(os.environ))
     """
     home = tmp_path / "home"
     home.write_text("a file where the home should be")
@@ -426,7 +427,7 @@ def test_logs_open_and_name_everything(folder, tmp_path):
     judged(loaded, answered(loaded), tmp_path)
     [info] = list_eval_logs(str(tmp_path / "logs"))
     log = read_eval_log(info)
-    assert log.status == "success" and log.eval.model == "saved/mid" and log.eval.task_args["grader_models"] == ["indicator/rubric"]
+    assert log.status == "success" and log.eval.model == "saved/mid" and log.eval.task_args["grader_models"][0]["model"] == "indicator/rubric"
     assert log.eval.metadata["benchmark"] == "mine" and log.eval.metadata["seed"] == 0
     assert len(log.samples) == 10 and log.samples[0].output.completion.startswith("An answer of epoch")
 
@@ -434,7 +435,7 @@ def test_logs_open_and_name_everything(folder, tmp_path):
 def test_the_console_still_speaks(folder, tmp_path, capsys):
     "Inspect's silent display makes rich's common console quiet for the rest of the process."
     loaded = load(folder, tmp_path / "cache")
-    evaluate.judge_answers(answered(loaded), {"mine": loaded}, "indicator", tmp_path / "logs")
+    judging.judge_answers(answered(loaded), {"mine": loaded}, "indicator", tmp_path / "logs")
     rich.get_console().file = None
     rich.print("still here")
     out = capsys.readouterr().out

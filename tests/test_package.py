@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 HEAVY_LIBRARIES = ["torch", "transformers", "trl", "datasets", "inspect_ai"]
-HEAVY = {"data", "models", "midtrain", "sft", "grpo", "evaluate", "margin"}
+HEAVY = {"data", "models", "midtrain", "sft", "grpo", "benchmarks", "runner", "evaluate", "judges", "judge", "margin"}
 
 
 def exporting() -> list[str]:
