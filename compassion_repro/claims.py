@@ -121,7 +121,7 @@ class ClaimRecord(Contrast):
         if None in found.values(): return ", ".join(("" if same else "not in ") + name for name, same in found.items() if same is not None)
         return {(True, True): "sign and size", (True, False): "sign only", (False, True): "size only", (False, False): "neither"}[self.agrees_with_paper, self.agrees_in_size]
 
-# %% ../nbs/10b_claims.ipynb #7b77c2c6
+# %% ../nbs/10b_claims.ipynb #00b1e6b2
 def estimate_reading(
     items: Items, # scores of one judge
     reading: Reading, # what to estimate
@@ -136,12 +136,17 @@ def estimate_reading(
     if missing: return record.with_(reason=f"no scores of {', '.join(missing)} on {reading.benchmark}")
     try: record = record.with_(**dict(contrast(items, reading, settings)))
     except InputError as error: return record.with_(reason=str(error))
-    wrong = None
-    if counted_wrong is items: wrong = record.interval
-    elif counted_wrong is not None: wrong = contrast(counted_wrong, reading, settings, full=False).interval
+    wrong = record.interval if counted_wrong is items else _counted_wrong(counted_wrong, reading, settings)
     record = record.with_(estimate_counting_unparsed_as_wrong=wrong, **_beside_the_paper(record))
     if reading.kind == "superiority": return record
     return record.with_(margin=settings.margin, added_by_midtraining=worth_losing(items, reading, settings))
+
+
+def _counted_wrong(items: Items | None, reading: Reading, settings: Statistics) -> Interval | None:
+    "The estimate with unreadable replies as wrong; None where the grades do not hold what it needs."
+    if items is None: return None
+    try: return contrast(items, reading, settings, full=False).interval
+    except InputError: return None
 
 
 def _no_benchmark(reading: Reading) -> str:

@@ -223,7 +223,7 @@ def ratio_noise(
     seeds = per_seed.shape[1]
     return noise if seeds < 3 else noise + np.cov(per_seed) / seeds * t.isf(tail, seeds - 1) ** 2
 
-# %% ../nbs/10_inference.ipynb #3e1238c3
+# %% ../nbs/10_inference.ipynb #d6cf0239
 class MixedModel(BaseModel):
     "A fitted model of items and seeds, in points; only `note` where there is none."
     model_config = ConfigDict(extra="forbid")
@@ -264,6 +264,7 @@ def mixed_model(
     "Crossed random effects of items and seeds, by `statsmodels`."
     items, seeds = differences.shape
     if seeds < 3: return MixedModel(note=f"{seeds} seed{'s' * (seeds > 1)}: three are needed to see how they vary")
+    if items < 3: return MixedModel(note="fewer than three questions")
     if differences.std() < 1e-9: return MixedModel(note="all questions alike")
     from scipy.stats import t
     scale, moments, note = differences.std(), _moment_components(differences), ""
