@@ -168,18 +168,19 @@ def score_table(
         columns |= {"tokens an answer": totals["tokens"].map("{:.0f}".format).to_list(), "empty (%)": totals["empty"].map("{:.1f}".format).to_list(), "looping (%)": totals["looping"].map("{:.1f}".format).to_list()}
     return pd.DataFrame(columns, index=pd.Index([model_look(model)[0].replace("\n", "") for model in models], name="model"))
 
-# %% ../nbs/11_figures.ipynb #64e5d063
+# %% ../nbs/11_figures.ipynb #25f3a64e
 VERDICT_LOOKS = {"supported": ("#00735C", "o"), "contradicted": ("#B34700", "s"), "inconclusive": ("#7A5C00", "^"), "not testable": ("#5F5F5F", "X"), "not tested": ("#5F5F5F", "")} # colour, marker
 
 
 def claim_rows(
     claims: ClaimTable, # from `judge_claims` or `read_claims`
-) -> pd.DataFrame: # a row a record: claim, reading, judge, estimand, kind, estimate, low, high, p, adjusted (bool), paper, margin, questions, seeds, verdict, reason
+) -> pd.DataFrame: # a row a record: claim, reading, judge, estimand, kind, estimate, low, high, p, adjusted (bool), paper, paper_ratio, ratio, agreement, wrong (unreadable replies counted so), margin, questions, seeds, verdict, reason
     "What figures and reports show of each record; an adjusted interval and p value stand in for the plain ones wherever a record has them."
     def first(record, *names): return next((value for name in names if (value := getattr(record, name, None)) is not None), None)
     return pd.DataFrame([{"claim": r.claim, "reading": r.reading, "judge": r.judge, "estimand": r.estimand or r.text, "kind": r.kind, "estimate": r.estimate,
                           "low": first(r, "adjusted_low", "low"), "high": first(r, "adjusted_high", "high"), "p": first(r, "adjusted_p", "p"), "adjusted": first(r, "adjusted_low") is not None,
-                          "paper": r.paper, "margin": r.margin, "questions": r.questions, "seeds": r.seeds, "verdict": r.verdict, "reason": r.reason} for r in claims.records])
+                          "paper": r.paper, "paper_ratio": first(r, "paper_ratio"), "ratio": first(r, "ratio"), "agreement": getattr(r, "agreement", {True: "sign", False: "not in sign"}.get(r.agrees_with_paper, "")),
+                          "wrong": first(r, "estimate_counting_unparsed_as_wrong"), "margin": r.margin, "questions": r.questions, "seeds": r.seeds, "verdict": r.verdict, "reason": r.reason} for r in claims.records])
 
 
 

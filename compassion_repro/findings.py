@@ -19,7 +19,7 @@ from .stats import VERDICTS, ClaimTable, model_rank
 from .study import FIDELITY
 from .studyfiles import StudyFiles
 
-# %% ../nbs/11d_findings.ipynb #5f053ebe
+# %% ../nbs/11d_findings.ipynb #85e5aa38
 def model_name(
     model: str, # any model id
 ) -> str: # in one line
@@ -33,8 +33,13 @@ def claim_table(
     "Every reading with its verdict, the figures that it rests on, and the reason."
     rows, several = claim_rows(claims), len({record.judge for record in claims.records}) > 1
     def number(value, form): return "" if pd.isna(value) else form.format(value).replace("-", "−")
-    table = pd.DataFrame({"claim": rows["reading"], "judge": rows["judge"], "what is estimated": rows["estimand"], "verdict": rows["verdict"], "points [interval]": [claim_figures(row) for row in rows.itertuples()],
-                          "adjusted p" if rows["adjusted"].any() else "p": [number(p, "{:.2g}") for p in rows["p"]], "paper": [number(paper, "{:+.1f}") + {True: " (same sign)", False: " (other sign)"}.get(getattr(record, "agrees_with_paper", None), "") for paper, record in zip(rows["paper"], claims.records)],
+    def words(row):
+        wrong = "" if row.wrong is None or f"{row.wrong.estimate:.1f}" == f"{row.estimate:.1f}" else f"; unreadable replies counted as wrong: {row.wrong}"
+        return row.estimand + ("" if row.ratio is None else f"; ratio {row.ratio}") + wrong
+    paper = [number(row.paper, "{:+.1f}") or number(row.paper_ratio, "ratio {:g}") for row in rows.itertuples()]
+    plain = rows["adjusted"].any() & ~rows["adjusted"]
+    table = pd.DataFrame({"claim": rows["reading"], "judge": rows["judge"], "what is estimated": [words(row) for row in rows.itertuples()], "verdict": rows["verdict"], "points [interval]": [claim_figures(row) for row in rows.itertuples()],
+                          "adjusted p" if rows["adjusted"].any() else "p": [number(p, "{:.2g} (plain)" if alone else "{:.2g}") for p, alone in zip(rows["p"], plain)], "paper": paper, "agrees in": rows["agreement"],
                           "margin": ["" if pd.isna(m) else f"±{m:g}" if kind == "equivalence" else f"−{m:g}" for m, kind in zip(rows["margin"], rows["kind"])],
                           "questions × seeds": [f"{q} × {s}" if q else "" for q, s in zip(rows["questions"], rows["seeds"])], "why": rows["reason"]})
     return table if several else table.drop(columns="judge")
