@@ -17,7 +17,8 @@ from textwrap import wrap
 import numpy as np
 import pandas as pd
 
-from .stats import ClaimTable, answer_summary, model_means, model_rank
+from .claims import ClaimTable
+from .stats import answer_summary, model_means, model_rank
 from .study import DOMAINS, InputError, PAPER, Statistics, parse_model, write_atomically
 
 # %% ../nbs/11_figures.ipynb #57be6310

@@ -15,7 +15,8 @@ from dataclasses import asdict
 import pandas as pd
 
 from .figures import benchmark_rank, claim_figures, claim_rows, model_look, panel_title
-from .stats import VERDICTS, ClaimTable, model_rank
+from .claims import VERDICTS, ClaimTable
+from .stats import model_rank
 from .study import FIDELITY
 from .studyfiles import StudyFiles
 

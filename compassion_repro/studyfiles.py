@@ -13,7 +13,8 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from .stats import ClaimTable, model_rank, read_claims, read_scores
+from .claims import ClaimTable, read_claims
+from .stats import model_rank, read_scores
 from .study import InputError, Preset, build_preset
 
 # %% ../nbs/11c_studyfiles.ipynb #8d234a40
