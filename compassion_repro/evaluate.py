@@ -8,7 +8,7 @@ __all__ = ['language_code', 'content_hash', 'read_judge_prompt', 'indicator_phra
            'is_looping', 'generate_answers', 'benchmark_generation', 'saved_answers', 'mean_where_graded',
            'judge_answers', 'official_metrics', 'mean_scores']
 
-# %% ../nbs/09_evaluate.ipynb #3ad87f1e
+# %% ../nbs/09_evaluate.ipynb #bdba0b80
 import contextlib
 import copy
 import functools
@@ -56,7 +56,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from . import world
-from .models import encode_prompt, load_model, load_tokenizer
+from .models import encode_prompt, load_model, load_tokenizer, with_template
 from .study import Benchmark, Generation, InputError, parse_model
 
 # %% ../nbs/09_evaluate.ipynb #fda8c6eb
@@ -514,13 +514,13 @@ def _record(row: dict, model: str, seed: int, tokens: list[int], ends: list[int]
     return dict(model=model, seed=seed, **{k: row[k] for k in keys}, prompt=tokenizer.decode(row["ids"]), text=text,
                 tokens=len(tokens), stop_reason="stop" if stopped else "length", empty=not text, looping=is_looping(tokens))
 
-# %% ../nbs/09_evaluate.ipynb #a2fb0ede
+# %% ../nbs/09_evaluate.ipynb #f33f9375
 def _generate(
     network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model: str, questions: list[dict],
     seed: int, generation: Generation, report: Callable[[str], None], **settings,
 ) -> pd.DataFrame:
     "Answers of a loaded model; the seconds inside generation are in `.attrs`."
-    settings = _settings(network, tokenizer, max_new_tokens=generation.max_new_tokens, **settings)
+    settings, tokenizer = _settings(network, tokenizer, max_new_tokens=generation.max_new_tokens, **settings), with_template(tokenizer, generation.template)
     work, records, spent = _work(questions, tokenizer), [], 0.0
     progress = _Progress(report, len(work))
     for start in range(0, len(work), generation.batch_size):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BEGIN', 'END', 'PAD', 'QUESTION', 'ANSWER', 'CHAT_TEMPLATE', 'TEMPLATES', 'IGNORE', 'LOGITS', 'render',
-           'load_tokenizer', 'encode_prompt', 'encode_row', 'pick_device', 'pick_dtype', 'load_model',
+           'load_tokenizer', 'with_template', 'encode_prompt', 'encode_row', 'pick_device', 'pick_dtype', 'load_model',
            'check_architecture', 'check_fits', 'save_model', 'find_model', 'lora_config', 'merge', 'row_losses']
 
 # %% ../nbs/03_models.ipynb #e235851a
@@ -61,7 +61,7 @@ TEMPLATES = { # name -> Jinja text; `own` is not ours to write
     "user": "{{ bos_token }}{% for message in messages %}{{ message['role'] + ': ' }}" + _CONTENT + "{{ '\n' }}{% endfor %}",
 }
 
-# %% ../nbs/03_models.ipynb #8fad4190
+# %% ../nbs/03_models.ipynb #98811ec2
 def load_tokenizer(
     source: str | Path, # folder or hub id
     template: str = "plain", # a key of TEMPLATES, or "own": the tokenizer's
@@ -74,8 +74,18 @@ def load_tokenizer(
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         if PAD not in tokenizer.get_vocab(): raise InputError(f"the tokenizer in {source} has no padding token of its own: set pad_token to an unused token in its tokenizer_config.json")
         tokenizer.pad_token = PAD
-    if template == "own" and not tokenizer.chat_template: raise InputError(f"the tokenizer in {source} has no chat template of its own: set generation.template=plain")
-    tokenizer.chat_template = TEMPLATES.get(template, tokenizer.chat_template)
+    tokenizer.own_template = tokenizer.chat_template
+    return with_template(tokenizer, template)
+
+
+def with_template(
+    tokenizer: PreTrainedTokenizerBase, # from `load_tokenizer`, changed in place
+    template: str, # a key of TEMPLATES, or "own": the one that the tokenizer came with
+) -> PreTrainedTokenizerBase: # the same
+    "Put questions in another form from here on; raises `InputError` where the tokenizer has no template of its own."
+    own = getattr(tokenizer, "own_template", tokenizer.chat_template)
+    if template == "own" and not own: raise InputError(f"the tokenizer in {tokenizer.name_or_path} has no chat template of its own: set generation.template=plain")
+    tokenizer.chat_template = TEMPLATES.get(template, own)
     return tokenizer
 
 

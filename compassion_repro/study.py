@@ -92,7 +92,7 @@ def parse_model(
     paradigm, domain, *reward = name.replace("+", "-").split("-")
     return Arm(paradigm, domain, start or "mid", *reward)
 
-# %% ../nbs/00_study.ipynb #92fd2b67
+# %% ../nbs/00_study.ipynb #d7067a15
 class Section(BaseModel):
     "Base of every section of a preset: unknown keys are errors, and so are infinities and truth values in the place of numbers."
     model_config = ConfigDict(extra="forbid", populate_by_name=True, frozen=True, allow_inf_nan=False)
@@ -106,10 +106,12 @@ class Section(BaseModel):
         return values
 
     newer: ClassVar[tuple[str, ...]] = () # settings that older studies know nothing of
+    telling: ClassVar[tuple[str, ...]] = () # settings that only decide what is told
 
     def identity(self) -> dict[str, Any]:
         "Plain values for a stage's key: a newer setting counts only where it is changed, so that what was made before it came keeps its key."
-        return {name: value for name, value in self.model_dump(mode="json").items() if name not in self.newer or getattr(self, name) != type(self).model_fields[name].default}
+        changed = {name: getattr(self, name) != type(self).model_fields[name].default for name in self.newer}
+        return {name: value for name, value in self.model_dump(mode="json").items() if changed.get(name, True) and name not in self.telling}
 
 
 def _count_or_auto(value: Any) -> int | str:
@@ -155,7 +157,7 @@ class Training(Section):
 
 class Generation(Section):
     "How the models under test answer."
-    newer: ClassVar = ("cut_off_alarm",)
+    telling: ClassVar = ("cut_off_alarm",)
     template: Literal["plain", "own", "raw", "user"] = "plain" # how a question is put (see `models`): own is the tokenizer's chat template; raw and user only test how much the form matters
     max_new_tokens: int = Field(1024, ge=1) # tokens an answer may have
     temperature: float = Field(1.0, ge=0) # 0 takes the most likely token
