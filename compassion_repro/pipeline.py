@@ -7,7 +7,7 @@ __all__ = ['WHOLE', 'EMBEDDED', 'VERSIONS', 'PACKAGES', 'HUB_COUNTS', 'RUN', 'EN
            'source_digest', 'model_digest', 'Stage', 'graph', 'write_json', 'writable', 'provenance', 'study_name',
            'Study', 'question_count', 'source_rows', 'planned_memory', 'plan', 'training_rows', 'Work', 'without_jail',
            'cut_off_alarm', 'interruptible', 'run_stage', 'prepare', 'check_inputs', 'run', 'collect',
-           'training_record', 'analyse']
+           'compare_templates', 'training_record', 'analyse']
 
 # %% ../nbs/13_pipeline.ipynb #60b50cfe
 import errno
@@ -122,7 +122,7 @@ class Stage:
         "Folder of the artifact within the study."
         return f"seed-{self.seed}/{self.id}"
 
-# %% ../nbs/13_pipeline.ipynb #68cde75c
+# %% ../nbs/13_pipeline.ipynb #8c3515b8
 def _training_config(preset: Preset, section: str, sources: dict[str, str]) -> dict:
     "What decides a training stage's result, ordinary ways of holding the weights and the plain template unsaid."
     data, template = {name: source_digest(source) for name, source in sources.items()}, preset.generation.training_template
@@ -167,9 +167,10 @@ def graph(
         for stage in [*starts.values(), *([reward] if reward else []), *_arm_stages(preset, seed, starts, reward)]:
             stages.append(stage)
             if stage.kind == "reward": continue
-            generation = preset.generation.identity()
-            answers = Stage(f"answers-{stage.id}", "answers", seed, stage.model, (stage,), {"generation": generation, "benchmarks": benchmarks})
-            stages += [answers, Stage(f"eval-{stage.id}", "eval", seed, stage.model, (answers,), {"judge": preset.judge})]
+            for template in preset.generation.forms():
+                generation, form = preset.generation.identity() | {"template": template}, "" if template == preset.generation.template else f".{template}"
+                answers = Stage(f"answers-{stage.id}{form}", "answers", seed, stage.model, (stage,), {"generation": generation, "benchmarks": benchmarks})
+                stages += [answers, Stage(f"eval-{stage.id}{form}", "eval", seed, stage.model, (answers,), {"judge": preset.judge})]
     return sorted(stages, key=lambda s: s.seed)
 
 # %% ../nbs/13_pipeline.ipynb #5941ba58
@@ -215,9 +216,12 @@ def _peak_memory_mb() -> float:
     "Highest memory of this process so far, in MB (Linux counts in kilobytes, macOS in bytes)."
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 1024), 1)
 
-# %% ../nbs/13_pipeline.ipynb #3bec84e7
+# %% ../nbs/13_pipeline.ipynb #e2f709ec
 def _flat(values: dict, prefix: str = "") -> dict:
     return {k: v for name, value in values.items() for k, v in (_flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}).items()}
+
+
+_FREE = ("compute.", "generation.templates", "generation.cut_off_alarm") # what may change in a study: how the machine is used, what else is asked and told
 
 
 def study_name(preset: Preset, default: Preset) -> str:
@@ -241,7 +245,7 @@ class Study:
         study = cls(folder)
         file = study.folder / "study.yaml"
         if file.exists() and study.manifests(): study._refuse_other(preset)
-        else:
+        if not file.exists() or not study.manifests() or study.preset != preset:
             if not file.exists() and study.folder.is_dir() and any(study.folder.iterdir()): raise InputError(f"{folder} is not empty and holds no study: choose another folder with --out")
             text = yaml.safe_dump(preset.resolved(), sort_keys=False, allow_unicode=True, width=120)
             with writable(study.folder, new=True):
@@ -263,7 +267,7 @@ class Study:
     def _refuse_other(self, preset: Preset):
         ours, theirs = _flat(preset.resolved()), _flat(self.preset.resolved())
         def same(a, b): return a == b or isinstance(a, str) and isinstance(b, str) and is_local(a) and is_local(b) and source_digest(a) == source_digest(b)
-        differ = [f"{k}: {theirs.get(k)} there, {ours.get(k)} here" for k in {**theirs, **ours} if not k.startswith("compute.") and not same(ours.get(k), theirs.get(k))]
+        differ = [f"{k}: {theirs.get(k)} there, {ours.get(k)} here" for k in {**theirs, **ours} if not k.startswith(_FREE) and not same(ours.get(k), theirs.get(k))]
         if differ:
             more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
             other = self.folder.with_name(f"{self.folder.name}-{digest(preset.resolved())[:6]}")
@@ -530,7 +534,7 @@ def without_jail(
     needy = [m for m in preset.arms if parse_model(m).reward == "code"]
     return needy if needy and not unsafe and sandbox.level() == "none" else []
 
-# %% ../nbs/13_pipeline.ipynb #3718a609
+# %% ../nbs/13_pipeline.ipynb #9236c618
 @cache
 def _load_tasks(benchmarks: str, judge: str, folder: Path) -> dict:
     from compassion_repro import evaluate
@@ -545,7 +549,8 @@ def _tasks(work: Work) -> dict:
 def _run_answers(work: Work) -> dict:
     from compassion_repro import evaluate
     questions = [q for task in _tasks(work).values() for q in task.questions]
-    answers = evaluate.generate_answers(work.input(), work.stage.model, questions, work.stage.seed, work.preset.generation, report=work.report)
+    generation = work.preset.generation.model_copy(update={"template": work.stage.config["generation"]["template"]})
+    answers = evaluate.generate_answers(work.input(), work.stage.model, questions, work.stage.seed, generation, report=work.report)
     write_atomically(work.out / "answers.parquet", answers.to_parquet)
     cut_off = float((answers.stop_reason == "length").mean())
     return {"answers": len(answers), "tokens": int(answers.tokens.sum()), "cut_off": cut_off, "warnings": cut_off_alarm(cut_off, work.preset.generation), **answers.attrs}
@@ -591,7 +596,7 @@ def interruptible():
         for number, handler in before.items(): signal.signal(number, handler)
     if seen: raise KeyboardInterrupt
 
-# %% ../nbs/13_pipeline.ipynb #89e76038
+# %% ../nbs/13_pipeline.ipynb #703ed16a
 def run_stage(
     study: Study, # where it goes
     preset: Preset, # the configuration
@@ -690,21 +695,38 @@ def run(
             say(f"{label}: {manifest['seconds']:.1f} s; {_facts(manifest)}")
         stages = study.finished(preset, left_out)
         collect(study, stages)
+        for line in compare_templates(study, stages): say(line)
         analyse(study, stages)
     return study
 
-# %% ../nbs/13_pipeline.ipynb #9e4510d7
+# %% ../nbs/13_pipeline.ipynb #e45feb70
 def collect(
     study: Study, # finished
     stages: list[Stage], # its stages
 ):
-    "Lay the tables of all models and seeds together: answers, grades, scores."
+    "Lay the tables of all models and seeds together: answers, grades, scores; of answers in another form of question, a table of their own."
     import pandas as pd
     for name, kind in (("answers", "answers"), ("grades", "eval"), ("scores", "eval")):
-        parts = [pd.read_parquet(study.folder / s.place / f"{name}.parquet") for s in stages if s.kind == kind]
+        parts = [pd.read_parquet(study.folder / s.place / f"{name}.parquet") for s in stages if s.id == f"{kind}-{s.model}"]
         table = pd.concat([p for p in parts if len(p)], ignore_index=True)
         if name == "scores": table["study"] = study.folder.name
         with writable(study.folder): write_atomically(study.folder / f"{name}.parquet", table.to_parquet)
+
+
+def compare_templates(
+    study: Study, # finished, asked in more than one form
+    stages: list[Stage], # its stages
+) -> list[str]: # one line a benchmark; empty where there is one form
+    "How much the form of the question matters: mean overall score by model and template, kept in templates.parquet."
+    import pandas as pd
+    def scores(stage): return pd.read_parquet(study.folder / stage.place / "scores.parquet").assign(template=stage.inputs[0].config["generation"]["template"])
+    forms = study.preset.generation.forms()
+    if len(forms) == 1: return []
+    table = pd.concat([scores(stage) for stage in stages if stage.kind == "eval"], ignore_index=True)
+    means = 100 * table[table.dimension == "overall"].groupby(["benchmark", "model", "template"]).score.mean().unstack("template")[forms]
+    with writable(study.folder): write_atomically(study.folder / "templates.parquet", means.reset_index().to_parquet)
+    spread = (means.max(axis=1) - means.min(axis=1)).unstack("benchmark")
+    return [f"{name}: asked in the forms {', '.join(forms)}, the mean score of a model differs by up to {spread[name].max():.1f} points ({spread[name].idxmax()}), {spread[name].mean():.1f} on average" for name in spread if spread[name].notna().any()]
 
 
 def training_record(

@@ -92,7 +92,7 @@ def parse_model(
     paradigm, domain, *reward = name.replace("+", "-").split("-")
     return Arm(paradigm, domain, start or "mid", *reward)
 
-# %% ../nbs/00_study.ipynb #d7067a15
+# %% ../nbs/00_study.ipynb #4d7bde2b
 class Section(BaseModel):
     "Base of every section of a preset: unknown keys are errors, and so are infinities and truth values in the place of numbers."
     model_config = ConfigDict(extra="forbid", populate_by_name=True, frozen=True, allow_inf_nan=False)
@@ -106,7 +106,7 @@ class Section(BaseModel):
         return values
 
     newer: ClassVar[tuple[str, ...]] = () # settings that older studies know nothing of
-    telling: ClassVar[tuple[str, ...]] = () # settings that only decide what is told
+    telling: ClassVar[tuple[str, ...]] = () # settings that decide what else is done or told, and not this result
 
     def identity(self) -> dict[str, Any]:
         "Plain values for a stage's key: a newer setting counts only where it is changed, so that what was made before it came keeps its key."
@@ -157,18 +157,23 @@ class Training(Section):
 
 class Generation(Section):
     "How the models under test answer."
-    telling: ClassVar = ("cut_off_alarm",)
+    telling: ClassVar = ("cut_off_alarm", "templates")
     template: Literal["plain", "own", "raw", "user"] = "plain" # how a question is put (see `models`): own is the tokenizer's chat template; raw and user only test how much the form matters
     max_new_tokens: int = Field(1024, ge=1) # tokens an answer may have
     temperature: float = Field(1.0, ge=0) # 0 takes the most likely token
     top_p: float = Field(1.0, gt=0, le=1) # nucleus share
     batch_size: int = Field(64, ge=1) # questions a batch
+    templates: tuple[Literal["plain", "own", "raw", "user"], ...] = () # forms in which every model is asked as well, to see how much the form matters; the claims rest on `template` alone
     cut_off_alarm: float = Field(0.2, ge=0, le=1) # share of answers that may run into the limit before it is told as a warning
 
     @property
     def training_template(self) -> str:
         "The template that training uses: an instruct model's own, else the plain one, whatever form the questions of the evaluation have."
         return "own" if self.template == "own" else "plain"
+
+    def forms(self) -> list[str]:
+        "Every template that the models are asked in, the study's own first."
+        return list(dict.fromkeys((self.template, *self.templates)))
 
 # %% ../nbs/00_study.ipynb #7fc98d7d
 DEEPSEEKMATH = "DeepSeekMath (arXiv 2402.03300), section 4.2"

@@ -17,7 +17,7 @@ from compassion_repro.pipeline import Study
 from compassion_repro.study import Generation, Grpo, InputError, Lora, load_preset
 
 BASE = world.assets() / "base"
-FOUR_BIT = ("models.quantize=nf4", "arms=[sft-help, grpo-code]", "grpo.steps=1", "grpo.held_out=4", "grpo.micro_batch=auto", "sft.micro_batch=auto", "compute.memory_gb=2", "generation.cut_off_alarm=0")
+FOUR_BIT = ("models.quantize=nf4", "arms=[sft-help, grpo-code]", "grpo.steps=1", "grpo.held_out=4", "grpo.micro_batch=auto", "sft.micro_batch=auto", "compute.memory_gb=2", "generation.cut_off_alarm=0", "generation.templates=[raw, user]")
 TRAINED = ("mid", "sft-help", "grpo-code")
 
 
@@ -62,9 +62,22 @@ def test_answers_that_do_not_end_raise_an_alarm(quantised):
     assert pipeline.cut_off_alarm(0.2, Generation()) == [] and len(pipeline.cut_off_alarm(0.21, Generation())) == 1
 
 
+def test_one_switch_asks_every_model_in_other_forms(quantised):
+    study = Study(quantised.folder)
+    answers, other = study.table("answers"), pd.read_parquet(quantised.folder / "seed-1" / "answers-mid.raw" / "answers.parquet")
+    assert len(answers) == len(answers.drop_duplicates(["model", "benchmark", "question_id", "epoch"]))         # the claims rest on one form
+    assert answers.prompt.str.startswith("<|begin_of_text|>Question: ").all() and not other.prompt.str.contains("Question: ").any()
+    means = study.table("templates")
+    assert {"plain", "raw", "user"} <= set(means.columns) and set(means.model) == {"base", *TRAINED}
+    assert quantised.said.count("asked in the forms plain, raw, user") == 3
+    scores = study.table("scores")
+    assert means.set_index(["benchmark", "model"]).plain["anima", "mid"] == pytest.approx(100 * scores[(scores.benchmark == "anima") & (scores.model == "mid") & (scores.dimension == "overall")].score.mean())
+
+
 def test_a_four_bit_study_carries_on_on_another_machine(quantised):
     done = run_study(quantised.folder, *FOUR_BIT, "compute.memory_gb=7", "compute.checkpointing=always", words=("--allow-unsafe-code",))
     assert "0 to run" in done.stdout, done.stderr
+    assert Study(quantised.folder).preset.compute.memory_gb == 7
     plain = {s.id: s.key for s in pipeline.graph(load_preset("smoke", CRASH_SIZE))}
     four_bit = {s.id: s.key for s in pipeline.graph(load_preset("smoke", [*CRASH_SIZE, "models.quantize=nf4", "compute.compile=true"]))}
     assert plain["base"] == four_bit["base"] and plain["mid"] != four_bit["mid"]
