@@ -52,7 +52,7 @@ def _print(*things):
     from rich.text import Text
     _console(width=None if sys.stdout and sys.stdout.isatty() else 160, markup=True).print(*(Text(thing) if isinstance(thing, str) else thing for thing in things))
 
-# %% ../nbs/14_cli.ipynb #bd48c4a4
+# %% ../nbs/14_cli.ipynb #c09a239f
 def _study_folder(args, preset) -> Path:
     "`--out`, or studies/<preset>, with a short hash where `--set` changed the preset."
     from compassion_repro.pipeline import study_name
@@ -81,6 +81,7 @@ def plan(args) -> int:
     _print(_table([c.replace("_", " ") for c in columns], [[r[c] for c in columns] for r in records]))
     largest = max((r for r in records if r["memory_gb"]), key=lambda r: r["memory_gb"], default=None)
     if largest: print(f"\nmost memory: {largest['stage']}, {largest['memory_gb']} GB = " + " + ".join(f"{name} {size}" for name, size in largest["memory"].items()) + " (an estimate; of cache and activations the larger counts)")
+    if machines := pipeline.on_machines(preset, records): _print("\nestimates from data sheets and assumed shares of their speed:", _table(["GPU", "fits", "most memory", "GB", "micro-batch", "hours"], machines))
     known = {c: [r[c] for r in records if r[c] is not None] for c in ("tokens", "answers", "judge_calls")}
     print(f"\n{len(records)} stages; " + "; ".join(f"{sum(v):,} {c.replace('_', ' ')}" for c, v in known.items() if v) + f"\nstudy folder: {_study_folder(args, preset)}")
     return 0

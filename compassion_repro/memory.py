@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KNOWN', 'NF4_BYTES', 'TILE', 'SHARE', 'ENOUGH', 'MOST', 'GPUS', 'REACHED', 'Shape', 'read_shape', 'Held', 'held',
            'training_memory', 'total', 'sampling_memory', 'Fit', 'fit', 'stage_memory', 'Gpu', 'training_hours',
-           'sampling_hours']
+           'sampling_hours', 'on_gpu']
 
 # %% ../nbs/03b_memory.ipynb #d8d91f92
 import json
@@ -245,3 +245,22 @@ def sampling_hours(
     read = (2 * shape.parameters + at_once * context / 2 * shape.cache_bytes(2)) / (gpu.bandwidth * 1e9 * REACHED["sampling"])
     compute = 2 * shape.parameters * at_once / (gpu.teraflops * 1e12 * REACHED["none"])
     return math.ceil(tokens / at_once) * max(read, compute) / 3600
+
+# %% ../nbs/03b_memory.ipynb #9ccf602c
+def on_gpu(
+    preset: Preset, # the study
+    records: list[dict], # stages, from `pipeline.plan`
+    shape: Shape, # of the model
+    gpu: Gpu, # where
+    reward: Shape | None = None, # reward model
+) -> dict: # `fits`, `stage` and `gb` of the stage that needs most, `micro_batch` by kind, `hours`
+    "What a study needs on one GPU: an estimate from the table above; reading weights, judging and the reward's own time are left out."
+    fits = {kind: stage_memory(preset, kind, shape, gpu.gb, "cuda", reward) for kind in dict.fromkeys(r["kind"] for r in records)}
+    fits = {kind: f for kind, f in fits.items() if f}
+    most, hours = max(fits, key=lambda kind: fits[kind].gb), 0.0
+    for record in records:
+        kind = record["kind"]
+        if kind in ("midtrain", "sft", "grpo"): hours += training_hours(shape, record["tokens"], gpu, preset.models.quantize, fits[kind].checkpointing) * (4 / 3 if kind == "grpo" else 1)
+        if kind == "grpo": hours += sampling_hours(shape, record["tokens"], fits[kind].at_once, preset.grpo.value("max_new_tokens"), gpu)
+        if kind == "answers": hours += sampling_hours(shape, (record["answers"] or 0) * preset.generation.max_new_tokens, preset.generation.batch_size, preset.generation.max_new_tokens, gpu)
+    return {"fits": fits[most].gb <= gpu.gb, "stage": most, "gb": round(fits[most].gb, 1), "micro_batch": {kind: f.micro_batch for kind, f in fits.items() if kind != "answers"}, "hours": round(hours, 1)}

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WHOLE', 'EMBEDDED', 'VERSIONS', 'PACKAGES', 'HUB_COUNTS', 'RUN', 'ENVIRONMENT', 'digest', 'path_digest', 'is_local',
            'source_digest', 'model_digest', 'Stage', 'graph', 'write_json', 'writable', 'provenance', 'study_name',
-           'Study', 'question_count', 'source_rows', 'planned_memory', 'plan', 'training_rows', 'Work', 'without_jail',
-           'cut_off_alarm', 'interruptible', 'run_stage', 'prepare', 'check_inputs', 'run', 'collect',
+           'Study', 'question_count', 'source_rows', 'on_machines', 'planned_memory', 'plan', 'training_rows', 'Work',
+           'without_jail', 'cut_off_alarm', 'interruptible', 'run_stage', 'prepare', 'check_inputs', 'run', 'collect',
            'compare_templates', 'training_record', 'analyse']
 
 # %% ../nbs/13_pipeline.ipynb #60b50cfe
@@ -325,7 +325,7 @@ def _facts(manifest: dict) -> str:
     if "grades" in r: return f"{r['grades']:,} grades by {r['judge']}" + "".join(f", {r[k]:,} {k}" for k in ("unparseable", "unjudged") if r[k])
     return f"from {r['source']}"
 
-# %% ../nbs/13_pipeline.ipynb #9633ff45
+# %% ../nbs/13_pipeline.ipynb #6570d653
 HUB_COUNTS = {"CompassioninMachineLearning/anima": (114, 514), "CompassioninMachineLearning/moru-benchmark": (201, None)} # questions and judge calls an epoch
 
 
@@ -376,11 +376,27 @@ def source_rows(
     return sum(1 for line in path.open("rb") if line.strip()) if path.suffix == ".jsonl" and path.is_file() else None
 
 
+def _shapes(preset: Preset) -> tuple:
+    "Sizes of the base model and of the reward model, None where they are not at hand."
+    return memory.read_shape(world.assets() / "base" if preset.models.base == "world:base" else preset.models.base), memory.read_shape(preset.models.reward)
+
+
+def on_machines(
+    preset: Preset, # the study
+    records: list[dict], # from `plan`
+) -> list[list]: # GPU, whether the study fits, the stage that needs most, its GB, micro-batches, hours; empty for a study that demands no GPU
+    "A study that is meant for a GPU, on each of the known ones."
+    shape, reward = _shapes(preset)
+    if preset.compute.device != "cuda" or shape is None: return []
+    found = {name: memory.on_gpu(preset, records, shape, gpu, reward) for name, gpu in memory.GPUS.items()}
+    return [[name, "yes" if f["fits"] else "no", f["stage"], f["gb"], ", ".join(f"{kind} {size}" for kind, size in f["micro_batch"].items()), f["hours"]] for name, f in found.items()]
+
+
 def planned_memory(
     preset: Preset, # the study
 ) -> dict[str, memory.Fit]: # by kind of stage; empty where the base model's shape is not at hand
     "Estimated memory of the training stages and of the answers, on the device that the preset is for: what it says, a GPU of 80 GB where it demands a GPU, else this machine."
-    shape, reward = memory.read_shape(world.assets() / "base" if preset.models.base == "world:base" else preset.models.base), memory.read_shape(preset.models.reward)
+    shape, reward = _shapes(preset)
     if shape is None: return {}
     device = "cuda" if preset.compute.device == "cuda" else "cpu"
     gb = preset.compute.memory_gb or (memory.GPUS["H100"].gb if device == "cuda" else psutil.virtual_memory().total / 2**30)

@@ -90,17 +90,16 @@ def _varlen_mask(*args, attention_mask=None, **kwargs):
 AttentionInterface.register("varlen", _varlen_attention)
 AttentionMaskInterface.register("varlen", _varlen_mask)
 
-# %% ../nbs/03c_training.ipynb #5eab9332
+# %% ../nbs/03c_training.ipynb #b2b6d7e6
 def load_held(
     source: str | Path, # model folder
     how: Holding, # from `holding`
 ) -> PreTrainedModel: # on its device, ready for an adapter
     "Open a model as a training stage holds it."
-    options = {"dtype": how.dtype}
-    if how.compute.attention != "auto": options["attn_implementation"] = how.compute.attention
+    options = {"dtype": how.dtype, "attn_implementation": "sdpa" if how.compute.attention == "auto" else how.compute.attention}
     if how.quantize == "nf4":
         options |= {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=how.dtype), "device_map": {"": how.device}}
-    if how.device == "cuda" and how.compute.tf32: torch.backends.cuda.matmul.fp32_precision = "tf32"
+    if how.device == "cuda" and how.compute.tf32: torch.set_float32_matmul_precision("high")
     model = load_model(source, how.device, **options)
     for layer in model.modules():
         if isinstance(layer, Linear4bit): layer.support_avx512bf16_for_cpu = False
@@ -146,7 +145,7 @@ def ready_adapter(
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer): layer.cast_input_dtype_enabled = False
 
-# %% ../nbs/03c_training.ipynb #acde0f00
+# %% ../nbs/03c_training.ipynb #61f62412
 def device_memory(how: Holding) -> float: # GB of 2**30 bytes
     "Memory to plan with: what the preset says, else what is free on the GPU, else the machine's."
     if how.compute.memory_gb: return how.compute.memory_gb
@@ -180,6 +179,10 @@ def halved(training: Training | Grpo) -> Training | Grpo | None:
     return training.model_copy(update={"micro_batch": smaller[0], **changes}) if smaller else None
 
 
+def _gpu_peak() -> dict:
+    return {"gpu_peak_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2)} if torch.cuda.is_available() else {}
+
+
 def with_less_memory(
     attempt: Callable, # does the stage's training for a `Training` or `Grpo`
     training: Training | Grpo, # micro-batch as a number
@@ -189,7 +192,8 @@ def with_less_memory(
     "Run a training, again with half the micro-batch as often as the memory runs out; raises `InputError` when a single sequence is too much."
     times = 0
     while True:
-        try: return attempt(training), {"micro_batch": training.micro_batch, "accumulation": training.accumulation, "out_of_memory": times}
+        if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
+        try: return attempt(training), {"micro_batch": training.micro_batch, "accumulation": training.accumulation, "out_of_memory": times, **_gpu_peak()}
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error): raise
         smaller, times = halved(training), times + 1
