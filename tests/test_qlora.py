@@ -12,9 +12,9 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 from trl import GRPOTrainer
 
-from compassion_repro import cli, evaluate, grpo, models, pipeline, training, world
+from compassion_repro import cli, evaluate, grpo, midtrain, models, pipeline, training, world
 from compassion_repro.pipeline import Study
-from compassion_repro.study import Generation, Grpo, InputError, Lora, load_preset
+from compassion_repro.study import Compute, Generation, Grpo, InputError, Lora, Training, load_preset
 
 BASE = world.assets() / "base"
 FOUR_BIT = ("models.quantize=nf4", "arms=[sft-help, grpo-code]", "grpo.steps=1", "grpo.held_out=4", "grpo.micro_batch=auto", "sft.micro_batch=auto", "compute.memory_gb=2", "generation.cut_off_alarm=0", "generation.templates=[raw, user]")
@@ -167,3 +167,21 @@ def test_a_model_of_another_architecture_and_a_tokenizer_without_an_end(capsys, 
 def test_the_fresh_process_tells_its_fault_in_one_line(tmp_path):
     done = subprocess.run([training.sys.executable, "-m", "compassion_repro.training", "merge", str(tmp_path), str(tmp_path), str(tmp_path / "out"), "cpu", "float32"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].endswith("is not a model folder: it has no config.json")
+
+
+def test_packed_rows_reach_the_varlen_kernel_through_the_trainer(monkeypatch):
+    "The kernel wants a GPU; a slow loop in its place shows that the trainer hands over where rows begin and end, with checkpointing too, and that the losses are those of the masked attention."
+    calls = []
+    def slow_rows(query, key, value, borders, *args, scale=None, window_size=None, enable_gqa=False):
+        calls.append(len(borders) - 1)
+        def one(a, b): return torch.nn.functional.scaled_dot_product_attention(*(x[a:b].transpose(0, 1) for x in (query, key, value)), is_causal=True, scale=scale).transpose(0, 1)
+        return torch.cat([one(a, b) for a, b in zip(borders.tolist(), borders.tolist()[1:])])
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", slow_rows)
+    rows, small, tokenizer = world.corpus("documents", 30, seed=1), Training(steps=2, batch_size=4, micro_batch=2, length=256, learning_rate=1e-3), models.load_tokenizer(BASE)
+    losses = {}
+    for attention, again in (("sdpa", False), ("varlen", False), ("varlen", True)):
+        how = training.Holding(compute=Compute(attention=attention))
+        _, done = midtrain.train(training.load_held(BASE, how), tokenizer, rows, small, 2, 1, Lora(rank=4), lambda line: None, "mid", how, again)
+        losses[attention, again] = [entry["loss"] for entry in done["log"]]
+    assert calls and max(calls) > 2
+    for key in losses: assert losses[key] == pytest.approx(losses["sdpa", False], abs=1e-4)
