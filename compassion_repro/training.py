@@ -38,7 +38,7 @@ from .memory import Held, fit, read_shape
 from .models import load_model, load_tokenizer, merge, pick_device, pick_dtype, row_losses, save_model
 from .study import Compute, Grpo, InputError, Lora, Models, Training, write_atomically
 
-# %% ../nbs/03c_training.ipynb #74b74875
+# %% ../nbs/03c_training.ipynb #77eebdf5
 @dataclass(frozen=True)
 class Holding:
     "How models in training are held and computed with on this machine."
@@ -68,6 +68,7 @@ def holding(
     if device == "cpu" and dtype == torch.float16: raise InputError("float16 (models.dtype) wants a GPU: set models.dtype=auto")
     if device == "cpu" and "8bit" in compute.optimizer: raise InputError(f"{compute.optimizer} (compute.optimizer) wants a GPU: set compute.optimizer=auto")
     if device == "cpu" and compute.attention in ("varlen", "flash_attention_2"): raise InputError(f"{compute.attention} (compute.attention) wants a GPU: set compute.attention=auto")
+    if compute.attention == "varlen" and (dtype == torch.float32 or torch.cuda.get_device_capability()[0] < 8): raise InputError("varlen (compute.attention) wants a GPU of compute capability 8 or more and 16-bit numbers: set compute.attention=auto")
     for setting, wanted, package in (("compute.liger", compute.liger, "liger_kernel"), ("compute.attention", compute.attention == "flash_attention_2", "flash_attn")):
         if wanted and not importlib.util.find_spec(package): raise InputError(f"{setting} wants the package {package}, which is not installed: install it, or leave {setting} out")
     return Holding(device, dtype, models.quantize, models.merge_tolerance, compute)
@@ -145,7 +146,7 @@ def ready_adapter(
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer): layer.cast_input_dtype_enabled = False
 
-# %% ../nbs/03c_training.ipynb #61f62412
+# %% ../nbs/03c_training.ipynb #3e69088d
 def device_memory(how: Holding) -> float: # GB of 2**30 bytes
     "Memory to plan with: what the preset says, else what is free on the GPU, else the machine's."
     if how.compute.memory_gb: return how.compute.memory_gb
@@ -172,11 +173,14 @@ def fitted(
 
 def halved(training: Training | Grpo) -> Training | Grpo | None:
     "The same stage with at most half the micro-batch, or None where one sequence is all there is; of GRPO the completions sampled at once are halved too, down to a group."
-    whole = training.batch_size if isinstance(training, Training) else training.generate_at_once or training.completions
-    if isinstance(training, Grpo) and whole % (2 * training.value("group")) == 0: whole //= 2
+    if isinstance(training, Training): whole, changes = training.batch_size, {}
+    else:
+        whole = training.generate_at_once or training.completions
+        if whole % (2 * training.value("group")) == 0: whole //= 2
+        changes = {"generate_at_once": whole} if whole != (training.generate_at_once or training.completions) else {}
     smaller = [n for n in range(training.micro_batch // 2, 0, -1) if whole % n == 0]
-    changes = {"generate_at_once": whole} if isinstance(training, Grpo) else {}
-    return training.model_copy(update={"micro_batch": smaller[0], **changes}) if smaller else None
+    if smaller: changes["micro_batch"] = smaller[0]
+    return training.model_copy(update=changes) if changes else None
 
 
 def _gpu_peak() -> dict:
@@ -193,7 +197,7 @@ def with_less_memory(
     times = 0
     while True:
         if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-        try: return attempt(training), {"micro_batch": training.micro_batch, "accumulation": training.accumulation, "out_of_memory": times, **_gpu_peak()}
+        try: return attempt(training), {"micro_batch": training.micro_batch, "accumulation": training.accumulation, "generate_at_once": getattr(training, "generate_at_once", None), "out_of_memory": times, **_gpu_peak()}
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error): raise
         smaller, times = halved(training), times + 1
