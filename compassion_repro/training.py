@@ -91,7 +91,7 @@ def _varlen_mask(*args, attention_mask=None, **kwargs):
 AttentionInterface.register("varlen", _varlen_attention)
 AttentionMaskInterface.register("varlen", _varlen_mask)
 
-# %% ../nbs/03c_training.ipynb #b2b6d7e6
+# %% ../nbs/03c_training.ipynb #8ecc7903
 def load_held(
     source: str | Path, # model folder
     how: Holding, # from `holding`
@@ -99,7 +99,8 @@ def load_held(
     "Open a model as a training stage holds it."
     options = {"dtype": how.dtype, "attn_implementation": "sdpa" if how.compute.attention == "auto" else how.compute.attention}
     if how.quantize == "nf4":
-        options |= {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=how.dtype), "device_map": {"": how.device}}
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=how.dtype)
+        if how.device == "cpu": options["device_map"] = {"": "cpu"}
     if how.device == "cuda" and how.compute.tf32: torch.set_float32_matmul_precision("high")
     model = load_model(source, how.device, **options)
     for layer in model.modules():
