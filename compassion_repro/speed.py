@@ -7,7 +7,7 @@ __all__ = ['LLAMA_8B', 'GPU', 'KINDS', 'Sizes', 'stand_in', 'watched', 'spread',
            'train_ours', 'train_default', 'unpatched', 'StandInReward', 'grpo_ours', 'generation', 'kind_of', 'profile',
            'parts', 'machine', 'measure', 'training_table', 'memory_table', 'other_table', 'as_markdown']
 
-# %% ../nbs/16_speed.ipynb #e16e73e2
+# %% ../nbs/16_speed.ipynb #91479c62
 import asyncio
 import gc
 import importlib.metadata
@@ -37,12 +37,12 @@ from .evaluate import generate_answers
 from .grpo import make_trainer, prompt_rows
 from .memory import Held, Shape, fit, read_shape, sampling_memory, total, training_memory
 from .midtrain import Progress, pack, train
-from .models import encode_prompt, encode_row, load_model, load_tokenizer, lora_config, pick_device, pick_dtype, save_model
+from .models import encode_prompt, encode_row, load_model, load_tokenizer, lora_config, pick_device, pick_dtype
 from .pipeline import provenance
 from .study import Compute, Generation, Grpo, InputError, Lora, Models, Training, write_atomically
 from .training import Holding, fitted, holding, load_held
 
-# %% ../nbs/16_speed.ipynb #d8650318
+# %% ../nbs/16_speed.ipynb #063feb62
 LLAMA_8B = { # settings of `LlamaConfig`, from the published config.json of Llama 3.1 8B
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
     "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
@@ -62,13 +62,13 @@ class Sizes:
     rounds: int = 2 # how often generation is repeated
     prompts: int = 8 # prompts a GRPO step
     group: int = 8 # completions a prompt
-    completion: int = 128 # tokens a completion
+    completion: int = 96 # tokens a completion
     product: int = 8192 # rows and columns of the matrices that are multiplied
 
 
 GPU = Sizes(LLAMA_8B)
 
-# %% ../nbs/16_speed.ipynb #edd7a24b
+# %% ../nbs/16_speed.ipynb #b0c93c70
 def stand_in(
     folder: str | Path, # written to
     model: dict, # settings of `LlamaConfig`
@@ -80,15 +80,19 @@ def stand_in(
     tokenizer = load_tokenizer(world.assets() / "base")
     config = LlamaConfig(**model, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     with torch.device(device): network = AutoModelForCausalLM.from_config(config, dtype=pick_dtype(device))
-    return save_model(network, tokenizer, folder)
+    network.save_pretrained(folder, max_shard_size="1GB")
+    tokenizer.save_pretrained(folder)
+    return Path(folder)
 
-# %% ../nbs/16_speed.ipynb #894040d5
+# %% ../nbs/16_speed.ipynb #b3f0ed5a
 def _wait():
     if torch.cuda.is_available(): torch.cuda.synchronize()
 
 
-def _give_back():
-    "Memory of what nobody holds any more."
+def _empty(*models: torch.nn.Module):
+    "Take the models' memory back, whoever still holds them."
+    for model in models:
+        for weight in model.parameters(): weight.data, weight.grad = weight.data.new_empty(0), None
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
@@ -96,13 +100,15 @@ def _give_back():
 @contextmanager
 def watched():
     "Seconds and peak memory (GB of 2**30 bytes, None without a GPU) of what is done inside, in the record that it gives."
-    record = {}
-    _give_back()
+    record = {"held_before_gb": _gb(torch.cuda.memory_allocated)}
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     yield record
     _wait()
-    record |= {"seconds": round(time.perf_counter() - began, 2), "peak_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None}
+    record |= {"seconds": round(time.perf_counter() - began, 2), "peak_gb": _gb(torch.cuda.max_memory_allocated)}
+
+
+def _gb(count: Callable) -> float | None: return round(count() / 2**30, 2) if torch.cuda.is_available() else None
 
 # %% ../nbs/16_speed.ipynb #bc832ad9
 def spread(
@@ -182,7 +188,7 @@ class Bench:
             rows.append((size, (words[start:] + words)[:size]))
         return [{"text": tokenizer.decode(ids)} for _, ids in rows]
 
-# %% ../nbs/16_speed.ipynb #477020d2
+# %% ../nbs/16_speed.ipynb #141fa844
 def _run_record(bench: Bench, log: list[dict], rows: list[dict], length: int) -> dict:
     "Speed out of a trainer's log, steps one and two left out."
     steps = [(after["tokens"] - before["tokens"], after["seconds"] - before["seconds"]) for before, after in zip(log, log[1:])][min(1, len(log) - 2):]
@@ -204,10 +210,11 @@ def train_ours(
     with watched() as record:
         training, again = fitted(training, bench.folder, bench.lora, how)
         model, done = train(load_held(bench.folder, how), load_tokenizer(bench.folder), rows, training, training.steps, 0, bench.lora, lambda line: None, "speed", how, again)
+    _empty(model)
     estimate = total(training_memory(bench.shape, training.micro_batch * length, bench.held(how), again))
     return record | _run_record(bench, done["log"], rows, length) | {"micro_batch": training.micro_batch, "checkpointing": again, "estimate_gb": round(estimate, 2)}
 
-# %% ../nbs/16_speed.ipynb #02e31378
+# %% ../nbs/16_speed.ipynb #0a237b22
 def train_default(
     bench: Bench, # model and device
     length: int, # tokens a sequence
@@ -223,6 +230,7 @@ def train_default(
         trainer = SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer, peft_config=lora_config(bench.lora), callbacks=[progress])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+    _empty(trainer.model)
     return record | _run_record(bench, progress.log, rows, length) | {"micro_batch": bench.sizes.batch, "checkpointing": config.gradient_checkpointing}
 
 # %% ../nbs/16_speed.ipynb #d6e0fbd5
@@ -274,7 +282,7 @@ class _StepClock(TrainerCallback):
         _wait()
         self.steps.append(time.perf_counter() - self.began)
 
-# %% ../nbs/16_speed.ipynb #95a0b626
+# %% ../nbs/16_speed.ipynb #0e5cfe36
 def _by_part(clock: _StepClock) -> dict[str, float]:
     "Median seconds a step of each part. What `_prepare_inputs` does beside generation and reward is the reference's forward pass; the backward pass is what a training step does beside these."
     median = {name: statistics.median(step[name] for step in clock.parts[1:]) for name in _StepClock.METHODS.values()}
@@ -286,11 +294,12 @@ def grpo_ours(
     bench: Bench, # model and device
     quantize: str = "none", # or "nf4"
     reward: bool = True, # with a reward model of the same shape, else scores by length
+    completion: int | None = None, # tokens a completion, if not as in the sizes
     **compute, # settings of `Compute` that differ from its defaults
 ) -> dict: # seconds a step and its parts, memory and its estimate
     "GRPO as a stage does it, with plain generation."
-    sizes, how, tokenizer = bench.sizes, bench.how(quantize, **compute), load_tokenizer(bench.folder)
-    training = Grpo(settings="trl", steps=3, group=sizes.group, prompts_per_step=sizes.prompts, micro_batch="auto", max_prompt_tokens=64, max_new_tokens=sizes.completion, learning_rate=1e-6)
+    sizes, how, tokenizer, completion = bench.sizes, bench.how(quantize, **compute), load_tokenizer(bench.folder), completion or bench.sizes.completion
+    training = Grpo(settings="trl", steps=3, group=sizes.group, prompts_per_step=sizes.prompts, micro_batch="auto", max_prompt_tokens=64, max_new_tokens=completion, learning_rate=1e-6)
     rows = [{"id": str(n), "messages": [{"role": "user", "content": f"How do I look after thing {n}?"}]} for n in range(3 * sizes.prompts)]
     prompts, clock = prompt_rows(rows, tokenizer, training.max_prompt_tokens), _StepClock()
     with watched() as record, tempfile.TemporaryDirectory() as folder:
@@ -301,18 +310,19 @@ def grpo_ours(
         clock.watch(trainer)
         trainer.train()
         clock.parts.pop(0)
+    _empty(trainer.model, *([score.model] if reward else []))
     estimate = fit(training, bench.shape, bench.held(how), 1e6, "always" if again else "never", reward * bench.shape.parameters * how.dtype.itemsize).gb
-    return record | {"seconds_a_step": spread(clock.steps[1:]), "parts": {name: round(value, 3) for name, value in _by_part(clock).items()}, "completions": training.completions, "tokens": sizes.completion,
+    return record | {"seconds_a_step": spread(clock.steps[1:]), "parts": {name: round(value, 3) for name, value in _by_part(clock).items()}, "completions": training.completions, "tokens": completion,
                      "micro_batch": training.micro_batch, "at_once": training.generate_at_once, "checkpointing": again, "estimate_gb": round(estimate, 2)}
 
 
 def _by_length(completion_ids, **columns): return [float(len(set(ids))) for ids in completion_ids]
 
-# %% ../nbs/16_speed.ipynb #9813f9e8
+# %% ../nbs/16_speed.ipynb #88022a17
 def _questions(bench: Bench) -> list[str]: return [f"How do I clean {'very ' * (i % 7)}old thing {i}?" for i in range(bench.sizes.answers)]
 
 
-def _bare(bench: Bench, new_tokens: int) -> Callable: # gives answers a second
+def _bare(bench: Bench, new_tokens: int) -> Callable: # with its `model`, and `rate`, which gives answers a second
     "Plain `generate` with sampling."
     model, tokenizer = load_model(bench.folder, bench.device), load_tokenizer(bench.folder)
     prompts = [encode_prompt([{"role": "user", "content": question}], tokenizer) for question in _questions(bench)]
@@ -320,7 +330,8 @@ def _bare(bench: Bench, new_tokens: int) -> Callable: # gives answers a second
     options = {"do_sample": True, "top_k": 0, "min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "pad_token_id": tokenizer.pad_token_id}
     def run():
         with torch.inference_mode(): model.generate(**batch, **options).tolist()
-    return lambda: len(prompts) / _seconds_once(run)
+    run.model, run.rate = model, lambda: len(prompts) / _seconds_once(run)
+    return run
 
 
 def _seconds_once(work: Callable) -> float:
@@ -337,30 +348,32 @@ def _ours(bench: Bench, new_tokens: int) -> float: # answers a second, loading l
     return generate_answers(bench.folder, "speed", questions, 0, generation, bench.device, lambda line: None).attrs["samples_per_second"]
 
 
-def _inspect(bench: Bench, new_tokens: int) -> Callable: # gives answers a second
+def _inspect(bench: Bench, new_tokens: int) -> Callable: # with its `model`, and `rate`, which gives answers a second
     "Inspect's provider, asked for everything at once."
     model = get_model("hf/stand-in", model_path=str(bench.folder), device=bench.device, dtype=pick_dtype(bench.device), tokenizer_call_args={"add_special_tokens": False}, memoize=False)
     config = GenerateConfig(max_tokens=new_tokens, max_connections=bench.sizes.answers, temperature=1.0)
     async def ask(): return await asyncio.gather(*(model.generate(question, config=config) for question in _questions(bench)))
     def run():
         with ThreadPoolExecutor(1) as pool: pool.submit(asyncio.run, ask()).result()
-    return lambda: bench.sizes.answers / _seconds_once(run)
+    run.model, run.rate = model.api.model, lambda: bench.sizes.answers / _seconds_once(run)
+    return run
 
-# %% ../nbs/16_speed.ipynb #8c20b8df
+# %% ../nbs/16_speed.ipynb #af06a4ef
 def generation(
     bench: Bench, # model and device
 ) -> dict: # answers a second of bare, ours, inspect; ratios to bare; memory of ours and its estimate
-    "Answers a second, runs in turns after one short round that warms up."
+    "Answers a second, in turns after a short run that warms up. The memory is that of the first run of ours, alone on the device."
     sizes, found = bench.sizes, defaultdict(list)
-    with watched() as record:
-        _ours(bench, 4)
-        found["ours"].append(_ours(bench, sizes.new_tokens))
-    bare, provider = _bare(bench, sizes.new_tokens), _inspect(bench, sizes.new_tokens)
-    _bare(bench, 4)()
+    _ours(bench, 4)
+    with watched() as record: found["ours"].append(_ours(bench, sizes.new_tokens))
+    bare = _bare(bench, sizes.new_tokens)
     for turn in range(sizes.rounds):
-        found["bare"].append(bare())
+        found["bare"].append(bare.rate())
         if turn: found["ours"].append(_ours(bench, sizes.new_tokens))
-    found["inspect"].append(provider())
+    _empty(bare.model)
+    provider = _inspect(bench, sizes.new_tokens)
+    found["inspect"].append(provider.rate())
+    _empty(provider.model)
     longest = max(len(encode_prompt([{"role": "user", "content": question}], load_tokenizer(bench.folder))) for question in _questions(bench))
     weights = bench.shape.parameters * pick_dtype(bench.device).itemsize
     estimate = weights + sampling_memory(bench.shape, sizes.answers, longest + sizes.new_tokens, pick_dtype(bench.device).itemsize)
@@ -394,7 +407,7 @@ def profile(
     return {"kinds": {kind: round(share, 3) for kind, share in sorted(kinds.items(), key=lambda pair: -pair[1])}, "longest": [[name[:70], round(seconds, 3)] for name, seconds in spent[:12]],
             "busy_seconds": round(busy, 3), "step_seconds": run["seconds_a_step"]["median"], "steps": bench.sizes.steps}
 
-# %% ../nbs/16_speed.ipynb #e43e1bd1
+# %% ../nbs/16_speed.ipynb #a429565f
 def parts(
     bench: Bench, # model and device
 ) -> dict[str, Callable]: # name -> measurement
@@ -404,7 +417,7 @@ def parts(
     default = {f"{held}/{length}/default": partial(train_default, bench, length, held) for held in ("none", "nf4") for length in lengths}
     small_gpu = {f"nf4/{middle}/15 GB": partial(train_ours, bench, middle, "nf4", memory_gb=15)}
     on_gpu = {f"none/{middle}/with sdpa": partial(train_ours, bench, middle, attention="sdpa"), f"none/{middle}/with checkpointing": partial(train_ours, bench, middle, checkpointing="always")}
-    others = {"generation": partial(generation, bench), "grpo/none": partial(grpo_ours, bench), "grpo/nf4/15 GB": partial(grpo_ours, bench, "nf4", False, memory_gb=15), "profile": partial(profile, bench, middle)}
+    others = {"generation": partial(generation, bench), "grpo/none": partial(grpo_ours, bench), "grpo/nf4/15 GB": partial(grpo_ours, bench, "nf4", False, bench.sizes.completion // 2, memory_gb=15), "profile": partial(profile, bench, middle)}
     bf16 = {name: run for name, run in (best | default).items() if name.startswith("none")}
     return dict(sorted(bf16.items(), key=lambda item: "ours" in item[0])) | small_gpu | best | others | on_gpu | default
 
@@ -422,7 +435,7 @@ def _version(package: str) -> str | None:
     try: return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError: return None
 
-# %% ../nbs/16_speed.ipynb #ab968b6c
+# %% ../nbs/16_speed.ipynb #e35dcccd
 def _scratch(needed: float) -> str | None:
     "Memory that looks like a folder, where it has room: a disk would be the slowest part of the run."
     shared = Path("/dev/shm")
@@ -456,7 +469,7 @@ def _attempt(part: Callable) -> dict:
     try:
         with unpatched(): return part()
     except Exception as error: return {"error": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"}
-    finally: _give_back()
+    finally: _empty()
 
 
 def _brief(record: dict) -> str:
