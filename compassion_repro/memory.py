@@ -74,7 +74,7 @@ def read_shape(
     return Shape(hidden, config["intermediate_size"], config["num_hidden_layers"], heads, config.get("num_key_value_heads") or heads,
                  config.get("head_dim") or hidden // heads, config["vocab_size"], config.get("tie_word_embeddings", False))
 
-# %% ../nbs/03b_memory.ipynb #2f6d5305
+# %% ../nbs/03b_memory.ipynb #d40b2e36
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256) # bytes of a weight in double-quantised NF4
 
 
@@ -85,6 +85,7 @@ class Held:
     quantize: str = "none" # "nf4": linear weights in 4 bits
     number_bytes: int = 2 # of a number in the computation: 2 on GPUs, 4 on the CPU
     moment_bytes: float = 8 # of Adam's two moments, a trained parameter
+    liger: bool = False # Liger's kernels, which keep less
 
     def weights(self, shape: Shape) -> float: # bytes
         "The frozen weights."
@@ -99,10 +100,10 @@ def held(
     "How the training stages of a preset hold their model on a device."
     numbers = {"float32": 4, "auto": 4 if device == "cpu" else 2}.get(preset.models.dtype, 2)
     small = preset.compute.optimizer.endswith("8bit") or preset.compute.optimizer == "auto" and preset.models.quantize == "nf4" and device == "cuda"
-    return Held(preset.lora.rank, preset.models.quantize, numbers, 2 if small else 8)
+    return Held(preset.lora.rank, preset.models.quantize, numbers, 2 if small else 8, preset.compute.liger is True or preset.compute.liger == "auto" and device == "cuda")
 
-# %% ../nbs/03b_memory.ipynb #8d07618f
-TILE = 32768 # words of the vocabulary that TRL's loss computes at once
+# %% ../nbs/03b_memory.ipynb #9a18a45a
+TILE = 4096, 32768 # tokens, and words of the vocabulary, that TRL's loss computes at once
 
 
 def training_memory(
@@ -110,22 +111,24 @@ def training_memory(
     tokens: int, # in a forward pass: sequences times their length
     held: Held, # how the model is held
     checkpointing: bool, # activations are computed again in the backward pass
-) -> dict[str, float]: # bytes of weights, adapter, gradients, optimiser, activations, logits
+) -> dict[str, float]: # bytes of weights, adapter, gradients, optimiser, activations, and what only passes
     "Memory of a training stage, by its parts."
     adapter, b = shape.adapter_parameters(held.rank), held.number_bytes
     keys = shape.key_heads * shape.head_size
-    layer = b * (8 * shape.hidden + 3 * keys + 4 * shape.feed_forward + 7 * held.rank) + 16 * shape.hidden
-    kept = shape.layers * shape.hidden * b + layer if checkpointing else shape.layers * layer
+    norms, wide = (2 * b, 3) if held.liger else (2 * 4, 4)
+    layer = b * (4 * shape.hidden + 2 * keys + wide * shape.feed_forward + 7 * held.rank) + norms * shape.hidden
+    kept = shape.layers * (shape.hidden * b if checkpointing else layer)
+    logits = b * min(tokens, TILE[0]) * min(shape.vocabulary, TILE[1]) + 4 * tokens * shape.hidden
     restored = b * max(inputs * outputs for inputs, outputs in shape.linear) if held.quantize == "nf4" else 0
     return {"weights": held.weights(shape), "adapter": 4 * adapter, "gradients": 4 * adapter, "optimiser": held.moment_bytes * adapter,
-            "activations": tokens * kept + restored, "logits": 4 * tokens * min(shape.vocabulary, TILE)}
+            "activations": tokens * kept, "passing": max(logits, tokens * layer * checkpointing + restored)}
 
 
 def total(
     parts: dict[str, float], # bytes
 ) -> float: # GB of 2**30 bytes
     "The sum; a GRPO step samples or trains, so of its cache and its activations the larger counts."
-    both = parts.get("activations", 0) + parts.get("logits", 0)
+    both = parts.get("activations", 0) + parts.get("passing", 0)
     return (sum(parts.values()) - min(both, parts["cache"]) if "cache" in parts else sum(parts.values())) / 2**30
 
 # %% ../nbs/03b_memory.ipynb #bacf5644
@@ -209,7 +212,7 @@ def stage_memory(
     if kind not in ("midtrain", "sft", "grpo"): return None
     return fit(getattr(preset, kind), shape, how, memory_gb, preset.compute.checkpointing, reward.parameters * how.number_bytes if reward and kind == "grpo" else 0)
 
-# %% ../nbs/03b_memory.ipynb #3d3e9b7e
+# %% ../nbs/03b_memory.ipynb #3d7e024e
 @dataclass(frozen=True)
 class Gpu:
     "A GPU, from its maker's data sheet."
@@ -220,7 +223,7 @@ class Gpu:
 
 
 GPUS = {"T4": Gpu(14.7, 65, 320, False), "L4": Gpu(22.2, 121, 300), "A100": Gpu(79.3, 312, 2039), "H100": Gpu(79.2, 989, 3350), "H200": Gpu(139.8, 989, 4800)}
-REACHED = {"none": 0.40, "nf4": 0.25, "sampling": 0.30} # share of the data sheet's speed: training, training beside 4-bit weights, reading weights while sampling; estimates, not measured
+REACHED = {"none": 0.40, "nf4": 0.38, "sampling": 0.30} # share of the data sheet's speed: training and training beside 4-bit weights as measured on an H100 (see `bench`); reading weights while sampling is an estimate
 
 
 def training_hours(

@@ -27,6 +27,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from .study import InputError, Lora
 from .world import assets
 
+# %% ../nbs/03_models.ipynb #31965bae
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 # %% ../nbs/03_models.ipynb #e02bddfe
 BEGIN, END, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
 QUESTION, ANSWER = "Question: ", "\nAnswer:"

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LLAMA_8B', 'GPU', 'KINDS', 'Sizes', 'stand_in', 'watched', 'spread', 'limits', 'flops_per_token', 'Bench',
-           'train_ours', 'train_default', 'unpatched', 'StandInReward', 'grpo_ours', 'generation', 'kind_of', 'profile',
-           'parts', 'machine', 'measure', 'training_table', 'memory_table', 'other_table', 'as_markdown']
+           'train_ours', 'as_it_comes', 'train_default', 'unpatched', 'StandInReward', 'grpo_ours', 'generation',
+           'kind_of', 'profile', 'parts', 'machine', 'measure', 'training_table', 'memory_table', 'other_table',
+           'as_markdown']
 
 # %% ../nbs/16_speed.ipynb #91479c62
 import asyncio
@@ -42,7 +43,7 @@ from .pipeline import provenance
 from .study import Compute, Generation, Grpo, InputError, Lora, Models, Training, write_atomically
 from .training import Holding, fitted, holding, load_held
 
-# %% ../nbs/16_speed.ipynb #063feb62
+# %% ../nbs/16_speed.ipynb #e165d2eb
 LLAMA_8B = { # settings of `LlamaConfig`, from the published config.json of Llama 3.1 8B
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
     "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
@@ -55,7 +56,7 @@ class Sizes:
     model: dict # settings of `LlamaConfig`
     lengths: tuple[int, ...] = (512, 1024, 2048) # tokens a packed sequence
     batch: int = 8 # sequences an optimiser step
-    steps: int = 5 # optimiser steps a run, the first two of which warm up
+    steps: int = 4 # optimiser steps a run, the first of which warms up
     rank: int = 32 # of the adapter, on every linear layer
     answers: int = 64 # answers generated at once
     new_tokens: int = 512 # tokens an answer
@@ -150,7 +151,7 @@ def flops_per_token(
     weights = shape.linear_parameters + shape.vocabulary * shape.hidden
     return 4 * weights + 6 * shape.layers * shape.heads * shape.head_size * sum(n * n for n in lengths) / sum(lengths)
 
-# %% ../nbs/16_speed.ipynb #a2c6053c
+# %% ../nbs/16_speed.ipynb #e999f17d
 @dataclass(frozen=True)
 class Bench:
     "The model that stands in, and the device it is measured on."
@@ -175,7 +176,7 @@ class Bench:
 
     def held(self, how: Holding) -> Held:
         "The same, for the estimates of memory."
-        return Held(self.sizes.rank, how.quantize, how.dtype.itemsize, 2 if "8bit" in (how.optimizer or "") else 8)
+        return Held(self.sizes.rank, how.quantize, how.dtype.itemsize, 2 if "8bit" in (how.optimizer or "") else 8, how.liger)
 
     def rows(self, length: int) -> list[dict]: # `text` rows of an eighth of a sequence's length up to all of it
         "Documents for a run at a length."
@@ -188,10 +189,10 @@ class Bench:
             rows.append((size, (words[start:] + words)[:size]))
         return [{"text": tokenizer.decode(ids)} for _, ids in rows]
 
-# %% ../nbs/16_speed.ipynb #141fa844
+# %% ../nbs/16_speed.ipynb #63821d15
 def _run_record(bench: Bench, log: list[dict], rows: list[dict], length: int) -> dict:
-    "Speed out of a trainer's log, steps one and two left out."
-    steps = [(after["tokens"] - before["tokens"], after["seconds"] - before["seconds"]) for before, after in zip(log, log[1:])][min(1, len(log) - 2):]
+    "Speed out of a trainer's log, the first step left out."
+    steps = [(after["tokens"] - before["tokens"], after["seconds"] - before["seconds"]) for before, after in zip(log, log[1:])]
     rates = [tokens / max(seconds, 1e-3) for tokens, seconds in steps]
     documents = [n for lengths in pack(rows, load_tokenizer(bench.folder), length)["seq_lengths"] for n in lengths]
     return {"tokens_per_second": spread(rates), "seconds_a_step": spread([seconds for _, seconds in steps]), "tokens_a_step": statistics.median(tokens for tokens, _ in steps),
@@ -214,7 +215,16 @@ def train_ours(
     estimate = total(training_memory(bench.shape, training.micro_batch * length, bench.held(how), again))
     return record | _run_record(bench, done["log"], rows, length) | {"micro_batch": training.micro_batch, "checkpointing": again, "estimate_gb": round(estimate, 2)}
 
-# %% ../nbs/16_speed.ipynb #0a237b22
+# %% ../nbs/16_speed.ipynb #1dc398ba
+@contextmanager
+def as_it_comes():
+    "PyTorch's own choice of attention kernels, which this package changes."
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try: yield
+    finally: torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def train_default(
     bench: Bench, # model and device
     length: int, # tokens a sequence
@@ -223,8 +233,8 @@ def train_default(
     "Train the same rows with TRL's own settings."
     rows, tokenizer, progress = bench.rows(length), load_tokenizer(bench.folder), Progress(lambda line: None)
     data = Dataset.from_list([encode_row(row, tokenizer) for row in rows])
-    with watched() as record, tempfile.TemporaryDirectory() as folder:
-        model = load_held(bench.folder, bench.how(quantize, attention="sdpa")) if quantize != "none" else load_model(bench.folder, bench.device)
+    with as_it_comes(), watched() as record, tempfile.TemporaryDirectory() as folder:
+        model = load_held(bench.folder, bench.how(quantize, attention="sdpa", liger=False)) if quantize != "none" else load_model(bench.folder, bench.device)
         config = SFTConfig(folder, max_steps=bench.sizes.steps, packing=True, max_length=length, per_device_train_batch_size=bench.sizes.batch, use_cpu=bench.device == "cpu",
                            logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True)
         trainer = SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer, peft_config=lora_config(bench.lora), callbacks=[progress])
@@ -407,7 +417,7 @@ def profile(
     return {"kinds": {kind: round(share, 3) for kind, share in sorted(kinds.items(), key=lambda pair: -pair[1])}, "longest": [[name[:70], round(seconds, 3)] for name, seconds in spent[:12]],
             "busy_seconds": round(busy, 3), "step_seconds": run["seconds_a_step"]["median"], "steps": bench.sizes.steps}
 
-# %% ../nbs/16_speed.ipynb #a429565f
+# %% ../nbs/16_speed.ipynb #664427cf
 def parts(
     bench: Bench, # model and device
 ) -> dict[str, Callable]: # name -> measurement
@@ -416,7 +426,8 @@ def parts(
     best = {f"{held}/{length}/ours": partial(train_ours, bench, length, held) for held in ("none", "nf4") for length in lengths}
     default = {f"{held}/{length}/default": partial(train_default, bench, length, held) for held in ("none", "nf4") for length in lengths}
     small_gpu = {f"nf4/{middle}/15 GB": partial(train_ours, bench, middle, "nf4", memory_gb=15)}
-    on_gpu = {f"none/{middle}/with sdpa": partial(train_ours, bench, middle, attention="sdpa"), f"none/{middle}/with checkpointing": partial(train_ours, bench, middle, checkpointing="always")}
+    changes = {"with checkpointing": {"checkpointing": "always"}, "without Liger": {"liger": False}, "with masks": {"attention": "sdpa"}}
+    on_gpu = {f"none/{middle}/{name}": partial(train_ours, bench, middle, **change) for name, change in changes.items()}
     others = {"generation": partial(generation, bench), "grpo/none": partial(grpo_ours, bench), "grpo/nf4/15 GB": partial(grpo_ours, bench, "nf4", False, bench.sizes.completion // 2, memory_gb=15), "profile": partial(profile, bench, middle)}
     bf16 = {name: run for name, run in (best | default).items() if name.startswith("none")}
     return dict(sorted(bf16.items(), key=lambda item: "ours" in item[0])) | small_gpu | best | others | on_gpu | default

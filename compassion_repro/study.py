@@ -245,7 +245,7 @@ class Grpo(Section):
         "Forward passes an optimiser step, once the micro-batch is a number."
         return self.completions // self.micro_batch
 
-# %% ../nbs/00_study.ipynb #910ee31c
+# %% ../nbs/00_study.ipynb #bcb600cd
 class Models(Section):
     "Where models come from, and how their weights are held in training."
     base: Source # `world:base`, a folder, or a hub id with @revision
@@ -267,7 +267,7 @@ class Compute(Section):
     optimizer: Literal["auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "auto" # auto: paged and in 8 bits for nf4 on a GPU, else the trainer's default
     memory_gb: float | None = Field(None, gt=0) # memory to plan with, in GB of 2**30 bytes; default: what the device has
     compile: bool = False # torch.compile
-    liger: bool = False # Liger kernels, if `liger-kernel` is installed
+    liger: Literal["auto"] | bool = "auto" # Liger's kernels for norms, gates and rotations; auto: on a GPU, where `liger-kernel` is installed
     tf32: bool = True # 19-bit products of float32 matrices, on GPUs that have them
 
 # %% ../nbs/00_study.ipynb #63c41384

@@ -13,7 +13,7 @@ import logging
 # %% ../nbs/03c_training.ipynb #ab347bfa
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-# %% ../nbs/03c_training.ipynb #1865c66e
+# %% ../nbs/03c_training.ipynb #28471017
 import argparse
 import gc
 import importlib.util
@@ -24,11 +24,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 
 import psutil
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
+from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
+from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AttentionInterface, AttentionMaskInterface, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -38,7 +41,7 @@ from .memory import Held, fit, read_shape
 from .models import load_model, load_tokenizer, merge, pick_device, pick_dtype, row_losses, save_model
 from .study import Compute, Grpo, InputError, Lora, Models, Training, write_atomically
 
-# %% ../nbs/03c_training.ipynb #77eebdf5
+# %% ../nbs/03c_training.ipynb #28007ded
 @dataclass(frozen=True)
 class Holding:
     "How models in training are held and computed with on this machine."
@@ -53,6 +56,18 @@ class Holding:
         "Name of the optimiser, or None for the trainer's default."
         if self.compute.optimizer != "auto": return self.compute.optimizer
         return "paged_adamw_8bit" if self.quantize == "nf4" and self.device == "cuda" else None
+
+    @property
+    def attention(self) -> str:
+        "Kernel of the attention in training: the one for packed rows where the GPU has it, else PyTorch's ordinary one."
+        if self.compute.attention != "auto": return self.compute.attention
+        return "varlen" if self.device == "cuda" and self.dtype != torch.float32 and torch.cuda.get_device_capability()[0] >= 8 else "sdpa"
+
+    @property
+    def liger(self) -> bool:
+        "Whether Liger's kernels are used."
+        if self.compute.liger != "auto": return self.compute.liger
+        return self.device == "cuda" and importlib.util.find_spec("liger_kernel") is not None
 
 
 def holding(
@@ -69,7 +84,7 @@ def holding(
     if device == "cpu" and "8bit" in compute.optimizer: raise InputError(f"{compute.optimizer} (compute.optimizer) wants a GPU: set compute.optimizer=auto")
     if device == "cpu" and compute.attention in ("varlen", "flash_attention_2"): raise InputError(f"{compute.attention} (compute.attention) wants a GPU: set compute.attention=auto")
     if compute.attention == "varlen" and (dtype == torch.float32 or torch.cuda.get_device_capability()[0] < 8): raise InputError("varlen (compute.attention) wants a GPU of compute capability 8 or more and 16-bit numbers: set compute.attention=auto")
-    for setting, wanted, package in (("compute.liger", compute.liger, "liger_kernel"), ("compute.attention", compute.attention == "flash_attention_2", "flash_attn")):
+    for setting, wanted, package in (("compute.liger", compute.liger is True, "liger_kernel"), ("compute.attention", compute.attention == "flash_attention_2", "flash_attn")):
         if wanted and not importlib.util.find_spec(package): raise InputError(f"{setting} wants the package {package}, which is not installed: install it, or leave {setting} out")
     return Holding(device, dtype, models.quantize, models.merge_tolerance, compute)
 
@@ -97,7 +112,7 @@ def load_held(
     how: Holding, # from `holding`
 ) -> PreTrainedModel: # on its device, ready for an adapter
     "Open a model as a training stage holds it."
-    options = {"dtype": how.dtype, "attn_implementation": "sdpa" if how.compute.attention == "auto" else how.compute.attention}
+    options = {"dtype": how.dtype, "attn_implementation": how.attention}
     if how.quantize == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=how.dtype)
         if how.device == "cpu": options["device_map"] = {"": "cpu"}
@@ -120,7 +135,7 @@ def held_as(
     state = quantised[0].weight.quant_state
     return told | {"quantised_layers": len(quantised), "quantisation": f"{state.quant_type}, {'double' if state.nested else 'single'} quantisation", "compute_dtype": name(quantised[0].compute_dtype)}
 
-# %% ../nbs/03c_training.ipynb #e030b2ca
+# %% ../nbs/03c_training.ipynb #8429924f
 def trainer_options(
     how: Holding, # from `holding`
     training: Training | Grpo, # micro-batch and accumulation
@@ -131,7 +146,7 @@ def trainer_options(
                "per_device_train_batch_size": training.micro_batch, "gradient_accumulation_steps": training.accumulation}
     if how.optimizer: options["optim"] = how.optimizer
     if how.compute.compile: options["torch_compile"] = True
-    if how.compute.liger: options["use_liger_kernel"] = True
+    if how.liger: options["use_liger_kernel"] = True
     return options
 
 
@@ -146,8 +161,18 @@ def ready_adapter(
     if how.dtype == torch.float32 or sampling: return
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer): layer.cast_input_dtype_enabled = False
+        if isinstance(layer, (LoraLinear, LoraLinear4bit)) and all(isinstance(dropout, torch.nn.Identity) for dropout in layer.lora_dropout.values()): layer.forward = MethodType(_added_in_one, layer)
 
-# %% ../nbs/03c_training.ipynb #3e69088d
+
+def _added_in_one(layer, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    "What PEFT's layer computes, W x + s B A x, with the sum inside the last product: the layer's output is then read and written once instead of three times."
+    (name,) = layer.active_adapters
+    low = torch.nn.functional.linear(x, layer.lora_A[name].weight.to(x.dtype))
+    plain = layer.base_layer(x, *args, **kwargs)
+    up = (layer.scaling[name] * layer.lora_B[name].weight).to(plain.dtype)
+    return torch.addmm(plain.flatten(0, -2), low.flatten(0, -2), up.t()).view(plain.shape)
+
+# %% ../nbs/03c_training.ipynb #e10a825d
 def device_memory(how: Holding) -> float: # GB of 2**30 bytes
     "Memory to plan with: what the preset says, else what is free on the GPU, else the machine's."
     if how.compute.memory_gb: return how.compute.memory_gb
@@ -167,7 +192,7 @@ def fitted(
     if shape is None:
         if training.micro_batch == "auto": raise InputError("the memory of this model cannot be estimated (its config.json is not Llama-like, or there is no adapter): give micro_batch a number")
         return training, again == "always" or again == "auto" and how.device == "cuda"
-    found = fit(training, shape, Held(lora.rank, how.quantize, how.dtype.itemsize, 2 if "8bit" in (how.optimizer or "") else 8), device_memory(how), again)
+    found = fit(training, shape, Held(lora.rank, how.quantize, how.dtype.itemsize, 2 if "8bit" in (how.optimizer or "") else 8, how.liger), device_memory(how), again)
     changes = {"micro_batch": found.micro_batch} | ({"generate_at_once": found.at_once} if training.micro_batch == "auto" and isinstance(training, Grpo) else {})
     return training.model_copy(update=changes), found.checkpointing
 
