@@ -106,7 +106,7 @@ def _varlen_mask(*args, attention_mask=None, **kwargs):
 AttentionInterface.register("varlen", _varlen_attention)
 AttentionMaskInterface.register("varlen", _varlen_mask)
 
-# %% ../nbs/03c_training.ipynb #8ecc7903
+# %% ../nbs/03c_training.ipynb #dc74e343
 def load_held(
     source: str | Path, # model folder
     how: Holding, # from `holding`
