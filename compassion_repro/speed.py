@@ -390,7 +390,7 @@ def generation(
     rates = {name: spread(values) for name, values in found.items()}
     return record | rates | {f"{name}_to_bare": rates[name]["median"] / rates["bare"]["median"] for name in ("ours", "inspect")} | {"tokens": sizes.new_tokens, "estimate_gb": round(estimate / 2**30, 2)}
 
-# %% ../nbs/16_speed.ipynb #b738176d
+# %% ../nbs/16_speed.ipynb #c1badf17
 KINDS = {"matrix products": ("gemm", "nvjet", "cutlass_80", "cutlass_90", "::mm", "addmm", "sm90_xmma"), "attention": ("flash", "attention", "fmha"), "4-bit weights": ("dequantize", "kgemm_4bit"),
          "norms, rotation, gates, loss (fused)": ("_rms_norm", "_swiglu", "_rope", "_forward_kernel", "_backward_kernel", "triton"), "sums, products, copies (elementwise)": ("elementwise", "copy", "memcpy", "memset", "cat", "reduce")}
 
@@ -411,11 +411,11 @@ def profile(
     on_gpu = bench.device == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as seen: run = train_ours(bench, length, **compute)
-    spent = sorted(((event.key, (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6) for event in seen.key_averages()), key=lambda pair: -pair[1])
+    spent = sorted(((event.key, (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6) for event in seen.key_averages() if "HtoD" not in event.key), key=lambda pair: -pair[1]) # without loading the model
     kinds, busy = defaultdict(float), sum(seconds for _, seconds in spent)
     for name, seconds in spent: kinds[kind_of(name)] += seconds / busy
     return {"kinds": {kind: round(share, 3) for kind, share in sorted(kinds.items(), key=lambda pair: -pair[1])}, "longest": [[name[:70], round(seconds, 3)] for name, seconds in spent[:12]],
-            "busy_seconds": round(busy, 3), "step_seconds": run["seconds_a_step"]["median"], "steps": bench.sizes.steps}
+            "busy_share": round(busy / bench.sizes.steps / run["seconds_a_step"]["median"], 3)}
 
 # %% ../nbs/16_speed.ipynb #664427cf
 def parts(

@@ -135,7 +135,7 @@ def held_as(
     state = quantised[0].weight.quant_state
     return told | {"quantised_layers": len(quantised), "quantisation": f"{state.quant_type}, {'double' if state.nested else 'single'} quantisation", "compute_dtype": name(quantised[0].compute_dtype)}
 
-# %% ../nbs/03c_training.ipynb #8429924f
+# %% ../nbs/03c_training.ipynb #b889df1a
 def trainer_options(
     how: Holding, # from `holding`
     training: Training | Grpo, # micro-batch and accumulation
@@ -158,14 +158,15 @@ def ready_adapter(
     "Put the trained numbers into 32 bits; TRL rounds an adapter beside 4-bit weights to bfloat16, which GPUs without it cannot scale. Under mixed precision the trainer casts a layer's input once; PEFT's own cast would keep a second copy of it."
     for weight in model.parameters():
         if weight.requires_grad and weight.dtype != torch.float32: weight.data = weight.data.float()
-    if how.dtype == torch.float32 or sampling: return
+    if how.dtype == torch.float32: return
     for layer in model.modules():
-        if isinstance(layer, BaseTunerLayer): layer.cast_input_dtype_enabled = False
+        if isinstance(layer, BaseTunerLayer) and not sampling: layer.cast_input_dtype_enabled = False
         if isinstance(layer, (LoraLinear, LoraLinear4bit)) and all(isinstance(dropout, torch.nn.Identity) for dropout in layer.lora_dropout.values()): layer.forward = MethodType(_added_in_one, layer)
 
 
 def _added_in_one(layer, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
     "What PEFT's layer computes, W x + s B A x, with the sum inside the last product: the layer's output is then read and written once instead of three times."
+    if layer.disable_adapters or layer.merged: return layer.base_layer(x, *args, **kwargs)
     (name,) = layer.active_adapters
     low = torch.nn.functional.linear(x, layer.lora_A[name].weight.to(x.dtype))
     plain = layer.base_layer(x, *args, **kwargs)
