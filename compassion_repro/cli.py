@@ -131,13 +131,12 @@ def doctor(args) -> int:
     _print(f"\npresets smoke and tiny: {'yes' if enough else 'no'} (they want 3 GB of memory, 1 GB of disk and every package above)")
     return 0 if enough else 1
 
-# %% ../nbs/14_cli.ipynb #2406e7ed
+# %% ../nbs/14_cli.ipynb #a4a2c905
 def _bench_gpu(out: str) -> int:
     "Measure the 8B shape on this machine's GPU, print the tables and save them."
     import torch
     if not torch.cuda.is_available(): raise InputError("bench --gpu measures a model of 8 billion weights and this machine has no GPU that torch can use: run it on one that has 80 GB")
     if not Path(out).absolute().parent.is_dir(): raise InputError(f"{Path(out).parent} is no folder: name a file in one that exists with --out")
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from compassion_repro import speed
     with talking() as (say, report): result = speed.measure(out=out, report=say)
     for title, table in (("training", speed.training_table), ("memory", speed.memory_table), ("the rest", speed.other_table)): _print(_table(*table(result), title), "")
