@@ -292,7 +292,7 @@ class _StepClock(TrainerCallback):
         _wait()
         self.steps.append(time.perf_counter() - self.began)
 
-# %% ../nbs/16_speed.ipynb #0e5cfe36
+# %% ../nbs/16_speed.ipynb #fcf0e303
 def _by_part(clock: _StepClock) -> dict[str, float]:
     "Median seconds a step of each part. What `_prepare_inputs` does beside generation and reward is the reference's forward pass; the backward pass is what a training step does beside these."
     median = {name: statistics.median(step[name] for step in clock.parts[1:]) for name in _StepClock.METHODS.values()}
@@ -321,7 +321,8 @@ def grpo_ours(
         trainer.train()
         clock.parts.pop(0)
     _empty(trainer.model, *([score.model] if reward else []))
-    estimate = fit(training, bench.shape, bench.held(how), 1e6, "always" if again else "never", reward * bench.shape.parameters * how.dtype.itemsize).gb
+    longest = max(len(encode_prompt(row["messages"], tokenizer)) for row in prompts)
+    estimate = fit(training.model_copy(update={"max_prompt_tokens": longest}), bench.shape, bench.held(how), 1e6, "always" if again else "never", reward * bench.shape.parameters * how.dtype.itemsize).gb
     return record | {"seconds_a_step": spread(clock.steps[1:]), "parts": {name: round(value, 3) for name, value in _by_part(clock).items()}, "completions": training.completions, "tokens": completion,
                      "micro_batch": training.micro_batch, "at_once": training.generate_at_once, "checkpointing": again, "estimate_gb": round(estimate, 2)}
 
