@@ -134,7 +134,7 @@ def encode_row(
     prompt, completion = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, completion))
     return {"input_ids": prompt + completion, "labels": [IGNORE] * len(prompt) + completion}
 
-# %% ../nbs/03_models.ipynb #0d2a824f
+# %% ../nbs/03_models.ipynb #88016fa6
 def pick_device() -> str:
     "Where models run: `cuda` if there is a GPU, else `cpu`."
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -156,7 +156,6 @@ def load_model(
     "Open a causal language model; raises `InputError` where the folder holds none. Remote code is never run."
     device = device or pick_device()
     check_architecture(source)
-    if device == "cuda": options = {"device_map": {"": torch.cuda.current_device()}, **options} # straight to the GPU: the processor's memory may be smaller than the model
     try: model, found = AutoModelForCausalLM.from_pretrained(source, **{"dtype": pick_dtype(device), **options}, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error: raise InputError(f"no causal language model in {source}: {_first_line(error)}") from None
     if wrong := sorted(found["missing_keys"]) + [str(key[0]) for key in found["mismatched_keys"]]:
