@@ -55,7 +55,7 @@ def _print(*things):
     from rich.text import Text
     _console(width=None if sys.stdout and sys.stdout.isatty() else 160, markup=True).print(*(Text(thing) if isinstance(thing, str) else thing for thing in things))
 
-# %% ../nbs/14_cli.ipynb #f9265445
+# %% ../nbs/14_cli.ipynb #9f39a235
 def _study_folder(args, preset) -> Path:
     "`--out`, or studies/<preset>, with a short hash where `--set` changed the preset."
     from compassion_repro.pipeline import study_name
@@ -109,8 +109,11 @@ def plan(args) -> int:
     from compassion_repro import pipeline
     records = pipeline.plan(preset, args.seeds)
     print(yaml.safe_dump(preset.resolved(), sort_keys=False, allow_unicode=True, width=120))
-    columns = ["seed", "stage", "rows", "steps", "tokens", "answers", "judge_calls"]
+    columns = ["seed", "stage", "rows", "steps", "tokens", "answers", "judge_calls", "memory_gb"]
     _print(_table([c.replace("_", " ") for c in columns], [[r[c] for c in columns] for r in records]))
+    largest = max((r for r in records if r["memory_gb"]), key=lambda r: r["memory_gb"], default=None)
+    if largest: print(f"\nmost memory: {largest['stage']}, {largest['memory_gb']} GB = " + " + ".join(f"{name} {size}" for name, size in largest["memory"].items()) + " (an estimate; of cache and activations the larger counts)")
+    if machines := pipeline.on_machines(preset, records): _print("\nestimates from data sheets and assumed shares of their speed:", _table(["GPU", "fits", "most memory", "GB", "micro-batch", "hours"], machines))
     known = {c: [r[c] for r in records if r[c] is not None] for c in ("tokens", "answers", "judge_calls")}
     print(f"\n{len(records)} stages; " + "; ".join(f"{sum(v):,} {c.replace('_', ' ')}" for c, v in known.items() if v) + f"\nstudy folder: {_study_folder(args, preset)}")
     return 0
@@ -269,9 +272,22 @@ def doctor(args) -> int:
     _print(f"\npresets smoke and tiny: {'yes' if enough else 'no'} (they want 3 GB of memory, 1 GB of disk and every package above)")
     return 0 if enough else 1
 
-# %% ../nbs/14_cli.ipynb #664121c1
+# %% ../nbs/14_cli.ipynb #b24f10ab
+def _bench_gpu(out: str) -> int:
+    "Measure the 8B shape on this machine's GPU, print the tables and save them."
+    import torch
+    if not torch.cuda.is_available(): raise InputError("bench --gpu measures a model of 8 billion weights and this machine has no GPU that torch can use: run it on one that has 80 GB")
+    if not Path(out).absolute().parent.is_dir(): raise InputError(f"{Path(out).parent} is no folder: name a file in one that exists with --out")
+    from compassion_repro import speed
+    with talking() as (say, report): result = speed.measure(out=out, report=say)
+    for title, table in (("training", speed.training_table), ("memory", speed.memory_table), ("the rest", speed.other_table)): _print(_table(*table(result), title), "")
+    print(f"{result['machine']['gpu']}, {result['seconds']:.0f} s; all figures: {out}")
+    return 0
+
+
 def bench(args) -> int:
     "Print how answers, the jail and GRPO compare with the plain library, and what `--help` costs."
+    if args.gpu: return _bench_gpu(args.out)
     import resource
     import subprocess
     from compassion_repro import pipeline
@@ -296,7 +312,7 @@ def bench(args) -> int:
     _print(_table(["measure", "value"], [*rows, ["processor seconds of --help", f"{seconds:.2f}"]], "speed on this machine (answers: 256 of 60 tokens, medians of 3 interleaved runs)"))
     return 0
 
-# %% ../nbs/14_cli.ipynb #73af4cdb
+# %% ../nbs/14_cli.ipynb #3d442f5a
 EPILOG = """examples:
   compassion-repro run                                     the whole study on the embedded miniature world
   compassion-repro run --preset smoke --seeds 3            about a minute a seed, three seeds
@@ -385,7 +401,9 @@ def build_parser() -> argparse.ArgumentParser:
     _evaluation_commands(command)
     p = command("doctor", doctor, "print what this machine has and can run", ["compassion-repro doctor", "compassion-repro doctor --judge google/gemini-2.5-flash-lite"])
     p.add_argument("--judge", metavar="ID[,ID]", help="try one call to a judge instead")
-    command("bench", bench, "print the speed of the package's parts beside the plain library's, as ratios", ["compassion-repro bench"])
+    p = command("bench", bench, "print the speed of the package's parts beside the plain library's, as ratios", ["compassion-repro bench", "compassion-repro bench --gpu --out bench_gpu.json"])
+    p.add_argument("--gpu", action="store_true", help="measure training, GRPO and evaluation of the 8B shape on a GPU of 80 GB (about 8 minutes)")
+    p.add_argument("--out", default="bench_gpu.json", metavar="FILE", help="where --gpu saves its figures (default bench_gpu.json)")
     return parser
 
 # %% ../nbs/14_cli.ipynb #265cfc0c

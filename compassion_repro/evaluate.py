@@ -6,7 +6,7 @@
 __all__ = ['draws', 'InverseSampling', 'is_looping', 'open_model', 'generate_answers', 'is_hosted', 'find_local',
            'generate_hosted', 'benchmark_generation']
 
-# %% ../nbs/09_evaluate.ipynb #5dd75c21
+# %% ../nbs/09_evaluate.ipynb #b6ba0e27
 import copy
 import hashlib
 import json
@@ -30,7 +30,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopP
 
 from . import world
 from .benchmarks import LoadedTask, load_benchmark, load_named_task, one_line
-from .models import PeftModel, encode_prompt, find_model, load_model, load_tokenizer
+from .models import PeftModel, encode_prompt, find_model, load_model, load_tokenizer, with_template
 from .runner import Progress, run_inspect, with_prompts
 from .study import Benchmark, Generation, InputError
 
@@ -115,13 +115,13 @@ def _record(row: dict, model: str, seed: int, tokens: list[int], ends: list[int]
     return dict(model=model, seed=seed, **{k: row[k] for k in keys}, prompt=tokenizer.decode(row["ids"]), text=text,
                 tokens=len(tokens), stop_reason="stop" if stopped else "length", empty=not text, looping=is_looping(tokens))
 
-# %% ../nbs/09_evaluate.ipynb #509fce05
+# %% ../nbs/09_evaluate.ipynb #c8a1539d
 def _generate(
     network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model: str, questions: list[dict],
     seed: int, generation: Generation, report: Callable[[str], None], **settings,
 ) -> pd.DataFrame:
     "Answers of a loaded model; the seconds inside generation are in `.attrs`."
-    settings = _settings(network, tokenizer, max_new_tokens=generation.max_new_tokens, **settings)
+    settings, tokenizer = _settings(network, tokenizer, max_new_tokens=generation.max_new_tokens, **settings), with_template(tokenizer, generation.template)
     work, records, spent = _work(questions, tokenizer), [], 0.0
     progress = Progress(report, len(work))
     for start in range(0, len(work), generation.batch_size):

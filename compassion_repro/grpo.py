@@ -6,7 +6,7 @@
 __all__ = ['LOGGED', 'advantages', 'without_variance', 'prompt_rows', 'sample_answers', 'held_out_rewards', 'reward_gain',
            'Recorder', 'step_log', 'warnings_before', 'warnings_of', 'make_trainer', 'grpo', 'benchmark_grpo']
 
-# %% ../nbs/08_grpo.ipynb #5e2dd8a7
+# %% ../nbs/08_grpo.ipynb #9e163a60
 import hashlib
 import json
 import math
@@ -19,9 +19,10 @@ from pathlib import Path
 from statistics import median
 
 from .data import rows_sha256
-from .models import CHAT_TEMPLATE, encode_prompt, load_model, load_tokenizer, lora_config, merge, pick_dtype, save_model
+from .models import encode_prompt, load_model, load_tokenizer, lora_config, row_losses
 from .rewards import answer_text, apply_reward, finite
 from .study import GRPO_SETTINGS, Grpo, InputError, Lora, settings_markdown, write_atomically
+from .training import CHECKED, Holding, check_merge, fitted, holding, load_held, ready_adapter, save_trained, trainer_options, with_less_memory
 
 import pandas as pd
 import torch
@@ -215,7 +216,7 @@ class _Progress(TrainerCallback):
         reward, length, flat = (math.nan if logs.get(name) is None else logs[name] for name in ("reward", "completions/mean_length", "zero_variance"))
         self.report(f"{self.label}: step {state.global_step}/{state.max_steps}, reward {reward:.3f}, {length:.0f} tokens, {flat:.0%} of groups without variance, {left:.0f} s left")
 
-# %% ../nbs/08_grpo.ipynb #b6520124
+# %% ../nbs/08_grpo.ipynb #ede8b7b0
 def make_trainer(
     start: str | Path, # model folder; also the KL reference
     prompts: list[dict], # from `prompt_rows`
@@ -226,31 +227,35 @@ def make_trainer(
     folder: str | Path, # checkpoints go here
     callbacks: list[TrainerCallback] = (), # told of each step
     save: bool = False, # write checkpoints
+    how: Holding | None = None, # how the policy is held; default: plainly, as the machine has it
+    template: str = "plain", # chat template of the prompts
+    checkpointing: bool = False, # compute activations again in the backward pass
 ) -> GRPOTrainer: # ready to train
     "TRL's trainer with this package's settings; raises `InputError` where there are fewer prompts than one step needs."
     wanted = training.value("prompts_per_step")
     if len(prompts) < wanted: raise InputError(f"{len(prompts)} prompts are fewer than one step's {wanted}: give more prompts or lower prompts_per_step")
     disable_progress_bars()
-    tokenizer, model = load_tokenizer(start), load_model(start)
-    tokenizer.chat_template, tokenizer.padding_side = CHAT_TEMPLATE, "left"
+    how = how or holding()
+    tokenizer, model = load_tokenizer(start, template), load_held(start, how)
+    tokenizer.padding_side = "left"
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    trainer = GRPOTrainer(model.train(), reward, _config(model, training, seed, folder, save), _as_dataset(prompts),
+    trainer = GRPOTrainer(model.train(), reward, _config(trainer_options(how, training, checkpointing), training, seed, folder, save), _as_dataset(prompts),
                           processing_class=tokenizer, peft_config=lora and lora_config(lora), callbacks=list(callbacks))
+    ready_adapter(trainer.model, how, sampling=True)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _config(model, training: Grpo, seed: int, folder: str | Path, save: bool) -> GRPOConfig:
-    on_cpu, dtype = model.device.type == "cpu", pick_dtype(model.device.type)
+def _config(options: dict, training: Grpo, seed: int, folder: str | Path, save: bool) -> GRPOConfig:
+    at_once = training.generate_at_once or training.completions
     return GRPOConfig(
-        str(folder), max_steps=training.steps, seed=seed, data_seed=seed, use_cpu=on_cpu, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, gradient_checkpointing=not on_cpu,
-        num_generations=training.value("group"), per_device_train_batch_size=training.micro_batch, gradient_accumulation_steps=training.completions // training.micro_batch,
+        str(folder), **options, max_steps=training.steps, seed=seed, data_seed=seed, num_generations=training.value("group"), generation_batch_size=at_once,
         learning_rate=training.value("learning_rate"), warmup_steps=training.warmup,
         loss_type=training.value("loss"), beta=training.value("beta"), epsilon=training.value("clip"), use_bias_correction_kl=training.value("correct_kl"),
         temperature=training.value("temperature"), top_p=training.value("top_p"), top_k=0, max_completion_length=training.value("max_new_tokens"),
         logging_steps=1, save_strategy="steps" if save else "no", save_steps=training.save_every, save_total_limit=2, report_to=[], disable_tqdm=True)
 
-# %% ../nbs/08_grpo.ipynb #6ed8d38a
+# %% ../nbs/08_grpo.ipynb #b5d41d21
 def _usable_checkpoint(folder: Path, identity: str) -> str | None:
     "The latest whole checkpoint of this very run, or None; a folder of another run is emptied."
     mark = folder / "identity"
@@ -280,20 +285,19 @@ def _is_whole(checkpoint: Path) -> bool:
     except (OSError, ValueError, KeyError): return False
 
 
-def _train(start, prompts, training, seed, lora, reward, report, label, checkpoints) -> tuple[PreTrainedModel, list[dict], pd.DataFrame, float]:
-    "Train; gives the plain trained model, the log, the sampled completions and the seconds."
-    identity = json.dumps([training.model_dump(), lora and lora.model_dump(), seed, rows_sha256(prompts), _weights_digest(start), getattr(reward, "__name__", "")])
+def _train(start, prompts, training, seed, lora, reward, report, label, checkpoints, how, template, again) -> tuple[PreTrainedModel, list[dict], pd.DataFrame, float]:
+    "Train; gives the trained model with its adapter, the log, the sampled completions and the seconds."
+    identity = json.dumps([training.model_dump(exclude={"micro_batch", "generate_at_once"}), how.quantize, template, lora and lora.model_dump(), seed, rows_sha256(prompts), _weights_digest(start), getattr(reward, "__name__", "")])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(checkpoints or temporary)
         found = _usable_checkpoint(folder, identity) if checkpoints else None
         if found: report(f"{label}: carrying on from step {found.rpartition('-')[2]}")
         recorder, begun = Recorder(reward, training.value("group"), folder / "completions"), time.perf_counter()
-        trainer = make_trainer(start, prompts, training, seed, lora, recorder, folder, [_Progress(report, label)], save=bool(checkpoints))
+        trainer = make_trainer(start, prompts, training, seed, lora, recorder, folder, [_Progress(report, label)], bool(checkpoints), how, template, again)
         if training.steps: trainer.train(resume_from_checkpoint=found)
-        model = (merge(trainer.model) if lora else trainer.model).eval()
-        return model, step_log(trainer.state.log_history), recorder.table(training.steps), time.perf_counter() - begun
+        return trainer.model.eval(), step_log(trainer.state.log_history), recorder.table(training.steps), time.perf_counter() - begun
 
-# %% ../nbs/08_grpo.ipynb #fb32909d
+# %% ../nbs/08_grpo.ipynb #8f388491
 def grpo(
     start: str | Path, # model folder to start from; also the KL reference, so a plain model without adapter
     prompts: list[dict], # training prompts: `messages` rows, and the columns that the reward reads
@@ -306,17 +310,24 @@ def grpo(
     report: Callable = print, # called with one line of progress
     label: str = "grpo", # arm id, for the progress line
     checkpoints: str | Path | None = None, # folder for checkpoints, kept until the model is written; None keeps none
+    how: Holding | None = None, # how the policy is held in training; default: plainly, as the machine has it
+    template: str = "plain", # chat template of the prompts
 ) -> dict: # what was done, the log of every step, warnings, and the gain on held-out prompts
     "Optimise a policy against a reward. Raises `InputError` where no prompt is left or the reward cannot judge a single answer. Writes `completions.parquet` and `held_out.parquet` beside the model."
-    tokenizer = load_tokenizer(start)
+    how, tokenizer = how or holding(), load_tokenizer(start, template)
     prompts, held_out = (prompt_rows(rows, tokenizer, training.max_prompt_tokens) for rows in (prompts, held_out))
     if why := getattr(reward, "refuses", lambda rows: None)(prompts): raise InputError(f"{label}: {why}")
     before, answers_before = held_out_rewards(load_model(start), tokenizer, held_out, reward, training, seed)
     if not any(map(math.isfinite, before)): raise InputError(f"{label}: the reward cannot judge a single answer to these prompts: pair them with another reward")
     early = warnings_before(answers_before, getattr(reward, "remark", lambda rows: "")(prompts))
     for line in early: report(f"{label}: warning: {line}")
-    model, log, completions, seconds = _train(start, prompts, training, seed, lora, reward, report, label, checkpoints)
-    save_model(model, tokenizer, out)
+    training, again = fitted(training, start, lora, how)
+    def attempt(training): return _train(start, prompts, training, seed, lora, reward, report, label, checkpoints, how, template, again)
+    (model, log, completions, seconds), fit = with_less_memory(attempt, training, report, label)
+    kept = _answered(held_out, answers_before)
+    live = row_losses(model, tokenizer, kept)
+    saved = save_trained(model, tokenizer, start, out, how)
+    check = check_merge(live, row_losses(load_model(out), tokenizer, kept), how.tolerance)
     after, answers_after = held_out_rewards(load_model(out), tokenizer, held_out, reward, training, seed)
     late = warnings_of(log)
     for line in late: report(f"{label}: warning: {line}")
@@ -325,14 +336,15 @@ def grpo(
     write_atomically(Path(out) / "held_out.parquet", answers.to_parquet)
     if checkpoints: shutil.rmtree(checkpoints, ignore_errors=True)
     return {"rows": len(prompts), "steps": training.steps, "completions": training.steps * training.completions, "settings": {key: training.value(key) for key in GRPO_SETTINGS[training.settings]},
-            "reward": getattr(reward, "__name__", type(reward).__name__), "abstained": sum(record["abstained"] for record in log) / len(log) if log else 0., "abstained_held_out": float(answers_after.reward.isna().mean()), **reward_gain(before, after), **_method(lora, model),
+            "reward": getattr(reward, "__name__", type(reward).__name__), "abstained": sum(record["abstained"] for record in log) / len(log) if log else 0., "abstained_held_out": float(answers_after.reward.isna().mean()), **reward_gain(before, after), **saved, **fit, "checkpointing": again,
+            "merge_check": check, "adapter": lora and lora.model_dump(), "reference": "the start, under the adapter" if lora else "a copy of the start",
             "train_seconds": round(seconds, 2), "warnings": early + late, "log": log}
 
 
-def _method(lora: Lora | None, model: PreTrainedModel) -> dict:
-    "How the model was made, for the manifest."
-    if lora is None: return {"merge": "every weight trained", "adapter": None, "reference": "a copy of the start"}
-    return {"merge": f"LoRA merged into {str(model.dtype).removeprefix('torch.')} weights", "adapter": lora.model_dump(), "reference": "the start, under the adapter"}
+def _answered(rows: list[dict], answers: pd.DataFrame) -> list[dict]:
+    "Held-out prompts with the first answer that the start gave: the rows that merged and live policy are compared on."
+    first = answers.groupby("prompt_number").completion.first()
+    return [{"messages": [*row["messages"], {"role": "assistant", "content": first[number]}]} for number, row in enumerate(rows[:CHECKED])]
 
 # %% ../nbs/08_grpo.ipynb #ee488433
 def benchmark_grpo(

@@ -6,7 +6,7 @@
 __all__ = ['BASE_TRAINING', 'pack', 'steps_for', 'Progress', 'train', 'held_out_gain', 'train_stage', 'midtrain', 'replay_rows',
            'build_base', 'main']
 
-# %% ../nbs/04_midtrain.ipynb #1630782b
+# %% ../nbs/04_midtrain.ipynb #1ae4c26b
 import json
 import math
 import tempfile
@@ -21,8 +21,9 @@ from trl import SFTConfig, SFTTrainer
 from trl.data_utils import pack_dataset
 
 from . import world
-from .models import END, IGNORE, encode_row, load_model, load_tokenizer, lora_config, merge, pick_dtype, render, row_losses, save_model
+from .models import END, IGNORE, encode_row, load_model, load_tokenizer, lora_config, render, row_losses, save_model
 from .study import InputError, Lora, Training
+from .training import CHECKED, Holding, check_merge, fitted, holding, load_held, ready_adapter, save_trained, trainer_options, with_less_memory
 
 # %% ../nbs/04_midtrain.ipynb #f45d1853
 def pack(
@@ -64,7 +65,7 @@ class Progress(TrainerCallback):
         left = seconds / state.global_step * (state.max_steps - state.global_step)
         self.report(f"{self.label}: step {state.global_step}/{state.max_steps}, loss {float(logs['loss']):.3f}, {tokens / seconds:,.0f} tokens/s, {left:.0f} s left")
 
-# %% ../nbs/04_midtrain.ipynb #086fff7d
+# %% ../nbs/04_midtrain.ipynb #bbf65786
 def train(
     model: PreTrainedModel, # starting point, changed in place
     tokenizer: PreTrainedTokenizerBase, # its tokenizer
@@ -75,26 +76,28 @@ def train(
     lora: Lora | None = None, # adapter, or None to train every weight
     report: callable = print, # called with one line of progress
     label: str = "training", # what is being trained
-) -> tuple[PreTrainedModel, dict]: # the plain trained model, and what was done
-    "Next-token training on packed rows through TRL; an adapter is merged at the end."
+    how: Holding | None = None, # how the model is held; default: plainly, as the machine has it
+    checkpointing: bool = False, # compute activations again in the backward pass
+) -> tuple[PreTrainedModel, dict]: # the trained model, with its adapter if there is one, and what was done
+    "Next-token training on packed rows through TRL."
+    how = how or holding()
     set_seed(seed)
     sequences = pack(rows, tokenizer, training.length, seed)
     progress = Progress(report, label)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = SFTTrainer(model.train(), _config(model, training, steps, seed, folder), train_dataset=sequences, processing_class=tokenizer,
+        trainer = SFTTrainer(model.train(), _config(trainer_options(how, training, checkpointing), training, steps, seed, folder), train_dataset=sequences, processing_class=tokenizer,
                              peft_config=lora and lora_config(lora), callbacks=[progress])
+        ready_adapter(trainer.model, how)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        trained = (merge(trainer.model) if lora else trainer.model).eval()
+        trained = trainer.model.eval()
     split = sum(len(encode_row(row, tokenizer)["input_ids"]) > training.length for row in rows)
     return trained, {"rows": len(rows), "split_rows": split, "sequences": len(sequences), "steps": steps, **_token_counts(sequences, steps * training.batch_size), "log": progress.log}
 
 
-def _config(model, training, steps, seed, folder):
-    on_cpu = model.device.type == "cpu"
+def _config(options, training, steps, seed, folder):
     return SFTConfig(
-        folder, max_steps=steps, seed=seed, data_seed=seed, use_cpu=on_cpu, bf16=pick_dtype(model.device.type) == torch.bfloat16, fp16=pick_dtype(model.device.type) == torch.float16,
-        per_device_train_batch_size=training.micro_batch, gradient_accumulation_steps=training.accumulation, gradient_checkpointing=not on_cpu,
+        folder, **options, max_steps=steps, seed=seed, data_seed=seed,
         learning_rate=training.learning_rate, lr_scheduler_type="cosine", warmup_steps=training.warmup,
         max_length=None, padding_free=True, dataset_kwargs={"skip_prepare_dataset": True},
         logging_steps=max(1, steps // 20), save_strategy="no", report_to=[], disable_tqdm=True)
@@ -121,7 +124,7 @@ def held_out_gain(
     return {"loss_before": before.mean().item(), "loss_after": after.mean().item(), "gain": mean, "gain_low": low, "gain_high": high,
             "held_out_rows": len(gain), "trained": low is not None and low > 0}
 
-# %% ../nbs/04_midtrain.ipynb #422bdb91
+# %% ../nbs/04_midtrain.ipynb #0cadf066
 def train_stage(
     start: str | Path, # model folder to start from
     rows: list[dict], # training rows
@@ -133,15 +136,20 @@ def train_stage(
     lora: Lora | None, # adapter, merged at the end; None trains every weight
     report: callable = print, # called with one line of progress
     label: str = "training", # what is being trained
+    how: Holding | None = None, # how the model is held in training; default: plainly, as the machine has it
+    template: str = "plain", # chat template of the rows
 ) -> dict: # what was done and the gain on held-out rows
-    "Train a model folder into another that any `from_pretrained` opens."
-    tokenizer, model = load_tokenizer(start), load_model(start)
-    before = row_losses(model, tokenizer, held_out)
-    model, done = train(model, tokenizer, rows, training, steps, seed, lora, report, label)
-    gain = held_out_gain(before, row_losses(model, tokenizer, held_out))
-    save_model(model, tokenizer, out)
-    method = f"LoRA merged into {str(model.dtype).removeprefix('torch.')} weights" if lora else "every weight trained"
-    return {**done, **gain, "merge": method, "adapter": lora and lora.model_dump()}
+    "Train a model folder into another that any `from_pretrained` opens; raises `InputError` where the merged model is not the trained one, or the memory is too small."
+    how, tokenizer = how or holding(), load_tokenizer(start, template)
+    before = row_losses(load_model(start), tokenizer, held_out)
+    training, again = fitted(training, start, lora, how)
+    def attempt(training): return train(load_held(start, how), tokenizer, rows, training, steps, seed, lora, report, label, how, again)
+    (model, done), fit = with_less_memory(attempt, training, report, label)
+    live = row_losses(model, tokenizer, held_out[:CHECKED])
+    saved = save_trained(model, tokenizer, start, out, how)
+    after = row_losses(load_model(out), tokenizer, held_out)
+    gain = held_out_gain(before, after)
+    return {**done, **gain, **saved, **fit, "checkpointing": again, "merge_check": check_merge(live, after[:CHECKED], how.tolerance), "adapter": lora and lora.model_dump()}
 
 
 def midtrain(
@@ -154,11 +162,14 @@ def midtrain(
     seed: int, # study seed
     lora: Lora | None, # adapter, merged at the end; None trains every weight
     report: callable = print, # called with one line of progress
+    how: Holding | None = None, # how the model is held in training; default: plainly, as the machine has it
+    template: str = "plain", # chat template that the tokenizer keeps
+    label: str = "mid-training", # model id, for the progress line
 ) -> dict: # what was done and the gain on held-out documents
     "Continued pre-training on documents with a share of replayed base documents."
     rows = [*documents, *replay]
     steps = steps_for(training, [len(pack(rows, load_tokenizer(start), training.length, seed))])
-    return train_stage(start, rows, held_out, out, training, steps, seed, lora, report, "mid-training")
+    return train_stage(start, rows, held_out, out, training, steps, seed, lora, report, label, how, template)
 
 
 def replay_rows(

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['WHOLE', 'EMBEDDED', 'VERSIONS', 'PACKAGES', 'HUB_COUNTS', 'RUN', 'ENVIRONMENT', 'digest', 'path_digest', 'is_local',
            'source_digest', 'model_digest', 'Stage', 'graph', 'write_json', 'writable', 'provenance', 'study_name',
-           'Study', 'question_count', 'source_rows', 'plan', 'training_rows', 'Work', 'without_jail', 'interruptible',
-           'run_stage', 'prepare', 'check_inputs', 'run', 'collect', 'training_record', 'analyse']
+           'Study', 'question_count', 'source_rows', 'on_machines', 'planned_memory', 'plan', 'training_rows', 'Work',
+           'without_jail', 'cut_off_alarm', 'interruptible', 'run_stage', 'prepare', 'check_inputs', 'run', 'collect',
+           'compare_templates', 'training_record', 'analyse']
 
-# %% ../nbs/13_pipeline.ipynb #40da5490
+# %% ../nbs/13_pipeline.ipynb #dcf0316a
 import errno
 import hashlib
 import json
@@ -30,11 +31,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
-from . import world
+from . import memory, world
 from .prices import DETERMINISTIC, judge_names
-from .study import Benchmark, InputError, Preset, build_preset, parse_model, write_atomically
+from .study import Benchmark, Generation, InputError, Preset, build_preset, parse_model, write_atomically
 
 # %% ../nbs/13_pipeline.ipynb #3eca2a0e
 def digest(value: Any) -> str:
@@ -121,10 +123,11 @@ class Stage:
         "Folder of the artifact within the study."
         return f"seed-{self.seed}/{self.id}"
 
-# %% ../nbs/13_pipeline.ipynb #11360d17
+# %% ../nbs/13_pipeline.ipynb #6961ed35
 def _training_config(preset: Preset, section: str, sources: dict[str, str]) -> dict:
-    data = {name: source_digest(source) for name, source in sources.items()}
-    return {"training": getattr(preset, section).model_dump(mode="json"), "lora": preset.lora.model_dump(mode="json"), "data": data}
+    "What decides a training stage's result, ordinary ways of holding the weights and the plain template unsaid."
+    data, template = {name: source_digest(source) for name, source in sources.items()}, preset.generation.training_template
+    return {"training": getattr(preset, section).identity(), "lora": preset.lora.identity(), "data": data, **preset.models.holding(), **({"template": template} if template != "plain" else {})}
 
 
 def _midtrain_stage(preset: Preset, seed: int, model: str, base: Stage) -> Stage:
@@ -173,10 +176,11 @@ def graph(
         for stage in [*starts.values(), *([reward] if reward else []), *_arm_stages(preset, seed, starts, reward)]:
             stages.append(stage)
             if stage.kind == "reward": continue
-            generation = preset.generation.model_dump(mode="json")
-            answers = Stage(f"answers-{stage.id}", "answers", seed, stage.model, (stage,), {"generation": generation, "benchmarks": benchmarks})
-            stages += [answers, Stage(f"eval-{stage.id}", "eval", seed, stage.model, (answers,), {"judge": preset.judge})]
-        stages += _probe_stages(preset, seed, [s for s in stages if s.kind == "answers" and s.seed == seed], starts["mid"])
+            for template in preset.generation.forms():
+                generation, form = preset.generation.identity() | {"template": template}, "" if template == preset.generation.template else f".{template}"
+                answers = Stage(f"answers-{stage.id}{form}", "answers", seed, stage.model, (stage,), {"generation": generation, "benchmarks": benchmarks})
+                stages += [answers, Stage(f"eval-{stage.id}{form}", "eval", seed, stage.model, (answers,), {"judge": preset.judge})]
+        stages += _probe_stages(preset, seed, [s for s in stages if s.id == f"answers-{s.model}" and s.seed == seed], starts["mid"])
     return sorted(stages, key=lambda s: s.seed)
 
 # %% ../nbs/13_pipeline.ipynb #5941ba58
@@ -201,8 +205,8 @@ def writable(
             raise InputError(f"cannot write in {folder} ({os.strerror(code)}): choose another folder with --out") from None
         raise
 
-# %% ../nbs/13_pipeline.ipynb #b6751d3a
-PACKAGES = ("compassion_repro", "torch", "transformers", "trl", "peft", "datasets", "inspect_ai", "inspect_evals", "scipy", "statsmodels")
+# %% ../nbs/13_pipeline.ipynb #cc87dd20
+PACKAGES = ("compassion_repro", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "inspect_ai", "inspect_evals", "scipy", "statsmodels")
 
 
 def _installed(package: str) -> str | None:
@@ -222,9 +226,12 @@ def _peak_memory_mb() -> float:
     "Highest memory of this process so far, in MB (Linux counts in kilobytes, macOS in bytes)."
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 1024), 1)
 
-# %% ../nbs/13_pipeline.ipynb #d6dc687e
+# %% ../nbs/13_pipeline.ipynb #6861ce29
 def _flat(values: dict, prefix: str = "") -> dict:
     return {k: v for name, value in values.items() for k, v in (_flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}).items()}
+
+
+_FREE = ("compute.", "generation.templates", "generation.cut_off_alarm") # what may change in a study: how the machine is used, what else is asked and told
 
 
 def study_name(preset: Preset, default: Preset) -> str:
@@ -248,7 +255,7 @@ class Study:
         study = cls(folder)
         file = study.folder / "study.yaml"
         if file.exists() and study.manifests(): study._refuse_other(preset)
-        else:
+        if not file.exists() or not study.manifests() or study.preset != preset:
             if not file.exists() and study.folder.is_dir() and any(study.folder.iterdir()): raise InputError(f"{folder} is not empty and holds no study: choose another folder with --out")
             text = yaml.safe_dump(preset.resolved(), sort_keys=False, allow_unicode=True, width=120)
             with writable(study.folder, new=True):
@@ -270,7 +277,7 @@ class Study:
     def _refuse_other(self, preset: Preset):
         ours, theirs = _flat(preset.resolved()), _flat(self.preset.resolved())
         def same(a, b): return a == b or isinstance(a, str) and isinstance(b, str) and is_local(a) and is_local(b) and source_digest(a) == source_digest(b)
-        differ = [f"{k}: {theirs.get(k)} there, {ours.get(k)} here" for k in {**theirs, **ours} if not same(ours.get(k), theirs.get(k))]
+        differ = [f"{k}: {theirs.get(k)} there, {ours.get(k)} here" for k in {**theirs, **ours} if not k.startswith(_FREE) and not same(ours.get(k), theirs.get(k))]
         if differ:
             more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
             other = self.folder.with_name(f"{self.folder.name}-{digest(preset.resolved())[:6]}")
@@ -327,16 +334,16 @@ def _facts(manifest: dict) -> str:
     "What a stage did, in a few words."
     r = manifest["result"]
     cut = f" ({r['data']['truncated']} cut to fit a sequence)" if r.get("data", {}).get("truncated") else f" ({r['split_rows']} split over sequences)" if r.get("split_rows") else ""
-    untrained = "" if r.get("trained", True) else " (not trained)"
+    untrained = ("" if r.get("trained", True) else " (not trained)") + (f"; out of memory, micro-batch lowered to {r['micro_batch']}" if r.get("out_of_memory") else "")
     if "margin_mean" in r: return f"{r['pairs']} pairs, margin {r['margin_mean']:+.3f} nats a token" + ("" if r["kl_mean"] is None else f"; KL from mid {r['kl_mean']:.4f}")
     if "reward_after" in r: return f"{r['rows']} prompts, {r['steps']} steps, {r['completions']:,} completions; held-out reward {_reward_facts(r, untrained)}"
     if "accuracy" in r: return f"{r['pairs']} pairs, {r['steps']} steps; {r['accuracy']:.1%} of held-out pairs right, correlation with length {r['length_correlation']:+.2f}"
     if "loss_after" in r: return f"{r['rows']} rows{cut}, {r['steps']} steps, {r['tokens']:,} tokens; held-out loss {r['loss_before']:.3f} → {r['loss_after']:.3f}{untrained}"
-    if "answers" in r: return f"{r['answers']:,} answers, {r['tokens']:,} tokens, {r['samples_per_second']:.0f} answers/s" + (f"; {r['cut_off']:.0%} ran into the limit" if r["cut_off"] else "")
+    if "answers" in r: return f"{r['answers']:,} answers, {r['tokens']:,} tokens, {r['samples_per_second']:.0f} answers/s" + (f"; {r['cut_off']:.0%} ran into the limit" if r["cut_off"] else "") + "".join(f"; warning: {line}" for line in r.get("warnings", ()))
     if "grades" in r: return f"{r['grades']:,} grades by {r['judge']}" + "".join(f", {r[k]:,} {k}" for k in ("unparseable", "unjudged") if r[k])
     return f"from {r['source']}"
 
-# %% ../nbs/13_pipeline.ipynb #fcd92023
+# %% ../nbs/13_pipeline.ipynb #b70ea838
 HUB_COUNTS = {"CompassioninMachineLearning/anima": (114, 514), "CompassioninMachineLearning/moru-benchmark": (201, None)} # questions and judge calls an epoch
 
 
@@ -387,11 +394,39 @@ def source_rows(
     return sum(1 for line in path.open("rb") if line.strip()) if path.suffix == ".jsonl" and path.is_file() else None
 
 
+def _shapes(preset: Preset) -> tuple:
+    "Sizes of the base model and of the reward model, None where they are not at hand."
+    return memory.read_shape(world.assets() / "base" if preset.models.base == "world:base" else preset.models.base), memory.read_shape(preset.models.reward)
+
+
+def on_machines(
+    preset: Preset, # the study
+    records: list[dict], # from `plan`
+) -> list[list]: # GPU, whether the study fits, the stage that needs most, its GB, micro-batches, hours; empty for a study that demands no GPU
+    "A study that is meant for a GPU, on each of the known ones."
+    shape, reward = _shapes(preset)
+    if preset.compute.device != "cuda" or shape is None: return []
+    found = {name: memory.on_gpu(preset, records, shape, gpu, reward) for name, gpu in memory.GPUS.items()}
+    return [[name, "yes" if f["fits"] else "no", f["stage"], f["gb"], ", ".join(f"{kind} {size}" for kind, size in f["micro_batch"].items()), f["hours"]] for name, f in found.items()]
+
+
+def planned_memory(
+    preset: Preset, # the study
+) -> dict[str, memory.Fit]: # by kind of stage; empty where the base model's shape is not at hand
+    "Estimated memory of the training stages and of the answers, on the device that the preset is for: what it says, a GPU of 80 GB where it demands a GPU, else this machine."
+    shape, reward = _shapes(preset)
+    if shape is None: return {}
+    device = "cuda" if preset.compute.device == "cuda" else "cpu"
+    gb = preset.compute.memory_gb or (memory.GPUS["H100"].gb if device == "cuda" else psutil.virtual_memory().total / 2**30)
+    return {kind: memory.stage_memory(preset, kind, shape, gb, device, reward) for kind in ("midtrain", "sft", "grpo", "answers")}
+
+
 def plan(
     preset: Preset, # the study
     seeds: int = 1, # how many seeds
-) -> list[dict]: # one record a stage: stage, kind, seed, rows, steps, tokens, answers, judge_calls
-    "What every stage will do, without loading a model. Steps are the preset's: the dose `cover` may raise them. Tokens of a GRPO arm are at most these: answers may end early."
+) -> list[dict]: # one record a stage: stage, kind, seed, rows, steps, tokens, answers, judge_calls, memory_gb and its parts in memory
+    "What every stage will do, without loading a model. Steps are the preset's: the dose `cover` may raise them. Tokens of a GRPO arm are at most these: answers may end early. Memory is an estimate."
+    needs = planned_memory(preset)
     counts = {name: (*question_count(name, b), b.epochs) for name, b in preset.benchmarks.items()}
     def total(part): return sum(c[part] * c[2] for c in counts.values()) if all(c[part] is not None for c in counts.values()) else None
     records = []
@@ -406,6 +441,8 @@ def plan(
             record |= {"rows": source_rows(preset.data.source(parse_model(stage.model).rows), preset.grpo.rows), "steps": preset.grpo.steps, "tokens": tokens}
         if stage.kind == "answers": record["answers"] = total(0)
         if stage.kind == "eval" and total(1) is not None: record["judge_calls"] = total(1) * len(judge_names(preset.judge))
+        need = needs.get(stage.kind)
+        record |= {"memory_gb": need and round(need.gb, 1), "memory": need and {name: round(size / 2**30, 2) for name, size in need.parts.items()}}
         records.append(record)
     return records
 
@@ -443,7 +480,7 @@ class Work:
         "Folder of an input's artifact."
         return self.study.folder / self.stage.inputs[number].place
 
-# %% ../nbs/13_pipeline.ipynb #2db4294e
+# %% ../nbs/13_pipeline.ipynb #c731f6a0
 def _take(source: str, target: str):
     "A copy; of weights too big to store once per seed (above 64 MB) a hard link, where the disk allows one."
     if os.path.getsize(source) > WHOLE:
@@ -454,7 +491,7 @@ def _take(source: str, target: str):
 def _run_base(work: Work) -> dict:
     from compassion_repro import models
     folder, preset = models.find_model(work.preset.models.base), work.preset
-    models.check_fits(models.load_model(folder), models.load_tokenizer(folder), max(preset.midtrain.length, preset.sft.length, preset.generation.max_new_tokens))
+    models.check_fits(models.load_model(folder), models.load_tokenizer(folder, preset.generation.template), max(preset.midtrain.length, preset.sft.length, preset.generation.max_new_tokens))
     shutil.copytree(folder, work.out, copy_function=_take, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "*.bin", "*.pth"))
     return {"source": work.preset.models.base}
 
@@ -465,6 +502,12 @@ def _save_rows(work: Work, rows: list[dict], held_out: list[dict]):
     data.save_rows(held_out, work.out / "held_out.jsonl")
 
 
+def _held(work: Work) -> dict:
+    "How a training stage holds its model, and the template of its rows."
+    from compassion_repro import training
+    return {"how": training.holding(work.preset.models, work.preset.compute), "template": work.preset.generation.training_template}
+
+
 def _run_midtrain(work: Work) -> dict:
     from compassion_repro import midtrain
     preset, seed = work.preset, work.stage.seed
@@ -473,7 +516,7 @@ def _run_midtrain(work: Work) -> dict:
     count = midtrain.replay_rows(len(documents), preset.midtrain.replay)
     replay = training_rows(preset.data.replay, "text", count, 1, seed)[0][:count] if count else []
     _save_rows(work, documents + replay, held_out)
-    done = midtrain.midtrain(work.input(), documents, replay, held_out, work.out, preset.midtrain, seed, preset.lora, work.report)
+    done = midtrain.midtrain(work.input(), documents, replay, held_out, work.out, preset.midtrain, seed, preset.lora, work.report, **_held(work))
     return {**done, "documents": len(documents), "replayed": len(replay), "data": report}
 
 
@@ -481,14 +524,15 @@ def _run_sft(work: Work) -> dict:
     from compassion_repro import sft
     preset, seed, name = work.preset, work.stage.seed, parse_model(work.stage.model).name
     names = dict.fromkeys(arm.rows for arm in map(parse_model, preset.arms) if arm.paradigm == "sft")
-    fit = sft.longest_answer(work.input(), preset.sft)
+    template = preset.generation.training_template
+    fit = sft.longest_answer(work.input(), preset.sft, template)
     rows = {n: training_rows(preset.data.source(n), "messages", preset.sft.rows, preset.sft.held_out, seed, **fit) for n in names}
     train, held_out, report = rows[name]
     _save_rows(work, train, held_out)
-    steps = sft.matched_steps(work.input(), [r[0] for r in rows.values()], preset.sft)
-    return {**sft.sft(work.input(), train, held_out, work.out, preset.sft, steps, seed, preset.lora, work.report, work.stage.model), "data": report}
+    steps = sft.matched_steps(work.input(), [r[0] for r in rows.values()], preset.sft, template)
+    return {**sft.sft(work.input(), train, held_out, work.out, preset.sft, steps, seed, preset.lora, work.report, work.stage.model, **_held(work)), "data": report}
 
-# %% ../nbs/13_pipeline.ipynb #4905cb12
+# %% ../nbs/13_pipeline.ipynb #b0d6d9ce
 def _run_reward(work: Work) -> dict:
     from compassion_repro import models, rewards
     source = work.preset.models.reward
@@ -512,7 +556,7 @@ def _run_grpo(work: Work) -> dict:
     prompts, held_out, report = training_rows(preset.data.source(rows), "prompts", preset.grpo.rows, preset.grpo.held_out, seed)
     _save_rows(work, prompts, held_out)
     reward, told = _reward(work)
-    return {**grpo.grpo(work.input(), prompts, held_out, work.out, preset.grpo, seed, preset.lora, reward, work.report, work.stage.model, _checkpoints(work)), **told, "data": report}
+    return {**grpo.grpo(work.input(), prompts, held_out, work.out, preset.grpo, seed, preset.lora, reward, work.report, work.stage.model, _checkpoints(work), **_held(work)), **told, "data": report}
 
 
 def _checkpoints(work: Work) -> Path:
@@ -529,7 +573,7 @@ def without_jail(
     needy = [m for m in preset.arms if parse_model(m).reward == "code"]
     return needy if needy and not unsafe and sandbox.level() == "none" else []
 
-# %% ../nbs/13_pipeline.ipynb #e5c52502
+# %% ../nbs/13_pipeline.ipynb #88c1e511
 @cache
 def _load_tasks(benchmarks: str, judge: str, folder: Path) -> dict:
     from compassion_repro import judge as judging, judges
@@ -545,9 +589,20 @@ def _tasks(work: Work, judge: str | None = None) -> dict:
 def _run_answers(work: Work) -> dict:
     from compassion_repro import evaluate
     questions = [q for task in _tasks(work).values() for q in task.questions]
-    answers = evaluate.generate_answers(work.input(), work.stage.model, questions, work.stage.seed, work.preset.generation, report=work.report)
+    generation = work.preset.generation.model_copy(update={"template": work.stage.config["generation"]["template"]})
+    answers = evaluate.generate_answers(work.input(), work.stage.model, questions, work.stage.seed, generation, report=work.report)
     write_atomically(work.out / "answers.parquet", answers.to_parquet)
-    return {"answers": len(answers), "tokens": int(answers.tokens.sum()), "cut_off": float((answers.stop_reason == "length").mean()), **answers.attrs}
+    cut_off = float((answers.stop_reason == "length").mean())
+    return {"answers": len(answers), "tokens": int(answers.tokens.sum()), "cut_off": cut_off, "warnings": cut_off_alarm(cut_off, work.preset.generation), **answers.attrs}
+
+
+def cut_off_alarm(
+    cut_off: float, # share of answers that ran into the limit
+    generation: Generation, # holds the share that is borne, and the limit
+) -> list[str]: # one line, or none
+    "An alarm where answers do not end: a model that was never taught to stop, or another template than it was trained with, writes until it is cut off."
+    if cut_off <= generation.cut_off_alarm: return []
+    return [f"{cut_off:.0%} of the answers ran into the limit of {generation.max_new_tokens} tokens, more than the {generation.cut_off_alarm:.0%} of generation.cut_off_alarm: check the template and the end token, or raise generation.max_new_tokens"]
 
 
 def _run_eval(work: Work) -> dict:
@@ -593,7 +648,7 @@ def interruptible():
         for number, handler in before.items(): signal.signal(number, handler)
     if seen: raise KeyboardInterrupt
 
-# %% ../nbs/13_pipeline.ipynb #423d4650
+# %% ../nbs/13_pipeline.ipynb #861b5ddb
 def run_stage(
     study: Study, # where it goes
     preset: Preset, # the configuration
@@ -626,6 +681,7 @@ ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", 
 def prepare(preset: Preset):
     "Settings that libraries read when they are imported: threads that wait without spinning (on a busy machine that doubled the speed of training), quiet, no telemetry."
     os.environ["OMP_NUM_THREADS"] = str(preset.threads)
+    if preset.compute.device == "cpu": os.environ["CUDA_VISIBLE_DEVICES"] = ""
     for name, value in ENVIRONMENT.items(): os.environ.setdefault(name, value)
     import torch
     import warnings
@@ -643,8 +699,10 @@ def check_inputs(
 ):
     "Open everything that a user brings before the first stage runs, so that a bad row in the last arm does not cost the training before it; tells what was found."
     prepare(preset)
-    from compassion_repro import data, models, rewards
-    models.load_tokenizer(models.find_model(preset.models.base))
+    from compassion_repro import data, models, rewards, training
+    training.holding(preset.models, preset.compute)
+    base = models.find_model(preset.models.base)
+    models.check_architecture(base), models.load_tokenizer(base, preset.generation.template)
     arms = [parse_model(m) for m in preset.arms]
     for arm in arms:
         if not arm.reward: continue
@@ -693,23 +751,40 @@ def run(
             say(f"{label}: {manifest['seconds']:.1f} s; {_facts(manifest)}")
         stages = study.finished(preset, left_out)
         collect(study, stages)
+        for line in compare_templates(study, stages): say(line)
         analyse(study, report, page)
     return study
 
-# %% ../nbs/13_pipeline.ipynb #aaf2c0f3
+# %% ../nbs/13_pipeline.ipynb #d20e1b50
 def collect(
     study: Study, # finished
     stages: list[Stage], # its stages
 ):
-    "Lay the tables of all models and seeds together: answers, grades, scores, margin, kl; and with them what later judges said."
+    "Lay the tables of all models and seeds together: answers, grades, scores, margin, kl; with them what later judges said; and a table of its own for answers in another form of question."
     import pandas as pd
     from compassion_repro.agreement import lay_together
     for name, kind in (("answers", "answers"), ("grades", "eval"), ("scores", "eval"), ("margin", "probe"), ("kl", "probe")):
-        parts = [pd.read_parquet(study.folder / s.place / f"{name}.parquet") for s in stages if s.kind == kind]
+        parts = [pd.read_parquet(study.folder / s.place / f"{name}.parquet") for s in stages if s.id == f"{kind}-{s.model}"]
         table = pd.concat([p for p in parts if len(p)] or parts[:1], ignore_index=True)
         if name in ("grades", "scores"): table = lay_together(study.folder, name, table)
         if name == "scores": table["study"] = study.folder.name
         with writable(study.folder): write_atomically(study.folder / f"{name}.parquet", table.to_parquet)
+
+
+def compare_templates(
+    study: Study, # finished, asked in more than one form
+    stages: list[Stage], # its stages
+) -> list[str]: # one line a benchmark; empty where there is one form
+    "How much the form of the question matters: mean overall score by model and template, kept in templates.parquet."
+    import pandas as pd
+    def scores(stage): return pd.read_parquet(study.folder / stage.place / "scores.parquet").assign(template=stage.inputs[0].config["generation"]["template"])
+    forms = study.preset.generation.forms()
+    if len(forms) == 1: return []
+    table = pd.concat([scores(stage) for stage in stages if stage.kind == "eval"], ignore_index=True)
+    means = 100 * table[table.dimension == "overall"].groupby(["benchmark", "model", "template"]).score.mean().unstack("template")[forms]
+    with writable(study.folder): write_atomically(study.folder / "templates.parquet", means.reset_index().to_parquet)
+    spread = (means.max(axis=1) - means.min(axis=1)).unstack("benchmark")
+    return [f"{name}: asked in the forms {', '.join(forms)}, the mean score of a model differs by up to {spread[name].max():.1f} points ({spread[name].idxmax()}), {spread[name].mean():.1f} on average" for name in spread if spread[name].notna().any()]
 
 
 def training_record(

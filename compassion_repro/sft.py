@@ -5,30 +5,33 @@
 # %% auto #0
 __all__ = ['matched_steps', 'longest_answer', 'sft']
 
-# %% ../nbs/05_sft.ipynb #9b0f20b0
+# %% ../nbs/05_sft.ipynb #a04d7c11
 from pathlib import Path
 
 from .midtrain import pack, steps_for, train_stage
 from .models import encode_row, load_tokenizer
 from .study import InputError, Lora, Training
+from .training import Holding
 
-# %% ../nbs/05_sft.ipynb #2759e0e0
+# %% ../nbs/05_sft.ipynb #a5fc1f06
 def matched_steps(
     start: str | Path, # model folder, for its tokenizer
     arms: list[list[dict]], # training rows of every arm that must have the same dose
     training: Training, # names steps, dose and length
+    template: str = "plain", # chat template of the rows
 ) -> int: # optimiser steps for all of them
     "Steps that all the arms take."
-    tokenizer = load_tokenizer(start)
+    tokenizer = load_tokenizer(start, template)
     return steps_for(training, [len(pack(rows, tokenizer, training.length)) for rows in arms])
 
 
 def longest_answer(
     start: str | Path, # model folder, for its tokenizer
     training: Training, # its length is what a row may have
+    template: str = "plain", # chat template of the rows
 ) -> dict: # `max_length` and `measure` for `data.load`
     "How long the contents of a conversation may be so that it fits one sequence: a longer one is cut, and counted, because the part in the next sequence would have lost its question."
-    tokenizer = load_tokenizer(start)
+    tokenizer = load_tokenizer(start, template)
     empty = {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]}
     return {"max_length": training.length - len(encode_row(empty, tokenizer)["input_ids"]) - 8, "measure": lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])}
 
@@ -44,7 +47,9 @@ def sft(
     lora: Lora | None, # adapter, merged at the end
     report: callable = print, # called with one line of progress
     label: str = "sft", # arm id, for the progress line
+    how: Holding | None = None, # how the model is held in training; default: plainly, as the machine has it
+    template: str = "plain", # chat template of the rows
 ) -> dict: # what was done and the gain on held-out rows
     "Fine-tune on answers; raises `InputError` for a row that has none."
     if any(row["messages"][-1]["role"] != "assistant" for row in rows): raise InputError(f"{label}: a row has no answer to learn from; supervised arms need an assistant turn at the end")
-    return train_stage(start, rows, held_out, out, training, steps, seed, lora, report, label)
+    return train_stage(start, rows, held_out, out, training, steps, seed, lora, report, label, how, template)

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 HEAVY_LIBRARIES = ["torch", "transformers", "trl", "datasets", "inspect_ai"]
-HEAVY = {"data", "models", "midtrain", "sft", "grpo", "benchmarks", "runner", "evaluate", "judges", "judge", "margin"}
+HEAVY = {"data", "models", "midtrain", "training", "sft", "grpo", "benchmarks", "runner", "evaluate", "judges", "judge", "margin", "speed"}
 
 
 def exporting() -> list[str]:
@@ -19,7 +19,7 @@ def exporting() -> list[str]:
     return [found[1] for _, source in cells if (found := re.match(r"#\s*\|\s*default_exp (\w+)", source))]
 
 
-ORDER = exporting()
+ORDER = [*(room for room in exporting() if room != "cli"), "cli"] # the command line stands above all
 LIGHT = [room for room in ORDER if room not in HEAVY]
 
 
