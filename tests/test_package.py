@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-LIGHT = ["study", "world", "sandbox", "rewards", "stats", "figures", "pipeline", "cli"]
+LIGHT = ["study", "world", "hub", "sandbox", "rewards", "stats", "figures", "pipeline", "cli"]
 HEAVY_LIBRARIES = ["torch", "transformers", "trl", "datasets", "inspect_ai"]
-ORDER = ["study", "world", "data", "models", "midtrain", "sft", "sandbox", "rewards", "grpo", "evaluate", "stats", "figures", "pipeline", "cli"]
+ORDER = ["study", "world", "hub", "sources", "lengths", "data", "models", "midtrain", "sft", "sandbox", "rewards", "grpo", "evaluate", "stats", "figures", "pipeline", "cli"]
 
 
 def loaded_by(code: str) -> set[str]:

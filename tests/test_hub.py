@@ -1,0 +1,235 @@
+"""The hub over real HTTP, against a stand-in server: what is fetched, kept, taken up again and refused; presets at scale; publishing."""
+import hashlib
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer
+from huggingface_hub import constants
+
+from compassion_repro import data, hub, models, world
+from compassion_repro.study import InputError
+
+DOLLY_ROWS = [{"instruction": "Who wrote it?", "context": "Emma is by Jane Austen.", "response": "Jane Austen.", "category": "closed_qa"}] * 3
+JSON_LINES = lambda rows: "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    "A hub of our own, an empty cache, and no token."
+    running = HubServer()
+    for name, value in (("ENDPOINT", running.url), ("HUGGINGFACE_CO_URL_TEMPLATE", running.url + "/{repo_id}/resolve/{revision}/{filename}"), ("HF_HUB_CACHE", str(tmp_path / "cache")), ("HF_HUB_OFFLINE", False), ("HF_TOKEN_PATH", str(tmp_path / "token"))):
+        monkeypatch.setattr(constants, name, value)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"): monkeypatch.delenv(name, raising=False)
+    yield running
+    running.close()
+
+
+def files_fetched(server): return [path.split("/resolve/")[1].partition("/")[2] for method, path, _ in server.requests if method == "GET" and "/resolve/" in path]
+
+
+def assert_refused(call, *words):
+    with pytest.raises(InputError) as caught: call()
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 600 and "hf_" not in message, message
+    for word in words: assert word in message, message
+    return message
+
+
+# --- what is fetched ------------------------------------------------------------------------------------------------------
+
+def test_a_model_is_fetched_at_its_commit_without_pickles_or_programs(server):
+    files = {f.name: f.read_bytes() for f in (world.assets() / "base").iterdir() if f.is_file()}
+    there = server.add("model", "someone/tiny", {**files, "pytorch_model.bin": b"\x80", "modeling.py": b"boom", "original/consolidated.safetensors": b"no", "tokenizer.pickle": b"\x80"})
+    found = hub.snapshot("someone/tiny", "model")
+    assert found.revision == there.commit and hub.snapshot(f"someone/tiny@{there.commit}", "model") == found
+    assert {p.name for p in found.folder.iterdir()} == {name for name in files if not name.startswith(".")}
+    assert models.load_model(found.folder, "cpu").num_parameters() > 1e6
+    assert models.find_model("someone/tiny") == found.folder
+
+
+def test_a_second_call_fetches_no_file_again(server):
+    server.add("dataset", "someone/rows", {"train.jsonl": JSON_LINES(DOLLY_ROWS)})
+    hub.snapshot("someone/rows", "dataset")
+    before = files_fetched(server)
+    hub.snapshot("someone/rows", "dataset")
+    assert before == ["train.jsonl"] == files_fetched(server)
+
+
+@pytest.mark.parametrize("layout", ["train.jsonl", "databricks-dolly-15k.jsonl", "data/train-00000-of-00001.parquet", "described"])
+def test_a_data_set_of_the_hub_loads_like_the_folder_it_is(server, tmp_path, layout):
+    folder = tmp_path / "local"
+    folder.mkdir()
+    if layout == "described":
+        (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: [{split: train, path: odd.jsonl}]\n---\n")
+        (folder / "odd.jsonl").write_bytes(JSON_LINES(DOLLY_ROWS))
+    elif layout.endswith(".parquet"):
+        import pandas as pd
+        (folder / "data").mkdir()
+        pd.DataFrame(DOLLY_ROWS).to_parquet(folder / layout)
+    else: (folder / layout).write_bytes(JSON_LINES(DOLLY_ROWS))
+    there = server.add("dataset", "someone/rows", folder)
+    fetched, local = data.load("someone/rows", "messages"), data.load(folder, "messages")
+    assert fetched.rows == local.rows and len(fetched) == 3
+    assert (fetched.report.revision, local.report.revision) == (there.commit, "local")
+
+
+def test_a_known_repository_is_fetched_at_its_pinned_commit(server):
+    name = "databricks/databricks-dolly-15k"
+    server.add("dataset", name, {"rows.jsonl": JSON_LINES(DOLLY_ROWS)}, commit=hub.PUBLISHED[name].revision)
+    assert data.load(name, "messages").report.revision == hub.PUBLISHED[name].revision
+    assert not any("main" in path for _, path, _ in server.requests)
+
+
+def test_no_data_sets_library_cache_mixes_two_repositories_of_one_name(server):
+    for owner, text in (("one", "A memo."), ("two", "A report.")): server.add("dataset", f"{owner}/rows", {"train.jsonl": JSON_LINES([{"text": text}] * 2)})
+    assert [data.load(f"{owner}/rows", "text").rows[0]["text"] for owner in ("one", "two")] == ["A memo.", "A report."]
+
+
+# --- interrupted, damaged, offline ----------------------------------------------------------------------------------------------
+
+def test_a_broken_connection_is_taken_up_where_it_broke(server, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)          # what arrives is kept in steps of 10 MB
+    content = JSON_LINES([{"text": f"Memo {n}."} for n in range(2000)])
+    server.add("dataset", "someone/rows", {"train.jsonl": content})
+    server.breaks["train.jsonl"] = 1
+    assert len(data.load("someone/rows", "text")) == 2000
+    ranges = [asked for method, path, asked in server.requests if method == "GET" and path.endswith("train.jsonl")]
+    assert len(ranges) == 2 and ranges[0] is None and 10_000 < int(ranges[1][6:-1]) <= len(content) // 2
+
+
+def test_finished_files_are_kept_when_a_download_stops(server):
+    rows = JSON_LINES([{"text": "A memo."}] * 2)
+    server.add("dataset", "someone/rows", {"README.md": b"# Rows\n", "train.jsonl": rows})
+    server.repositories["dataset", "someone/rows"].files["train.jsonl"] = rows
+    hub.snapshot("someone/rows", "dataset")
+    cached = Path(constants.HF_HUB_CACHE)
+    next(cached.rglob("train.jsonl")).resolve().unlink()
+    next(cached.rglob("train.jsonl"), None) and next(cached.rglob("train.jsonl")).unlink()
+    server.requests.clear()
+    assert len(data.load("someone/rows", "text")) == 2 and files_fetched(server) == ["train.jsonl"]
+
+
+def test_offline_the_cache_serves_what_it_has(server, monkeypatch):
+    there = server.add("dataset", "someone/rows", {"train.jsonl": JSON_LINES(DOLLY_ROWS)})
+    first = data.load("someone/rows", "messages")
+    server.close()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert data.load("someone/rows", "messages").rows == first.rows == data.load(f"someone/rows@{there.commit}", "messages").rows
+    assert_refused(lambda: data.load("someone/others", "messages"), "someone/others: it is not in the cache", "HF_HUB_OFFLINE=1", "--set data.<name>=<folder>")
+
+
+def test_a_hub_that_went_away_leaves_the_cache(server, monkeypatch):
+    server.add("dataset", "someone/rows", {"train.jsonl": JSON_LINES(DOLLY_ROWS)})
+    data.load("someone/rows", "messages")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")   # nobody listens there
+    assert len(data.load("someone/rows", "messages")) == 3
+    assert_refused(lambda: data.load("someone/others", "messages"), "cannot be reached", "check the network")
+
+
+def tiny_weights(size=64):
+    header = json.dumps({"w": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
+    return struct.pack("<Q", len(header)) + header + bytes(size)
+
+
+def test_a_damaged_file_of_the_cache_is_fetched_once_more(server):
+    server.add("model", "someone/tiny", {"config.json": b"{}", "model.safetensors": tiny_weights()})
+    weights = hub.snapshot("someone/tiny", "model").folder / "model.safetensors"
+    weights.resolve().write_bytes(tiny_weights()[:-9])
+    server.requests.clear()
+    assert weights.read_bytes() != tiny_weights() and hub.snapshot("someone/tiny", "model").folder == weights.parent
+    assert weights.read_bytes() == tiny_weights() and files_fetched(server) == ["model.safetensors"]
+
+
+def test_a_file_that_is_damaged_on_the_hub_itself_is_told(server):
+    server.add("model", "someone/tiny", {"config.json": b"{}", "model.safetensors": tiny_weights()[:-9]})
+    assert_refused(lambda: hub.snapshot("someone/tiny", "model"), "model.safetensors is damaged", "bytes")
+
+
+@pytest.mark.parametrize("content, words", [(tiny_weights()[:-1], "of 138 bytes"), (b"", "cut off within its header"), (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+                                            (struct.pack("<Q", 4) + b"[1}]", "header cannot be read")])
+def test_a_local_folder_with_half_a_file(tmp_path, content, words):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(content)
+    message = assert_refused(lambda: models.find_model(str(tmp_path)), "model.safetensors is damaged", "download it again")
+    assert words in message or "of " in words
+
+
+# --- refused ----------------------------------------------------------------------------------------------------------------------
+
+GATED = "meta-llama/Llama-3.1-8B"
+
+
+@pytest.fixture
+def gated(server):
+    files = {f.name: f.read_bytes() for f in (world.assets() / "base").iterdir() if f.is_file()}
+    server.add("model", GATED, files, gated=True, commit=hub.PUBLISHED[GATED].revision)
+    return server
+
+
+def test_a_gated_model_without_a_token(gated):
+    assert_refused(lambda: models.find_model(GATED), "gated and no token is set", f"https://huggingface.co/{GATED}", "HF_TOKEN", "--set models.base=unsloth/Meta-Llama-3.1-8B")
+
+
+def test_a_gated_model_whose_licence_is_not_accepted(gated, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_without_access")
+    assert_refused(lambda: models.find_model(GATED), "your token's account has no access", f"https://huggingface.co/{GATED}")
+
+
+def test_a_wrong_token(gated, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_mistyped")
+    assert_refused(lambda: models.find_model(GATED), "refuses your token", "https://huggingface.co/settings/tokens")
+
+
+def test_a_gated_model_with_a_good_token(gated, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_with_access")
+    folder = models.find_model(GATED)
+    assert folder.name == hub.PUBLISHED[GATED].revision
+    assert not any("hf_with_access" in p.read_text(errors="replace") for p in Path(constants.HF_HUB_CACHE).rglob("*") if p.is_file() and p.stat().st_size < 10_000)
+
+
+def test_a_private_repository(server, monkeypatch):
+    server.add("dataset", "someone/secret", {"train.jsonl": JSON_LINES(DOLLY_ROWS)}, private=True)
+    assert_refused(lambda: data.load("someone/secret", "messages"), "or it is private and no token is set")
+    monkeypatch.setenv("HF_TOKEN", "hf_without_access")
+    assert len(data.load("someone/secret", "messages")) == 3
+
+
+@pytest.mark.parametrize("source, words", [("someone/rows@v9", "no revision 'v9'"), (f"someone/rows@{'0' * 40}", "no revision '000"), ("someone/nothing", "no such dataset"), ("rows", "no such dataset")])
+def test_what_the_hub_does_not_have(server, source, words):
+    server.add("dataset", "someone/rows", {"train.jsonl": JSON_LINES(DOLLY_ROWS)})
+    assert_refused(lambda: data.load(source, "messages"), words, "https://huggingface.co/datasets/", "--set")
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_a_hub_that_is_ill(server, status):
+    server.down = status
+    assert_refused(lambda: hub.snapshot("someone/rows", "dataset"), f"error {status}", "try again later")
+
+
+def test_only_pickled_weights(server):
+    server.add("model", "someone/old", {"config.json": b"{}", "pytorch_model.bin": b"\x80"})
+    assert_refused(lambda: models.find_model("someone/old"), "safetensors")
+
+
+def test_an_empty_repository(server):
+    server.add("dataset", "someone/empty", {"README.md": b"# Nothing\n"})
+    assert_refused(lambda: data.load("someone/empty", "text"), "not a readable data folder")
+
+
+def test_a_split_or_configuration_that_is_not_there(server):
+    server.add("dataset", "someone/test-only", {"test.jsonl": JSON_LINES(DOLLY_ROWS)})
+    server.add("dataset", "someone/two", {"a.jsonl": JSON_LINES(DOLLY_ROWS), "README.md": b"---\nconfigs:\n- {config_name: a, data_files: a.jsonl}\n- {config_name: b, data_files: a.jsonl}\n---\n"})
+    assert_refused(lambda: data.load("someone/test-only", "messages"), "no split 'train'", "test")
+    assert_refused(lambda: data.load("someone/two", "messages"), "Config name is missing")
+
+
+def test_a_folder_stands_in_for_a_repository(tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows/train.jsonl").write_bytes(JSON_LINES(DOLLY_ROWS))
+    assert hub.snapshot(tmp_path / "rows", "dataset") == hub.Snapshot(tmp_path / "rows", "local")
+    assert hashlib.sha256((tmp_path / "rows/train.jsonl").read_bytes()).hexdigest() and len(data.load(tmp_path / "rows", "messages")) == 3
