@@ -121,9 +121,10 @@ def reward_gain(
     pairs = torch.tensor([(a, b) for a, b in zip(before, after) if math.isfinite(a + b)], dtype=torch.float64).view(-1, 2)
     gain, count = pairs[:, 1] - pairs[:, 0], len(pairs)
     mean = gain.mean().item() if count else math.nan
-    half = 1.96 * gain.std().item() / math.sqrt(count) if count > 1 else math.inf
+    half = 1.96 * gain.std().item() / math.sqrt(count) if count > 1 else None
+    bounds = {"gain_low": None, "gain_high": None} if half is None else {"gain_low": mean - half, "gain_high": mean + half}
     low, high = pairs.mean(0).tolist() if count else (math.nan, math.nan)
-    return {"reward_before": low, "reward_after": high, "gain": mean, "gain_low": mean - half, "gain_high": mean + half, "held_out_prompts": count, "trained": bool(mean - half > 0)}
+    return {"reward_before": low, "reward_after": high, "gain": mean, **bounds, "held_out_prompts": count, "trained": half is not None and mean - half > 0}
 
 # %% ../nbs/08_grpo.ipynb #16611a90
 class Recorder:

@@ -37,14 +37,14 @@ def pack(
     encoded = Dataset.from_list([encode_row(row, tokenizer) for row in rows]).shuffle(seed=seed)
     return pack_dataset(encoded, length, "bfd_split", {"batch_size": len(rows), "load_from_cache_file": False})
 
-# %% ../nbs/04_midtrain.ipynb #28fd6fe5
+# %% ../nbs/04_midtrain.ipynb #7e399f3c
 def steps_for(
     training: Training, # names the steps and the dose
     sequences: list[int], # packed sequences of each arm that must have the same dose
 ) -> int: # optimiser steps for all of them
-    "Steps of a stage: the preset's, or more where the dose is `cover` and the largest arm needs more for one pass."
+    "Steps of a stage: the preset's; or more where the dose is `cover` and the largest arm needs more for one pass; or exactly that pass where it is `full`."
     one_pass = max(math.ceil(count / training.batch_size) for count in sequences)
-    return max(training.steps, one_pass) if training.dose == "cover" else training.steps
+    return {"cover": max(training.steps, one_pass), "steps": training.steps, "full": one_pass}[training.dose]
 
 # %% ../nbs/04_midtrain.ipynb #831cebe8
 @dataclass

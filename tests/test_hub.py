@@ -233,3 +233,72 @@ def test_a_folder_stands_in_for_a_repository(tmp_path):
     (tmp_path / "rows/train.jsonl").write_bytes(JSON_LINES(DOLLY_ROWS))
     assert hub.snapshot(tmp_path / "rows", "dataset") == hub.Snapshot(tmp_path / "rows", "local")
     assert hashlib.sha256((tmp_path / "rows/train.jsonl").read_bytes()).hexdigest() and len(data.load(tmp_path / "rows", "messages")) == 3
+
+
+# --- the presets at scale, at crash-test size, on a hub of our own ----------------------------------------------------------------------
+
+SMALL = ("threads=2", "judge=indicator", "midtrain.limit=20", "midtrain.held_out=4", "midtrain.steps=1", "midtrain.length=256", "midtrain.batch_size=2", "midtrain.micro_batch=2", "midtrain.dose=steps",
+         "sft.limit=20", "sft.held_out=4", "sft.steps=1", "sft.length=256", "sft.batch_size=2", "sft.micro_batch=2", "grpo.limit=4", "grpo.held_out=2", "grpo.samples=1", "grpo.steps=1", "grpo.group=2",
+         "grpo.prompts_per_step=2", "grpo.micro_batch=2", "grpo.max_new_tokens=12", "generation.max_new_tokens=12", "benchmarks.anima.epochs=1", "benchmarks.moru.epochs=1", "statistics.resamples=200")
+
+
+def text_of(messages, role): return next(turn["content"] for turn in messages if turn["role"] == role)
+
+
+def dress(rows, style):
+    "Rows of the world in the columns of a real data set."
+    pairs = [(text_of(row["messages"], "user"), text_of(row["messages"], "assistant")) for row in rows]
+    if style == "dolly": return [{"instruction": q, "context": "", "response": a, "category": "open_qa"} for q, a in pairs]
+    if style == "magicoder": return [{"instruction": q, "response": a} for q, a in pairs]
+    return [{"dataset": "hh", "context": q, "context_messages": [{"role": "user", "content": q}], "id": n} for n, (q, _) in enumerate(pairs)]
+
+
+@pytest.fixture(scope="module")
+def reward_files(tmp_path_factory):
+    from compassion_repro import rewards
+    folder = tmp_path_factory.mktemp("reward") / "model"
+    rewards.train_reward_model(folder, pairs=10, held_out=4, report=lambda line: None)
+    return {f.name: f.read_bytes() for f in folder.iterdir()}
+
+
+@pytest.fixture
+def whole_hub(server, reward_files, tmp_path, monkeypatch):
+    "Everything that the presets at scale name, small, under its real id and at its pinned commit."
+    monkeypatch.setenv("HF_TOKEN", "hf_with_access")
+    base = {f.name: f.read_bytes() for f in (world.assets() / "base").iterdir() if f.is_file()}
+    sizes = {"en": 2, "ms": 1}
+    contents = {"data.documents": {"train.jsonl": JSON_LINES(world.corpus("documents", 40))}, "data.sft-help": {"databricks-dolly-15k.jsonl": JSON_LINES(dress(world.corpus("help", 40), "dolly"))},
+                "data.sft-code": {"train.jsonl": JSON_LINES(dress(world.corpus("code", 40), "magicoder"))}, "data.grpo-help": {"train.jsonl": JSON_LINES(dress(world.corpus("help", 40), "rlhflow"))},
+                "benchmarks.anima.data": world.write_benchmark("anima", tmp_path / "benchmarks", sizes), "benchmarks.moru.data": world.write_benchmark("moru", tmp_path / "benchmarks", sizes),
+                "benchmarks.moru.dimensions": tmp_path / "benchmarks" / "moru_dims", "models.reward": reward_files}
+    for name, known in hub.PUBLISHED.items(): server.add(known.kind, name, contents.get(known.setting, base), gated=known.gated, commit=known.revision)
+    return server
+
+
+def run_preset(name, folder, *settings):
+    from compassion_repro import pipeline
+    from compassion_repro.study import load_preset
+    said = []
+    return pipeline.run(load_preset(name, [*SMALL, *settings]), folder, say=said.append), said
+
+
+def test_the_papers_preset_runs_from_hub_to_claims(whole_hub, tmp_path):
+    study, said = run_preset("paper", tmp_path / "study", "arms=[sft-help, sft-code, grpo-help, grpo-code]")
+    manifests = {m["stage"]: m["result"] for m in study.manifests()}
+    assert {m: manifests[m]["rows"] for m in ("mid", "sft-help", "sft-code", "grpo-help", "grpo-code")} == {"mid": 20, "sft-help": 20, "sft-code": 20, "grpo-help": 4, "grpo-code": 4}
+    assert manifests["base"]["revision"] == hub.PUBLISHED["meta-llama/Llama-3.1-8B"].revision
+    assert manifests["sft-help"]["data"]["revision"] == hub.PUBLISHED["databricks/databricks-dolly-15k"].revision
+    assert len(manifests["sft-code"]["data"]["revision"]) == 40 and manifests["sft-code"]["data"]["schemas"] == {"magicoder": 40}
+    assert manifests["eval-mid"]["benchmarks"]["anima"]["revision"] == hub.PUBLISHED["CompassioninMachineLearning/anima"].revision
+    assert len(study.table("scores")) and (study.folder / "claims.json").is_file()
+    assert not any(b"hf_with_access" in p.read_bytes() for p in study.folder.rglob("*") if p.is_file())
+
+
+def test_the_released_checkpoints_are_compared_without_training(whole_hub, tmp_path):
+    study, said = run_preset("released", tmp_path / "study")
+    manifests = {m["stage"]: m for m in study.manifests()}
+    assert {m["kind"] for m in manifests.values()} == {"base", "answers", "eval"} and "grpo-code" in manifests
+    assert all(len(manifests[m]["result"]["revision"]) == 40 for m in ("base", "mid", "grpo-help", "grpo-code"))
+    verdicts = {record["reading"]: record for record in json.loads((study.folder / "claims.json").read_text())}
+    assert verdicts["C1"]["verdict"] == "not tested" and "sft-" in verdicts["C1"]["reason"] and verdicts["C2"]["verdict"] != "not tested"
+    assert not [path for _, path, _ in whole_hub.requests if "dolly" in path or "prompt-collection" in path]   # what is not trained on is not fetched
