@@ -302,3 +302,120 @@ def test_the_released_checkpoints_are_compared_without_training(whole_hub, tmp_p
     verdicts = {record["reading"]: record for record in json.loads((study.folder / "claims.json").read_text())}
     assert verdicts["C1"]["verdict"] == "not tested" and "sft-" in verdicts["C1"]["reason"] and verdicts["C2"]["verdict"] != "not tested"
     assert not [path for _, path, _ in whole_hub.requests if "dolly" in path or "prompt-collection" in path]   # what is not trained on is not fetched
+
+
+def test_the_colab_preset_is_the_papers_graph_with_other_values(whole_hub, tmp_path):
+    from compassion_repro.pipeline import graph
+    from compassion_repro.study import load_preset
+    shapes = [tuple((s.id, s.kind, tuple(i.id for i in s.inputs)) for s in graph(load_preset(name))) for name in ("paper", "colab", "tiny")]
+    assert shapes[0] == shapes[1] == shapes[2]
+    study, _ = run_preset("colab", tmp_path / "study", "arms=[sft-help]", "sft.dose=full")
+    manifests = {m["stage"]: m["result"] for m in study.manifests()}
+    assert manifests["base"]["revision"] == hub.PUBLISHED["meta-llama/Llama-3.2-1B"].revision and manifests["sft-help"]["passes"] >= 1
+
+
+def test_plans_at_scale_need_no_network_and_no_torch():
+    code = ("import sys, json; from compassion_repro.pipeline import plan; from compassion_repro.study import load_preset\n"
+            "rows = {name: [r['rows'] for r in plan(load_preset(name)) if r['rows']] for name in ('paper', 'colab', 'released')}\n"
+            "full = {r['stage']: r['rows'] for r in plan(load_preset('paper', ['sft.dose=full']))}\n"
+            "print(json.dumps([rows, full, [m for m in ('torch', 'datasets', 'huggingface_hub') if m in sys.modules]]))")
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}).stdout
+    rows, full, loaded = json.loads(said)
+    assert loaded == [] and rows["released"] == [] and set(rows["paper"]) == {3000, 15_011, 111_183} and max(rows["colab"]) == 400
+    assert full["sft-code"] == 111_183
+
+
+# --- models that are given -----------------------------------------------------------------------------------------------------------------
+
+def given_stage(tmp_path, source):
+    "The artifact of a study's stage `mid` that is given, with the base in place."
+    from compassion_repro import pipeline
+    from compassion_repro.study import load_preset
+    preset = load_preset("smoke", ["arms=[]", f"models.given.mid={source}"])
+    study = pipeline.Study.create(tmp_path / "study", preset)
+    for stage in pipeline.graph(preset):
+        if stage.id in ("base", "mid"): pipeline.run_stage(study, preset, stage, lambda line: None)
+    return study
+
+
+def adapter(folder, start=None, **options):
+    "A small adapter, as PEFT saves one, with weights that change the model."
+    import torch
+    from peft import get_peft_model
+    from compassion_repro.study import Lora
+    model = get_peft_model(models.load_model(start or world.assets() / "base", "cpu"), models.lora_config(Lora(rank=2, **options)))
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "lora_" in name: torch.nn.init.normal_(weight.data, std=0.1)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def test_a_published_adapter_is_merged_into_the_base(server, tmp_path):
+    import torch
+    live = adapter(tmp_path / "adapter")
+    server.add("model", "someone/adapter", tmp_path / "adapter")
+    study = given_stage(tmp_path, "someone/adapter")
+    merged = models.load_model(study.folder / "seed-1" / "mid", "cpu")
+    ids = torch.arange(3, 40)[None]
+    torch.testing.assert_close(merged(ids).logits, live(ids).logits, atol=1e-4, rtol=1e-4)
+    assert (merged(ids).logits - models.load_model(world.assets() / "base", "cpu")(ids).logits).abs().max() > 0.1
+    manifest = next(m for m in study.manifests() if m["stage"] == "mid")
+    assert len(manifest["result"]["revision"]) == 40 and "merged" in manifest["result"]["merge"]
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path):
+    adapter(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config | {"target_modules": ["c_attn"]}))
+    assert_refused(lambda: given_stage(tmp_path, tmp_path / "adapter"), "does not fit world:base")
+
+
+# --- publishing ------------------------------------------------------------------------------------------------------------------------------
+
+def test_a_model_of_a_real_study_is_published_with_its_card(finished, server, monkeypatch, capsys):
+    from compassion_repro.cli import main
+    monkeypatch.setenv("HF_TOKEN", "hf_with_access")
+    assert main(["push", str(finished), "sft-help", "--to", "me/tiny-help", "--private"]) == 0
+    there, out = server.repositories["model", "me/tiny-help"], capsys.readouterr()
+    folder = finished / "seed-1" / "sft-help"
+    assert there.private and set(there.files) == {"README.md", "manifest.json", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert there.files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    card = there.files["README.md"].decode()
+    import pandas as pd
+    scores = pd.read_parquet(finished / "scores.parquet")
+    own = scores[(scores.model == "sft-help") & (scores.benchmark == "anima") & (scores.dimension == "overall")]
+    mean = own.groupby("question_id").score.mean().mean() * 100
+    assert f"| anima | all | {mean:.1f}" in card and "Judge: `indicator`" in card and "world:help" in card and "not measurably trained" in card
+    assert "model-index:" in card and f"value: {round(mean, 2)}" in card
+    everything = b"".join(there.files.values()) + (out.out + out.err).encode()
+    assert b"hf_with_access" not in everything and str(finished.parent).encode() not in everything
+    fetched = hub.snapshot("me/tiny-help", "model")
+    assert models.load_model(fetched.folder, "cpu").num_parameters() > 1e6
+
+
+def test_a_dry_run_uploads_nothing_and_needs_no_token(finished, server, capsys):
+    from compassion_repro.cli import main
+    assert main(["push", str(finished), "mid", "--to", "me/mid", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "# mid" in out and "model.safetensors" in out and "nothing was uploaded" in out and server.requests == []
+
+
+@pytest.mark.parametrize("words, token, parts", [
+    (["sft-help", "--to", "me/x"], None, ["needs a token", "settings/tokens"]),
+    (["sft-help", "--to", "me/x"], "hf_mistyped", ["refuses your token"]),
+    (["sft-help", "--to", "others/x"], "hf_with_access", ["may not write there"]),
+    (["sft-help", "--to", "nowhere"], "hf_with_access", ["give owner/name"]),
+    (["base", "--to", "me/x"], "hf_with_access", ["was not trained by this study"]),
+    (["grpo-help", "--to", "me/x"], "hf_with_access", ["has no finished model 'grpo-help'"]),
+    (["sft-help", "--to", "me/x", "--seed", "7"], "hf_with_access", ["of seed 7"]),
+    (["sft-help", "--to", "me/x", "--adapter"], "hf_with_access", ["without --adapter"]),
+    (["sft-help"], "hf_with_access", ["--to"]),
+])
+def test_what_cannot_be_published_is_one_line(finished, server, monkeypatch, capsys, words, token, parts):
+    from compassion_repro.cli import main
+    if token: monkeypatch.setenv("HF_TOKEN", token)
+    assert main(["push", str(finished), *words]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "hf_" not in err, err
+    for part in parts: assert part in err, err
