@@ -358,7 +358,7 @@ def test_a_published_adapter_is_merged_into_the_base(server, tmp_path):
     study = given_stage(tmp_path, "someone/adapter")
     merged = models.load_model(study.folder / "seed-1" / "mid", "cpu")
     ids = torch.arange(3, 40)[None]
-    torch.testing.assert_close(merged(ids).logits, live(ids).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(merged(ids).logits, live(ids).logits, atol=5e-3, rtol=1e-2)
     assert (merged(ids).logits - models.load_model(world.assets() / "base", "cpu")(ids).logits).abs().max() > 0.1
     manifest = next(m for m in study.manifests() if m["stage"] == "mid")
     assert len(manifest["result"]["revision"]) == 40 and "merged" in manifest["result"]["merge"]
