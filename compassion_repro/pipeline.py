@@ -6,7 +6,7 @@
 __all__ = ['WHOLE', 'EMBEDDED', 'VERSIONS', 'PACKAGES', 'HUB_COUNTS', 'RUN', 'ENVIRONMENT', 'digest', 'path_digest', 'is_local',
            'source_digest', 'model_digest', 'Stage', 'graph', 'write_json', 'writable', 'provenance', 'study_name',
            'Study', 'question_count', 'source_rows', 'plan', 'training_rows', 'Work', 'without_jail', 'interruptible',
-           'run_stage', 'prepare', 'check_inputs', 'run', 'collect', 'training_record', 'analyse']
+           'run_stage', 'prepare', 'pin_sources', 'check_inputs', 'run', 'collect', 'training_record', 'analyse']
 
 # %% ../nbs/13_pipeline.ipynb #46f2ef40
 import errno
@@ -443,7 +443,7 @@ class Work:
         "Folder of an input's artifact."
         return self.study.folder / self.stage.inputs[number].place
 
-# %% ../nbs/13_pipeline.ipynb #0fd862c2
+# %% ../nbs/13_pipeline.ipynb #6408ed4a
 def _take(source: str, target: str):
     "A copy; of weights too big to store once per seed (above 64 MB) a hard link, where the disk allows one."
     if os.path.getsize(source) > WHOLE:
@@ -473,6 +473,7 @@ def _run_base(work: Work) -> dict:
     model, preset = work.stage.model, work.preset
     source = preset.models.base if model == "base" else preset.models.given[model]
     folder = models.find_model(source)
+    if hub.is_adapter(folder) and model == "base": raise InputError(f"{source} is an adapter, no whole model: give the model it belongs to as models.base and the adapter as models.given.<model>")
     if hub.is_adapter(folder): done = _merge_given(work, folder)
     else:
         models.check_fits(models.load_model(folder), models.load_tokenizer(folder), max(preset.midtrain.length, preset.sft.length, preset.generation.max_new_tokens))
@@ -596,7 +597,7 @@ def interruptible():
         for number, handler in before.items(): signal.signal(number, handler)
     if seen: raise KeyboardInterrupt
 
-# %% ../nbs/13_pipeline.ipynb #7cf5028b
+# %% ../nbs/13_pipeline.ipynb #56399cf7
 def run_stage(
     study: Study, # where it goes
     preset: Preset, # the configuration
@@ -639,6 +640,34 @@ def prepare(preset: Preset):
     warnings.filterwarnings("ignore", category=UserWarning), warnings.filterwarnings("ignore", category=FutureWarning)
 
 
+def _used_sources(preset: Preset) -> dict[str, str]:
+    "Dotted names of the sources that the study will fetch as models and corpora, with their kinds."
+    arms, midtrained = _trained_arms(preset), {"mid", "mid-control"}.intersection(preset.trained)
+    used = {"models.base": "model"} | {f"models.given.{name}": "model" for name in preset.models.given} | {f"data.{arm.rows}": "dataset" for arm in arms}
+    if any(arm.reward == "help" for arm in arms): used["models.reward"] = "model"
+    for name, wanted in (("documents", "mid" in midtrained), ("control", "mid-control" in midtrained), ("replay", midtrained and preset.midtrain.replay)):
+        if wanted: used[f"data.{name}"] = "dataset"
+    return used
+
+
+def pin_sources(
+    preset: Preset, # as the user has it
+    folder: str | Path, # the study's, which may hold pins already
+) -> Preset: # with a commit for everything that comes from the hub
+    "Fix every branch of the hub to the commit it stands for, the one that the study began with; raises `InputError` where the hub cannot tell."
+    values, before = preset.resolved(), {}
+    with suppress(InputError): before = _flat(Study(folder).preset.resolved())
+    for key, kind in _used_sources(preset).items():
+        section, *path = key.split(".", 2)
+        place = values[section] if len(path) == 1 else values[section][path[0]]
+        source = place[path[-1]]
+        if source.startswith("world:") or is_local(source) or hub.is_pinned(source) and "@" in source: continue
+        kept = before.get(key, "")
+        same = kept.partition("@")[0] == source.partition("@")[0] and "@" in kept and hub.is_pinned(kept)
+        place[path[-1]] = kept if same else hub.pin(source, kind)
+    return build_preset(values)
+
+
 def check_inputs(
     study: Study, # where the benchmarks' copies go
     preset: Preset, # the study
@@ -676,6 +705,7 @@ def run(
     unsafe: bool = False, # run model-written code even without a jail
 ) -> Study: # finished
     "Run a study, or carry on with one; raises `InputError` for bad input and lets Ctrl-C through, finished stages stay."
+    preset = pin_sources(preset, folder)
     left_out = without_jail(preset, unsafe)
     stages = [s for s in graph(preset, seeds) if s.model not in left_out]
     study = Study.create(folder, preset)

@@ -21,7 +21,7 @@ from .study import InputError
 class BadRow(ValueError):
     "A row that cannot be used; its message is the reason that the report counts."
 
-# %% ../nbs/01c_sources.ipynb #92641b89
+# %% ../nbs/01c_sources.ipynb #e15c661c
 FILES = (".jsonl", ".ndjson", ".json", ".parquet")
 
 @dataclass(frozen=True)
@@ -42,8 +42,6 @@ def parse_source(
     if kind == "world":
         if name in world.CORPORA: return Source("world", name)
         raise InputError(f"{source}: no such embedded corpus; choose one of {', '.join(f'world:{known}' for known in world.CORPORA)}")
-    if Path(source.partition("@")[0]).suffix.lower() in (*FILES, ".csv", ".tsv", ".txt", ".gz", ".zip"):
-        raise InputError(f"{source}: no such file or folder, and not a hub id; give an existing path, world:<name>, or id@revision")
     return Source("hub", *hub.split_source(source))
 
 # %% ../nbs/01c_sources.ipynb #49338ed3

@@ -43,7 +43,7 @@ class TokenAccount:
         cells = [(names.get(k, k), f"{v:.1%}" if k == "room" else f"{v:,}" if isinstance(v, int) else f"`{v}`") for k, v in asdict(self).items()]
         return "\n".join(["| tokens | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)])
 
-# %% ../nbs/05b_tokens.ipynb #c05fb1b5
+# %% ../nbs/05b_tokens.ipynb #3f389329
 def _packed_counts(sequences, end: int) -> dict:
     "Trained and masked tokens of packed sequences, continuations, and end tokens with loss."
     trained = masked = continued = ends = 0
@@ -62,9 +62,11 @@ def _fitted(rows: list[dict], max_length: int | None, measure) -> tuple[list[dic
     if max_length is None: return rows, 0, 0
     kept, cut, dropped = [], 0, 0
     for row in rows:
+        if "text" in row: kept.append(row); continue # the packer splits documents, nothing cuts them
         try: pieces, counters = fit(row, max_length, measure)
         except BadRow: dropped += 1; continue
-        kept, cut = kept + pieces, cut + ("truncated" in counters)
+        kept.extend(pieces)
+        cut += "truncated" in counters
     return kept, cut, dropped
 
 

@@ -504,3 +504,62 @@ def test_real_rows_keep_their_text():
         raw = json.loads(line)
         question = raw["instruction"] + ("\n\n" + raw["context"] if raw["context"] else "")
         assert row == chat_row(question, raw["response"])
+
+
+# --- tokens: every one accounted for ------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from compassion_repro.models import load_tokenizer
+    return load_tokenizer(world.assets() / "base")
+
+
+def assert_accounted(account, report):
+    assert account.tokens_in == account.trained + account.masked + account.truncated and account.trained > 0
+    assert account.rows + account.dropped_rows == report.rows == report.kept and balanced(report)
+    assert account.rows - account.split_rows <= account.ends <= account.rows
+    assert 0 < account.room <= 1
+
+
+@needs_shared
+@pytest.mark.parametrize("name, schema, rows", [("dolly_rows.jsonl", "dolly", 75), ("code_rows.jsonl", "magicoder", 300)])
+@pytest.mark.parametrize("length, cut", [(2048, False), (2048, True), (256, False), (256, True)])
+def test_every_token_of_the_real_rows_is_accounted_for(tokenizer, name, schema, rows, length, cut):
+    from compassion_repro.sft import longest_answer
+    from compassion_repro.study import Training
+    from compassion_repro.tokens import corpus_account
+    longest = longest_answer(world.assets() / "base", Training(length=length))["max_length"] if cut else None
+    account, report = corpus_account(str(SHARED / name), "messages", tokenizer, length, longest)
+    assert report.schemas == {schema: rows} and report.read == rows
+    assert_accounted(account, report)
+    if cut: assert account.split_rows == 0 and account.ends == account.rows
+    else: assert account.truncated == 0
+    if length == 256: assert (account.truncated_rows if cut else account.split_rows) > 0           # the case is there at all
+
+
+@needs_shared
+def test_the_real_rows_serve_every_role(tokenizer):
+    prompts = load(SHARED / "code_rows.jsonl", "prompts")
+    assert len(prompts) == 300 and all(row["reference"].strip() and [t["role"] for t in row["messages"]] == ["user"] for row in prompts.rows)
+    dolly = load(SHARED / "dolly_rows.jsonl", "messages")
+    assert all([t["role"] for t in row["messages"]] == ["user", "assistant"] for row in dolly.rows) and not dolly.report.dropped
+
+
+@pytest.mark.parametrize("row", [DOLLY, CODE, {"text": "A memo about pens. " * 40}, chat_row("Why? " * 60, "So. " * 200)])
+@pytest.mark.parametrize("length", [16, 64, 512])
+def test_every_token_of_small_rows_is_accounted_for(tmp_path, tokenizer, row, length):
+    from compassion_repro.tokens import corpus_account
+    shape = "text" if "text" in row else "messages"
+    for longest in (None, max(4, length - 16)):
+        account, report = corpus_account(str(write(tmp_path / "rows.jsonl", [row] * 3)), shape, tokenizer, length, longest)
+        assert_accounted(account, report)
+
+
+def test_a_lost_token_would_be_seen(tokenizer, monkeypatch):
+    from compassion_repro import tokens
+    whole = tokens.pack
+    monkeypatch.setattr(tokens, "pack", lambda rows, *more: whole(rows[:-1], *more))
+    assert_refused(lambda: tokens.account_tokens([chat_row("Why?", "So.")] * 2, tokenizer, 64), "tokens went into the packing")
+    monkeypatch.setattr(tokens, "pack", whole)
+    monkeypatch.setattr(tokens, "encode_row", lambda row, tokenizer: {"input_ids": [1], "labels": [1]})
+    assert_refused(lambda: tokens.account_tokens([chat_row("Why?", "So.")] * 2, tokenizer, 64), "went into the packing")

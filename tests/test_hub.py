@@ -85,6 +85,16 @@ def test_a_known_repository_is_fetched_at_its_pinned_commit(server):
     assert not any("main" in path for _, path, _ in server.requests)
 
 
+def test_a_branch_is_pinned_to_todays_commit(server, monkeypatch):
+    there = server.add("dataset", "someone/rows", {"train.jsonl": JSON_LINES(DOLLY_ROWS)})
+    assert hub.pin("someone/rows", "dataset") == hub.pin("someone/rows@main", "dataset") == f"someone/rows@{there.commit}"
+    assert_refused(lambda: hub.pin("someone/rows@v9", "dataset"), "no revision 'v9'")
+    assert_refused(lambda: hub.pin("someone/nothing", "model"), "no such model")
+    data.load("someone/rows@main", "messages")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert hub.pin("someone/rows", "dataset") == f"someone/rows@{there.commit}"
+
+
 def test_no_data_sets_library_cache_mixes_two_repositories_of_one_name(server):
     for owner, text in (("one", "A memo."), ("two", "A report.")): server.add("dataset", f"{owner}/rows", {"train.jsonl": JSON_LINES([{"text": text}] * 2)})
     assert [data.load(f"{owner}/rows", "text").rows[0]["text"] for owner in ("one", "two")] == ["A memo.", "A report."]
@@ -291,6 +301,12 @@ def test_the_papers_preset_runs_from_hub_to_claims(whole_hub, tmp_path):
     assert len(manifests["sft-code"]["data"]["revision"]) == 40 and manifests["sft-code"]["data"]["schemas"] == {"magicoder": 40}
     assert manifests["eval-mid"]["benchmarks"]["anima"]["revision"] == hub.PUBLISHED["CompassioninMachineLearning/anima"].revision
     assert len(study.table("scores")) and (study.folder / "claims.json").is_file()
+    pinned = study.preset
+    assert pinned.data.sft_code == "ise-uiuc/Magicoder-Evol-Instruct-110K@" + manifests["sft-code"]["data"]["revision"] and pinned.data.sft_help.endswith(hub.PUBLISHED["databricks/databricks-dolly-15k"].revision)
+    moved = whole_hub.repositories["dataset", "ise-uiuc/Magicoder-Evol-Instruct-110K"]
+    moved.commit = "f" * 40                                              # main has moved on: the study keeps its own commit and has nothing to do
+    again, said = run_preset("paper", tmp_path / "study", "arms=[sft-help, sft-code, grpo-help, grpo-code]")
+    assert "0 to run" in said[0] and again.preset == pinned
     assert not any(b"hf_with_access" in p.read_bytes() for p in study.folder.rglob("*") if p.is_file())
 
 
@@ -369,6 +385,15 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config | {"target_modules": ["c_attn"]}))
     assert_refused(lambda: given_stage(tmp_path, tmp_path / "adapter"), "does not fit world:base")
+
+
+def test_an_adapter_is_no_base(tmp_path):
+    from compassion_repro import pipeline
+    from compassion_repro.study import load_preset
+    adapter(tmp_path / "adapter")
+    preset = load_preset("smoke", ["arms=[]", f"models.base={tmp_path / 'adapter'}"])
+    study = pipeline.Study.create(tmp_path / "study", preset)
+    assert_refused(lambda: pipeline.run_stage(study, preset, pipeline.graph(preset)[0], lambda line: None), "is an adapter", "models.given")
 
 
 # --- publishing ------------------------------------------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-LIGHT = ["study", "world", "hub", "sandbox", "rewards", "stats", "figures", "pipeline", "cli"]
+LIGHT = ["study", "fidelity", "world", "hub", "sandbox", "rewards", "stats", "figures", "pipeline", "publish", "cli"]
 HEAVY_LIBRARIES = ["torch", "transformers", "trl", "datasets", "inspect_ai"]
-ORDER = ["study", "world", "hub", "sources", "lengths", "data", "models", "midtrain", "sft", "sandbox", "rewards", "grpo", "evaluate", "stats", "figures", "pipeline", "cli"]
+ORDER = ["study", "fidelity", "world", "hub", "sources", "lengths", "data", "models", "midtrain", "sft", "tokens", "sandbox", "rewards", "grpo", "evaluate", "stats", "figures", "pipeline", "publish", "cli"]
 
 
 def loaded_by(code: str) -> set[str]:
