@@ -444,3 +444,10 @@ def test_what_cannot_be_published_is_one_line(finished, server, monkeypatch, cap
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "hf_" not in err, err
     for part in parts: assert part in err, err
+
+
+def test_the_command_line_says_it_in_one_line(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "compassion_repro.cli", "run", "--preset", "paper", "--out", str(tmp_path / "study")], capture_output=True, text=True,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("compassion-repro: "), done.stderr
+    assert "HF_HUB_OFFLINE=1" in done.stderr and "--set" in done.stderr and not (tmp_path / "study").exists()
