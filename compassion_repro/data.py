@@ -17,7 +17,7 @@ from .lengths import LONG_PROMPTS, fit
 from .sources import BadRow, json_lines, parse_source, read_source
 from .study import InputError, write_atomically
 
-# %% ../nbs/02_data.ipynb #b7513bf0
+# %% ../nbs/02_data.ipynb #6a8f3b8e
 @dataclass
 class Report:
     "What became of every row of a source: read = kept + dropped + left_out."
@@ -34,6 +34,7 @@ class Report:
     max_length: int | None = None  # most that a row may measure, where a length was set
     truncated: int = 0  # kept chat rows that were cut to that length
     questions_cut: int = 0  # those of them whose question was cut, not only the answer
+    cut: int = 0  # what they lost together, in the unit of the length
     split: int = 0  # kept documents that became several rows
     rows: int = 0  # rows of the corpus
     sha256: str = ""  # of the corpus as `save_rows` writes it
@@ -47,7 +48,7 @@ class Report:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         if self.dropped[reason] <= 5: self.places.setdefault(reason, []).append(place)
 
-# %% ../nbs/02_data.ipynb #83bf9ea3
+# %% ../nbs/02_data.ipynb #edd5ccec
 def _reasons(report):
     "The dropped rows in words, e.g. `missing response: 2 (lines 3, 9)`."
     def where(reason):
@@ -60,20 +61,20 @@ def _one_line(report):
     "The whole account as one line."
     parts = [f"{report.source} ({report.revision}): {report.read} rows read, {report.kept} kept as {report.rows} rows"]
     if report.dropped: parts.append(f"{sum(report.dropped.values())} dropped ({_reasons(report)})")
-    for number, words in ((report.left_out, "left out by the limit"), (report.truncated, f"truncated to {report.max_length}"),
+    for number, words in ((report.left_out, "left out by the limit"), (report.truncated, f"truncated to {report.max_length} ({report.cut:,} cut away)"),
                           (report.questions_cut, "with a cut question"), (report.split, f"split at {report.max_length}")):
         if number: parts.append(f"{number} {words}")
     return ", ".join(parts)
 
 Report.__str__ = _one_line
 
-# %% ../nbs/02_data.ipynb #6dee4afb
+# %% ../nbs/02_data.ipynb #166311ac
 def _report_table(report):
     "The account as a markdown table."
     schemas = ", ".join(f"{name} ({count})" for name, count in report.schemas.items())
     lines = [("source", f"`{report.source}`"), ("revision", report.revision), ("schema", schemas), ("shape", report.shape), ("rows read", report.read),
              ("kept", report.kept), ("dropped", _reasons(report) or 0), ("left out by the limit", report.left_out), ("longest row allowed", report.max_length or "any"),
-             ("truncated", report.truncated), ("of them with a cut question", report.questions_cut), ("split", report.split), ("rows", report.rows), ("sha256", f"`{report.sha256[:16]}`")]
+             ("truncated", report.truncated), ("of them with a cut question", report.questions_cut), ("cut away", report.cut), ("split", report.split), ("rows", report.rows), ("sha256", f"`{report.sha256[:16]}`")]
     cells = [(name, str(value).replace("|", "\\|")) for name, value in lines]
     return "\n".join(["| corpus | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)])
 
@@ -188,12 +189,12 @@ def _adapted(row, schema, shape):
     except (TypeError, ValueError): raise BadRow("id, tests or reference cannot be written as JSON text") from None
     return result
 
-# %% ../nbs/02_data.ipynb #bc0ceb1a
+# %% ../nbs/02_data.ipynb #08242ed1
 def _draw_key(row, seed):
     "A random number for a row that depends on its content and the seed only."
     return hashlib.sha256(f"{seed}\n{json.dumps(row, sort_keys=True)}".encode()).hexdigest()
 
-def _drawn(good, report, limit, seed, fitted_to):
+def _drawn(good, report, limit, seed, fitted_to, size=lambda row: 0):
     "The rows that the limit keeps, made to fit, in the order of the source; what happens to each goes into the report."
     order, fitted, before = range(len(good)), {}, sum(report.dropped.values())
     if limit is not None and limit < len(good): order = sorted(order, key=lambda at: _draw_key(good[at][1], seed))
@@ -203,6 +204,7 @@ def _drawn(good, report, limit, seed, fitted_to):
         try: fitted[at], counters = fitted_to(row)
         except BadRow as bad: report.drop(str(bad), place); continue
         for counter in counters: setattr(report, counter, getattr(report, counter) + 1)
+        if "truncated" in counters: report.cut += size(row) - size(fitted[at][0])
     report.kept = len(fitted)
     report.left_out = len(good) - report.kept - (sum(report.dropped.values()) - before)
     return [row for at in sorted(fitted) for row in fitted[at]]
@@ -233,7 +235,7 @@ def _check_choices(shape, long_prompts, schema, limit, max_length):
     for name, number in (("limit", limit), ("max_length", max_length)):
         if number is not None and number < 1: raise InputError(f"{name} is {number}; give 1 or more, or leave it out")
 
-# %% ../nbs/02_data.ipynb #d0fbbefd
+# %% ../nbs/02_data.ipynb #c0ac6d51
 def load(
     source: str | Path,  # `world:<name>`, an existing path, or a hub `id@revision`
     shape: str,  # "text", "messages", "prompts" (conversations without the last answer) or "any"
@@ -254,7 +256,8 @@ def load(
     report.read = len(records)
     if not records: raise InputError(f"{source}: holds no rows; give a source with at least one")
     good = _good_rows(records, report, shape, schema, columns or {})
-    rows = _drawn(good, report, limit, seed, lambda row: ([row], ()) if max_length is None else fit(row, max_length, measure, long_prompts))
+    rows = _drawn(good, report, limit, seed, lambda row: ([row], ()) if max_length is None else fit(row, max_length, measure, long_prompts),
+                  lambda row: sum(measure(turn["content"]) for turn in row["messages"]))
     if not rows: raise InputError(f"{source}: none of its {report.read} rows can be used as {shape}; {_reasons(report)}; mend the rows or choose another source")
     report.rows, report.sha256 = len(rows), rows_sha256(rows)
     return Corpus(rows, report)

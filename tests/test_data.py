@@ -381,7 +381,7 @@ def test_long_chat_rows_are_cut_and_counted(tmp_path):
     corpus = load(path, "messages", max_length=80)
     report = balanced(corpus.report)
     assert (report.kept, report.truncated, report.questions_cut, report.dropped) == (3, 2, 1, {})
-    assert "2 truncated to 80, 1 with a cut question" in str(report)
+    assert "2 truncated to 80 (751 cut away), 1 with a cut question" in str(report)
     assert all(sum(len(turn["content"]) for turn in row["messages"]) <= 80 for row in corpus.rows)
     assert corpus.rows[0] == chat_row(CODE["instruction"], CODE["response"]) and corpus.rows[2]["messages"][1]["content"] == "So."
     report = balanced(load(path, "messages", max_length=80, long_prompts="drop").report)
