@@ -37,7 +37,7 @@ def pack(
     encoded = Dataset.from_list([encode_row(row, tokenizer) for row in rows]).shuffle(seed=seed)
     return pack_dataset(encoded, length, "bfd_split", {"batch_size": len(rows), "load_from_cache_file": False})
 
-# %% ../nbs/04_midtrain.ipynb #7e399f3c
+# %% ../nbs/04_midtrain.ipynb #28fd6fe5
 def steps_for(
     training: Training, # names the steps and the dose
     sequences: list[int], # packed sequences of each arm that must have the same dose
