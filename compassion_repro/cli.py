@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOKENS', 'EPILOG', 'talking', 'run', 'plan', 'print_claims', 'report', 'claims', 'evaluate', 'judge', 'annotate',
-           'doctor', 'bench', 'build_parser', 'main']
+           'doctor', 'bench', 'push', 'build_parser', 'main']
 
 # %% ../nbs/14_cli.ipynb #12fc22cb
 import argparse
@@ -312,7 +312,14 @@ def bench(args) -> int:
     _print(_table(["measure", "value"], [*rows, ["processor seconds of --help", f"{seconds:.2f}"]], "speed on this machine (answers: 256 of 60 tokens, medians of 3 interleaved runs)"))
     return 0
 
-# %% ../nbs/14_cli.ipynb #3d442f5a
+# %% ../nbs/14_cli.ipynb #b8e3b15f
+def push(args) -> int:
+    "Publish a model of a study, or show what would be published."
+    from compassion_repro import publish
+    publish.push(args.study, args.model, args.to, args.seed, args.private, args.dry_run, args.adapter, say=lambda line: print(line, flush=True))
+    return 0
+
+# %% ../nbs/14_cli.ipynb #9cc7320e
 EPILOG = """examples:
   compassion-repro run                                     the whole study on the embedded miniature world
   compassion-repro run --preset smoke --seeds 3            about a minute a seed, three seeds
@@ -322,11 +329,12 @@ EPILOG = """examples:
   compassion-repro report studies/tiny                     claims, figures and report.html again, from the scores
   compassion-repro eval MODEL --bench tiny-anima --judge indicator --out evals/mine
   compassion-repro judge studies/tiny --judge strict       the same answers under another judge
+  compassion-repro push studies/tiny mid --to me/mid       publish a model with its card (--dry-run shows it first)
 """
 
 
 def _study_options(parser: argparse.ArgumentParser):
-    parser.add_argument("--preset", default="tiny", help=f"one of {', '.join(presets())} (default tiny)")
+    parser.add_argument("--preset", default="tiny", help=f"one of {', '.join(presets())} (default tiny), or a .yaml file of your own")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="how many seeds, counted from 1 (default 1); more extend a study")
     parser.add_argument("--out", metavar="STUDY", help="study folder (default studies/<preset>)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any value of the preset by its dotted name; may be repeated")
@@ -396,6 +404,15 @@ def build_parser() -> argparse.ArgumentParser:
         "compassion-repro plan", "compassion-repro plan --preset smoke --set lora.rank=8"]))
     p = command("claims", claims, "print the claim table of a study", ["compassion-repro claims studies/tiny"])
     p.add_argument("study", metavar="STUDY", help="study folder")
+    p = command("push", push, "publish a model of a study on the hub, with a card written from its manifest", [
+        "compassion-repro push studies/tiny sft-help --to me/tiny-help --dry-run", "compassion-repro push studies/paper mid --to me/llama-mid --private"])
+    p.add_argument("study", metavar="STUDY", help="study folder")
+    p.add_argument("model", metavar="MODEL", help="model id: mid, sft-help, sft-help@base, ...")
+    p.add_argument("--to", required=True, metavar="OWNER/NAME", help="repository on the hub; made if it is not there")
+    p.add_argument("--seed", type=int, default=1, metavar="N", help="which seed's model (default 1)")
+    p.add_argument("--private", action="store_true", help="a new repository is private")
+    p.add_argument("--adapter", action="store_true", help="the adapter alone, where the study kept one")
+    p.add_argument("--dry-run", action="store_true", help="print the card and the files, upload nothing")
     p = command("report", report, "compute a study's statistics, figures and HTML report again from its scores", ["compassion-repro report studies/tiny"])
     p.add_argument("study", metavar="STUDY", help="study folder")
     _evaluation_commands(command)

@@ -43,9 +43,9 @@ def steps_for(
     training: Training, # names the steps and the dose
     sequences: list[int], # packed sequences of each arm that must have the same dose
 ) -> int: # optimiser steps for all of them
-    "Steps of a stage: the preset's, or more where the dose is `cover` and the largest arm needs more for one pass."
+    "Steps of a stage: the preset's; or more where the dose is `cover` and the largest arm needs more for one pass; or exactly that pass where it is `full`."
     one_pass = max(math.ceil(count / training.batch_size) for count in sequences)
-    return max(training.steps, one_pass) if training.dose == "cover" else training.steps
+    return {"cover": max(training.steps, one_pass), "steps": training.steps, "full": one_pass}[training.dose]
 
 # %% ../nbs/04_midtrain.ipynb #831cebe8
 @dataclass

@@ -19,11 +19,11 @@ import re
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from . import hub
 from .study import InputError, Lora
 from .world import assets
 
@@ -199,7 +199,7 @@ def save_model(
     tokenizer.save_pretrained(folder)
     return Path(folder)
 
-# %% ../nbs/03_models.ipynb #b3348415
+# %% ../nbs/03_models.ipynb #9a9de21d
 def find_model(
     source: str, # `world:base`, a folder, or a hub id with an optional @revision
 ) -> Path: # local folder that holds the model
@@ -208,11 +208,7 @@ def find_model(
         folder = assets() / source.removeprefix("world:")
         if not folder.is_dir(): raise InputError(f"unknown embedded model {source!r}: the package ships world:base")
         return folder
-    if Path(source).is_dir(): return Path(source)
-    repository, _, revision = source.partition("@")
-    try: return Path(snapshot_download(repository, revision=revision or None, ignore_patterns=["*.bin", "*.pth", "original/*"]))
-    except (OSError, ValueError) as error:
-        raise InputError(f"no model {source!r}: neither a folder nor a hub model that can be fetched ({_first_line(error)[:120]})") from None
+    return hub.snapshot(source, "model").folder
 
 # %% ../nbs/03_models.ipynb #94640977
 def lora_config(

@@ -6,10 +6,10 @@
 __all__ = ['WHOLE', 'EMBEDDED', 'VERSIONS', 'PACKAGES', 'HUB_COUNTS', 'RUN', 'ENVIRONMENT', 'digest', 'path_digest', 'is_local',
            'source_digest', 'model_digest', 'Stage', 'graph', 'write_json', 'writable', 'provenance', 'study_name',
            'Study', 'question_count', 'source_rows', 'on_machines', 'planned_memory', 'plan', 'training_rows', 'Work',
-           'without_jail', 'cut_off_alarm', 'interruptible', 'run_stage', 'prepare', 'check_inputs', 'run', 'collect',
-           'compare_templates', 'training_record', 'analyse']
+           'without_jail', 'cut_off_alarm', 'interruptible', 'run_stage', 'prepare', 'pin_sources', 'check_inputs',
+           'run', 'collect', 'compare_templates', 'training_record', 'analyse']
 
-# %% ../nbs/13_pipeline.ipynb #dcf0316a
+# %% ../nbs/13_pipeline.ipynb #3098fa44
 import errno
 import hashlib
 import json
@@ -34,11 +34,11 @@ from typing import Any
 import psutil
 import yaml
 
-from . import memory, world
+from . import hub, memory, world
 from .prices import DETERMINISTIC, judge_names
 from .study import Benchmark, Generation, InputError, Preset, build_preset, parse_model, write_atomically
 
-# %% ../nbs/13_pipeline.ipynb #3eca2a0e
+# %% ../nbs/13_pipeline.ipynb #88ecb3ba
 def digest(value: Any) -> str:
     "Short SHA-256 of any JSON-able value, the same for equal values."
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
@@ -96,7 +96,7 @@ def source_digest(
 
 def model_digest(source: str) -> str:
     "Like `source_digest`, for a model: a folder must be one before its files are read."
-    if is_local(source) and not (Path(source) / "config.json").is_file(): raise InputError(f"{source} is not a model folder: it has no config.json")
+    if is_local(source) and not (Path(source) / "config.json").is_file() and not hub.is_adapter(source): raise InputError(f"{source} is not a model folder: it has no config.json")
     return source_digest(source)
 
 # %% ../nbs/13_pipeline.ipynb #a986a2a0
@@ -123,14 +123,20 @@ class Stage:
         "Folder of the artifact within the study."
         return f"seed-{self.seed}/{self.id}"
 
-# %% ../nbs/13_pipeline.ipynb #6961ed35
+# %% ../nbs/13_pipeline.ipynb #f9578bb5
 def _training_config(preset: Preset, section: str, sources: dict[str, str]) -> dict:
     "What decides a training stage's result, ordinary ways of holding the weights and the plain template unsaid."
     data, template = {name: source_digest(source) for name, source in sources.items()}, preset.generation.training_template
     return {"training": getattr(preset, section).identity(), "lora": preset.lora.identity(), "data": data, **preset.models.holding(), **({"template": template} if template != "plain" else {})}
 
 
+def _given_stage(preset: Preset, seed: int, model: str, base: Stage) -> Stage:
+    "A finished model in the place of a trained one; it reads the base, which an adapter needs."
+    return Stage(model, "base", seed, model, (base,), {"source": model_digest(preset.models.given[model])})
+
+
 def _midtrain_stage(preset: Preset, seed: int, model: str, base: Stage) -> Stage:
+    if model in preset.models.given: return _given_stage(preset, seed, model, base)
     documents = preset.data.documents if model == "mid" else preset.data.control
     return Stage(model, "midtrain", seed, model, (base,), _training_config(preset, "midtrain", {"documents": documents, "replay": preset.data.replay}))
 
@@ -138,8 +144,9 @@ def _midtrain_stage(preset: Preset, seed: int, model: str, base: Stage) -> Stage
 def _arm_stages(preset: Preset, seed: int, starts: dict[str, Stage], reward: Stage | None) -> list[Stage]:
     "The arms. The data of the supervised ones stand in each other's configuration, because their dose is matched; a GRPO arm's holds its reward."
     arms = [parse_model(name) for name in preset.arms]
-    matched = {arm.rows: preset.data.source(arm.rows) for arm in arms if arm.paradigm == "sft"}
+    matched = {arm.rows: preset.data.source(arm.rows) for arm in arms if arm.paradigm == "sft" and arm.model in preset.trained}
     def stage(arm):
+        if arm.model in preset.models.given: return _given_stage(preset, seed, arm.model, starts["base"])
         if arm.paradigm == "sft": return Stage(arm.model, "sft", seed, arm.model, (starts[arm.start],), _training_config(preset, "sft", matched))
         config = _training_config(preset, "grpo", {arm.rows: preset.data.source(arm.rows)}) | {"reward": arm.reward}
         if arm.reward == "help": return Stage(arm.model, "grpo", seed, arm.model, (starts[arm.start], reward), config)
@@ -161,6 +168,11 @@ def _probe_stages(preset: Preset, seed: int, measured: list[Stage], mid: Stage) 
     return [Stage(f"probe-{answers.inputs[0].id}", "probe", seed, answers.model, (answers.inputs[0], answers, mid), config) for answers in measured]
 
 
+def _trained_arms(preset: Preset) -> list:
+    "The arms that the study trains itself."
+    return [parse_model(name) for name in preset.arms if name in preset.trained]
+
+
 def graph(
     preset: Preset, # the study
     seeds: int = 1, # how many seeds, counted from 1
@@ -171,7 +183,7 @@ def graph(
     for seed in range(1, seeds + 1):
         base = Stage("base", "base", seed, "base", (), {"source": model_digest(preset.models.base)})
         starts = {"base": base} | {m: _midtrain_stage(preset, seed, m, base) for m in preset.models_compared if m in ("mid", "mid-control")}
-        rewarded = any(parse_model(m).reward == "help" for m in preset.arms)
+        rewarded = any(arm.reward == "help" for arm in _trained_arms(preset))
         reward = Stage("reward", "reward", seed, "reward", (base,), {"source": model_digest(preset.models.reward)}) if rewarded else None
         for stage in [*starts.values(), *([reward] if reward else []), *_arm_stages(preset, seed, starts, reward)]:
             stages.append(stage)
@@ -343,7 +355,7 @@ def _facts(manifest: dict) -> str:
     if "grades" in r: return f"{r['grades']:,} grades by {r['judge']}" + "".join(f", {r[k]:,} {k}" for k in ("unparseable", "unjudged") if r[k])
     return f"from {r['source']}"
 
-# %% ../nbs/13_pipeline.ipynb #b70ea838
+# %% ../nbs/13_pipeline.ipynb #80becbb7
 HUB_COUNTS = {"CompassioninMachineLearning/anima": (114, 514), "CompassioninMachineLearning/moru-benchmark": (201, None)} # questions and judge calls an epoch
 
 
@@ -387,11 +399,14 @@ def _folder_count(folder: Path, dimensions: str | None) -> tuple[int | None, int
 def source_rows(
     source: str, # `world:<name>`, a path, or a hub id
     sized: int | None, # rows that the preset draws from an embedded corpus
+    limit: int | None = None, # most rows that it draws from any other
 ) -> int | None: # rows, or None where they cannot be told
-    "Rows of a source; local JSON Lines are counted."
+    "Rows of a source; local JSON Lines are counted, those of the hub are taken as published."
     if source.startswith("world:"): return sized
     path = Path(source)
-    return sum(1 for line in path.open("rb") if line.strip()) if path.suffix == ".jsonl" and path.is_file() else None
+    if is_local(source): rows = sum(1 for line in path.open("rb") if line.strip()) if path.suffix == ".jsonl" else None
+    else: rows = hub.published_rows(source)
+    return rows if limit is None else min(rows or limit, limit)
 
 
 def _shapes(preset: Preset) -> tuple:
@@ -435,10 +450,11 @@ def plan(
         if stage.kind in ("midtrain", "sft"):
             training = getattr(preset, stage.kind)
             source = preset.data.source(parse_model(stage.model).rows) if stage.kind == "sft" else preset.data.documents if stage.model == "mid" else preset.data.control
-            record |= {"rows": source_rows(source, training.rows), "steps": training.steps, "tokens": training.steps * training.batch_size * training.length}
+            record |= {"rows": source_rows(source, training.rows, training.limit)}
+            if training.dose != "full": record |= {"steps": training.steps, "tokens": training.steps * training.batch_size * training.length}
         if stage.kind == "grpo":
             tokens = preset.grpo.steps * preset.grpo.completions * preset.grpo.value("max_new_tokens")
-            record |= {"rows": source_rows(preset.data.source(parse_model(stage.model).rows), preset.grpo.rows), "steps": preset.grpo.steps, "tokens": tokens}
+            record |= {"rows": source_rows(preset.data.source(parse_model(stage.model).rows), preset.grpo.rows, preset.grpo.limit), "steps": preset.grpo.steps, "tokens": tokens}
         if stage.kind == "answers": record["answers"] = total(0)
         if stage.kind == "eval" and total(1) is not None: record["judge_calls"] = total(1) * len(judge_names(preset.judge))
         need = needs.get(stage.kind)
@@ -446,13 +462,14 @@ def plan(
         records.append(record)
     return records
 
-# %% ../nbs/13_pipeline.ipynb #2748819c
+# %% ../nbs/13_pipeline.ipynb #8b10ebf9
 def training_rows(
     source: str, # where the rows come from
     shape: str, # "text" or "messages"
     rows: int | None, # rows to draw from an embedded corpus
     held_out: int, # rows to keep back at most
     seed: int, # study seed
+    limit: int | None = None, # most rows to train on of any other corpus; None takes it whole
     **fit, # how long a row may be, for `data.load`: `max_length`, `measure`
 ) -> tuple[list[dict], list[dict], dict]: # training rows, held-out rows, the loader's report
     "Training and held-out rows of one source; raises `InputError` where none is usable."
@@ -460,10 +477,11 @@ def training_rows(
     if source.startswith("world:"):
         corpus = data.load(source, shape, limit=rows, seed=seed)
         return corpus.rows, data.load(source, shape, limit=held_out, seed=seed, held_out=True).rows, corpus.report.as_dict()
-    corpus = data.load(source, shape, seed=seed, **fit)
+    if limit: held_out = min(held_out, max(1, limit // 9))
+    corpus = data.load(source, shape, limit=limit and limit + held_out, seed=seed, **fit)
     if len(corpus.rows) < 2: raise InputError(f"{source} has {len(corpus.rows)} usable row: at least 2 are needed, one to train on and one to measure on")
     train, kept = data.train_held_out(corpus.rows, min(held_out, max(1, len(corpus.rows) // 10)), seed)
-    return train, kept, corpus.report.as_dict()
+    return train[:limit], kept, corpus.report.as_dict()
 
 
 @dataclass
@@ -480,7 +498,7 @@ class Work:
         "Folder of an input's artifact."
         return self.study.folder / self.stage.inputs[number].place
 
-# %% ../nbs/13_pipeline.ipynb #c731f6a0
+# %% ../nbs/13_pipeline.ipynb #004ecb3d
 def _take(source: str, target: str):
     "A copy; of weights too big to store once per seed (above 64 MB) a hard link, where the disk allows one."
     if os.path.getsize(source) > WHOLE:
@@ -488,12 +506,34 @@ def _take(source: str, target: str):
     shutil.copyfile(source, target)
 
 
-def _run_base(work: Work) -> dict:
+def _copy_model(folder: Path, out: Path):
+    "The files of a model that is used as it is."
+    shutil.copytree(folder, out, copy_function=_take, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "*.bin", "*.pth"))
+
+
+def _merge_given(work: Work, adapter: Path) -> dict:
+    "A published adapter, merged into the study's base; raises `InputError` where it belongs to another model."
     from compassion_repro import models
-    folder, preset = models.find_model(work.preset.models.base), work.preset
-    models.check_fits(models.load_model(folder), models.load_tokenizer(folder, preset.generation.template), max(preset.midtrain.length, preset.sft.length, preset.generation.max_new_tokens))
-    shutil.copytree(folder, work.out, copy_function=_take, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "*.bin", "*.pth"))
-    return {"source": work.preset.models.base}
+    from peft import PeftModel
+    base = models.load_model(work.input())
+    try: model = models.merge(PeftModel.from_pretrained(base, adapter))
+    except (ValueError, RuntimeError, KeyError, TypeError) as error: raise InputError(f"the adapter {work.preset.models.given[work.stage.model]} does not fit {work.preset.models.base}: {(str(error).strip().splitlines() or [''])[0][:120]}") from None
+    models.save_model(model, models.load_tokenizer(adapter if (adapter / "tokenizer.json").is_file() else work.input()), work.out)
+    return {"merge": f"LoRA merged into {str(model.dtype).removeprefix('torch.')} weights"}
+
+
+def _run_base(work: Work) -> dict:
+    "The base model, or one that was given finished."
+    from compassion_repro import models
+    model, preset = work.stage.model, work.preset
+    source = preset.models.base if model == "base" else preset.models.given[model]
+    folder = models.find_model(source)
+    if hub.is_adapter(folder) and model == "base": raise InputError(f"{source} is an adapter, no whole model: give the model it belongs to as models.base and the adapter as models.given.<model>")
+    if hub.is_adapter(folder): done = _merge_given(work, folder)
+    else:
+        models.check_fits(models.load_model(folder), models.load_tokenizer(folder, preset.generation.template), max(preset.midtrain.length, preset.sft.length, preset.generation.max_new_tokens))
+        done = _copy_model(folder, work.out) or {}
+    return {"source": source, "revision": folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else "embedded" if source.startswith("world:") else "local", **done}
 
 
 def _save_rows(work: Work, rows: list[dict], held_out: list[dict]):
@@ -512,7 +552,7 @@ def _run_midtrain(work: Work) -> dict:
     from compassion_repro import midtrain
     preset, seed = work.preset, work.stage.seed
     source = preset.data.documents if work.stage.model == "mid" else preset.data.control
-    documents, held_out, report = training_rows(source, "text", preset.midtrain.rows, preset.midtrain.held_out, seed)
+    documents, held_out, report = training_rows(source, "text", preset.midtrain.rows, preset.midtrain.held_out, seed, preset.midtrain.limit)
     count = midtrain.replay_rows(len(documents), preset.midtrain.replay)
     replay = training_rows(preset.data.replay, "text", count, 1, seed)[0][:count] if count else []
     _save_rows(work, documents + replay, held_out)
@@ -523,16 +563,16 @@ def _run_midtrain(work: Work) -> dict:
 def _run_sft(work: Work) -> dict:
     from compassion_repro import sft
     preset, seed, name = work.preset, work.stage.seed, parse_model(work.stage.model).name
-    names = dict.fromkeys(arm.rows for arm in map(parse_model, preset.arms) if arm.paradigm == "sft")
+    names = dict.fromkeys(arm.rows for arm in _trained_arms(preset) if arm.paradigm == "sft")
     template = preset.generation.training_template
     fit = sft.longest_answer(work.input(), preset.sft, template)
-    rows = {n: training_rows(preset.data.source(n), "messages", preset.sft.rows, preset.sft.held_out, seed, **fit) for n in names}
+    rows = {n: training_rows(preset.data.source(n), "messages", preset.sft.rows, preset.sft.held_out, seed, preset.sft.limit, **fit) for n in names}
     train, held_out, report = rows[name]
     _save_rows(work, train, held_out)
-    steps = sft.matched_steps(work.input(), [r[0] for r in rows.values()], preset.sft, template)
+    steps = sft.matched_steps(work.input(), [train] if preset.sft.dose == "full" else [r[0] for r in rows.values()], preset.sft, template)
     return {**sft.sft(work.input(), train, held_out, work.out, preset.sft, steps, seed, preset.lora, work.report, work.stage.model, **_held(work)), "data": report}
 
-# %% ../nbs/13_pipeline.ipynb #b0d6d9ce
+# %% ../nbs/13_pipeline.ipynb #8605d78a
 def _run_reward(work: Work) -> dict:
     from compassion_repro import models, rewards
     source = work.preset.models.reward
@@ -553,7 +593,7 @@ def _reward(work: Work) -> tuple[callable, dict]:
 def _run_grpo(work: Work) -> dict:
     from compassion_repro import grpo
     preset, seed, rows = work.preset, work.stage.seed, parse_model(work.stage.model).rows
-    prompts, held_out, report = training_rows(preset.data.source(rows), "prompts", preset.grpo.rows, preset.grpo.held_out, seed)
+    prompts, held_out, report = training_rows(preset.data.source(rows), "prompts", preset.grpo.rows, preset.grpo.held_out, seed, preset.grpo.limit)
     _save_rows(work, prompts, held_out)
     reward, told = _reward(work)
     return {**grpo.grpo(work.input(), prompts, held_out, work.out, preset.grpo, seed, preset.lora, reward, work.report, work.stage.model, _checkpoints(work), **_held(work)), **told, "data": report}
@@ -570,7 +610,7 @@ def without_jail(
 ) -> list[str]: # arms that cannot be run here
     "Arms whose code reward has no jail to run in."
     from compassion_repro import sandbox
-    needy = [m for m in preset.arms if parse_model(m).reward == "code"]
+    needy = [arm.model for arm in _trained_arms(preset) if arm.reward == "code"]
     return needy if needy and not unsafe and sandbox.level() == "none" else []
 
 # %% ../nbs/13_pipeline.ipynb #88c1e511
@@ -648,7 +688,7 @@ def interruptible():
         for number, handler in before.items(): signal.signal(number, handler)
     if seen: raise KeyboardInterrupt
 
-# %% ../nbs/13_pipeline.ipynb #861b5ddb
+# %% ../nbs/13_pipeline.ipynb #ee2af22b
 def run_stage(
     study: Study, # where it goes
     preset: Preset, # the configuration
@@ -692,6 +732,34 @@ def prepare(preset: Preset):
     warnings.filterwarnings("ignore", category=UserWarning), warnings.filterwarnings("ignore", category=FutureWarning)
 
 
+def _used_sources(preset: Preset) -> dict[str, str]:
+    "Dotted names of the sources that the study will fetch as models and corpora, with their kinds."
+    arms, midtrained = _trained_arms(preset), {"mid", "mid-control"}.intersection(preset.trained)
+    used = {"models.base": "model"} | {f"models.given.{name}": "model" for name in preset.models.given} | {f"data.{arm.rows}": "dataset" for arm in arms}
+    if any(arm.reward == "help" for arm in arms): used["models.reward"] = "model"
+    for name, wanted in (("documents", "mid" in midtrained), ("control", "mid-control" in midtrained), ("replay", midtrained and preset.midtrain.replay)):
+        if wanted: used[f"data.{name}"] = "dataset"
+    return used
+
+
+def pin_sources(
+    preset: Preset, # as the user has it
+    folder: str | Path, # the study's, which may hold pins already
+) -> Preset: # with a commit for everything that comes from the hub
+    "Fix every branch of the hub to the commit it stands for, the one that the study began with; raises `InputError` where the hub cannot tell."
+    values, before = preset.resolved(), {}
+    with suppress(InputError): before = _flat(Study(folder).preset.resolved())
+    for key, kind in _used_sources(preset).items():
+        section, *path = key.split(".", 2)
+        place = values[section] if len(path) == 1 else values[section][path[0]]
+        source = place[path[-1]]
+        if source.startswith("world:") or is_local(source) or hub.is_pinned(source) and "@" in source: continue
+        kept = before.get(key, "")
+        same = kept.partition("@")[0] == source.partition("@")[0] and "@" in kept and hub.is_pinned(kept)
+        place[path[-1]] = kept if same else hub.pin(source, kind)
+    return build_preset(values)
+
+
 def check_inputs(
     study: Study, # where the benchmarks' copies go
     preset: Preset, # the study
@@ -703,16 +771,18 @@ def check_inputs(
     training.holding(preset.models, preset.compute)
     base = models.find_model(preset.models.base)
     models.check_architecture(base), models.load_tokenizer(base, preset.generation.template)
-    arms = [parse_model(m) for m in preset.arms]
+    for source in preset.models.given.values(): models.find_model(source)
+    arms = _trained_arms(preset)
     for arm in arms:
         if not arm.reward: continue
         pair = preset.data.source(arm.rows), preset.models.reward if arm.reward == "help" else rewards.CODE_REWARD
         rewards.refuse_pair(*pair)
         if told := rewards.remark_pair(*pair): say(f"warning: {arm.model}: {told}")
     if preset.models.reward != rewards.WORLD_REWARD and any(arm.reward == "help" for arm in arms): rewards.load_reward_model(preset.models.reward)
-    roles = {(preset.data.documents, "text"), *((preset.data.source(arm.rows), "messages" if arm.paradigm == "sft" else "prompts") for arm in arms)}
-    roles |= {(preset.data.replay, "text")} if preset.midtrain.replay else set()
-    roles |= {(preset.data.control, "text")} if "mid-control" in preset.models_compared else set()
+    roles = {*((preset.data.source(arm.rows), "messages" if arm.paradigm == "sft" else "prompts") for arm in arms)}
+    midtrained = {"mid", "mid-control"}.intersection(preset.trained)
+    roles |= {(preset.data.documents if model == "mid" else preset.data.control, "text") for model in midtrained}
+    roles |= {(preset.data.replay, "text")} if midtrained and preset.midtrain.replay else set()
     for source, shape in sorted(roles):
         if not source.startswith("world:"):
             training_rows(source, shape, None, 1, 1)
@@ -733,6 +803,7 @@ def run(
     page: bool = True, # draw the figures and write the report
 ) -> Study: # finished
     "Run a study, or carry on with one; raises `InputError` for bad input and lets Ctrl-C through, finished stages stay."
+    preset = pin_sources(preset, folder)
     left_out = without_jail(preset, unsafe)
     stages = [s for s in graph(preset, seeds) if s.model not in left_out]
     study = Study.create(folder, preset)

@@ -93,7 +93,7 @@ def parse_model(
     paradigm, domain, *reward = name.replace("+", "-").split("-")
     return Arm(paradigm, domain, start or "mid", *reward)
 
-# %% ../nbs/00_study.ipynb #4d7bde2b
+# %% ../nbs/00_study.ipynb #252acb00
 class Section(BaseModel):
     "Base of every section of a preset: unknown keys are errors, and so are infinities and truth values in the place of numbers."
     model_config = ConfigDict(extra="forbid", populate_by_name=True, frozen=True, allow_inf_nan=False)
@@ -134,10 +134,12 @@ class Lora(Section):
 
 class Training(Section):
     "One training stage."
-    rows: int | None = Field(None, ge=1) # rows drawn from an embedded corpus; a user's corpus is taken whole
+    newer: ClassVar = ("limit",)
+    rows: int | None = Field(None, ge=1) # rows drawn from an embedded corpus
+    limit: int | None = Field(None, ge=1) # most rows drawn from any other corpus to train on; None takes it whole
     held_out: int = Field(100, ge=1) # rows kept back to measure the gain in the stage's own domain
     steps: int = Field(40, ge=1) # optimiser steps
-    dose: Literal["cover", "steps"] = "cover" # "cover" adds steps until every row of every arm is seen once; "steps" takes exactly that many
+    dose: Literal["cover", "steps", "full"] = "cover" # "cover" adds steps until every row of every arm is seen once; "steps" takes exactly that many; "full" gives each arm one pass over its own rows, so arms differ in dose
     learning_rate: float = Field(3e-4, gt=0) # peak learning rate, cosine decay
     batch_size: int = Field(16, ge=1) # sequences an optimiser step (effective batch)
     micro_batch: Count = 4 # sequences a forward pass; auto: as many as the memory holds
@@ -197,12 +199,13 @@ def settings_markdown() -> str:
     rows = [f"| {key} | " + " | ".join("{} ({})".format(*GRPO_SETTINGS[name][key]) for name in GRPO_SETTINGS) + " |" for key in GRPO_SETTINGS["trl"]]
     return "\n".join(["| setting | paper-faithful | trl |", "|---|---|---|", *rows])
 
-# %% ../nbs/00_study.ipynb #23909663
+# %% ../nbs/00_study.ipynb #53f2474a
 class Grpo(Section):
     "One GRPO stage; a setting left out has the value of the named settings."
-    newer: ClassVar = ("generate_at_once",)
+    newer: ClassVar = ("generate_at_once", "limit")
     settings: Literal["paper-faithful", "trl"] = "paper-faithful" # a key of GRPO_SETTINGS
-    rows: int | None = Field(None, ge=1) # prompts drawn from an embedded corpus; a user's corpus is taken whole
+    rows: int | None = Field(None, ge=1) # prompts drawn from an embedded corpus
+    limit: int | None = Field(None, ge=1) # most prompts drawn from any other corpus to train on; None takes it whole
     held_out: int = Field(64, ge=2) # prompts kept back to measure the reward on
     samples: int = Field(4, ge=1) # answers a held-out prompt
     steps: int = Field(25, ge=0) # optimiser steps
@@ -246,14 +249,23 @@ class Grpo(Section):
         "Forward passes an optimiser step, once the micro-batch is a number."
         return self.completions // self.micro_batch
 
-# %% ../nbs/00_study.ipynb #bcb600cd
+# %% ../nbs/00_study.ipynb #e9d99d25
 class Models(Section):
     "Where models come from, and how their weights are held in training."
     base: Source # `world:base`, a folder, or a hub id with @revision
     reward: Source = "world:helpfulness" # helpfulness reward: trained from the world's preference pairs, or a sequence-classification model
     quantize: Literal["none", "nf4"] = "none" # frozen weights in training: as they are, or 4-bit NormalFloat with double quantisation
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto" # numbers of the computation; auto: bfloat16 where the GPU has it, else float16; float32 on the CPU
+    given: dict[str, Source] = {} # finished models by model id, in place of training them: folders or hub ids, whole models or adapters of the base
     merge_tolerance: float = Field(0.01, gt=0) # nats a token by which a merged model's loss may differ from its live adapter's
+
+    @field_validator("given")
+    @classmethod
+    def _known_given(cls, given):
+        given = {(parse_model(name).model if parse_model(name) else name): source for name, source in given.items()}
+        if "base" in given: raise ValueError("the base model is models.base")
+        if worlds := [name for name, source in given.items() if source.startswith("world:") and source != "world:base"]: raise ValueError(f"{worlds[0]} names no model: give a folder or a hub id")
+        return given
 
     def holding(self) -> dict[str, str]:
         "How the weights are held, where it is not the ordinary way: part of a training stage's key."
@@ -317,7 +329,7 @@ class Data(Section):
         "Source of an arm's rows, by their name: `sft-help`, `grpo-code`."
         return getattr(self, rows.replace("-", "_"))
 
-# %% ../nbs/00_study.ipynb #83f34e11
+# %% ../nbs/00_study.ipynb #abae7926
 class Preset(Section):
     "A whole study, resolved: every value that decides its result, seeds aside."
     name: str = Field(pattern=r"^[\w.-]+$") # preset it came from
@@ -346,6 +358,17 @@ class Preset(Section):
         if len(set(known)) < len(known): raise ValueError("an arm stands twice")
         return tuple(known)
 
+    @model_validator(mode="after")
+    def _given_are_compared(self):
+        if idle := [name for name in self.models.given if name not in self.models_compared]:
+            raise ValueError(f"models.given names {idle[0]}, which is not compared: add it to arms, or leave it out")
+        return self
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        "Model ids that the study trains itself: neither the base nor given."
+        return tuple(name for name in self.models_compared if name != "base" and name not in self.models.given)
+
     @property
     def models_compared(self) -> tuple[str, ...]:
         "Model ids that the study evaluates, starting points first."
@@ -356,7 +379,7 @@ class Preset(Section):
         "Plain values under the names a user writes (`sft-help`), ready for YAML and for comparing."
         return self.model_dump(mode="json", by_alias=True)
 
-# %% ../nbs/00_study.ipynb #42e10931
+# %% ../nbs/00_study.ipynb #400c7849
 def presets() -> list[str]:
     "Names of the presets in the package."
     return sorted(p.name.removesuffix(".yaml") for p in (files("compassion_repro") / "assets" / "presets").iterdir() if p.name.endswith(".yaml"))
@@ -368,11 +391,28 @@ def _merge(low: dict, high: dict) -> dict:
     return {**low, **high, **{k: _merge(low[k], high[k]) for k in both if isinstance(low[k], dict) and isinstance(high[k], dict)}}
 
 
-def _preset_values(name: str) -> dict:
-    if name not in presets(): raise InputError(f"unknown preset {name!r}: choose one of {', '.join(presets())}")
-    values = yaml.safe_load((files("compassion_repro") / "assets" / "presets" / f"{name}.yaml").read_text(encoding="utf-8"))
+def _own_file(name: str) -> bool:
+    "Whether a name is a user's own preset file."
+    return name.endswith((".yaml", ".yml"))
+
+
+def _preset_text(name: str) -> str:
+    "The YAML of a preset of the package, or of a user's file."
+    if _own_file(name):
+        try: return Path(name).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error: raise InputError(f"preset file {name} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}): give another, or one of {', '.join(presets())}") from None
+    if name not in presets(): raise InputError(f"unknown preset {name!r}: choose one of {', '.join(presets())}, or give a .yaml file of your own")
+    return (files("compassion_repro") / "assets" / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def _preset_values(name: str, children: tuple[str, ...] = ()) -> dict:
+    "The values of a preset laid over those of the one it extends."
+    if name in children: raise InputError(f"preset {name!r} extends itself ({' -> '.join([*children, name])}): let it extend one of {', '.join(presets())}")
+    try: values = yaml.safe_load(_preset_text(name))
+    except yaml.YAMLError as error: raise InputError(f"preset {name!r} is not valid YAML{f' at line {error.problem_mark.line + 1}' if getattr(error, 'problem_mark', None) else ''}: mend it") from None
+    if not isinstance(values, dict) or not isinstance(values.get("extends", ""), str): raise InputError(f"preset {name!r} is no list of `key: value` lines: mend it, or start it with `extends: tiny`")
     parent = values.pop("extends", None)
-    return _merge(_preset_values(parent), values) if parent else values
+    return _merge(_preset_values(parent, (*children, name)), values) if parent else values
 
 
 def _override(setting: str) -> dict:
@@ -390,7 +430,7 @@ def _exponent(value: Any) -> Any:
     "YAML reads `3e-4` as text; people mean a number."
     return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value) else value
 
-# %% ../nbs/00_study.ipynb #ad273560
+# %% ../nbs/00_study.ipynb #97cce6d0
 def _one_line(error: ValidationError, name: str) -> str:
     "The first problem of a preset, in one line."
     first = error.errors()[0]
@@ -412,11 +452,11 @@ def build_preset(
 
 
 def load_preset(
-    name: str = "tiny", # a preset of the package
+    name: str = "tiny", # a preset of the package, or a YAML file of one's own
     overrides: tuple[str, ...] | list[str] = (), # `key=value` by dotted name, later ones win
 ) -> Preset: # validated and complete
     "The preset with the user's settings laid over it; raises `InputError` in one line for anything unknown or mistyped."
-    values = {"name": name, **_preset_values(name)}
+    values = {"name": re.sub(r"[^\w.-]", "-", Path(name).stem) if _own_file(name) else name, **_preset_values(name)}
     for setting in overrides: values = _merge(values, _override(setting))
     return build_preset(values)
 

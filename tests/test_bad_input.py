@@ -57,7 +57,7 @@ def test_data_files(refused, tmp_path, content, said):
 def test_a_model_folder_that_is_none(refused, tmp_path):
     (tmp_path / "model").mkdir()
     assert "model" in refused("--set", f"models.base={tmp_path / 'model'}")
-    assert "neither a folder nor a hub model" in refused("--set", "models.base=nobody/nothing here", out=tmp_path / "other")
+    assert "not a hub id" in refused("--set", "models.base=nobody/nothing here", out=tmp_path / "other")
 
 
 def test_benchmark_folders(refused, tmp_path):

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from compassion_repro import data, world
-from compassion_repro.data import chat_row, load, read_rows, save_rows, split_text, train_held_out
+from compassion_repro.data import chat_row, load, read_rows, save_rows, train_held_out
+from compassion_repro.lengths import split_text
 from compassion_repro.study import InputError
 
 SHARED = Path(os.environ.get("COMPASSION_SHARED_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
@@ -292,7 +293,7 @@ def test_two_folders_of_one_name_are_two_corpora(tmp_path):
         write(tmp_path / place / "rows" / "test.jsonl", [{"text": f"{text} test"}])
     assert [load(tmp_path / place / "rows", "text").rows[0]["text"] for place in "ab"] == ["first", "second"]
     assert load(tmp_path / "a" / "rows", "text", split="test").rows == [{"text": "first test"}]
-    assert_refused(lambda: load(tmp_path / "a" / "rows", "text", split="dev"), "not a readable data folder", "dev")
+    assert_refused(lambda: load(tmp_path / "a" / "rows", "text", split="dev"), "has no split 'dev'", "train, test")
     write(tmp_path / "a" / "rows" / "train.jsonl", [{"text": "changed"}, {"text": "more"}])
     assert len(load(tmp_path / "a" / "rows", "text")) == 2
 
@@ -300,7 +301,10 @@ def test_two_folders_of_one_name_are_two_corpora(tmp_path):
 def test_empty_and_damaged_folder(tmp_path):
     assert_refused(lambda: load(tmp_path, "text"), "not a readable data folder")
     write(tmp_path / "train.jsonl", [b'{"text": "one"}\n{"te'])
-    assert_refused(lambda: load(tmp_path, "text"), "not a readable data folder")
+    report = balanced(load(tmp_path, "text").report)
+    assert report.kept == 1 and report.dropped == {"cut off: the file ends within the row": 1}
+    (tmp_path / "train.jsonl").write_bytes(b"")
+    assert_refused(lambda: load(tmp_path, "text"), "holds no rows")
 
 
 def test_glob_characters_in_a_path(tmp_path):
@@ -310,41 +314,13 @@ def test_glob_characters_in_a_path(tmp_path):
     assert load(folder / "rows[1].parquet", "text").rows == load(write(folder / "rows[2].jsonl", [{"text": "one"}]), "text").rows
 
 
-# --- the hub --------------------------------------------------------------------------------------------------------------
-
-def test_hub_id_and_revision_reach_the_library(monkeypatch):
-    asked = {}
-    def load_dataset(place, **options):
-        asked.update(place=place, **options)
-        return datasets.Dataset.from_list([DOLLY, DOLLY | {"context": ""}, DOLLY | {"response": ""}])
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    corpus = load("databricks/databricks-dolly-15k@bdd27f4", "messages")
-    assert asked == {"place": "databricks/databricks-dolly-15k", "revision": "bdd27f4", "split": "train"}
-    assert corpus.report.revision == "bdd27f4" and balanced(corpus.report).kept == 2 and corpus.report.unit == "row"
-
-
-def test_hub_revision_is_the_commit_where_it_is_told(monkeypatch):
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    def load_dataset(place, **options):
-        info = datasets.DatasetInfo(download_checksums={f"hf://datasets/{place}@{commit}/rows.jsonl": {"num_bytes": 3}})
-        return datasets.Dataset.from_dict({"text": ["one"]}, info=info)
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert load("someone/rows", "text").report.revision == commit
-
-
-@pytest.mark.parametrize("error", [ConnectionError("Couldn't reach it\nRetry"), ValueError(""), FileNotFoundError("gone"), RuntimeError("x" * 900)])
-def test_hub_failures_are_one_line(monkeypatch, error):
-    def load_dataset(*_, **__): raise error
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    message = assert_refused(lambda: load("someone/rows@main", "text"), "someone/rows@main", "cannot be loaded from the hub", "world:<name>")
-    assert len(message) < 500
-
+# --- the hub (more in test_hub.py, against a stand-in server) -----------------------------------------------------------------
 
 def test_a_hub_id_without_network_is_one_line():
     code = "from compassion_repro.data import load, InputError\ntry: load('databricks/databricks-dolly-15k', 'messages')\nexcept InputError as error: print(error)"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": "nosuch-cache"}
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120).stdout
-    assert said.count("\n") == 1 and "databricks/databricks-dolly-15k@main: cannot be loaded from the hub" in said
+    assert said.count("\n") == 1 and "databricks/databricks-dolly-15k@bdd27f4d94b9: it is not in the cache" in said and "--set data.sft-help=<folder>" in said
 
 
 def test_a_local_path_wins_over_a_hub_id(tmp_path, monkeypatch):
@@ -405,7 +381,7 @@ def test_long_chat_rows_are_cut_and_counted(tmp_path):
     corpus = load(path, "messages", max_length=80)
     report = balanced(corpus.report)
     assert (report.kept, report.truncated, report.questions_cut, report.dropped) == (3, 2, 1, {})
-    assert "2 truncated to 80, 1 with a cut question" in str(report)
+    assert "2 truncated to 80 (751 cut away), 1 with a cut question" in str(report)
     assert all(sum(len(turn["content"]) for turn in row["messages"]) <= 80 for row in corpus.rows)
     assert corpus.rows[0] == chat_row(CODE["instruction"], CODE["response"]) and corpus.rows[2]["messages"][1]["content"] == "So."
     report = balanced(load(path, "messages", max_length=80, long_prompts="drop").report)
@@ -528,3 +504,62 @@ def test_real_rows_keep_their_text():
         raw = json.loads(line)
         question = raw["instruction"] + ("\n\n" + raw["context"] if raw["context"] else "")
         assert row == chat_row(question, raw["response"])
+
+
+# --- tokens: every one accounted for ------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from compassion_repro.models import load_tokenizer
+    return load_tokenizer(world.assets() / "base")
+
+
+def assert_accounted(account, report):
+    assert account.tokens_in == account.trained + account.masked + account.truncated and account.trained > 0
+    assert account.rows + account.dropped_rows == report.rows == report.kept and balanced(report)
+    assert account.rows - account.split_rows <= account.ends <= account.rows
+    assert 0 < account.room <= 1
+
+
+@needs_shared
+@pytest.mark.parametrize("name, schema, rows", [("dolly_rows.jsonl", "dolly", 75), ("code_rows.jsonl", "magicoder", 300)])
+@pytest.mark.parametrize("length, cut", [(2048, False), (2048, True), (256, False), (256, True)])
+def test_every_token_of_the_real_rows_is_accounted_for(tokenizer, name, schema, rows, length, cut):
+    from compassion_repro.sft import longest_answer
+    from compassion_repro.study import Training
+    from compassion_repro.tokens import corpus_account
+    longest = longest_answer(world.assets() / "base", Training(length=length))["max_length"] if cut else None
+    account, report = corpus_account(str(SHARED / name), "messages", tokenizer, length, longest)
+    assert report.schemas == {schema: rows} and report.read == rows
+    assert_accounted(account, report)
+    if cut: assert account.split_rows == 0 and account.ends == account.rows
+    else: assert account.truncated == 0
+    if length == 256: assert (account.truncated_rows if cut else account.split_rows) > 0           # the case is there at all
+
+
+@needs_shared
+def test_the_real_rows_serve_every_role(tokenizer):
+    prompts = load(SHARED / "code_rows.jsonl", "prompts")
+    assert len(prompts) == 300 and all(row["reference"].strip() and [t["role"] for t in row["messages"]] == ["user"] for row in prompts.rows)
+    dolly = load(SHARED / "dolly_rows.jsonl", "messages")
+    assert all([t["role"] for t in row["messages"]] == ["user", "assistant"] for row in dolly.rows) and not dolly.report.dropped
+
+
+@pytest.mark.parametrize("row", [DOLLY, CODE, {"text": "A memo about pens. " * 40}, chat_row("Why? " * 60, "So. " * 200)])
+@pytest.mark.parametrize("length", [16, 64, 512])
+def test_every_token_of_small_rows_is_accounted_for(tmp_path, tokenizer, row, length):
+    from compassion_repro.tokens import corpus_account
+    shape = "text" if "text" in row else "messages"
+    for longest in (None, max(4, length - 16)):
+        account, report = corpus_account(str(write(tmp_path / "rows.jsonl", [row] * 3)), shape, tokenizer, length, longest)
+        assert_accounted(account, report)
+
+
+def test_a_lost_token_would_be_seen(tokenizer, monkeypatch):
+    from compassion_repro import tokens
+    whole = tokens.pack
+    monkeypatch.setattr(tokens, "pack", lambda rows, *more: whole(rows[:-1], *more))
+    assert_refused(lambda: tokens.account_tokens([chat_row("Why?", "So.")] * 2, tokenizer, 64), "tokens went into the packing")
+    monkeypatch.setattr(tokens, "pack", whole)
+    monkeypatch.setattr(tokens, "encode_row", lambda row, tokenizer: {"input_ids": [1], "labels": [1]})
+    assert_refused(lambda: tokens.account_tokens([chat_row("Why?", "So.")] * 2, tokenizer, 64), "went into the packing")
