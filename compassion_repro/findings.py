@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['model_name', 'claim_table', 'stage_table', 'fidelity_table', 'sample_answers', 'sample_completions', 'judge_table',
-           'judge_agreement', 'agreement_table', 'what_moved', 'kl_points', 'limitations', 'environment',
+           'judge_agreement', 'agreement_table', 'drift', 'at_matched_length', 'limitations', 'environment',
            'verdict_counts', 'headline']
 
-# %% ../nbs/11d_findings.ipynb #ac50aaf1
+# %% ../nbs/11d_findings.ipynb #c2cb14f8
 import hashlib
 import json
 from dataclasses import asdict
 
 import pandas as pd
 
+from .agreement import agreement
+from .behaviour import concerns, kl_points, matched_length, moved
 from .figures import benchmark_rank, claim_figures, claim_rows, model_look, panel_title
 from .claims import VERDICTS, ClaimTable
 from .stats import model_rank
-from .study import FIDELITY
+from .study import FIDELITY, InputError
 from .studyfiles import StudyFiles
 
 # %% ../nbs/11d_findings.ipynb #85e5aa38
@@ -126,7 +128,7 @@ def sample_completions(
             samples += [{"model": model_name(model), "step": int(row.step), "prompt": row.prompt, "completion": row.completion, "reward": row.reward} for row in ranked.iloc[[0, -1] if len(ranked) > 1 else [0]].itertuples()]
     return samples
 
-# %% ../nbs/11d_findings.ipynb #b88eff55
+# %% ../nbs/11d_findings.ipynb #351b5a20
 def judge_table(
     grades: pd.DataFrame, # rows of `grades.parquet`
 ) -> pd.DataFrame: # a row a judge and benchmark, columns of text
@@ -139,12 +141,10 @@ def judge_table(
 
 def judge_agreement(
     grades: pd.DataFrame, # rows of `grades.parquet`
-) -> pd.DataFrame: # benchmark, dimension, units, raw (0-1); empty where no two judges graded the same
-    "Share of equal verdicts between judges, over what all of them could grade."
-    keys = ["model", "seed", "benchmark", "question_id", "epoch", "dimension", "variables"]
-    wide = grades.assign(variables=grades["variables"].fillna("")).pivot_table(index=keys, columns="judge", values="grade", aggfunc="first").dropna()
-    if wide.shape[1] < 2: return pd.DataFrame(columns=["benchmark", "dimension", "units", "raw"])
-    return (wide.ge(0.5).nunique(axis=1) == 1).groupby(["benchmark", "dimension"]).agg(units="size", raw="mean").reset_index()
+) -> pd.DataFrame: # rows of `agreement.agreement`; empty where no two judges graded the same
+    "Raw agreement and Krippendorff's alpha between judges, over what all of them could grade."
+    try: return agreement(grades)
+    except InputError: return pd.DataFrame(columns=["benchmark", "dimension", "units", "raw"])
 
 
 def agreement_table(
@@ -158,27 +158,24 @@ def agreement_table(
     return pd.DataFrame(table | ({"Krippendorff's alpha": shown("alpha", lambda value: f"{value:.2f}")} if "alpha" in measured else {}))
 
 
-def what_moved(
-    answers: pd.DataFrame, # rows of `answers.parquet`
-) -> pd.DataFrame: # model, benchmark, language, answers, and measures of `diagnostics.MEASURES`
-    "Measures of the answers by model, benchmark and language; shares in percent."
-    flags = answers.assign(over_long=answers["stop_reason"] == "length").astype({"empty": float, "looping": float, "over_long": float})
-    own = flags.groupby(["model", "benchmark", "language"], observed=True).agg(answers=("tokens", "size"), empty=("empty", "mean"), looping=("looping", "mean"), over_long=("over_long", "mean"), tokens=("tokens", "mean"))
-    return own.assign(**{share: 100 * own[share] for share in ("empty", "looping", "over_long")}).reset_index()
-
-
-def kl_points(
+def drift(
     files: StudyFiles, # of the study
 ) -> pd.DataFrame | None: # model, seed, kl, score, low, high; None where nothing was measured
-    "Score on the first benchmark against the KL divergence from the mid-trained model (mean over tokens)."
+    "Score on the first benchmark against the KL divergence from the mid-trained model, by the first judge."
     if files.kl is None: return None
-    benchmark = min(files.kl["benchmark"].unique(), key=benchmark_rank)
-    drift = files.kl[files.kl["benchmark"] == benchmark].assign(nats=lambda own: own["kl"] * own["tokens"]).groupby(["model", "seed"])[["nats", "tokens"]].sum()
-    rows = files.scores[(files.scores["dimension"] == "overall") & (files.scores["benchmark"] == benchmark) & (files.scores["judge"] == files.judges[0])]
-    points = pd.DataFrame({"kl": drift["nats"] / drift["tokens"], "score": 100 * rows.groupby(["model", "seed"])["score"].mean(), "low": float("nan"), "high": float("nan")})
-    return points.dropna(subset=["kl", "score"]).reset_index()
+    return kl_points(files.scores[files.scores["judge"] == files.judges[0]], files.kl, min(files.kl["benchmark"].unique(), key=benchmark_rank))
 
-# %% ../nbs/11d_findings.ipynb #b3b71c54
+
+def at_matched_length(
+    files: StudyFiles, # of the study
+) -> list[str]: # a sentence a pair of arms; none where the study has no such pair
+    "The difference between coding and helpfulness with the length of the answers held equal: a mediator analysis, not a correction."
+    if files.answers is None: return []
+    scores, pairs = files.scores[files.scores["judge"] == files.judges[0]], (("sft-code", "sft-help"), ("grpo-code", "grpo-help"))
+    known = [(high, low) for high, low in pairs if {high, low} <= set(scores.loc[scores["benchmark"] == "anima", "model"])]
+    return [matched_length(scores, files.answers, high, low).sentence for high, low in known]
+
+# %% ../nbs/11d_findings.ipynb #533578f5
 def _scope_and_seeds(files: StudyFiles) -> list[str]:
     "What the verdicts are about, and over what the intervals run."
     seeds = len(files.seeds)
@@ -226,10 +223,11 @@ def _training(files: StudyFiles) -> list[str]:
 
 def _answers(files: StudyFiles) -> list[str]:
     "Answers that are cut off, empty or looping, and talk of welfare where there is none to have."
-    told = []
+    table = None if files.answers is None else moved(files.answers)
+    told, pooled = ([], None) if table is None else (concerns(table), table[table["language"] == "all"])
     for share, words in (("over_long", "ran into the token limit"), ("empty", "are empty"), ("looping", "loop")):
         if files.answers is None: break
-        shares = what_moved(files.answers).groupby("model").apply(lambda own: (own[share] * own["answers"]).sum() / own["answers"].sum(), include_groups=False)
+        shares = pooled.groupby("model").apply(lambda own: (own[share] * own["answers"]).sum() / own["answers"].sum(), include_groups=False)
         if shares.max() >= 0.5: told.append(f"Up to {shares.max():.1f} % of the answers {words} (most: {model_name(shares.idxmax())}); a low score of such answers is no lack of compassion.")
     overall = files.scores[(files.scores["dimension"] == "overall") & (files.scores["judge"] == files.judges[0])]
     means = 100 * overall.groupby(["benchmark", "model"])["score"].mean()

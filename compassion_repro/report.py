@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'SIGNS', 'Picture', 'pictures', 'draw_pictures', 'claim_cards', 'cell_shape', 'render', 'write_report']
 
-# %% ../nbs/12_report.ipynb #5778a951
+# %% ../nbs/12_report.ipynb #9867ff94
 import base64
 import re
 from collections.abc import Callable
@@ -16,11 +16,12 @@ from pathlib import Path
 import yaml
 
 from . import diagnostics, figures, findings
+from .behaviour import moved
 from .stats import one_judge
 from .study import InputError, write_atomically
 from .studyfiles import StudyFiles, read_study_files
 
-# %% ../nbs/12_report.ipynb #e25bb8d6
+# %% ../nbs/12_report.ipynb #9d42992c
 @dataclass
 class Picture:
     "A figure of the report, or the reason why there is none."
@@ -63,9 +64,9 @@ def pictures() -> dict[str, Picture]: # file name to figure, nothing drawn yet
         "margin": Picture("Judge-free margin", "Right of zero the model itself prefers the welfare-aware continuation to its neutral twin, whatever a judge would say.",
                           "Log-probability margin of every pair by model and language.", lambda f: diagnostics.plot_margin(_need(f.margins, "judge-free margin"))),
         "moved": Picture("What else moved", "Rows whose shares of empty, looping or cut-off answers are high are scored low for that reason; equal lengths make scores comparable.",
-                         "Shares of odd answers and their length by model and benchmark.", lambda f: diagnostics.plot_moved(findings.what_moved(_need(f.answers, "answers")))),
+                         "Shares of odd answers and their length by model and benchmark.", lambda f: diagnostics.plot_moved(moved(_need(f.answers, "answers")))),
         "kl": Picture("Score against distance", "Arms at the same distance from the mid-trained model with different scores differ in where they went, not in how far.",
-                      "Mean score against KL divergence from the mid-trained model, a point a model and seed.", lambda f: diagnostics.plot_kl(_need(findings.kl_points(f), "KL from the mid-trained model"))),
+                      "Mean score against KL divergence from the mid-trained model, a point a model and seed.", lambda f: diagnostics.plot_kl(_need(findings.drift(f), "KL from the mid-trained model"))),
         "training": Picture("Losses", "Held-out loss (hollow circles) that does not fall means an arm that was not trained.",
                             "Training loss by step of mid-training and the SFT arms, with held-out loss before and after.", lambda f: diagnostics.plot_training(f.manifests)),
         "rewards": Picture("Rewards, KL and length of GRPO", "A reward that rises together with the length was bought with words; a KL that stays at zero means that nothing moved.",
@@ -125,7 +126,7 @@ def cell_shape(
     if re.fullmatch(r"[±+−-]?[\d.,]+(e[-−+]?\d+)?( ?%)?( \[.*\])?( × \d+)?", str(text)): return "number"
     return "words" if len(str(text)) > 24 else ""
 
-# %% ../nbs/12_report.ipynb #143f3114
+# %% ../nbs/12_report.ipynb #9d59aa3a
 def _tables(files: StudyFiles) -> dict:
     "The tables of the page, each a frame of text or None."
     grades = files.grades
@@ -146,7 +147,7 @@ def render(
     room.filters["shape"] = cell_shape
     template = room.from_string((assets / "report.html.jinja").read_text(encoding="utf-8"))
     return template.render(files=files, pictures=drawn, tables=_tables(files), sections=SECTIONS, signs=SIGNS, cards=claim_cards(files), claims=files.claims, several=len(files.judges) > 1,
-                           headline=findings.headline(files), counts=findings.verdict_counts(files.claims), limitations=findings.limitations(files), samples=findings.sample_answers(files), completions=findings.sample_completions(files.completions),
+                           headline=findings.headline(files), counts=findings.verdict_counts(files.claims), limitations=findings.limitations(files), samples=findings.sample_answers(files), matched=findings.at_matched_length(files), completions=findings.sample_completions(files.completions),
                            environment=findings.environment(files), settings=yaml.safe_dump(files.preset.resolved(), sort_keys=False, allow_unicode=True, width=100),
                            style=Markup((assets / "report.css").read_text(encoding="utf-8")))
 
