@@ -149,7 +149,7 @@ def claims(args) -> int:
     print_claims(folder)
     return 0
 
-# %% ../nbs/14_cli.ipynb #77d0414b
+# %% ../nbs/14_cli.ipynb #9c37d8e3
 def _options(args) -> dict:
     "What `eval` and `judge` have in common."
     settings = {"temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens, "max_connections": args.judge_connections, "max_retries": args.judge_retries}
@@ -209,8 +209,8 @@ def judge(args) -> int:
     _heavy()
     with talking() as (say, report): evaluation.judge_folder(folder, args.judge, again=args.again, say=say, report=report, answer=_asking(report), **_options(args))
     _print_scores(folder)
-    if (folder / "study.yaml").is_file() and (stages := (study := pipeline.Study(folder)).finished(study.preset, pipeline.without_jail(study.preset))):
-        pipeline.analyse(study, stages)
+    if (folder / "study.yaml").is_file() and (study := pipeline.Study(folder)).finished(study.preset, pipeline.without_jail(study.preset)):
+        pipeline.analyse(study)
         _print(f"\nthe claims under every judge: compassion-repro claims {folder}")
     return 0
 

@@ -16,8 +16,9 @@ import yaml
 from inspect_ai.model import ModelAPI, ModelOutput, ModelUsage, modelapi
 from inspect_ai.scorer import Score, mean_score
 
-from compassion_repro import benchmarks, cli, evaluation, judges, pipeline, stats, world
+from compassion_repro import benchmarks, cli, evaluation, judges, pipeline, world
 from compassion_repro import judge as judging
+from compassion_repro.claims import read_claims
 from compassion_repro.study import Generation, InputError
 
 QUIET = {"say": lambda line: None, "report": lambda line: None}
@@ -373,7 +374,7 @@ def test_a_study_is_judged_again_and_keeps_it(study_copy, capsys):
     assert "strict" in out and "Krippendorff's alpha" in out
     table = scores(study_copy)
     assert table.judge.value_counts().nunique() == 1 and set(table.judge) == {"indicator", "strict"} and not table.duplicated(["judge", "model", "seed", "benchmark", "question_id", "epoch", "dimension"]).any()
-    assert {record.judge for record in stats.read_claims(study_copy / "claims.json").records} == {"indicator", "strict"}
+    assert {record.judge for record in read_claims(study_copy / "claims.json").records} == {"indicator", "strict", "mean of judges"}
     study = pipeline.Study(study_copy)
     pipeline.collect(study, study.finished(study.preset))        # what `run` does when nothing is left to run
     assert len(scores(study_copy)) == len(table)

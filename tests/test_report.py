@@ -89,7 +89,7 @@ def test_a_run_leaves_a_report(finished):
 
 def test_everything_is_computed_again_without_torch(rich):
     records = json.loads((rich / "claims.json").read_text())
-    assert {r["judge"] for r in records} == {"indicator", "strict"} and any(r["verdict"] != "not tested" for r in records)
+    assert {r["judge"] for r in records} == {"indicator", "strict", "mean of judges"} and any(r["verdict"] != "not tested" for r in records)
     assert {p.name for p in (rich / "figures").iterdir()} == {f"{name}.{kind}" for name in report.pictures() for kind in ("png", "svg")}
     assert "C1" in (rich.parent / "said.txt").read_text() and "report.html" in (rich.parent / "said.txt").read_text()
 
@@ -126,7 +126,7 @@ def test_limitations_are_those_of_the_study(page):
 
 
 def test_parts_that_are_missing_are_said_to_be(study_copy):
-    for name in ("answers.parquet", "grades.parquet"): (study_copy / name).unlink()
+    for name in ("answers.parquet", "grades.parquet", "margin.parquet", "kl.parquet"): (study_copy / name).unlink()
     for place in study_copy.glob("seed-*"): shutil.rmtree(place)
     assert cli.main(["report", str(study_copy)]) == 0
     text = (study_copy / "report.html").read_text(encoding="utf-8")
@@ -149,7 +149,7 @@ def damage(study: Path, how: str):
 
 
 @pytest.mark.parametrize("how, said", [("no study", "is not a study folder"), ("half a study", "finish it with"), ("truncated scores", "is damaged"), ("scores of another study", "belongs to the study 'elsewhere'"),
-                                       ("scores of a namesake", "grpo-code, seed 1, which this study never made"), ("scores of something else", "lacks the columns"), ("truncated answers", "cut short"),
+                                       ("scores of a namesake", "grpo-code, seed 1, which this study never made"), ("scores of something else", "lacks the columns"), ("truncated answers", "is damaged"),
                                        ("damaged settings", "cannot be read as a study"), ("figures in the way", "cannot write")])
 def test_bad_input_is_one_line(study_copy, capsys, how, said):
     before = (study_copy / "report.html").read_bytes()

@@ -63,7 +63,7 @@ def host(marked_jails):
 MARK = f"# test run {os.getpid()}" # in the command line of each process of our jails, so that other runs on this machine do not disturb
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def marked_jails(tmp_path_factory):
     "Jails that can be told from all others: by a mark in their command line, and by their own folder for files."
     tmp_path_factory.getbasetemp()

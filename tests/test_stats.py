@@ -350,13 +350,15 @@ def test_a_stripped_question_reaches_the_model_but_not_the_judge(tmp_path):
     from compassion_repro.study import Benchmark
     from compassion_repro.world import assets
     plain = Benchmark(task="anima", data="world:anima", epochs=1, size={"en": 3, "es": 2})
-    words = evaluate.load_task("anima", plain, "indicator", tmp_path).questions[0]["question"].split()[-1]
-    task = evaluate.load_task("anima-stripped", plain.model_copy(update={"strip_suffix": words}), "indicator", tmp_path)
-    work = evaluate._work(task.questions, load_tokenizer(assets() / "base"))
+    words = evaluate.load_benchmark("anima", plain, tmp_path).questions[0]["question"].split()[-1]
+    task = evaluate.load_benchmark("anima-stripped", plain.model_copy(update={"strip_suffix": words}), tmp_path)
+    tokenizer = load_tokenizer(assets() / "base")
+    work = evaluate._work(task.questions, tokenizer)
     for row in work:
         stripped = row["question"].endswith(words)
-        assert row["asked"] == (row["question"].removesuffix(words).rstrip() if stripped else row["question"])
-    assert any(row["asked"] != row["question"] for row in work)
+        assert row.get("asked", row["question"]) == (row["question"].removesuffix(words).rstrip() if stripped else row["question"])
+        assert tokenizer.decode(row["ids"]).count(words) == (0 if stripped else row["question"].count(words))
+    assert any("asked" in row for row in work)
     assert {sample.input for sample in task.task.dataset} == {row["question"] for row in work}   # what the judge reads
 
 
