@@ -10,7 +10,7 @@ __all__ = ['STARTS', 'PARADIGMS', 'DOMAINS', 'ARMS', 'CROSSED', 'Count', 'Source
            'paper_percent', 'Cell', 'Reading', 'Claim', 'readings', 'claim_readings', 'family_of', 'Fidelity',
            'fidelity_markdown']
 
-# %% ../nbs/00_study.ipynb #2282e0d0
+# %% ../nbs/00_study.ipynb #e77f5e6d
 import contextlib
 import os
 import re
@@ -283,7 +283,7 @@ class Compute(Section):
     liger: Literal["auto"] | bool = "auto" # Liger's kernels for norms, gates and rotations; auto: on a GPU, where `liger-kernel` is installed
     tf32: bool = True # 19-bit products of float32 matrices, on GPUs that have them
 
-# %% ../nbs/00_study.ipynb #8291425d
+# %% ../nbs/00_study.ipynb #6996fc37
 class Benchmark(Section):
     "One benchmark: the official task that scores it, and its data."
     task: Literal["anima", "moru"] # official `inspect_evals` task

@@ -313,7 +313,7 @@ def test_the_papers_preset_runs_from_hub_to_claims(whole_hub, tmp_path):
 def test_the_released_checkpoints_are_compared_without_training(whole_hub, tmp_path):
     study, said = run_preset("released", tmp_path / "study")
     manifests = {m["stage"]: m for m in study.manifests()}
-    assert {m["kind"] for m in manifests.values()} == {"base", "answers", "eval"} and "grpo-code" in manifests
+    assert {m["kind"] for m in manifests.values()} == {"base", "answers", "eval", "probe"} and "grpo-code" in manifests
     assert all(len(manifests[m]["result"]["revision"]) == 40 for m in ("base", "mid", "grpo-help", "grpo-code"))
     verdicts = {record["reading"]: record for record in json.loads((study.folder / "claims.json").read_text())}
     assert verdicts["C1"]["verdict"] == "not tested" and "sft-" in verdicts["C1"]["reason"] and verdicts["C2"]["verdict"] != "not tested"
@@ -447,7 +447,7 @@ def test_what_cannot_be_published_is_one_line(finished, server, monkeypatch, cap
 
 
 def test_the_command_line_says_it_in_one_line(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "compassion_repro.cli", "run", "--preset", "paper", "--out", str(tmp_path / "study")], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", "compassion_repro.cli", "run", "--preset", "paper", "--yes", "--out", str(tmp_path / "study")], capture_output=True, text=True,
                           env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")})
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("compassion-repro: "), done.stderr
     assert "HF_HUB_OFFLINE=1" in done.stderr and "--set" in done.stderr and not (tmp_path / "study").exists()

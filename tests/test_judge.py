@@ -318,7 +318,7 @@ def sums(): return Task(dataset=[Sample(input=f"{i} + {i}?", choices=["2", "4"],
     table = evaluation.summary(folder)
     assert set(table.model) == {*models, "mockllm/model"} and set(table[table.benchmark == "sums"].judge) == {"task"}
     assert len(scores(folder, "task")) == 2 * 2 * 2 and set(scores(folder, "task").score) <= {0.0, 1.0}
-    (folder.parent / "adapter" / "adapter_model.safetensors").write_bytes(b"other weights")
+    get_peft_model(load_model(world.assets() / "base"), LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")).save_pretrained(folder.parent / "adapter")
     with pytest.raises(InputError) as error: evaluated(folder, models)
     assert_one_line(error, "weights of", "another --out")
 
