@@ -8,7 +8,7 @@ __all__ = ['COLOURS', 'HATCHES', 'NAMES', 'TITLES', 'SUBJECTS', 'PAPER_LABEL', '
            'claim_rows', 'claim_figures', 'plot_claims', 'model_marker', 'profile_means', 'model_legend',
            'plot_profile', 'plot_dimensions', 'plot_languages', 'save_figure']
 
-# %% ../nbs/11_figures.ipynb #855810e9
+# %% ../nbs/11_figures.ipynb #901c4499
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -191,7 +191,7 @@ def claim_figures(
     "Estimate and interval as text, with true minus signs."
     return ("" if pd.isna(row.estimate) else f"{row.estimate:+.1f}" + ("" if pd.isna(row.low) else f" [{row.low:+.1f}, {row.high:+.1f}]")).replace("-", "−")
 
-# %% ../nbs/11_figures.ipynb #94892645
+# %% ../nbs/11_figures.ipynb #9f3ab2f8
 def _draw_claim(axes, place: int, row, limits: tuple[float, float]) -> None:
     "One row of the forest: margin band, interval, estimate, the paper's figure."
     colour, marker = VERDICT_LOOKS[row.verdict]
@@ -220,7 +220,7 @@ def _claim_legend(figure, rows: pd.DataFrame) -> None:
     handles = [Line2D([], [], color="black", linewidth=2, marker="o", markeredgecolor="white", markersize=8, label="ours, with its interval" + ", adjusted for several claims" * bool(rows["adjusted"].any()))]
     if rows["paper"].notna().any(): handles.append(Line2D([], [], linestyle="", marker="D", markerfacecolor="white", markeredgecolor="black", label=PAPER_LABEL))
     if rows["margin"].notna().any(): handles.append(Patch(facecolor="#CFE0EE", label="margin of a claim of no (or no smaller) effect"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
 
 
 def plot_claims(
@@ -234,12 +234,12 @@ def plot_claims(
     (low, high), judges = np.nanquantile(values, (0, 1)), rows["judge"].nunique() > 1
     limits = (low - 0.06 * (high - low), high + 0.06 * (high - low))
     with figure_style():
-        figure, axes = pyplot.subplots(figsize=(8.5, 1.3 + 0.4 * len(rows)), layout="constrained")
+        figure, axes = pyplot.subplots(figsize=(9.5, 1.5 + 0.42 * len(rows)), layout="constrained")
         for place, row in enumerate(rows.itertuples()): _draw_claim(axes, place, row, limits)
         axes.axvline(0, color="black", linewidth=0.9, zorder=1)
         for place in range(1, len(rows)):
             if rows["claim"][place] != rows["claim"][place - 1]: axes.axhline(place - 0.5, color="#BBBBBB", linewidth=0.7, zorder=0)
-        labels = ["\n".join(wrap(f"{row.reading}{f' ({row.judge})' if judges else ''}: {row.estimand}", 48)) for row in rows.itertuples()]
+        labels = ["\n".join(wrap(f"{row.reading}{f' ({row.judge})' if judges else ''}: {row.estimand}", 62)) for row in rows.itertuples()]
         axes.set_yticks(range(len(rows)), labels, fontsize=9)
         axes.set(ylim=(len(rows) - 0.5, -0.5), xlim=limits, xlabel="points (percent, or difference of percents)")
         axes.grid(axis="y", visible=False)
