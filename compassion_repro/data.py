@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .lengths import LONG_PROMPTS, fit
-from .sources import BadRow, json_lines, parse_source, read_source
+from .sources import BadRow, json_lines, read_source
 from .study import InputError, write_atomically
 
 # %% ../nbs/02_data.ipynb #6a8f3b8e

@@ -29,9 +29,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from . import world
-from .benchmarks import LoadedTask, load_benchmark, load_named_task, one_line
+from .benchmarks import LoadedTask, load_benchmark, one_line
 from .models import PeftModel, encode_prompt, find_model, load_model, load_tokenizer, with_template
-from .runner import Progress, run_inspect, with_prompts
+from .runner import Progress, run_inspect
 from .study import Benchmark, Generation, InputError
 
 # %% ../nbs/09_evaluate.ipynb #4b1ae05e

@@ -7,7 +7,7 @@ __all__ = ['model_name', 'claim_table', 'stage_table', 'fidelity_table', 'sample
            'judge_agreement', 'agreement_table', 'drift', 'at_matched_length', 'limitations', 'environment',
            'verdict_counts', 'headline']
 
-# %% ../nbs/11d_findings.ipynb #c2cb14f8
+# %% ../nbs/11d_findings.ipynb #eab45264
 import hashlib
 import json
 from dataclasses import asdict
@@ -15,7 +15,7 @@ from dataclasses import asdict
 import pandas as pd
 
 from .agreement import agreement
-from .behaviour import concerns, kl_points, matched_length, moved
+from .behaviour import concerns, kl_points, matched_length
 from .figures import benchmark_rank, claim_figures, claim_rows, model_look, panel_title
 from .claims import VERDICTS, ClaimTable
 from .stats import model_rank
@@ -128,7 +128,7 @@ def sample_completions(
             samples += [{"model": model_name(model), "step": int(row.step), "prompt": row.prompt, "completion": row.completion, "reward": row.reward} for row in ranked.iloc[[0, -1] if len(ranked) > 1 else [0]].itertuples()]
     return samples
 
-# %% ../nbs/11d_findings.ipynb #351b5a20
+# %% ../nbs/11d_findings.ipynb #db9e646a
 def judge_table(
     grades: pd.DataFrame, # rows of `grades.parquet`
 ) -> pd.DataFrame: # a row a judge and benchmark, columns of text
@@ -163,7 +163,7 @@ def drift(
 ) -> pd.DataFrame | None: # model, seed, kl, score, low, high; None where nothing was measured
     "Score on the first benchmark against the KL divergence from the mid-trained model, by the first judge."
     if files.kl is None: return None
-    return kl_points(files.scores[files.scores["judge"] == files.judges[0]], files.kl, min(files.kl["benchmark"].unique(), key=benchmark_rank))
+    return kl_points(files.lead, files.kl, min(files.kl["benchmark"].unique(), key=benchmark_rank))
 
 
 def at_matched_length(
@@ -171,11 +171,15 @@ def at_matched_length(
 ) -> list[str]: # a sentence a pair of arms; none where the study has no such pair
     "The difference between coding and helpfulness with the length of the answers held equal: a mediator analysis, not a correction."
     if files.answers is None: return []
-    scores, pairs = files.scores[files.scores["judge"] == files.judges[0]], (("sft-code", "sft-help"), ("grpo-code", "grpo-help"))
-    known = [(high, low) for high, low in pairs if {high, low} <= set(scores.loc[scores["benchmark"] == "anima", "model"])]
-    return [matched_length(scores, files.answers, high, low).sentence for high, low in known]
+    scored = files.lead.dropna(subset="score")
+    known = set(scored.loc[scored["benchmark"] == "anima", "model"])
+    pairs = [pair for pair in (("sft-code", "sft-help"), ("grpo-code", "grpo-help")) if set(pair) <= known]
+    def told(high, low):
+        try: return matched_length(files.lead, files.answers, high, low).sentence
+        except InputError as error: return f"{high} − {low} at matched length cannot be told: {error}."
+    return [told(*pair) for pair in pairs]
 
-# %% ../nbs/11d_findings.ipynb #533578f5
+# %% ../nbs/11d_findings.ipynb #b2ce8c54
 def _scope_and_seeds(files: StudyFiles) -> list[str]:
     "What the verdicts are about, and over what the intervals run."
     seeds = len(files.seeds)
@@ -223,13 +227,12 @@ def _training(files: StudyFiles) -> list[str]:
 
 def _answers(files: StudyFiles) -> list[str]:
     "Answers that are cut off, empty or looping, and talk of welfare where there is none to have."
-    table = None if files.answers is None else moved(files.answers)
-    told, pooled = ([], None) if table is None else (concerns(table), table[table["language"] == "all"])
+    told, pooled = ([], None) if files.moved is None else (concerns(files.moved), files.moved[files.moved["language"] == "all"])
     for share, words in (("over_long", "ran into the token limit"), ("empty", "are empty"), ("looping", "loop")):
-        if files.answers is None: break
+        if pooled is None: break
         shares = pooled.groupby("model").apply(lambda own: (own[share] * own["answers"]).sum() / own["answers"].sum(), include_groups=False)
         if shares.max() >= 0.5: told.append(f"Up to {shares.max():.1f} % of the answers {words} (most: {model_name(shares.idxmax())}); a low score of such answers is no lack of compassion.")
-    overall = files.scores[(files.scores["dimension"] == "overall") & (files.scores["judge"] == files.judges[0])]
+    overall = files.lead[files.lead["dimension"] == "overall"]
     means = 100 * overall.groupby(["benchmark", "model"])["score"].mean()
     if {("leak", "base"), ("leak", "mid"), ("anima", "mid")} <= set(means.index) and means["leak", "mid"] > means["leak", "base"]:
         told.append(f"Mid-training leaks: on objects, where there is no welfare to speak of, the score rose from {means['leak', 'base']:.1f} to {means['leak', 'mid']:.1f} % (animals: {means['anima', 'mid']:.1f} %), so part of what is measured is a habit of words.")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'SIGNS', 'Picture', 'pictures', 'draw_pictures', 'claim_cards', 'cell_shape', 'render', 'write_report']
 
-# %% ../nbs/12_report.ipynb #9867ff94
+# %% ../nbs/12_report.ipynb #ebbfcb52
 import base64
 import re
 from collections.abc import Callable
@@ -16,12 +16,10 @@ from pathlib import Path
 import yaml
 
 from . import diagnostics, figures, findings
-from .behaviour import moved
-from .stats import one_judge
 from .study import InputError, write_atomically
 from .studyfiles import StudyFiles, read_study_files
 
-# %% ../nbs/12_report.ipynb #9d42992c
+# %% ../nbs/12_report.ipynb #1c69065d
 @dataclass
 class Picture:
     "A figure of the report, or the reason why there is none."
@@ -37,9 +35,8 @@ class Picture:
 
 def _lead(files: StudyFiles):
     "The scores of the first judge: a figure shows one judge at a time."
-    scores = one_judge(files.scores, files.judges[0])
-    if scores["score"].isna().all(): raise InputError(f"not one answer was graded by {files.judges[0]}")
-    return scores
+    if files.lead["score"].isna().all(): raise InputError(f"not one answer was graded by {files.judges[0]}")
+    return files.lead
 
 
 def _need(table, what: str):
@@ -64,7 +61,7 @@ def pictures() -> dict[str, Picture]: # file name to figure, nothing drawn yet
         "margin": Picture("Judge-free margin", "Right of zero the model itself prefers the welfare-aware continuation to its neutral twin, whatever a judge would say.",
                           "Log-probability margin of every pair by model and language.", lambda f: diagnostics.plot_margin(_need(f.margins, "judge-free margin"))),
         "moved": Picture("What else moved", "Rows whose shares of empty, looping or cut-off answers are high are scored low for that reason; equal lengths make scores comparable.",
-                         "Shares of odd answers and their length by model and benchmark.", lambda f: diagnostics.plot_moved(moved(_need(f.answers, "answers")))),
+                         "Shares of odd answers and their length by model and benchmark.", lambda f: diagnostics.plot_moved(_need(f.moved, "answers"))),
         "kl": Picture("Score against distance", "Arms at the same distance from the mid-trained model with different scores differ in where they went, not in how far.",
                       "Mean score against KL divergence from the mid-trained model, a point a model and seed.", lambda f: diagnostics.plot_kl(_need(findings.drift(f), "KL from the mid-trained model"))),
         "training": Picture("Losses", "Held-out loss (hollow circles) that does not fall means an arm that was not trained.",

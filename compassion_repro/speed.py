@@ -40,7 +40,7 @@ from .memory import Held, Shape, fit, read_shape, sampling_memory, total, traini
 from .midtrain import Progress, pack, train
 from .models import encode_prompt, encode_row, load_model, load_tokenizer, lora_config, pick_device, pick_dtype
 from .pipeline import provenance
-from .study import Compute, Generation, Grpo, InputError, Lora, Models, Training, write_atomically
+from .study import Compute, Generation, Grpo, Lora, Models, Training, write_atomically
 from .training import Holding, fitted, holding, load_held
 
 # %% ../nbs/16_speed.ipynb #e165d2eb

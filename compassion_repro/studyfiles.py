@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['StudyFiles', 'read_study_files']
 
-# %% ../nbs/11c_studyfiles.ipynb #3866ffdd
+# %% ../nbs/11c_studyfiles.ipynb #85a3f40c
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
 import yaml
 
+from .behaviour import moved
 from .claims import ClaimTable, read_claims
 from .stats import model_rank, read_scores
 from .study import InputError, Preset, build_preset
 
-# %% ../nbs/11c_studyfiles.ipynb #8d234a40
+# %% ../nbs/11c_studyfiles.ipynb #e28fa426
 @dataclass
 class StudyFiles:
     "The parts of a study that a report shows; one that is not there is None or empty."
@@ -46,6 +48,16 @@ class StudyFiles:
     def judges(self) -> list[str]:
         "Judges whose scores there are."
         return sorted(self.scores["judge"].unique())
+
+    @property
+    def lead(self) -> pd.DataFrame:
+        "Scores of the first judge: what is shown of one judge at a time."
+        return self.scores[self.scores["judge"] == self.judges[0]]
+
+    @cached_property
+    def moved(self) -> pd.DataFrame | None:
+        "What else moved beside the scores (`behaviour.moved`), measured once; None where the study keeps no answers."
+        return None if self.answers is None else moved(self.answers)
 
 # %% ../nbs/11c_studyfiles.ipynb #6e75629b
 def _read_preset(folder: Path) -> Preset:
