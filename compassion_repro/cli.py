@@ -58,7 +58,7 @@ def _print(*things):
 # %% ../nbs/14_cli.ipynb #9f39a235
 def _study_folder(args, preset) -> Path:
     "`--out`, or studies/<preset>, with a short hash where `--set` changed the preset."
-    from compassion_repro.pipeline import study_name
+    from compassion_repro.store import study_name
     return Path(args.out) if args.out else Path("studies") / study_name(preset, load_preset(args.preset))
 
 
@@ -80,9 +80,9 @@ def _agree_to_judges(args, preset, folder: Path):
     from compassion_repro import prices
     dear = [judge for judge in prices.judge_names(preset.judge) if not prices.is_free(judge)]
     if not dear: return
-    from compassion_repro import pipeline
-    study, table = pipeline.Study(folder), prices.load_prices(args.prices)
-    waiting = [r for r, stage in zip(pipeline.plan(preset, args.seeds), pipeline.graph(preset, args.seeds)) if stage.kind == "eval" and not study.done(stage)]
+    from compassion_repro import graph, planning, store
+    study, table = store.Study(folder), prices.load_prices(args.prices)
+    waiting = [r for r, stage in zip(planning.plan(preset, args.seeds), graph.graph(preset, args.seeds)) if stage.kind == "eval" and not study.done(stage)]
     if any(r["judge_calls"] is None for r in waiting) and not args.yes:
         raise InputError(f"how often {', '.join(dear)} will be asked cannot be told beforehand for these benchmarks: add --yes to agree, or judge later with `compassion-repro judge`")
     calls = sum(r["judge_calls"] or 0 for r in waiting) // len(prices.judge_names(preset.judge))
@@ -106,14 +106,14 @@ def plan(args) -> int:
     "Print what a run would do; loads no model."
     import yaml
     preset = load_preset(args.preset, args.set)
-    from compassion_repro import pipeline
-    records = pipeline.plan(preset, args.seeds)
+    from compassion_repro import planning
+    records = planning.plan(preset, args.seeds)
     print(yaml.safe_dump(preset.resolved(), sort_keys=False, allow_unicode=True, width=120))
     columns = ["seed", "stage", "rows", "steps", "tokens", "answers", "judge_calls", "memory_gb"]
     _print(_table([c.replace("_", " ") for c in columns], [[r[c] for c in columns] for r in records]))
     largest = max((r for r in records if r["memory_gb"]), key=lambda r: r["memory_gb"], default=None)
     if largest: print(f"\nmost memory: {largest['stage']}, {largest['memory_gb']} GB = " + " + ".join(f"{name} {size}" for name, size in largest["memory"].items()) + " (an estimate; of cache and activations the larger counts)")
-    if machines := pipeline.on_machines(preset, records): _print("\nestimates from data sheets and assumed shares of their speed:", _table(["GPU", "fits", "most memory", "GB", "micro-batch", "hours"], machines))
+    if machines := planning.on_machines(preset, records): _print("\nestimates from data sheets and assumed shares of their speed:", _table(["GPU", "fits", "most memory", "GB", "micro-batch", "hours"], machines))
     known = {c: [r[c] for r in records if r[c] is not None] for c in ("tokens", "answers", "judge_calls")}
     print(f"\n{len(records)} stages; " + "; ".join(f"{sum(v):,} {c.replace('_', ' ')}" for c, v in known.items() if v) + f"\nstudy folder: {_study_folder(args, preset)}")
     return 0
@@ -134,8 +134,8 @@ def _existing_study(folder: str) -> Path:
 def report(args) -> int:
     "Compute a study's claims, figures and report again from its scores, and print the claims; needs no torch."
     folder = _existing_study(args.study)
-    from compassion_repro import pipeline
-    study = pipeline.Study(folder)
+    from compassion_repro import pipeline, store
+    study = store.Study(folder)
     with talking() as (say, progress): pipeline.analyse(study, progress)
     print_claims(study.folder)
     _print(f"\nreport: {study.folder / 'report.html'}")
@@ -167,19 +167,19 @@ def _print_agreement(table):
 
 def _print_scores(folder: Path):
     "Scores by model, benchmark and judge, and how far judges agree."
-    from compassion_repro import agreement, evaluation, pipeline
+    from compassion_repro import agreement, evaluation, store
     def number(x): return None if x != x else round(x, 1)
     rows = [[r["model"], r["benchmark"], r["judge"] + (f" (for {r['substitute_for']})" if isinstance(r["substitute_for"], str) else ""), int(r["questions"]), number(r["score"]), number(r.get("no_grade", float("nan"))), number(r["empty"])]
             for r in evaluation.summary(folder).to_dict("records")]
     _print(_table(["model", "benchmark", "judge", "questions", "score, %", "replies without a grade, %", "empty answers, %"], rows))
-    grades = pipeline.Study(folder).table("grades") if (folder / "grades.parquet").is_file() else None
+    grades = store.Study(folder).table("grades") if (folder / "grades.parquet").is_file() else None
     if grades is not None and grades["judge"].nunique() > 1: _print_agreement(agreement.agreement(grades))
 
 
 def _heavy():
     "Settings that libraries read when they are imported."
-    from compassion_repro import pipeline
-    pipeline.prepare(load_preset("tiny"))
+    from compassion_repro import stages
+    stages.prepare(load_preset("tiny"))
 
 
 def evaluate(args) -> int:
@@ -203,13 +203,13 @@ def evaluate(args) -> int:
 
 def judge(args) -> int:
     "Have the answers of a study or an evaluation judged again, and print the scores."
-    from compassion_repro import evaluation, pipeline
+    from compassion_repro import evaluation, pipeline, stages, store
     folder = Path(args.study)
     evaluation.setup_of(folder)
     _heavy()
     with talking() as (say, report): evaluation.judge_folder(folder, args.judge, again=args.again, say=say, report=report, answer=_asking(report), **_options(args))
     _print_scores(folder)
-    if (folder / "study.yaml").is_file() and (study := pipeline.Study(folder)).finished(study.preset, pipeline.without_jail(study.preset)):
+    if (folder / "study.yaml").is_file() and (study := store.Study(folder)).finished(study.preset, stages.without_jail(study.preset)):
         pipeline.analyse(study)
         _print(f"\nthe claims under every judge: compassion-repro claims {folder}")
     return 0
@@ -262,7 +262,7 @@ def doctor(args) -> int:
     import shutil
     import psutil
     from compassion_repro import sandbox
-    from compassion_repro.pipeline import provenance
+    from compassion_repro.store import provenance
     memory, disk = psutil.virtual_memory().total / 2**30, shutil.disk_usage(".").free / 2**30
     facts = [["python", platform.python_version()], ["processors", str(os.cpu_count())], ["memory", f"{memory:.0f} GB"], ["free disk here", f"{disk:.0f} GB"], ["GPU", _gpu()], ["jail for model-written code", sandbox.describe_level()]]
     facts += [[name, found or "missing: pip install -c constraints.txt ."] for name, found in provenance()["packages"].items()]
@@ -290,9 +290,9 @@ def bench(args) -> int:
     if args.gpu: return _bench_gpu(args.out)
     import resource
     import subprocess
-    from compassion_repro import pipeline
+    from compassion_repro import stages
     preset = load_preset("tiny")
-    pipeline.prepare(preset)
+    stages.prepare(preset)
     from compassion_repro import evaluate, models
     from compassion_repro import grpo, rewards, sandbox, world
     result = evaluate.benchmark_generation(models.find_model(preset.models.base))

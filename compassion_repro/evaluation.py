@@ -18,7 +18,8 @@ from pathlib import Path
 import yaml
 
 from .agreement import HUMAN, UNIT, agreement, lay_together, read_sheet, sample_units, write_sheet
-from .pipeline import Study, path_digest, writable, write_json
+from .graph import path_digest
+from .store import Study, writable, write_json
 from .prices import Estimate, ask, check_judge, is_free, judge_names, load_prices
 from .study import Benchmark, Generation, InputError, write_atomically
 

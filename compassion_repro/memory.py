@@ -254,7 +254,7 @@ def sampling_hours(
 # %% ../nbs/03b_memory.ipynb #00cc3683
 def on_gpu(
     preset: Preset, # the study
-    records: list[dict], # stages, from `pipeline.plan`
+    records: list[dict], # stages, from `planning.plan`
     shape: Shape, # of the model
     gpu: Gpu, # where
     reward: Shape | None = None, # reward model

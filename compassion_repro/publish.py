@@ -15,7 +15,8 @@ from pathlib import Path
 import yaml
 
 from . import hub, stats
-from .pipeline import Study, is_local
+from .graph import is_local
+from .store import Study
 from .study import InputError, parse_model
 
 # %% ../nbs/15_publish.ipynb #d659527d

@@ -39,7 +39,7 @@ from .grpo import make_trainer, prompt_rows
 from .memory import Held, Shape, fit, read_shape, sampling_memory, total, training_memory
 from .midtrain import Progress, pack, train
 from .models import encode_prompt, encode_row, load_model, load_tokenizer, lora_config, pick_device, pick_dtype
-from .pipeline import provenance
+from .store import provenance
 from .study import Compute, Generation, Grpo, Lora, Models, Training, write_atomically
 from .training import Holding, fitted, holding, load_held
 

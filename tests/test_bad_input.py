@@ -11,7 +11,7 @@ import pytest
 from conftest import SHARED_DATA, command, assert_one_line, run_study, settings
 
 from compassion_repro import cli, world
-from compassion_repro.pipeline import Study
+from compassion_repro.store import Study
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 from conftest import CRASH_SIZE
 
-from compassion_repro import pipeline, rewards, sandbox
+from compassion_repro import engine, graph, pipeline, rewards, sandbox, stages, store
 from compassion_repro.claims import read_claims
-from compassion_repro.pipeline import Study
+from compassion_repro.store import Study
 from compassion_repro.study import InputError, load_preset
 
 ARMS = ["grpo-help", "grpo-code", "grpo-code+help", "grpo-help+code"]
@@ -25,7 +25,7 @@ def test_grpo_arms_join_the_study(monkeypatch, finished, tmp_path):
     said, out = [], tmp_path / "study"
     preset = crash_preset(f"arms=[{', '.join(ARMS)}]", *QUICK, "grpo.steps=1")
     Study.create(out, preset)
-    for stage in pipeline.graph(preset): # base and mid, with their answers and scores, are the same stages in any study
+    for stage in graph.graph(preset): # base and mid, with their answers and scores, are the same stages in any study
         if stage.model in ("base", "mid"): shutil.copytree(finished / stage.place, out / stage.place)
     monkeypatch.setattr(rewards, "train_reward_model", partial(rewards.train_reward_model, pairs=100, held_out=40)) # how good it becomes is the notebook's matter
     pipeline.run(preset, out, say=said.append)
@@ -52,7 +52,7 @@ def test_grpo_arms_join_the_study(monkeypatch, finished, tmp_path):
 def grpo_stage():
     "A GRPO arm whose earlier stages the finished study holds."
     preset = crash_preset("arms=[grpo-code]", *QUICK, "grpo.steps=4", "grpo.save_every=1")
-    return preset, next(stage for stage in pipeline.graph(preset) if stage.id == "grpo-code")
+    return preset, next(stage for stage in graph.graph(preset) if stage.id == "grpo-code")
 
 
 @pytest.mark.skipif(sandbox.level() == "none", reason="no jail on this machine")
@@ -67,11 +67,11 @@ def test_a_stage_cut_off_carries_on_and_ends_the_same(finished, tmp_path):
             told.append(line)
             if "step 3/4" in line and name == "cut" and len(told) < 100 and not any("carrying on" in said for said in told): raise KeyboardInterrupt
         if name == "cut":
-            with pytest.raises(KeyboardInterrupt): pipeline.run_stage(study, preset, stage, report)
+            with pytest.raises(KeyboardInterrupt): engine.run_stage(study, preset, stage, report)
             assert hidden.is_dir() and not place.exists()
             assert {m["stage"] for m in study.manifests()} == {m["stage"] for m in Study(finished).manifests()}
             study = Study(study.folder.rename(tmp_path / "moved")) # another place, as on another machine
-        manifest = pipeline.run_stage(study, preset, stage, report)
+        manifest = engine.run_stage(study, preset, stage, report)
         place = study.folder / stage.place
         assert not place.with_name(f".{place.name}.checkpoints").exists() and study.done(stage)
         log = [{key: value for key, value in record.items() if key != "seconds"} for record in manifest["result"]["log"]]
@@ -82,7 +82,7 @@ def test_a_stage_cut_off_carries_on_and_ends_the_same(finished, tmp_path):
 
 def test_warnings_and_abstentions_stand_in_the_table():
     result = {"rows": 9, "steps": 2, "completions": 18, "reward_before": .25, "reward_after": None, "abstained": .125, "warnings": ["most groups had no variance"], "trained": False}
-    facts = pipeline._facts({"result": result})
+    facts = store.stage_facts({"result": result})
     assert "0.250 → unknown (not trained), abstained on 12%; warning: most groups had no variance" in facts
     assert pipeline.training_record([{"model": "grpo-code", "result": {**result, "gain": None, "gain_high": None}}])["grpo-code"]["trained"] is False
 
@@ -90,17 +90,17 @@ def test_warnings_and_abstentions_stand_in_the_table():
 def test_without_a_jail_the_code_arms_are_left_out(monkeypatch):
     preset = load_preset("tiny", ["arms=[sft-code, grpo-help, grpo-code, grpo-help+code]"])
     monkeypatch.setattr(sandbox, "level", lambda: "none")
-    assert pipeline.without_jail(preset) == ["grpo-code", "grpo-help+code"]
-    assert pipeline.without_jail(preset, unsafe=True) == []
+    assert stages.without_jail(preset) == ["grpo-code", "grpo-help+code"]
+    assert stages.without_jail(preset, unsafe=True) == []
     monkeypatch.setattr(sandbox, "level", lambda: "landlock")
-    assert pipeline.without_jail(preset) == []
+    assert stages.without_jail(preset) == []
 
 
 def test_without_a_jail_the_rest_of_the_study_finishes(monkeypatch, finished, tmp_path):
     said = []
     monkeypatch.setattr(sandbox, "level", lambda: "none")
     study = Study.create(tmp_path / "study", preset := crash_preset("arms=[sft-code, grpo-code]"))
-    for stage in pipeline.graph(preset):
+    for stage in graph.graph(preset):
         if stage.model in ("base", "mid"): shutil.copytree(finished / stage.place, study.folder / stage.place)
     pipeline.run(preset, study.folder, say=said.append)
     assert any("grpo-code are left out" in line for line in said)

@@ -321,7 +321,7 @@ def test_the_released_checkpoints_are_compared_without_training(whole_hub, tmp_p
 
 
 def test_the_colab_preset_is_the_papers_graph_with_other_values(whole_hub, tmp_path):
-    from compassion_repro.pipeline import graph
+    from compassion_repro.graph import graph
     from compassion_repro.study import load_preset
     shapes = [tuple((s.id, s.kind, tuple(i.id for i in s.inputs)) for s in graph(load_preset(name))) for name in ("paper", "colab", "tiny")]
     assert shapes[0] == shapes[1] == shapes[2]
@@ -345,12 +345,12 @@ def test_plans_at_scale_need_no_network_and_no_torch():
 
 def given_stage(tmp_path, source):
     "The artifact of a study's stage `mid` that is given, with the base in place."
-    from compassion_repro import pipeline
+    from compassion_repro import engine, graph, store
     from compassion_repro.study import load_preset
     preset = load_preset("smoke", ["arms=[]", f"models.given.mid={source}"])
-    study = pipeline.Study.create(tmp_path / "study", preset)
-    for stage in pipeline.graph(preset):
-        if stage.id in ("base", "mid"): pipeline.run_stage(study, preset, stage, lambda line: None)
+    study = store.Study.create(tmp_path / "study", preset)
+    for stage in graph.graph(preset):
+        if stage.id in ("base", "mid"): engine.run_stage(study, preset, stage, lambda line: None)
     return study
 
 
@@ -388,12 +388,12 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
 
 
 def test_an_adapter_is_no_base(tmp_path):
-    from compassion_repro import pipeline
+    from compassion_repro import engine, graph, store
     from compassion_repro.study import load_preset
     adapter(tmp_path / "adapter")
     preset = load_preset("smoke", ["arms=[]", f"models.base={tmp_path / 'adapter'}"])
-    study = pipeline.Study.create(tmp_path / "study", preset)
-    assert_refused(lambda: pipeline.run_stage(study, preset, pipeline.graph(preset)[0], lambda line: None), "is an adapter", "models.given")
+    study = store.Study.create(tmp_path / "study", preset)
+    assert_refused(lambda: engine.run_stage(study, preset, graph.graph(preset)[0], lambda line: None), "is an adapter", "models.given")
 
 
 # --- publishing ------------------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import yaml
 from inspect_ai.model import ModelAPI, ModelOutput, ModelUsage, modelapi
 from inspect_ai.scorer import Score, mean_score
 
-from compassion_repro import benchmarks, cli, evaluation, judges, pipeline, world
+from compassion_repro import benchmarks, cli, evaluation, graph, judges, pipeline, stages, store, world
 from compassion_repro import judge as judging
 from compassion_repro.claims import read_claims
 from compassion_repro.study import Generation, InputError
@@ -359,11 +359,11 @@ def test_several_judges_agree_or_not(folder):
 
 def test_a_preset_with_two_judges(study_copy, tmp_path):
     "One stage, a pass a judge."
-    study = pipeline.Study(study_copy)
+    study = store.Study(study_copy)
     preset = study.preset.model_copy(update={"judge": "indicator,strict"})
-    stage = next(s for s in pipeline.graph(preset) if s.id == "eval-mid")
+    stage = next(s for s in graph.graph(preset) if s.id == "eval-mid")
     (tmp_path / "stage").mkdir()
-    done = pipeline.RUN["eval"](pipeline.Work(preset, stage, study, tmp_path / "stage", lambda line: None))
+    done = stages.RUN["eval"](stages.Work(preset, stage, study, tmp_path / "stage", lambda line: None))
     rows = pd.read_parquet(tmp_path / "stage" / "scores.parquet")
     assert done["judge"] == "indicator,strict" and rows.judge.value_counts().nunique() == 1 and set(rows.judge) == {"indicator", "strict"}
 
@@ -375,7 +375,7 @@ def test_a_study_is_judged_again_and_keeps_it(study_copy, capsys):
     table = scores(study_copy)
     assert table.judge.value_counts().nunique() == 1 and set(table.judge) == {"indicator", "strict"} and not table.duplicated(["judge", "model", "seed", "benchmark", "question_id", "epoch", "dimension"]).any()
     assert {record.judge for record in read_claims(study_copy / "claims.json").records} == {"indicator", "strict", "mean of judges"}
-    study = pipeline.Study(study_copy)
+    study = store.Study(study_copy)
     pipeline.collect(study, study.finished(study.preset))        # what `run` does when nothing is left to run
     assert len(scores(study_copy)) == len(table)
 
@@ -385,7 +385,7 @@ def test_people_grade_a_study(study_copy, tmp_path, capsys):
     assert cli.main(["annotate", str(study_copy), "--sample", "20", "--out", str(sheet)]) == 0
     rows = pd.read_csv(sheet, dtype=str)
     assert len(rows) == 20 and set(rows.columns) == {"id", "question", "answer", "dimension", "guiding_question", "indicators", "grade"} and rows.grade.isna().all()
-    for model in pipeline.Study(study_copy).preset.models_compared: assert not rows.drop(columns="answer").eq(model).any().any()
+    for model in store.Study(study_copy).preset.models_compared: assert not rows.drop(columns="answer").eq(model).any().any()
     rows.assign(grade="1").sort_values("answer").to_csv(sheet, index=False)
     capsys.readouterr()
     assert cli.main(["annotate", str(study_copy), "--read", str(sheet)]) == 0

@@ -12,7 +12,7 @@ import pytest
 from conftest import SHARED_DATA
 
 from compassion_repro import behaviour, world
-from compassion_repro.pipeline import Study
+from compassion_repro.store import Study
 from compassion_repro.study import InputError, Margin, load_preset
 
 BASE = world.assets() / "base"

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 from trl import GRPOTrainer
 
-from compassion_repro import cli, evaluate, grpo, midtrain, models, pipeline, training, world
-from compassion_repro.pipeline import Study
+from compassion_repro import cli, evaluate, graph, grpo, midtrain, models, pipeline, stages, training, world
+from compassion_repro.store import Study
 from compassion_repro.study import Compute, Generation, Grpo, InputError, Lora, Training, load_preset
 
 BASE = world.assets() / "base"
@@ -59,7 +59,7 @@ def test_what_is_evaluated_is_the_saved_bfloat16_model(quantised):
 
 def test_answers_that_do_not_end_raise_an_alarm(quantised):
     assert "warning: " in quantised.said and "more than the 0% of generation.cut_off_alarm" in quantised.said
-    assert pipeline.cut_off_alarm(0.2, Generation()) == [] and len(pipeline.cut_off_alarm(0.21, Generation())) == 1
+    assert stages.cut_off_alarm(0.2, Generation()) == [] and len(stages.cut_off_alarm(0.21, Generation())) == 1
 
 
 def test_one_switch_asks_every_model_in_other_forms(quantised):
@@ -78,8 +78,8 @@ def test_a_four_bit_study_carries_on_on_another_machine(quantised):
     done = run_study(quantised.folder, *FOUR_BIT, "compute.memory_gb=7", "compute.checkpointing=always", words=("--allow-unsafe-code",))
     assert "0 to run" in done.stdout, done.stderr
     assert Study(quantised.folder).preset.compute.memory_gb == 7
-    plain = {s.id: s.key for s in pipeline.graph(load_preset("smoke", CRASH_SIZE))}
-    four_bit = {s.id: s.key for s in pipeline.graph(load_preset("smoke", [*CRASH_SIZE, "models.quantize=nf4", "compute.compile=true"]))}
+    plain = {s.id: s.key for s in graph.graph(load_preset("smoke", CRASH_SIZE))}
+    four_bit = {s.id: s.key for s in graph.graph(load_preset("smoke", [*CRASH_SIZE, "models.quantize=nf4", "compute.compile=true"]))}
     assert plain["base"] == four_bit["base"] and plain["mid"] != four_bit["mid"]
 
 

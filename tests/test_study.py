@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from conftest import command, assert_one_line, run_study, settings
 
-from compassion_repro.pipeline import Study, graph
+from compassion_repro.graph import graph
+from compassion_repro.store import Study
 from compassion_repro.study import load_preset
 
 MODELS = ["base", "mid", "sft-help", "sft-code", "sft-help@base", "sft-code@base"]
