@@ -16,7 +16,7 @@ import yaml
 from inspect_ai.model import ModelAPI, ModelOutput, ModelUsage, modelapi
 from inspect_ai.scorer import Score, mean_score
 
-from compassion_repro import benchmarks, cli, evaluation, graph, judges, pipeline, stages, store, world
+from compassion_repro import agreement, benchmarks, cli, evaluation, graph, judges, pipeline, stages, store, world
 from compassion_repro import judge as judging
 from compassion_repro.claims import read_claims
 from compassion_repro.study import Generation, InputError
@@ -205,7 +205,7 @@ def test_replies_without_a_grade(folder, name, stored, column):
     judge(folder, f"paid/{name}")
     rows, calls = scores(folder, f"paid/{name}"), len(prompts_of(folder))
     assert len(rows) and rows.score.isna().all()
-    lost = evaluation.unparseable(pd.read_parquet(folder / "grades.parquet")).set_index(["judge", "model"]).loc[f"paid/{name}"]
+    lost = agreement.unparseable(pd.read_parquet(folder / "grades.parquet")).set_index(["judge", "model"]).loc[f"paid/{name}"]
     assert (lost.share == 1).all() and (lost[column] == lost.calls).all() and len(lost) == 2
     asked = len(HEARD)
     judge(folder, f"paid/{name}", again=True)
