@@ -55,7 +55,7 @@ def _print(*things):
     from rich.text import Text
     _console(width=None if sys.stdout and sys.stdout.isatty() else 160, markup=True).print(*(Text(thing) if isinstance(thing, str) else thing for thing in things))
 
-# %% ../nbs/14_cli.ipynb #9f39a235
+# %% ../nbs/14_cli.ipynb #3add280a
 def _study_folder(args, preset) -> Path:
     "`--out`, or studies/<preset>, with a short hash where `--set` changed the preset."
     from compassion_repro.store import study_name
@@ -149,7 +149,7 @@ def claims(args) -> int:
     print_claims(folder)
     return 0
 
-# %% ../nbs/14_cli.ipynb #9c37d8e3
+# %% ../nbs/14_cli.ipynb #8aafdd42
 def _options(args) -> dict:
     "What `eval` and `judge` have in common."
     settings = {"temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens, "max_connections": args.judge_connections, "max_retries": args.judge_retries}
@@ -189,13 +189,13 @@ def evaluate(args) -> int:
     from pydantic import ValidationError
     for name in ("epochs", "limit", "max_tokens", "batch_size"):
         if (value := getattr(args, name)) is not None and value < 1: raise InputError(f"--{name.replace('_', '-')} wants a number of at least 1, got {value}")
-    try: generation = Generation(template=args.template, max_new_tokens=args.max_tokens, temperature=args.temperature, batch_size=args.batch_size)
+    try: generation = Generation(template=args.template, max_new_tokens=args.max_tokens, temperature=args.temperature, batch_size=args.batch_size, engine="vllm" if args.vllm else "transformers")
     except ValidationError as error: raise InputError(f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}, got {str(error.errors()[0]['input'])[:60]!r}") from None
     _heavy()
     languages = args.languages and [word.strip() for word in args.languages.split(",")]
     with talking() as (say, report):
         folder = evaluation.evaluate_models(args.models, [word.strip() for word in args.bench.split(",")], args.judge, args.out, generation, args.seed, args.epochs, languages, args.limit,
-                                            say=say, report=report, answer=_asking(report), **_options(args))
+                                            say=say, report=report, python=args.vllm, answer=_asking(report), **_options(args))
     _print_scores(folder)
     _print(f"\nanswers, grades, scores: {folder}")
     return 0
@@ -229,7 +229,7 @@ def annotate(args) -> int:
     _print(f"{args.sample} answers to grade: {args.out} (write 1 or 0 into the column grade); which is which: {key}, not for the people who grade\nread it back with  compassion-repro annotate {folder} --read {args.out}")
     return 0
 
-# %% ../nbs/14_cli.ipynb #f78c6b6a
+# %% ../nbs/14_cli.ipynb #3108dce8
 TOKENS = ("HF_TOKEN", "GOOGLE_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY")
 
 
@@ -272,7 +272,7 @@ def doctor(args) -> int:
     _print(f"\npresets smoke and tiny: {'yes' if enough else 'no'} (they want 3 GB of memory, 1 GB of disk and every package above)")
     return 0 if enough else 1
 
-# %% ../nbs/14_cli.ipynb #b24f10ab
+# %% ../nbs/14_cli.ipynb #7e20147e
 def _bench_gpu(out: str) -> int:
     "Measure the 8B shape on this machine's GPU, print the tables and save them."
     import torch
@@ -319,7 +319,7 @@ def push(args) -> int:
     publish.push(args.study, args.model, args.to, args.seed, args.private, args.dry_run, args.adapter, say=lambda line: print(line, flush=True))
     return 0
 
-# %% ../nbs/14_cli.ipynb #9cc7320e
+# %% ../nbs/14_cli.ipynb #b701fdb3
 EPILOG = """examples:
   compassion-repro run                                     the whole study on the embedded miniature world
   compassion-repro run --preset smoke --seeds 3            about a minute a seed, three seeds
@@ -364,7 +364,7 @@ def _evaluation_commands(command):
     _judge_options(p)
     for name, kind, default, text in (("languages", str, None, "only questions in these languages, with commas"), ("epochs", int, None, "answers a question (default: the benchmark's own)"), ("limit", int, None, "only the first questions of a benchmark"),
                                       ("seed", int, 1, "of the draws"), ("temperature", float, 1.0, "of the answers; 0 takes the most likely token"), ("max-tokens", int, 1024, "tokens an answer may have"),
-                                      ("batch-size", int, 64, "questions a batch"), ("template", str, "plain", "how a question becomes a prompt")):
+                                      ("batch-size", int, 64, "questions a batch"), ("template", str, "plain", "how a question becomes a prompt"), ("vllm", str, None, "have vLLM answer: the Python of the environment that it lives in")):
         p.add_argument(f"--{name}", type=kind, default=default, metavar="N" if kind is not str else "NAME", help=text + ("" if default is None else f" (default {default})"))
     p = command("judge", judge, "have the answers of a study or an evaluation judged again", ["compassion-repro judge studies/tiny --judge strict", "compassion-repro judge evals/mine --judge hf/Qwen/Qwen3-4B,google/gemini-2.5-flash-lite --yes"])
     p.add_argument("study", metavar="STUDY", help="study or evaluation folder")

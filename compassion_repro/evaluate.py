@@ -6,8 +6,10 @@
 __all__ = ['draws', 'InverseSampling', 'is_looping', 'open_model', 'generate_answers', 'is_hosted', 'find_local',
            'generate_hosted', 'benchmark_generation']
 
-# %% ../nbs/09_evaluate.ipynb #b6ba0e27
+# %% ../nbs/09_evaluate.ipynb #3a86a73a
+import contextlib
 import copy
+import gc
 import hashlib
 import json
 import re
@@ -25,14 +27,15 @@ from inspect_ai._util.registry import registry_find, registry_info
 from inspect_ai.dataset import Sample
 from inspect_ai.model import get_model
 from inspect_ai.solver import generate
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from . import world
 from .benchmarks import LoadedTask, load_benchmark, one_line
-from .models import PeftModel, encode_prompt, find_model, load_model, load_tokenizer, with_template
+from .models import PeftModel, encode_prompt, find_model, load_model, load_tokenizer, pick_device, pick_dtype, with_template
 from .runner import Progress, run_inspect
 from .study import Benchmark, Generation, InputError
+from .vllm_engine import check_vllm, complete, engine_settings, request_seed, sampling
 
 # %% ../nbs/09_evaluate.ipynb #4b1ae05e
 def draws(
@@ -60,7 +63,7 @@ class InverseSampling(LogitsProcessor):
         picked = torch.searchsorted(cumulative, wanted, right=True).clamp_(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, picked, 0.0)
 
-# %% ../nbs/09_evaluate.ipynb #a5d88539
+# %% ../nbs/09_evaluate.ipynb #5c264ae2
 def _processors(generation: Generation, uniforms: torch.Tensor, start: int) -> LogitsProcessorList:
     "What turns the model's scores into picked tokens; empty for temperature 0."
     if generation.temperature == 0: return LogitsProcessorList()
@@ -69,12 +72,17 @@ def _processors(generation: Generation, uniforms: torch.Tensor, start: int) -> L
     return LogitsProcessorList([*steps, InverseSampling(uniforms, start)])
 
 
+def _ends(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    "Token ids that end an answer: those of the model's generation settings and the tokenizer's."
+    ends = config.eos_token_id
+    return sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
+
+
 def _settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **values) -> GenerationConfig:
     "Generation settings that owe nothing to the file beside the model, its end tokens aside: `transformers` would fill gaps from there."
-    ends = model.generation_config.eos_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-    model.generation_config = GenerationConfig(eos_token_id=sorted(ends))
-    return GenerationConfig(eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id, use_cache=True, **{"do_sample": False} | values)
+    ends = _ends(model.generation_config, tokenizer)
+    model.generation_config = GenerationConfig(eos_token_id=ends)
+    return GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, use_cache=True, **{"do_sample": False} | values)
 
 
 @torch.inference_mode()
@@ -115,7 +123,7 @@ def _record(row: dict, model: str, seed: int, tokens: list[int], ends: list[int]
     return dict(model=model, seed=seed, **{k: row[k] for k in keys}, prompt=tokenizer.decode(row["ids"]), text=text,
                 tokens=len(tokens), stop_reason="stop" if stopped else "length", empty=not text, looping=is_looping(tokens))
 
-# %% ../nbs/09_evaluate.ipynb #c8a1539d
+# %% ../nbs/09_evaluate.ipynb #433a9727
 def _generate(
     network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model: str, questions: list[dict],
     seed: int, generation: Generation, report: Callable[[str], None], **settings,
@@ -154,6 +162,46 @@ def open_model(
     return network, load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() else base)
 
 
+@contextlib.contextmanager
+def _whole_model(source: str | Path):
+    "The folder of a model for a generator that opens it itself; an adapter is merged into a temporary one."
+    folder = find_model(str(source))
+    if not (folder / "adapter_config.json").is_file():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="merged-") as merged:
+        for part in open_model(folder): part.save_pretrained(merged)
+        yield Path(merged)
+
+
+def _free_share() -> float | None:
+    "Share of the GPU's memory that another process may take now; None without a GPU."
+    if not torch.cuda.is_available(): return None
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return round(0.92 * free / total, 3)
+
+
+def _generate_vllm(
+    source: str | Path, model: str, questions: list[dict], seed: int, generation: Generation, python: str | None, report: Callable[[str], None],
+) -> pd.DataFrame:
+    "Answers by vLLM: the same prompts, end tokens and records as `_generate` has."
+    check_vllm(python)
+    with _whole_model(source) as folder:
+        tokenizer = load_tokenizer(folder, generation.template)
+        try: config = GenerationConfig.from_pretrained(folder)
+        except OSError: config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))
+        ends, work = _ends(config, tokenizer), _work(questions, tokenizer)
+        requests = [(row["ids"], request_seed(seed, model, row["benchmark"], row["question_id"], row["epoch"])) for row in work]
+        engine = engine_settings(folder, max(len(ids) for ids, _ in requests), generation, str(pick_dtype(pick_device())).removeprefix("torch."), _free_share())
+        answers, told = complete(requests, engine, sampling(generation, ends), python, Progress(report, len(work)).advance)
+    records = [_record(row, model, seed, tokens, ends, tokenizer) for row, tokens in zip(work, answers, strict=True)]
+    frame = pd.DataFrame(records).sort_values(["benchmark", "question_id", "epoch"], ignore_index=True)
+    frame.attrs.update(generation_seconds=told["seconds"], samples_per_second=round(len(frame) / max(told["seconds"], 1e-3), 2), engine=f"vllm {told['version']}")
+    return frame
+
+
 def generate_answers(
     folder: Path | str | tuple[PreTrainedModel, PreTrainedTokenizerBase], # model folder, adapter folder or hub id, or what `open_model` gave
     model: str, # model id, part of every draw's key
@@ -162,12 +210,14 @@ def generate_answers(
     generation: Generation, # sampling settings, batch size
     device: str | None = None, # "cuda" or "cpu"; default: what the machine has
     report: Callable[[str], None] = print, # called with one line of progress
+    python: str | None = None, # interpreter of vLLM's environment, for `generation.engine` vllm; it wants a folder or a hub id
 ) -> pd.DataFrame: # one row a question and epoch, sorted by benchmark, question, epoch
     """Answer every question as often as its benchmark wants.
 
     Columns: model, seed, benchmark, language, item_id, question_id, epoch, prompt, text, tokens (end token not counted), stop_reason
     ("stop" or "length"), empty, looping. Seconds inside generation and samples a second are in `.attrs`. Raises `InputError` where the
     folder holds no model."""
+    if generation.engine == "vllm": return _generate_vllm(folder, model, questions, seed, generation, python, report)
     network, tokenizer = folder if isinstance(folder, tuple) else open_model(folder, device)
     return _generate(network, tokenizer, model, questions, seed, generation, report)
 

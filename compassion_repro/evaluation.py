@@ -6,7 +6,7 @@
 __all__ = ['Setup', 'slug', 'read_setup', 'settle', 'setup_of', 'load_setup', 'generate', 'collect_answers', 'pending',
            'save_pass', 'judge_folder', 'evaluate_models', 'summary', 'make_sheet', 'add_sheet']
 
-# %% ../nbs/13b_evaluation.ipynb #3b304b37
+# %% ../nbs/13b_evaluation.ipynb #f6a3acba
 import contextlib
 import hashlib
 import json
@@ -110,7 +110,7 @@ def load_setup(
         return narrowed(loaded, None if loaded.own else setup.languages, setup.limit)
     return {name: load(name, section) for name, section in setup.benchmarks.items()}
 
-# %% ../nbs/13b_evaluation.ipynb #bf3f42ab
+# %% ../nbs/13b_evaluation.ipynb #88d4d957
 def _weights(model: str) -> str:
     "Identity of a model's weights; raises `InputError` where there is no such model."
     from compassion_repro.evaluate import find_local, is_hosted
@@ -124,6 +124,7 @@ def generate(
     tasks: dict, # LoadedTask by benchmark id
     say: Callable[[str], None], # called with each line worth keeping
     report: Callable[[str], None], # called with each line of passing progress
+    python: str | None = None, # interpreter of vLLM's environment, where the answers are to come from there
 ):
     "Have every model answer what it has not answered yet."
     from compassion_repro import evaluate
@@ -136,9 +137,9 @@ def generate(
             logs, told = folder / "answers" / slug(model) / "logs", lambda line: report(f"{model}, {name}: {line}")
             if evaluate.is_hosted(model): answers = evaluate.generate_hosted(model, tasks[name], setup.seed, setup.generation, logs, told)
             else:
-                opened = opened or evaluate.open_model(evaluate.find_local(model))
+                opened = opened or (evaluate.find_local(model) if setup.generation.engine == "vllm" else evaluate.open_model(evaluate.find_local(model)))
                 questions = with_prompts(tasks[name], logs)
-                answers = evaluate.generate_answers(opened, model, questions, setup.seed, setup.generation, report=told)
+                answers = evaluate.generate_answers(opened, model, questions, setup.seed, setup.generation, report=told, python=python)
             with writable(folder): write_atomically(files[name], answers.to_parquet)
             empty = f"; {answers['empty'].mean():.0%} are empty" if answers["empty"].any() else ""
             say(f"{model}, {name}: {len(answers):,} answers{empty}")
@@ -288,7 +289,7 @@ def judge_folder(
                 failed = _one_pass(folder, setup, rows, judge, settings, replies, stands_for, report) if len(rows) else 0
             say(f"{judge}: judged {len(rows):,} answers" + (f"; it failed on {failed:,}, run the same command again for those" if failed else ""))
 
-# %% ../nbs/13b_evaluation.ipynb #855c5612
+# %% ../nbs/13b_evaluation.ipynb #49b76866
 def evaluate_models(
     models: list[str], # folders, adapter folders, hub ids, Inspect model ids
     benchmarks: list[str], # names, see `benchmarks.named_benchmark`, or tasks of inspect_evals
@@ -301,6 +302,7 @@ def evaluate_models(
     limit: int | None = None, # only the first questions of a benchmark
     say: Callable[[str], None] = print, # called with each line worth keeping
     report: Callable[[str], None] = lambda line: None, # called with each line of passing progress
+    python: str | None = None, # interpreter of vLLM's environment, where `generation` asks for it
     **judging, # for `judge_folder`: settings, substitute, prices, yes, answer
 ) -> Path: # the folder
     "Evaluate models on benchmarks under judges, or carry on; raises `InputError` in one line for anything wrong."
@@ -319,7 +321,7 @@ def evaluate_models(
     setup = Setup(sections, words, generation, seed, codes, limit, epochs, {model: _weights(model) for model in models})
     tasks = load_setup(setup, temporary_folder() / "benchmarks") # bad data and unknown languages come to light before anything is written
     setup = settle(folder, setup)
-    generate(folder, setup, models, {name: tasks[name] for name in sections}, say, report)
+    generate(folder, setup, models, {name: tasks[name] for name in sections}, say, report, python)
     judge_folder(folder, judges, say=say, report=report, **judging)
     return folder
 

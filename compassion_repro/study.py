@@ -93,7 +93,7 @@ def parse_model(
     paradigm, domain, *reward = name.replace("+", "-").split("-")
     return Arm(paradigm, domain, start or "mid", *reward)
 
-# %% ../nbs/00_study.ipynb #252acb00
+# %% ../nbs/00_study.ipynb #14fbcfb1
 class Section(BaseModel):
     "Base of every section of a preset: unknown keys are errors, and so are infinities and truth values in the place of numbers."
     model_config = ConfigDict(extra="forbid", populate_by_name=True, frozen=True, allow_inf_nan=False)
@@ -160,12 +160,14 @@ class Training(Section):
 
 class Generation(Section):
     "How the models under test answer."
+    newer: ClassVar = ("engine",)
     telling: ClassVar = ("cut_off_alarm", "templates")
     template: Literal["plain", "own", "raw", "user"] = "plain" # how a question is put (see `models`): own is the tokenizer's chat template; raw and user only test how much the form matters
     max_new_tokens: int = Field(1024, ge=1) # tokens an answer may have
     temperature: float = Field(1.0, ge=0) # 0 takes the most likely token
     top_p: float = Field(1.0, gt=0, le=1) # nucleus share
     batch_size: int = Field(64, ge=1) # questions a batch
+    engine: Literal["transformers", "vllm"] = "transformers" # what generates; vllm draws other random numbers, so its answers are others of the same distribution
     templates: tuple[Literal["plain", "own", "raw", "user"], ...] = () # forms in which every model is asked as well, to see how much the form matters; the claims rest on `template` alone
     cut_off_alarm: float = Field(0.2, ge=0, le=1) # share of answers that may run into the limit before it is told as a warning
 
@@ -249,7 +251,7 @@ class Grpo(Section):
         "Forward passes an optimiser step, once the micro-batch is a number."
         return self.completions // self.micro_batch
 
-# %% ../nbs/00_study.ipynb #e9d99d25
+# %% ../nbs/00_study.ipynb #0b377dd1
 class Models(Section):
     "Where models come from, and how their weights are held in training."
     base: Source # `world:base`, a folder, or a hub id with @revision
@@ -282,6 +284,7 @@ class Compute(Section):
     compile: bool = False # torch.compile
     liger: Literal["auto"] | bool = "auto" # Liger's kernels for norms, gates and rotations; auto: on a GPU, where `liger-kernel` is installed
     tf32: bool = True # 19-bit products of float32 matrices, on GPUs that have them
+    vllm_python: Source | None = None # Python of the environment that vLLM lives in, for generation.engine=vllm; None: this one
 
 # %% ../nbs/00_study.ipynb #6996fc37
 class Benchmark(Section):
