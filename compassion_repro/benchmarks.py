@@ -6,7 +6,7 @@
 __all__ = ['OFFICIAL', 'OLD_NAMES', 'language_code', 'content_hash', 'LoadedTask', 'one_line', 'load_benchmark',
            'named_benchmark', 'narrowed', 'load_named_task']
 
-# %% ../nbs/08b_benchmarks.ipynb #17b388d2
+# %% ../nbs/08b_benchmarks.ipynb #852b8fbc
 import contextlib
 import copy
 import functools
@@ -30,7 +30,6 @@ import numpy as np
 import pandas as pd
 import yaml
 from babel import Locale
-from huggingface_hub import snapshot_download
 from inspect_ai import Task
 from inspect_ai._eval.loader import load_tasks
 from inspect_ai.dataset import MemoryDataset
@@ -40,7 +39,7 @@ from inspect_evals.anima import dataset as anima_data
 from inspect_evals.moru import dataset as moru_data
 from inspect_evals.moru import moru
 
-from . import world
+from . import hub, world
 from .study import Benchmark, InputError
 
 # %% ../nbs/08b_benchmarks.ipynb #e4b3b4e2
@@ -56,7 +55,7 @@ def language_code(
     code = _LANGUAGE_NAMES.get(words, words)
     return re.split("[_-]", code)[0]
 
-# %% ../nbs/08b_benchmarks.ipynb #cdc1c8af
+# %% ../nbs/08b_benchmarks.ipynb #f43c83e7
 _PINS = { # revisions that `inspect_evals` pins its data sets to
     anima_data.DATASET_REPO_ID: anima_data.DATASET_DEFAULT_REVISION,
     moru_data.DATASET_REPO_ID: moru_data.DATASET_DEFAULT_REVISION,
@@ -71,9 +70,8 @@ def _hub_snapshot(source: str) -> tuple[Path, str]:
         raise InputError(f"benchmark data {source!r} is neither an existing folder, nor world:<name>, nor a hub id owner/name@revision")
     revision = revision or _PINS.get(name, "")
     if not revision: raise InputError(f"benchmark data {source!r} names no revision: write {name}@<commit> so that the run can be repeated")
-    try: return Path(snapshot_download(name, repo_type="dataset", revision=revision)), revision
-    except Exception as error:
-        raise InputError(f"benchmark data {source!r} could not be fetched ({type(error).__name__}): check id, revision and network, or give a folder") from None
+    found = hub.snapshot(f"{name}@{revision}", "dataset")
+    return found.folder, found.revision
 
 
 def _place(source: str) -> tuple[Path, str]:
@@ -228,7 +226,7 @@ def _own_copy(folder: Path, cache: Path) -> Path:
         if not target.exists(): raise InputError(f"benchmark cache {cache} cannot be written ({error.strerror}): make room or choose another folder") from None
     return target
 
-# %% ../nbs/08b_benchmarks.ipynb #c7a7f47d
+# %% ../nbs/08b_benchmarks.ipynb #09b0f523
 @dataclass
 class LoadedTask:
     "An official task with its questions and where they came from."
@@ -291,7 +289,7 @@ def _quiet_loading(cache: Path):
         finally:
             if shown: datasets.enable_progress_bars()
 
-# %% ../nbs/08b_benchmarks.ipynb #ae6e2347
+# %% ../nbs/08b_benchmarks.ipynb #b40326a1
 def load_benchmark(
     name: str, # benchmark id
     benchmark: Benchmark, # its section of the preset

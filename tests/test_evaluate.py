@@ -17,7 +17,7 @@ from inspect_ai.log import list_eval_logs, read_eval_log
 from inspect_ai.model import ModelAPI, ModelOutput, ModelUsage, modelapi
 from inspect_evals.anima import dataset as anima_data
 
-from compassion_repro import benchmarks, evaluate, world
+from compassion_repro import benchmarks, evaluate, hub, world
 from compassion_repro import judge as judging
 from compassion_repro.study import Benchmark, Generation, InputError
 
@@ -177,24 +177,18 @@ def test_paths_that_look_like_patterns(tmp_path, task, place, cache):
 def test_hub_data_is_left_to_the_official_loader(folder, tmp_path, monkeypatch):
     "A pinned snapshot goes to the task with its revision, which is part of ANIMA's judge prompt."
     wanted = []
-    def snapshot(name, repo_type, revision):
-        wanted.append((name, repo_type, revision))
-        return str(folder.rename(folder.parent / revision))
-    monkeypatch.setattr(benchmarks, "snapshot_download", snapshot)
+    def snapshot(source, kind):
+        wanted.append((source, kind))
+        revision = source.partition("@")[2]
+        return hub.Snapshot(folder.rename(folder.parent / revision), revision)
+    monkeypatch.setattr(hub, "snapshot", snapshot)
     loaded = load(anima_data.DATASET_REPO_ID, tmp_path / "cache", judge="fickle/fine")
-    assert wanted == [(anima_data.DATASET_REPO_ID, "dataset", anima_data.DATASET_DEFAULT_REVISION)]
+    assert wanted == [(f"{anima_data.DATASET_REPO_ID}@{anima_data.DATASET_DEFAULT_REVISION}", "dataset")]
     assert loaded.provenance["revision"] == anima_data.DATASET_DEFAULT_REVISION and len(loaded.questions) == 5
     judged(loaded, answered(loaded), tmp_path)
     log = read_eval_log(list_eval_logs(str(tmp_path / "logs"))[0], resolve_attachments=True)
     prompts = [e.input[-1].text for e in log.samples[0].events if e.event == "model"]
     assert prompts and all(f"ANIMA Revision: {anima_data.DATASET_DEFAULT_REVISION}" in prompt for prompt in prompts)
-
-
-def test_hub_that_cannot_be_reached(tmp_path, monkeypatch):
-    def offline(*args, **kwargs): raise ConnectionError("offline")
-    monkeypatch.setattr(benchmarks, "snapshot_download", offline)
-    with pytest.raises(InputError) as error: load("owner/name@abc", tmp_path / "cache")
-    assert_one_line(error, "could not be fetched", "check id, revision and network")
 
 
 def test_read_only_cache(folder, tmp_path):
@@ -275,13 +269,13 @@ def test_rows_that_the_task_leaves_out_are_reported(folder, tmp_path):
 
 
 @pytest.mark.parametrize("values", [{"tags": None}, {"tags": ["Unknown"]}, {"question": None}, {"question": ""}])
-@pytest.mark.parametrize("hub", [False, True])
-def test_every_kind_of_left_out_row_is_named(folder, tmp_path, monkeypatch, values, hub):
+@pytest.mark.parametrize("published", [False, True])
+def test_every_kind_of_left_out_row_is_named(folder, tmp_path, monkeypatch, values, published):
     file = folder / "questions" / "train.jsonl"
     *rest, last = file.read_text().splitlines()
     file.write_text("\n".join([*rest, json.dumps({**json.loads(last), **values})]))
-    monkeypatch.setattr(benchmarks, "snapshot_download", lambda *args, **others: str(folder))
-    with pytest.warns(UserWarning, match="left out 1 of 5"): loaded = load("owner/name@abc" if hub else folder, tmp_path / "cache")
+    monkeypatch.setattr(hub, "snapshot", lambda source, kind: hub.Snapshot(folder, "abc"))
+    with pytest.warns(UserWarning, match="left out 1 of 5"): loaded = load("owner/name@abc" if published else folder, tmp_path / "cache")
     assert loaded.provenance["left_out"] == [str(json.loads(last)["id"])]
 
 

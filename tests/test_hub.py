@@ -245,6 +245,21 @@ def test_a_folder_stands_in_for_a_repository(tmp_path):
     assert hashlib.sha256((tmp_path / "rows/train.jsonl").read_bytes()).hexdigest() and len(data.load(tmp_path / "rows", "messages")) == 3
 
 
+def test_a_benchmark_takes_the_same_road(server, tmp_path, monkeypatch):
+    "Gated, then fetched at its commit, then from the cache alone; and a branch is named by the commit that it stood for."
+    from compassion_repro.benchmarks import load_benchmark
+    from compassion_repro.study import Benchmark
+    held = server.add("dataset", "group/animals", world.write_benchmark("anima", tmp_path / "made", {"en": 2}), gated=True)
+    def load(revision): return load_benchmark("mine", Benchmark(task="anima", data=f"group/animals@{revision}"), tmp_path / "copies")
+    assert_refused(lambda: load(held.commit), "accept its licence at https://huggingface.co/datasets/group/animals", "HF_TOKEN")
+    monkeypatch.setenv("HF_TOKEN", "hf_with_access")
+    loaded = load("main")
+    assert len(loaded.questions) == 2 and loaded.provenance["revision"] == held.commit
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert load(held.commit).provenance == loaded.provenance | {"source": f"group/animals@{held.commit}"}
+    assert_refused(lambda: load("0" * 40), "HF_HUB_OFFLINE=1 forbids fetching")
+
+
 # --- the presets at scale, at crash-test size, on a hub of our own ----------------------------------------------------------------------
 
 SMALL = ("threads=2", "judge=indicator", "midtrain.limit=20", "midtrain.held_out=4", "midtrain.steps=1", "midtrain.length=256", "midtrain.batch_size=2", "midtrain.micro_batch=2", "midtrain.dose=steps",
