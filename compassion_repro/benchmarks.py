@@ -289,7 +289,7 @@ def _quiet_loading(cache: Path):
         finally:
             if shown: datasets.enable_progress_bars()
 
-# %% ../nbs/08b_benchmarks.ipynb #b40326a1
+# %% ../nbs/08b_benchmarks.ipynb #291ad827
 def load_benchmark(
     name: str, # benchmark id
     benchmark: Benchmark, # its section of the preset
@@ -301,6 +301,7 @@ def load_benchmark(
     Raises `InputError` in one line for anything wrong with the source, the folder or the grader (its package or key is missing); warns of questions that the
     official task leaves out."""
     cache = Path(cache)
+    if not benchmark.judged: return _own_task(name, benchmark)
     places = _locate(name, benchmark, cache)
     expected, indicators = _read_benchmark(benchmark.task, places)
     cache = _literal(cache)
@@ -357,7 +358,7 @@ def narrowed(
     task.dataset = MemoryDataset(samples, name=loaded.task.dataset.name, location=loaded.task.dataset.location)
     return replace(loaded, task=task, questions=questions, provenance=loaded.provenance | {"rows": len(questions)})
 
-# %% ../nbs/08b_benchmarks.ipynb #40c9352c
+# %% ../nbs/08b_benchmarks.ipynb #b521e8b5
 def load_named_task(
     name: str, # task of `inspect_evals`, or `file.py@task`
     epochs: int | None = None, # answers a question; default: the task's own
@@ -381,3 +382,9 @@ def load_named_task(
         records.append(dict(benchmark=name, language="en", item_id=str(sample.id), question_id=str(sample.id), question=text, epochs=asked))
     if not records: raise InputError(f"benchmark {name} has no questions")
     return LoadedTask(name, task, records, provenance=dict(source=name, revision="as the task has it", rows=len(records), left_out=[], task_version=task.version), own=True)
+
+
+def _own_task(name: str, benchmark: Benchmark) -> LoadedTask:
+    "A task that needs no judge, as a benchmark of a study."
+    loaded = narrowed(load_named_task(benchmark.task, benchmark.epochs), None, benchmark.limit)
+    return replace(loaded, name=name, questions=[question | {"benchmark": name} for question in loaded.questions])

@@ -103,7 +103,7 @@ class Stage:
         "Folder of the artifact within the study."
         return f"seed-{self.seed}/{self.id}"
 
-# %% ../nbs/12a_graph.ipynb #9dedc948
+# %% ../nbs/12a_graph.ipynb #7227daa3
 def _training_config(preset: Preset, section: str, sources: dict[str, str]) -> dict:
     "What decides a training stage's result, ordinary ways of holding the weights and the plain template unsaid."
     data, template = {name: source_digest(source) for name, source in sources.items()}, preset.generation.training_template
@@ -136,6 +136,7 @@ def _arm_stages(preset: Preset, seed: int, starts: dict[str, Stage], reward: Sta
 
 def _benchmark_config(benchmark: Benchmark) -> dict:
     "What decides a benchmark's questions; sizes count for embedded ones only."
+    if not benchmark.judged: return {"task": benchmark.task, "epochs": benchmark.epochs, "limit": benchmark.limit, "file": source_digest(benchmark.task.rpartition("@")[0]) if ".py@" in benchmark.task else None}
     config = {"task": benchmark.task, "data": source_digest(benchmark.data), "epochs": benchmark.epochs, "dimensions": benchmark.dimensions and source_digest(benchmark.dimensions)}
     if benchmark.strip_suffix: config["strip_suffix"] = benchmark.strip_suffix
     return {**config, "size": benchmark.size} if benchmark.data.startswith("world:") else config

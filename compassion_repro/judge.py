@@ -34,7 +34,7 @@ from .prices import DETERMINISTIC, is_free
 from .runner import Book, Progress, play, run_inspect
 from .study import Benchmark, InputError, parse_model
 
-# %% ../nbs/09b_judge.ipynb #6888a216
+# %% ../nbs/09b_judge.ipynb #456c413e
 def load_task(
     name: str, # benchmark id
     benchmark: Benchmark, # its section of the preset
@@ -68,6 +68,7 @@ def with_judge(
     settings: dict | None = None, # its settings
 ) -> LoadedTask: # the same, marked with its judge
     "Note who judges, and whether it can read the rubric; warns where it cannot."
+    if loaded.own: return loaded
     valid = judge not in DETERMINISTIC or all(indicator_phrases(text) for text in loaded.indicators.values())
     if not valid: warnings.warn(f"benchmark {loaded.name}: the {judge} judge finds no phrases in its rubric, so its scores mean nothing; name a real judge", stacklevel=2)
     return replace(loaded, judge=judge, judge_valid=valid, settings=settings or {})

@@ -18,7 +18,7 @@ from .graph import graph, is_local
 from .prices import judge_names
 from .study import Benchmark, InputError, Preset, parse_model
 
-# %% ../nbs/12c_planning.ipynb #8a06590d
+# %% ../nbs/12c_planning.ipynb #6570d26c
 HUB_COUNTS = {"CompassioninMachineLearning/anima": (114, 514), "CompassioninMachineLearning/moru-benchmark": (201, None)} # questions and judge calls an epoch
 
 
@@ -43,6 +43,7 @@ def question_count(
     benchmark: Benchmark, # its task and data
 ) -> tuple[int | None, int | None]: # questions, and judge calls an epoch
     "Size of a benchmark, counted where it is at hand."
+    if not benchmark.judged: return benchmark.limit, 0
     if benchmark.data.startswith("world:"):
         with tempfile.TemporaryDirectory() as folder: return _folder_count(world.write_benchmark(benchmark.data.removeprefix("world:"), folder, benchmark.size), None)
     if is_local(benchmark.data):

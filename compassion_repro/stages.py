@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['RUN', 'ENVIRONMENT', 'training_rows', 'Work', 'without_jail', 'study_tasks', 'cut_off_alarm', 'prepare']
 
-# %% ../nbs/12d_stages.ipynb #c2c96dd2
+# %% ../nbs/12d_stages.ipynb #f0dac182
 import json
 import os
 import re
 import shutil
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -172,12 +172,14 @@ def without_jail(
     needy = [arm.model for arm in trained_arms(preset) if arm.reward == "code"]
     return needy if needy and not unsafe and sandbox.level() == "none" else []
 
-# %% ../nbs/12d_stages.ipynb #46bed842
+# %% ../nbs/12d_stages.ipynb #e158422e
 @cache
 def study_tasks(benchmarks: str, judge: str, folder: Path) -> dict:
     from compassion_repro import judge as judging, judges
+    from compassion_repro.runner import temporary_folder, with_prompts
     replies = None if judge in DETERMINISTIC else judges.Replies(folder.parent / judges.REPLIES)
-    return judging.load_tasks({name: Benchmark(**values) for name, values in json.loads(benchmarks).items()}, judge, folder, replies=replies)
+    tasks = judging.load_tasks({name: Benchmark(**values) for name, values in json.loads(benchmarks).items()}, judge, folder, replies=replies)
+    return {name: replace(task, questions=with_prompts(task, temporary_folder() / "prompts")) for name, task in tasks.items()}
 
 
 def _tasks(work: Work, judge: str | None = None) -> dict:
@@ -208,10 +210,14 @@ def _run_eval(work: Work) -> dict:
     import pandas as pd
     from compassion_repro import judge as judging, judges
     answers, names = pd.read_parquet(work.input() / "answers.parquet"), judge_names(work.preset.judge)
+    own = [name for name, task in _tasks(work).items() if task.own]
+    judged = answers[~answers["benchmark"].isin(own)]
     with nullcontext() if set(names) <= set(DETERMINISTIC) else judges.Replies(work.study.folder / judges.REPLIES).alone(work.report):
-        passes = [judging.judge_answers(answers, _tasks(work, judge), judge, work.out / "logs", report=work.report) for judge in names] # a pass a judge
+        passes = [judging.judge_answers(judged, _tasks(work, judge), judge, work.out / "logs", report=work.report) for judge in names] # a pass a judge
     unjudged = sum(int(grades.attrs.get("unjudged", 0)) for grades, _ in passes)
     grades, scores = (pd.concat(tables, ignore_index=True) for tables in zip(*passes))
+    by_rule = [judging.score_own(answers[answers["benchmark"] == name], _tasks(work)[name], work.out / "logs") for name in own]
+    scores = pd.concat([scores, *by_rule], ignore_index=True)
     write_atomically(work.out / "grades.parquet", grades.to_parquet)
     write_atomically(work.out / "scores.parquet", scores.to_parquet)
     return {"judge": work.preset.judge, "unjudged": unjudged, "grades": len(grades), "unparseable": int((grades.attempted & grades.grade.isna()).sum()),

@@ -286,15 +286,30 @@ class Compute(Section):
     tf32: bool = True # 19-bit products of float32 matrices, on GPUs that have them
     vllm_python: Source | None = None # Python of the environment that vLLM lives in, for generation.engine=vllm; None: this one
 
-# %% ../nbs/00_study.ipynb #6996fc37
+# %% ../nbs/00_study.ipynb #aebc30bb
 class Benchmark(Section):
     "One benchmark: the official task that scores it, and its data."
-    task: Literal["anima", "moru"] # official `inspect_evals` task
-    data: Source # `world:<name>`, a folder in the official layout, or a hub id with @revision
+    task: str # official task: anima or moru; or a task of `inspect_evals`, or `file.py@task`, that needs no judge
+    data: Source | None = None # of anima and moru: `world:<name>`, a folder in the official layout, or a hub id with @revision
     dimensions: Source | None = None # MORU keeps its dimensions in a data set of their own
     epochs: int = Field(5, ge=1) # answers a question
     size: dict[str, Annotated[int, Field(ge=1, strict=True)]] | None = None # questions per language, embedded benchmarks only
     strip_suffix: str = "" # text taken off the end of a question before it is asked; the judge still reads the whole question
+    limit: int | None = Field(None, ge=1) # most questions of a task that needs no judge, the first ones
+
+    @property
+    def judged(self) -> bool:
+        "Whether a judge grades its answers, rather than the task's own rules."
+        return self.task in ("anima", "moru")
+
+    @model_validator(mode="after")
+    def _questions_from_one_place(self):
+        if not re.fullmatch(r"\w+|.+\.py@\w+", self.task): raise ValueError(f"{self.task!r} is not the name of a task: anima, moru, one of inspect_evals such as hellaswag, or file.py@task")
+        if self.judged and not self.data: raise ValueError(f"{self.task} wants its questions named: set data")
+        if self.judged and self.limit: raise ValueError(f"limit is for tasks that need no judge; {self.task} of the embedded world is sized by size")
+        if not self.judged and (self.data or self.dimensions or self.size or self.strip_suffix):
+            raise ValueError(f"{self.task} is neither anima nor moru, and any other task brings its own questions: leave data, dimensions, size and strip_suffix out")
+        return self
 
 
 class Statistics(Section):
@@ -332,7 +347,7 @@ class Data(Section):
         "Source of an arm's rows, by their name: `sft-help`, `grpo-code`."
         return getattr(self, rows.replace("-", "_"))
 
-# %% ../nbs/00_study.ipynb #abae7926
+# %% ../nbs/00_study.ipynb #b11d467c
 class Preset(Section):
     "A whole study, resolved: every value that decides its result, seeds aside."
     name: str = Field(pattern=r"^[\w.-]+$") # preset it came from
@@ -360,6 +375,11 @@ class Preset(Section):
         if bad := [n for n in known if parse_model(n) is None]: raise ValueError(f"{bad[0]} is a starting point, not an arm")
         if len(set(known)) < len(known): raise ValueError("an arm stands twice")
         return tuple(known)
+
+    @model_validator(mode="after")
+    def _one_is_judged(self):
+        if not any(benchmark.judged for benchmark in self.benchmarks.values()): raise ValueError("benchmarks: at least one must be of task anima or moru")
+        return self
 
     @model_validator(mode="after")
     def _given_are_compared(self):
@@ -561,7 +581,7 @@ def _carry_over(id: str, start: str, words: str) -> tuple[Reading, ...]:
             Reading(f"{id}-no-suffix", f'{estimand}, without the questions that end in "Answer:"', "superiority", "anima", cells, without_suffix="Answer:"),
             Reading(f"{id}-standardised", f"{estimand}, every dimension weighing the same", "superiority", "anima", cells, by_dimension=True))
 
-# %% ../nbs/00_study.ipynb #6dd981c5
+# %% ../nbs/00_study.ipynb #6c4d1000
 CLAIMS = (
     Claim("C0", "Helpfulness training erodes what mid-training added, more than coding does", "ours", (
         Reading("C0-SFT", "(code − help) from mid, minus (code − help) from base", "superiority", "anima",
@@ -607,7 +627,7 @@ def claim_readings(
     preset: Preset, # whose benchmarks count
 ) -> tuple[Reading, ...]: # to be judged in that study
     "A claim's readings in a study: its own, and those that any other benchmark opens."
-    others = [name for name, benchmark in preset.benchmarks.items() if benchmark.task not in ("anima", "moru")]
+    others = [name for name, benchmark in preset.benchmarks.items() if not benchmark.judged]
     return (*claim.readings, *(reading.on(name) for name in others for reading in claim.elsewhere))
 
 # %% ../nbs/00_study.ipynb #f8638315

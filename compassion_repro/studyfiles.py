@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['StudyFiles', 'read_study_files']
 
-# %% ../nbs/11c_studyfiles.ipynb #85a3f40c
+# %% ../nbs/11c_studyfiles.ipynb #b387e9fe
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +16,7 @@ import yaml
 
 from .behaviour import moved
 from .claims import ClaimTable, read_claims
+from .scores import beside_judges
 from .stats import model_rank, read_scores
 from .study import InputError, Preset, build_preset
 
@@ -59,7 +60,7 @@ class StudyFiles:
         "What else moved beside the scores (`behaviour.moved`), measured once; None where the study keeps no answers."
         return None if self.answers is None else moved(self.answers)
 
-# %% ../nbs/11c_studyfiles.ipynb #6e75629b
+# %% ../nbs/11c_studyfiles.ipynb #e66bba73
 def _read_preset(folder: Path) -> Preset:
     "The configuration of a study folder."
     file = folder / "study.yaml"
@@ -102,7 +103,7 @@ def read_study_files(
     folder = Path(folder) if Path(folder).name not in ("", "..") else Path(folder).resolve()
     preset = _read_preset(folder)
     if not (folder / "scores.parquet").is_file(): raise InputError(f"{folder} has no scores yet: finish it with `compassion-repro run --out {folder}`")
-    scores = read_scores(folder / "scores.parquet", folder.name)
+    scores = beside_judges(read_scores(folder / "scores.parquet", folder.name))
     claims, manifests = read_claims(folder / "claims.json"), _read_manifests(folder)
     known = {(m["model"], m["seed"]) for m in manifests}
     scored = sorted({(model, int(seed)) for model, seed in zip(scores["model"], scores["seed"])} - known, key=str)
