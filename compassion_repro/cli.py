@@ -6,10 +6,11 @@
 __all__ = ['TOKENS', 'EPILOG', 'talking', 'run', 'plan', 'print_claims', 'report', 'claims', 'evaluate', 'judge', 'annotate',
            'doctor', 'bench', 'push', 'build_parser', 'main']
 
-# %% ../nbs/14_cli.ipynb #12fc22cb
+# %% ../nbs/14_cli.ipynb #183dacfd
 import argparse
 import os
 import sys
+import textwrap
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def _print(*things):
     from rich.text import Text
     _console(width=None if sys.stdout and sys.stdout.isatty() else 160, markup=True).print(*(Text(thing) if isinstance(thing, str) else thing for thing in things))
 
-# %% ../nbs/14_cli.ipynb #9f39a235
+# %% ../nbs/14_cli.ipynb #2aa20454
 def _study_folder(args, preset) -> Path:
     "`--out`, or studies/<preset>, with a short hash where `--set` changed the preset."
     from compassion_repro.store import study_name
@@ -86,7 +87,7 @@ def _agree_to_judges(args, preset, folder: Path):
     if any(r["judge_calls"] is None for r in waiting) and not args.yes:
         raise InputError(f"how often {', '.join(dear)} will be asked cannot be told beforehand for these benchmarks: add --yes to agree, or judge later with `compassion-repro judge`")
     calls = sum(r["judge_calls"] or 0 for r in waiting) // len(prices.judge_names(preset.judge))
-    estimates = [prices.Estimate(judge, calls, 0, calls * 4 * (400 + preset.generation.max_new_tokens), table.get(judge)) for judge in dear]
+    estimates = prices.estimate_study(dear, calls, preset.generation.max_new_tokens, table)
     prices.ask(estimates, args.yes, lambda line: _print(line), _asking())
 
 
@@ -95,6 +96,7 @@ def run(args) -> int:
     preset = load_preset(args.preset, args.set)
     folder = _study_folder(args, preset)
     from compassion_repro import pipeline
+    preset = pipeline.settle_template(preset)
     _agree_to_judges(args, preset, folder)
     with talking() as (say, report): study = pipeline.run(preset, folder, args.seeds, say, report, args.allow_unsafe_code, not args.no_report)
     print_claims(study.folder)
@@ -106,16 +108,14 @@ def plan(args) -> int:
     "Print what a run would do; loads no model."
     import yaml
     preset = load_preset(args.preset, args.set)
-    from compassion_repro import planning
-    records = planning.plan(preset, args.seeds)
-    print(yaml.safe_dump(preset.resolved(), sort_keys=False, allow_unicode=True, width=120))
-    columns = ["seed", "stage", "rows", "steps", "tokens", "answers", "judge_calls", "memory_gb"]
-    _print(_table([c.replace("_", " ") for c in columns], [[r[c] for c in columns] for r in records]))
-    largest = max((r for r in records if r["memory_gb"]), key=lambda r: r["memory_gb"], default=None)
-    if largest: print(f"\nmost memory: {largest['stage']}, {largest['memory_gb']} GB = " + " + ".join(f"{name} {size}" for name, size in largest["memory"].items()) + " (an estimate; of cache and activations the larger counts)")
-    if machines := planning.on_machines(preset, records): _print("\nestimates from data sheets and assumed shares of their speed:", _table(["GPU", "fits", "most memory", "GB", "micro-batch", "hours"], machines))
+    from compassion_repro import planning, prices
+    records = planning.plan(preset, args.seeds, prices.load_prices(args.prices))
+    print(yaml.safe_dump(preset.resolved(), sort_keys=False, allow_unicode=True, width=100))
+    for title, columns, rows in planning.tables(preset, records): _print(f"{title}:", _table(columns, rows), "")
+    for line in planning.footnotes(preset, records): print(textwrap.fill(line, 100, break_long_words=False))
     known = {c: [r[c] for r in records if r[c] is not None] for c in ("tokens", "answers", "judge_calls")}
-    print(f"\n{len(records)} stages; " + "; ".join(f"{sum(v):,} {c.replace('_', ' ')}" for c, v in known.items() if v) + f"\nstudy folder: {_study_folder(args, preset)}")
+    dollars = sum(r["cost"] or 0 for r in records)
+    print(f"\n{len(records)} stages; " + "; ".join(f"{sum(v):,} {c.replace('_', ' ')}" for c, v in known.items() if v) + (f"; about ${dollars:,.2f} for the judge" if dollars else "") + f"\nstudy folder: {_study_folder(args, preset)}")
     return 0
 
 
@@ -149,7 +149,7 @@ def claims(args) -> int:
     print_claims(folder)
     return 0
 
-# %% ../nbs/14_cli.ipynb #9c37d8e3
+# %% ../nbs/14_cli.ipynb #e4a9efdd
 def _options(args) -> dict:
     "What `eval` and `judge` have in common."
     settings = {"temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens, "max_connections": args.judge_connections, "max_retries": args.judge_retries}
@@ -229,7 +229,7 @@ def annotate(args) -> int:
     _print(f"{args.sample} answers to grade: {args.out} (write 1 or 0 into the column grade); which is which: {key}, not for the people who grade\nread it back with  compassion-repro annotate {folder} --read {args.out}")
     return 0
 
-# %% ../nbs/14_cli.ipynb #f78c6b6a
+# %% ../nbs/14_cli.ipynb #3108dce8
 TOKENS = ("HF_TOKEN", "GOOGLE_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY")
 
 
@@ -272,7 +272,7 @@ def doctor(args) -> int:
     _print(f"\npresets smoke and tiny: {'yes' if enough else 'no'} (they want 3 GB of memory, 1 GB of disk and every package above)")
     return 0 if enough else 1
 
-# %% ../nbs/14_cli.ipynb #b24f10ab
+# %% ../nbs/14_cli.ipynb #7e20147e
 def _bench_gpu(out: str) -> int:
     "Measure the 8B shape on this machine's GPU, print the tables and save them."
     import torch
@@ -319,7 +319,7 @@ def push(args) -> int:
     publish.push(args.study, args.model, args.to, args.seed, args.private, args.dry_run, args.adapter, say=lambda line: print(line, flush=True))
     return 0
 
-# %% ../nbs/14_cli.ipynb #9cc7320e
+# %% ../nbs/14_cli.ipynb #4a31ef38
 EPILOG = """examples:
   compassion-repro run                                     the whole study on the embedded miniature world
   compassion-repro run --preset smoke --seeds 3            about a minute a seed, three seeds
@@ -400,8 +400,10 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--allow-unsafe-code", action="store_true", help="run model-written code even where this machine has no jail for it; warns each run")
     p.add_argument("--no-report", action="store_true", help="claims alone; figures and report.html are made later, by `compassion-repro report STUDY`")
     _cost_options(p)
-    _study_options(command("plan", plan, "print what a run would do: every value, stage, row, step and judge call; loads no model", [
-        "compassion-repro plan", "compassion-repro plan --preset smoke --set lora.rank=8"]))
+    p = command("plan", plan, "print what a run would do: every value, stage, row, step and judge call, with memory, hours by GPU, disk and cost; loads no model", [
+        "compassion-repro plan", "compassion-repro plan --preset smoke --set lora.rank=8", "compassion-repro plan --preset paper --set models.quantize=nf4"])
+    _study_options(p)
+    p.add_argument("--prices", metavar="FILE", help="a price table of your own (YAML), laid over the package's")
     p = command("claims", claims, "print the claim table of a study", ["compassion-repro claims studies/tiny"])
     p.add_argument("study", metavar="STUDY", help="study folder")
     p = command("push", push, "publish a model of a study on the hub, with a card written from its manifest", [

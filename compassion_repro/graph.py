@@ -103,7 +103,7 @@ class Stage:
         "Folder of the artifact within the study."
         return f"seed-{self.seed}/{self.id}"
 
-# %% ../nbs/12a_graph.ipynb #9dedc948
+# %% ../nbs/12a_graph.ipynb #cfaa1af7
 def _training_config(preset: Preset, section: str, sources: dict[str, str]) -> dict:
     "What decides a training stage's result, ordinary ways of holding the weights and the plain template unsaid."
     data, template = {name: source_digest(source) for name, source in sources.items()}, preset.generation.training_template
@@ -169,7 +169,7 @@ def graph(
             stages.append(stage)
             if stage.kind == "reward": continue
             for template in preset.generation.forms():
-                generation, form = preset.generation.identity() | {"template": template}, "" if template == preset.generation.template else f".{template}"
+                generation, form = preset.generation.identity() | {"template": template}, "" if template == preset.generation.forms()[0] else f".{template}"
                 answers = Stage(f"answers-{stage.id}{form}", "answers", seed, stage.model, (stage,), {"generation": generation, "benchmarks": benchmarks})
                 stages += [answers, Stage(f"eval-{stage.id}{form}", "eval", seed, stage.model, (answers,), {"judge": preset.judge})]
         stages += _probe_stages(preset, seed, [s for s in stages if s.id == f"answers-{s.model}" and s.seed == seed], starts["mid"])

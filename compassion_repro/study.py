@@ -93,7 +93,7 @@ def parse_model(
     paradigm, domain, *reward = name.replace("+", "-").split("-")
     return Arm(paradigm, domain, start or "mid", *reward)
 
-# %% ../nbs/00_study.ipynb #252acb00
+# %% ../nbs/00_study.ipynb #2d50f5ce
 class Section(BaseModel):
     "Base of every section of a preset: unknown keys are errors, and so are infinities and truth values in the place of numbers."
     model_config = ConfigDict(extra="forbid", populate_by_name=True, frozen=True, allow_inf_nan=False)
@@ -161,7 +161,7 @@ class Training(Section):
 class Generation(Section):
     "How the models under test answer."
     telling: ClassVar = ("cut_off_alarm", "templates")
-    template: Literal["plain", "own", "raw", "user"] = "plain" # how a question is put (see `models`): own is the tokenizer's chat template; raw and user only test how much the form matters
+    template: Literal["plain", "own", "each", "raw", "user", "auto"] = "plain" # how a question is put (see `models`): own is the tokenizer's chat template; each: own where a model has one, else plain; auto: settled when the study starts, from the tokenizers of its models; raw and user only test how much the form matters
     max_new_tokens: int = Field(1024, ge=1) # tokens an answer may have
     temperature: float = Field(1.0, ge=0) # 0 takes the most likely token
     top_p: float = Field(1.0, gt=0, le=1) # nucleus share
@@ -172,11 +172,11 @@ class Generation(Section):
     @property
     def training_template(self) -> str:
         "The template that training uses: an instruct model's own, else the plain one, whatever form the questions of the evaluation have."
-        return "own" if self.template == "own" else "plain"
+        return "own" if self.template in ("own", "each") else "plain"
 
     def forms(self) -> list[str]:
-        "Every template that the models are asked in, the study's own first."
-        return list(dict.fromkeys((self.template, *self.templates)))
+        "Every template that the models are asked in, the study's own first; as many as there can be where it is not settled yet."
+        return list(dict.fromkeys((*(("plain", "raw", "user") if self.template == "auto" else (self.template,)), *self.templates)))
 
 # %% ../nbs/00_study.ipynb #7fc98d7d
 DEEPSEEKMATH = "DeepSeekMath (arXiv 2402.03300), section 4.2"
