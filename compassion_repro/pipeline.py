@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['pin_sources', 'settle_template', 'check_inputs', 'run', 'collect', 'compare_templates', 'training_record', 'analyse']
 
-# %% ../nbs/13_pipeline.ipynb #e3d053d6
+# %% ../nbs/13_pipeline.ipynb #7a9a9c88
 import json
 import math
 from contextlib import suppress
 from pathlib import Path
 
-from . import hub
+from . import hub, machine
 from .engine import interruptible, run_stage
 from .graph import Stage, graph, is_local, trained_arms
 from .prices import judge_names
@@ -19,7 +19,7 @@ from .stages import prepare, study_tasks, training_rows, without_jail
 from .store import Study, flat, stage_facts, writable
 from .study import InputError, Preset, build_preset, write_atomically
 
-# %% ../nbs/13_pipeline.ipynb #23f5ced6
+# %% ../nbs/13_pipeline.ipynb #eecdf22f
 def _used_sources(preset: Preset) -> dict[str, str]:
     "Dotted names of the sources that the study will fetch as models and corpora, with their kinds."
     arms, midtrained = trained_arms(preset), {"mid", "mid-control"}.intersection(preset.trained)
@@ -67,6 +67,7 @@ def check_inputs(
     prepare(preset)
     from compassion_repro import data, models, rewards, training
     training.holding(preset.models, preset.compute)
+    for problem in machine.gpu_problems(preset, machine.this_machine()) if preset.compute.device == "cuda" else (): say(f"warning: by the plan's estimate, {problem}")
     base = models.find_model(preset.models.base)
     models.check_architecture(base), models.load_tokenizer(base, preset.generation.template)
     for source in preset.models.given.values(): models.find_model(source)

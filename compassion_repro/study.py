@@ -6,9 +6,9 @@
 __all__ = ['STARTS', 'PARADIGMS', 'DOMAINS', 'ARMS', 'CROSSED', 'Count', 'Source', 'DEEPSEEKMATH', 'TRL_DEFAULT', 'GRPO_SETTINGS',
            'PAPER', 'KINDS', 'CLAIMS', 'FAMILIES', 'FIDELITY', 'InputError', 'write_atomically', 'Arm', 'parse_model',
            'Section', 'Lora', 'Training', 'Generation', 'settings_markdown', 'Grpo', 'Models', 'Compute', 'Benchmark',
-           'Statistics', 'Margin', 'Data', 'Preset', 'presets', 'build_preset', 'load_preset', 'PaperFigure',
-           'paper_percent', 'Cell', 'Reading', 'Claim', 'readings', 'claim_readings', 'family_of', 'Fidelity',
-           'fidelity_markdown']
+           'Statistics', 'Margin', 'Data', 'Preset', 'presets', 'build_preset', 'load_preset', 'with_settings',
+           'PaperFigure', 'paper_percent', 'Cell', 'Reading', 'Claim', 'readings', 'claim_readings', 'family_of',
+           'Fidelity', 'fidelity_markdown']
 
 # %% ../nbs/00_study.ipynb #e77f5e6d
 import contextlib
@@ -430,7 +430,7 @@ def _exponent(value: Any) -> Any:
     "YAML reads `3e-4` as text; people mean a number."
     return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value) else value
 
-# %% ../nbs/00_study.ipynb #97cce6d0
+# %% ../nbs/00_study.ipynb #487bdba5
 def _one_line(error: ValidationError, name: str) -> str:
     "The first problem of a preset, in one line."
     first = error.errors()[0]
@@ -457,6 +457,16 @@ def load_preset(
 ) -> Preset: # validated and complete
     "The preset with the user's settings laid over it; raises `InputError` in one line for anything unknown or mistyped."
     values = {"name": re.sub(r"[^\w.-]", "-", Path(name).stem) if _own_file(name) else name, **_preset_values(name)}
+    for setting in overrides: values = _merge(values, _override(setting))
+    return build_preset(values)
+
+
+def with_settings(
+    preset: Preset, # any
+    overrides: tuple[str, ...] | list[str], # `key=value` by dotted name
+) -> Preset: # validated
+    "A preset with some values changed; raises `InputError` as `load_preset` does."
+    values = preset.resolved()
     for setting in overrides: values = _merge(values, _override(setting))
     return build_preset(values)
 
