@@ -170,7 +170,7 @@ def graph(
             stages.append(stage)
             if stage.kind == "reward": continue
             for template in preset.generation.forms():
-                generation, form = preset.generation.identity() | {"template": template}, "" if template == preset.generation.template else f".{template}"
+                generation, form = preset.generation.identity() | {"template": template}, "" if template == preset.generation.forms()[0] else f".{template}"
                 answers = Stage(f"answers-{stage.id}{form}", "answers", seed, stage.model, (stage,), {"generation": generation, "benchmarks": benchmarks})
                 stages += [answers, Stage(f"eval-{stage.id}{form}", "eval", seed, stage.model, (answers,), {"judge": preset.judge})]
         stages += _probe_stages(preset, seed, [s for s in stages if s.id == f"answers-{s.model}" and s.seed == seed], starts["mid"])

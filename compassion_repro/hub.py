@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'FILE_ENDINGS', 'PROJECT', 'MODEL_FILES', 'Published', 'split_source', 'is_pinned', 'published_rows',
            'page', 'instead', 'explain', 'file_problem', 'damaged_files', 'is_adapter', 'check_folder', 'Snapshot',
-           'snapshot', 'pin']
+           'snapshot', 'pin', 'small_file', 'has_template']
 
 # %% ../nbs/01b_hub.ipynb #ed6f2efe
 import errno, json, os, re
@@ -280,3 +280,30 @@ def pin(
         with _quietly(): return f"{name}@{HfApi().repo_info(name, repo_type=kind, revision=revision).sha}"
     except Exception as error: # as in `snapshot`
         raise InputError(explain(error, name, kind, revision)) from None
+
+# %% ../nbs/01b_hub.ipynb #74f20142
+def small_file(
+    source: str, # of a model: a folder, or a hub source
+    name: str, # file in it
+) -> str | None: # its text, or None where there is no such file
+    "One file of a model without the rest; offline from what the cache holds. Raises `InputError` like `snapshot`."
+    folder = Path(os.path.expanduser(source))
+    if not folder.is_dir() and _offline(): folder = snapshot(source, "model").folder
+    if folder.is_dir(): return (folder / name).read_text(encoding="utf-8") if (folder / name).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    repository, revision = split_source(source)
+    try:
+        with _quietly(): return Path(hf_hub_download(repository, name, revision=revision)).read_text(encoding="utf-8")
+    except Exception as error: # as in `snapshot`
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError): return None
+        raise InputError(explain(error, repository, "model", revision)) from None
+
+
+def has_template(
+    source: str, # of a model: a folder, or a hub source
+) -> bool:
+    "Whether a model's tokenizer has a chat template of its own, told from two small files."
+    if small_file(source, "chat_template.jinja"): return True
+    try: return bool(json.loads(small_file(source, "tokenizer_config.json") or "{}").get("chat_template"))
+    except (ValueError, AttributeError): return False

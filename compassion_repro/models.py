@@ -13,7 +13,7 @@ import logging
 # %% ../nbs/03_models.ipynb #aec75406
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-# %% ../nbs/03_models.ipynb #7eac8286
+# %% ../nbs/03_models.ipynb #145f8831
 import json
 import re
 from pathlib import Path
@@ -64,7 +64,7 @@ TEMPLATES = { # name -> Jinja text; `own` is not ours to write
     "user": "{{ bos_token }}{% for message in messages %}{{ message['role'] + ': ' }}" + _CONTENT + "{{ '\n' }}{% endfor %}",
 }
 
-# %% ../nbs/03_models.ipynb #98811ec2
+# %% ../nbs/03_models.ipynb #98c94338
 def load_tokenizer(
     source: str | Path, # folder or hub id
     template: str = "plain", # a key of TEMPLATES, or "own": the tokenizer's
@@ -83,10 +83,11 @@ def load_tokenizer(
 
 def with_template(
     tokenizer: PreTrainedTokenizerBase, # from `load_tokenizer`, changed in place
-    template: str, # a key of TEMPLATES, or "own": the one that the tokenizer came with
+    template: str, # a key of TEMPLATES, or "own": the one that the tokenizer came with; "each": that one if there is one, else plain
 ) -> PreTrainedTokenizerBase: # the same
     "Put questions in another form from here on; raises `InputError` where the tokenizer has no template of its own."
     own = getattr(tokenizer, "own_template", tokenizer.chat_template)
+    if template in ("each", "auto"): template = "own" if own else "plain"
     if template == "own" and not own: raise InputError(f"the tokenizer in {tokenizer.name_or_path} has no chat template of its own: set generation.template=plain")
     tokenizer.chat_template = TEMPLATES.get(template, own)
     return tokenizer

@@ -6,9 +6,9 @@
 __all__ = ['STARTS', 'PARADIGMS', 'DOMAINS', 'ARMS', 'CROSSED', 'Count', 'Source', 'DEEPSEEKMATH', 'TRL_DEFAULT', 'GRPO_SETTINGS',
            'PAPER', 'KINDS', 'CLAIMS', 'FAMILIES', 'FIDELITY', 'InputError', 'write_atomically', 'Arm', 'parse_model',
            'Section', 'Lora', 'Training', 'Generation', 'settings_markdown', 'Grpo', 'Models', 'Compute', 'Benchmark',
-           'Statistics', 'Margin', 'Data', 'Preset', 'presets', 'build_preset', 'load_preset', 'PaperFigure',
-           'paper_percent', 'Cell', 'Reading', 'Claim', 'readings', 'claim_readings', 'family_of', 'Fidelity',
-           'fidelity_markdown']
+           'Statistics', 'Margin', 'Data', 'Preset', 'presets', 'build_preset', 'load_preset', 'with_settings',
+           'PaperFigure', 'paper_percent', 'Cell', 'Reading', 'Claim', 'readings', 'claim_readings', 'family_of',
+           'Fidelity', 'fidelity_markdown']
 
 # %% ../nbs/00_study.ipynb #e77f5e6d
 import contextlib
@@ -162,7 +162,7 @@ class Generation(Section):
     "How the models under test answer."
     newer: ClassVar = ("engine",)
     telling: ClassVar = ("cut_off_alarm", "templates")
-    template: Literal["plain", "own", "raw", "user"] = "plain" # how a question is put (see `models`): own is the tokenizer's chat template; raw and user only test how much the form matters
+    template: Literal["plain", "own", "each", "raw", "user", "auto"] = "plain" # how a question is put (see `models`): own is the tokenizer's chat template; each: own where a model has one, else plain; auto: settled when the study starts, from the tokenizers of its models; raw and user only test how much the form matters
     max_new_tokens: int = Field(1024, ge=1) # tokens an answer may have
     temperature: float = Field(1.0, ge=0) # 0 takes the most likely token
     top_p: float = Field(1.0, gt=0, le=1) # nucleus share
@@ -174,11 +174,11 @@ class Generation(Section):
     @property
     def training_template(self) -> str:
         "The template that training uses: an instruct model's own, else the plain one, whatever form the questions of the evaluation have."
-        return "own" if self.template == "own" else "plain"
+        return "own" if self.template in ("own", "each") else "plain"
 
     def forms(self) -> list[str]:
-        "Every template that the models are asked in, the study's own first."
-        return list(dict.fromkeys((self.template, *self.templates)))
+        "Every template that the models are asked in, the study's own first; as many as there can be where it is not settled yet."
+        return list(dict.fromkeys((*(("plain", "raw", "user") if self.template == "auto" else (self.template,)), *self.templates)))
 
 # %% ../nbs/00_study.ipynb #7fc98d7d
 DEEPSEEKMATH = "DeepSeekMath (arXiv 2402.03300), section 4.2"
@@ -453,7 +453,7 @@ def _exponent(value: Any) -> Any:
     "YAML reads `3e-4` as text; people mean a number."
     return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value) else value
 
-# %% ../nbs/00_study.ipynb #97cce6d0
+# %% ../nbs/00_study.ipynb #487bdba5
 def _one_line(error: ValidationError, name: str) -> str:
     "The first problem of a preset, in one line."
     first = error.errors()[0]
@@ -480,6 +480,16 @@ def load_preset(
 ) -> Preset: # validated and complete
     "The preset with the user's settings laid over it; raises `InputError` in one line for anything unknown or mistyped."
     values = {"name": re.sub(r"[^\w.-]", "-", Path(name).stem) if _own_file(name) else name, **_preset_values(name)}
+    for setting in overrides: values = _merge(values, _override(setting))
+    return build_preset(values)
+
+
+def with_settings(
+    preset: Preset, # any
+    overrides: tuple[str, ...] | list[str], # `key=value` by dotted name
+) -> Preset: # validated
+    "A preset with some values changed; raises `InputError` as `load_preset` does."
+    values = preset.resolved()
     for setting in overrides: values = _merge(values, _override(setting))
     return build_preset(values)
 

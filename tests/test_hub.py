@@ -262,7 +262,7 @@ def test_a_benchmark_takes_the_same_road(server, tmp_path, monkeypatch):
 
 # --- the presets at scale, at crash-test size, on a hub of our own ----------------------------------------------------------------------
 
-SMALL = ("threads=2", "judge=indicator", "midtrain.limit=20", "midtrain.held_out=4", "midtrain.steps=1", "midtrain.length=256", "midtrain.batch_size=2", "midtrain.micro_batch=2", "midtrain.dose=steps",
+SMALL = ("threads=2", "compute.device=cpu", "judge=indicator", "midtrain.limit=20", "midtrain.held_out=4", "midtrain.steps=1", "midtrain.length=256", "midtrain.batch_size=2", "midtrain.micro_batch=2", "midtrain.dose=steps",
          "sft.limit=20", "sft.held_out=4", "sft.steps=1", "sft.length=256", "sft.batch_size=2", "sft.micro_batch=2", "grpo.limit=4", "grpo.held_out=2", "grpo.samples=1", "grpo.steps=1", "grpo.group=2",
          "grpo.prompts_per_step=2", "grpo.micro_batch=2", "grpo.max_new_tokens=12", "generation.max_new_tokens=12", "benchmarks.anima.epochs=1", "benchmarks.moru.epochs=1", "statistics.resamples=200")
 
@@ -329,6 +329,7 @@ def test_the_released_checkpoints_are_compared_without_training(whole_hub, tmp_p
     study, said = run_preset("released", tmp_path / "study")
     manifests = {m["stage"]: m for m in study.manifests()}
     assert {m["kind"] for m in manifests.values()} == {"base", "answers", "eval", "probe"} and "grpo-code" in manifests
+    assert study.preset.generation.template == "own" and len(manifests) == 4 * 4                                # the stand-ins bring a template: one form for all
     assert all(len(manifests[m]["result"]["revision"]) == 40 for m in ("base", "mid", "grpo-help", "grpo-code"))
     verdicts = {record["reading"]: record for record in json.loads((study.folder / "claims.json").read_text())}
     assert verdicts["C1"]["verdict"] == "not tested" and "sft-" in verdicts["C1"]["reason"] and verdicts["C2"]["verdict"] != "not tested"
@@ -343,16 +344,17 @@ def test_the_colab_preset_is_the_papers_graph_with_other_values(whole_hub, tmp_p
     study, _ = run_preset("colab", tmp_path / "study", "arms=[sft-help]", "sft.dose=full")
     manifests = {m["stage"]: m["result"] for m in study.manifests()}
     assert manifests["base"]["revision"] == hub.PUBLISHED["meta-llama/Llama-3.2-1B"].revision and manifests["sft-help"]["passes"] >= 1
+    for stage in ("mid", "sft-help"): assert manifests[stage]["held"]["quantisation"] == "nf4, double quantisation" and manifests[stage]["micro_batch"] == 2, stage      # the preset's four bits, for real
 
 
 def test_plans_at_scale_need_no_network_and_no_torch():
-    code = ("import sys, json; from compassion_repro.pipeline import plan; from compassion_repro.study import load_preset\n"
+    code = ("import sys, json; from compassion_repro.planning import plan; from compassion_repro.study import load_preset\n"
             "rows = {name: [r['rows'] for r in plan(load_preset(name)) if r['rows']] for name in ('paper', 'colab', 'released')}\n"
             "full = {r['stage']: r['rows'] for r in plan(load_preset('paper', ['sft.dose=full']))}\n"
             "print(json.dumps([rows, full, [m for m in ('torch', 'datasets', 'huggingface_hub') if m in sys.modules]]))")
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}).stdout
     rows, full, loaded = json.loads(said)
-    assert loaded == [] and rows["released"] == [] and set(rows["paper"]) == {3000, 15_011, 111_183} and max(rows["colab"]) == 400
+    assert loaded == [] and rows["released"] == [] and set(rows["paper"]) == {3000, 15_011, 111_183} and max(rows["colab"]) == 600
     assert full["sft-code"] == 111_183
 
 
