@@ -55,7 +55,7 @@ def _print(*things):
     from rich.text import Text
     _console(width=None if sys.stdout and sys.stdout.isatty() else 160, markup=True).print(*(Text(thing) if isinstance(thing, str) else thing for thing in things))
 
-# %% ../nbs/14_cli.ipynb #9f39a235
+# %% ../nbs/14_cli.ipynb #ca9ff23d
 def _study_folder(args, preset) -> Path:
     "`--out`, or studies/<preset>, with a short hash where `--set` changed the preset."
     from compassion_repro.store import study_name
@@ -80,9 +80,9 @@ def _agree_to_judges(args, preset, folder: Path):
     from compassion_repro import prices
     dear = [judge for judge in prices.judge_names(preset.judge) if not prices.is_free(judge)]
     if not dear: return
-    from compassion_repro import graph, planning, store
+    from compassion_repro import planning, store
     study, table = store.Study(folder), prices.load_prices(args.prices)
-    waiting = [r for r, stage in zip(planning.plan(preset, args.seeds), graph.graph(preset, args.seeds)) if stage.kind == "eval" and not study.done(stage)]
+    waiting = [r for r, stage in zip(planning.plan(preset, args.seeds), study.stages(preset, args.seeds)) if stage.kind == "eval" and not study.done(stage)]
     if any(r["judge_calls"] is None for r in waiting) and not args.yes:
         raise InputError(f"how often {', '.join(dear)} will be asked cannot be told beforehand for these benchmarks: add --yes to agree, or judge later with `compassion-repro judge`")
     calls = sum(r["judge_calls"] or 0 for r in waiting) // len(prices.judge_names(preset.judge))
@@ -136,7 +136,7 @@ def report(args) -> int:
     folder = _existing_study(args.study)
     from compassion_repro import pipeline, store
     study = store.Study(folder)
-    with talking() as (say, progress): pipeline.analyse(study, progress)
+    with talking() as (say, progress), study.lock("report", say): pipeline.analyse(study, progress)
     print_claims(study.folder)
     _print(f"\nreport: {study.folder / 'report.html'}")
     return 0
@@ -146,10 +146,12 @@ def claims(args) -> int:
     "Print the claim table of a study."
     folder = _existing_study(args.study)
     if not (folder / "claims.json").is_file(): raise InputError(f"{folder} has no claims yet: finish it with `compassion-repro run --out {folder}`")
+    from compassion_repro.artifact import recorded_damage
+    if wrong := recorded_damage(folder, "claims.json"): raise InputError(f"{folder}: {wrong}: compute the claims again with `compassion-repro report {folder}`")
     print_claims(folder)
     return 0
 
-# %% ../nbs/14_cli.ipynb #9c37d8e3
+# %% ../nbs/14_cli.ipynb #21e5f03f
 def _options(args) -> dict:
     "What `eval` and `judge` have in common."
     settings = {"temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens, "max_connections": args.judge_connections, "max_retries": args.judge_retries}
@@ -210,7 +212,7 @@ def judge(args) -> int:
     with talking() as (say, report): evaluation.judge_folder(folder, args.judge, again=args.again, say=say, report=report, answer=_asking(report), **_options(args))
     _print_scores(folder)
     if (folder / "study.yaml").is_file() and (study := store.Study(folder)).finished(study.preset, stages.without_jail(study.preset)):
-        pipeline.analyse(study)
+        with study.lock("judge"): pipeline.analyse(study)
         _print(f"\nthe claims under every judge: compassion-repro claims {folder}")
     return 0
 
@@ -229,7 +231,7 @@ def annotate(args) -> int:
     _print(f"{args.sample} answers to grade: {args.out} (write 1 or 0 into the column grade); which is which: {key}, not for the people who grade\nread it back with  compassion-repro annotate {folder} --read {args.out}")
     return 0
 
-# %% ../nbs/14_cli.ipynb #f78c6b6a
+# %% ../nbs/14_cli.ipynb #3108dce8
 TOKENS = ("HF_TOKEN", "GOOGLE_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY")
 
 
@@ -272,7 +274,7 @@ def doctor(args) -> int:
     _print(f"\npresets smoke and tiny: {'yes' if enough else 'no'} (they want 3 GB of memory, 1 GB of disk and every package above)")
     return 0 if enough else 1
 
-# %% ../nbs/14_cli.ipynb #b24f10ab
+# %% ../nbs/14_cli.ipynb #7e20147e
 def _bench_gpu(out: str) -> int:
     "Measure the 8B shape on this machine's GPU, print the tables and save them."
     import torch
