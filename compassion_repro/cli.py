@@ -81,9 +81,9 @@ def _agree_to_judges(args, preset, folder: Path):
     from compassion_repro import prices
     dear = [judge for judge in prices.judge_names(preset.judge) if not prices.is_free(judge)]
     if not dear: return
-    from compassion_repro import graph, planning, store
+    from compassion_repro import planning, store
     study, table = store.Study(folder), prices.load_prices(args.prices)
-    waiting = [r for r, stage in zip(planning.plan(preset, args.seeds), graph.graph(preset, args.seeds)) if stage.kind == "eval" and not study.done(stage)]
+    waiting = [r for r, stage in zip(planning.plan(preset, args.seeds), study.stages(preset, args.seeds)) if stage.kind == "eval" and not study.done(stage)]
     if any(r["judge_calls"] is None for r in waiting) and not args.yes:
         raise InputError(f"how often {', '.join(dear)} will be asked cannot be told beforehand for these benchmarks: add --yes to agree, or judge later with `compassion-repro judge`")
     calls = sum(r["judge_calls"] or 0 for r in waiting) // len(prices.judge_names(preset.judge))
@@ -136,7 +136,7 @@ def report(args) -> int:
     folder = _existing_study(args.study)
     from compassion_repro import pipeline, store
     study = store.Study(folder)
-    with talking() as (say, progress): pipeline.analyse(study, progress)
+    with talking() as (say, progress), study.lock("report", say): pipeline.analyse(study, progress)
     print_claims(study.folder)
     _print(f"\nreport: {study.folder / 'report.html'}")
     return 0
@@ -146,6 +146,8 @@ def claims(args) -> int:
     "Print the claim table of a study."
     folder = _existing_study(args.study)
     if not (folder / "claims.json").is_file(): raise InputError(f"{folder} has no claims yet: finish it with `compassion-repro run --out {folder}`")
+    from compassion_repro.artifact import recorded_damage
+    if wrong := recorded_damage(folder, "claims.json"): raise InputError(f"{folder}: {wrong}: compute the claims again with `compassion-repro report {folder}`")
     print_claims(folder)
     return 0
 
@@ -210,7 +212,7 @@ def judge(args) -> int:
     with talking() as (say, report): evaluation.judge_folder(folder, args.judge, again=args.again, say=say, report=report, answer=_asking(report), **_options(args))
     _print_scores(folder)
     if (folder / "study.yaml").is_file() and (study := store.Study(folder)).finished(study.preset, stages.without_jail(study.preset)):
-        pipeline.analyse(study)
+        with study.lock("judge"): pipeline.analyse(study)
         _print(f"\nthe claims under every judge: compassion-repro claims {folder}")
     return 0
 

@@ -6,7 +6,7 @@
 __all__ = ['Setup', 'slug', 'read_setup', 'settle', 'setup_of', 'load_setup', 'generate', 'collect_answers', 'pending',
            'save_pass', 'judge_folder', 'evaluate_models', 'summary', 'make_sheet', 'add_sheet']
 
-# %% ../nbs/13b_evaluation.ipynb #f6a3acba
+# %% ../nbs/13b_evaluation.ipynb #b57b51d4
 import contextlib
 import hashlib
 import json
@@ -17,13 +17,15 @@ from pathlib import Path
 
 import yaml
 
+from .artifact import recorded_damage, write_recorded
 from .agreement import HUMAN, UNIT, agreement, lay_together, read_sheet, sample_units, write_sheet
 from .graph import path_digest
-from .store import Study, writable, write_json
+from .lock import LOCK, locked
+from .store import Study, check_artifact, check_passes, writable, write_json
 from .prices import Estimate, ask, check_judge, is_free, judge_names, load_prices
 from .study import Benchmark, Generation, InputError, write_atomically
 
-# %% ../nbs/13b_evaluation.ipynb #84f25205
+# %% ../nbs/13b_evaluation.ipynb #537a381c
 @dataclass(frozen=True)
 class Setup:
     "What decides the answers of an evaluation."
@@ -72,7 +74,7 @@ def settle(
     "Write or extend `eval.yaml`; raises `InputError` where the folder's answers were made otherwise."
     if (folder / "study.yaml").is_file(): raise InputError(f"{folder} is a study: judge it again with `compassion-repro judge {folder} --judge ID`, or choose another --out")
     old = read_setup(folder)
-    if old is None and folder.is_dir() and any(folder.iterdir()): raise InputError(f"{folder} is not empty and holds no evaluation: choose another --out")
+    if old is None and folder.is_dir() and any(not p.name.startswith(LOCK) for p in folder.iterdir()): raise InputError(f"{folder} is not empty and holds no evaluation: choose another --out")
     if old is not None:
         new, there = setup.plain(), old.plain()
         differ = [f"{k}: {there[k]} there, {new[k]} here" for k in ("generation", "seed", "languages", "limit", "epochs") if there[k] != new[k]]
@@ -110,11 +112,14 @@ def load_setup(
         return narrowed(loaded, None if loaded.own else setup.languages, setup.limit)
     return {name: load(name, section) for name, section in setup.benchmarks.items()}
 
-# %% ../nbs/13b_evaluation.ipynb #88d4d957
+# %% ../nbs/13b_evaluation.ipynb #b4c199ac
 def _weights(model: str) -> str:
     "Identity of a model's weights; raises `InputError` where there is no such model."
     from compassion_repro.evaluate import find_local, is_hosted
-    return "hosted" if is_hosted(model) else path_digest(find_local(model))
+    if is_hosted(model): return "hosted"
+    folder = find_local(model)
+    check_artifact(folder)
+    return path_digest(folder)
 
 
 def generate(
@@ -140,7 +145,7 @@ def generate(
                 opened = opened or (evaluate.find_local(model) if setup.generation.engine == "vllm" else evaluate.open_model(evaluate.find_local(model)))
                 questions = with_prompts(tasks[name], logs)
                 answers = evaluate.generate_answers(opened, model, questions, setup.seed, setup.generation, report=told, python=python)
-            with writable(folder): write_atomically(files[name], answers.to_parquet)
+            with writable(folder): write_recorded(folder, str(files[name].relative_to(folder)), answers.to_parquet)
             empty = f"; {answers['empty'].mean():.0%} are empty" if answers["empty"].any() else ""
             say(f"{model}, {name}: {len(answers):,} answers{empty}")
 
@@ -152,12 +157,14 @@ def collect_answers(
     import pandas as pd
     files = sorted((folder / "answers").glob("*/*.parquet"))
     if not files: raise InputError(f"{folder} holds no answers yet: finish it with `compassion-repro eval MODEL ... --out {folder}`")
-    try: table = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
-    except (OSError, ValueError) as error: raise InputError(f"a file in {folder / 'answers'} is damaged ({str(error).splitlines()[0][:80]}): delete that folder and run the same command again") from None
-    with writable(folder): write_atomically(folder / "answers.parquet", table.to_parquet)
+    wrong = next(filter(None, (recorded_damage(folder, str(file.relative_to(folder))) for file in files)), None)
+    try: table = None if wrong else pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
+    except (OSError, ValueError) as error: wrong = (str(error).splitlines() or [""])[0][:80]
+    if wrong: raise InputError(f"a file in {folder / 'answers'} is damaged ({wrong}): delete that folder and run the same command again")
+    with writable(folder): write_recorded(folder, "answers.parquet", table.to_parquet)
     return table
 
-# %% ../nbs/13b_evaluation.ipynb #b6f90663
+# %% ../nbs/13b_evaluation.ipynb #679dd731
 _GROUP = ["model", "seed", "benchmark"]
 
 
@@ -185,6 +192,7 @@ def pending(
 ): # the rows of `answers` that wait for this judge
     "Answers that a judge has not judged, or not under these settings, or failed on."
     import pandas as pd
+    check_passes(folder)
     scores, noted = lay_together(folder, "scores", _top(folder, "scores")) if (folder / "scores.parquet").is_file() or (folder / "judges").is_dir() else None, _read_pass(folder, judge)
     if again or scores is None or not len(scores) or noted and noted.get("settings") != settings: return answers
     done = {tuple(row) for row in scores.loc[scores["judge"] == judge, _GROUP].drop_duplicates().itertuples(index=False)} - {tuple(g) for g in noted.get("unjudged_in", [])}
@@ -200,6 +208,7 @@ def save_pass(
     "Add rows to a judge's pass; new ones stand in for older ones of the same model, seed and benchmark."
     import pandas as pd
     place = _pass_folder(folder, judge)
+    check_passes(folder)
     with writable(folder):
         place.mkdir(parents=True, exist_ok=True)
         for name, rows in tables.items():
@@ -208,16 +217,16 @@ def save_pass(
                 new = pd.MultiIndex.from_frame(rows[_GROUP].drop_duplicates())
                 old = pd.read_parquet(file)
                 rows = pd.concat([part for part in (old[~pd.MultiIndex.from_frame(old[_GROUP]).isin(new)], rows) if len(part)], ignore_index=True)
-            write_atomically(file, rows.to_parquet)
+            write_recorded(folder, str(file.relative_to(folder)), rows.to_parquet)
         write_json(place / "pass.json", {"judge": judge, **note})
     for name in tables: _write_together(folder, name)
 
 
 def _write_together(folder: Path, name: str):
     table = lay_together(folder, name, _top(folder, name))
-    with writable(folder): write_atomically(folder / f"{name}.parquet", table.to_parquet)
+    with writable(folder): write_recorded(folder, f"{name}.parquet", table.to_parquet)
 
-# %% ../nbs/13b_evaluation.ipynb #5451803e
+# %% ../nbs/13b_evaluation.ipynb #9675d5d8
 def _one_pass(folder: Path, setup: Setup, answers, judge: str, settings: dict, replies, substitute_for: str | None, report) -> int:
     "Let one judge judge the given answers and save its pass; returns on how many answers it failed."
     from compassion_repro import judge as judging
@@ -249,6 +258,7 @@ def _estimates(tasks: dict, waiting: dict, settings: dict, replies, prices: dict
     return estimates
 
 
+@locked("judge")
 def judge_folder(
     folder: str | Path, # study or evaluation folder, with answers
     judges: str, # one judge or several with commas
@@ -289,7 +299,7 @@ def judge_folder(
                 failed = _one_pass(folder, setup, rows, judge, settings, replies, stands_for, report) if len(rows) else 0
             say(f"{judge}: judged {len(rows):,} answers" + (f"; it failed on {failed:,}, run the same command again for those" if failed else ""))
 
-# %% ../nbs/13b_evaluation.ipynb #49b76866
+# %% ../nbs/13b_evaluation.ipynb #b1d511c8
 def evaluate_models(
     models: list[str], # folders, adapter folders, hub ids, Inspect model ids
     benchmarks: list[str], # names, see `benchmarks.named_benchmark`, or tasks of inspect_evals
@@ -320,9 +330,10 @@ def evaluate_models(
     codes = languages and tuple(language_code(word) for word in languages)
     setup = Setup(sections, words, generation, seed, codes, limit, epochs, {model: _weights(model) for model in models})
     tasks = load_setup(setup, temporary_folder() / "benchmarks") # bad data and unknown languages come to light before anything is written
-    setup = settle(folder, setup)
-    generate(folder, setup, models, {name: tasks[name] for name in sections}, say, report, python)
-    judge_folder(folder, judges, say=say, report=report, **judging)
+    with Study(folder).lock("eval", say):
+        setup = settle(folder, setup)
+        generate(folder, setup, models, {name: tasks[name] for name in sections}, say, report, python)
+        judge_folder(folder, judges, say=say, report=report, **judging)
     return folder
 
 # %% ../nbs/13b_evaluation.ipynb #2928a6a2
@@ -348,7 +359,7 @@ def _lost(grades, keys):
     lost = grades.assign(no_grade=(grades["attempted"] & grades["grade"].isna()) * 100.0)
     return lost.groupby(keys)["no_grade"].mean().reset_index()
 
-# %% ../nbs/13b_evaluation.ipynb #50f2d466
+# %% ../nbs/13b_evaluation.ipynb #d96f57e7
 def make_sheet(
     folder: str | Path, # study or evaluation folder
     size: int, # answers to draw
@@ -373,6 +384,7 @@ def make_sheet(
     return write_sheet(sheet_rows.rename(columns={"task": "question", "submission": "answer", "guide": "guiding_question"}), sheet)
 
 
+@locked("annotate")
 def add_sheet(
     folder: str | Path, # study or evaluation folder
     sheet: str | Path, # a sheet that people have filled in

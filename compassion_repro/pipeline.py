@@ -5,21 +5,23 @@
 # %% auto #0
 __all__ = ['pin_sources', 'settle_template', 'check_inputs', 'run', 'collect', 'compare_templates', 'training_record', 'analyse']
 
-# %% ../nbs/13_pipeline.ipynb #7a9a9c88
+# %% ../nbs/13_pipeline.ipynb #be7bcb23
 import json
 import math
 from contextlib import suppress
 from pathlib import Path
 
 from . import hub, machine
+from .artifact import write_recorded
 from .engine import interruptible, run_stage
-from .graph import Stage, graph, is_local, trained_arms
+from .graph import Stage, is_local, trained_arms
+from .lock import locked
 from .prices import judge_names
 from .stages import prepare, study_tasks, training_rows, without_jail
-from .store import Study, flat, stage_facts, writable
-from .study import InputError, Preset, build_preset, write_atomically
+from .store import Study, check_for_report, check_passes, flat, note_laid_together, stage_facts, take_stock, writable
+from .study import InputError, Preset, build_preset
 
-# %% ../nbs/13_pipeline.ipynb #2c8b8013
+# %% ../nbs/13_pipeline.ipynb #b9748d2e
 def _used_sources(preset: Preset) -> dict[str, str]:
     "Dotted names of the sources that the study will fetch as models and corpora, with their kinds."
     arms, midtrained = trained_arms(preset), {"mid", "mid-control"}.intersection(preset.trained)
@@ -35,13 +37,13 @@ def pin_sources(
     folder: str | Path, # the study's, which may hold pins already
 ) -> Preset: # with a commit for everything that comes from the hub
     "Fix every branch of the hub to the commit it stands for, the one that the study began with; raises `InputError` where the hub cannot tell."
-    values, before = preset.resolved(), {}
+    values, before, known = preset.resolved(), {}, Study(folder).sources
     with suppress(InputError): before = flat(Study(folder).preset.resolved())
     for key, kind in _used_sources(preset).items():
         section, *path = key.split(".", 2)
         place = values[section] if len(path) == 1 else values[section][path[0]]
         source = place[path[-1]]
-        if source.startswith("world:") or is_local(source) or hub.is_pinned(source) and "@" in source: continue
+        if source.startswith("world:") or is_local(source) or source in known or hub.is_pinned(source) and "@" in source: continue
         kept = before.get(key, "")
         same = kept.partition("@")[0] == source.partition("@")[0] and "@" in kept and hub.is_pinned(kept)
         place[path[-1]] = kept if same else hub.pin(source, kind)
@@ -92,7 +94,8 @@ def check_inputs(
         if number < len(preset.benchmarks) and (left := task.provenance.get("left_out")): say(f"warning: the official task leaves out {len(left)} questions of {name}: {', '.join(map(str, left[:5]))}")
         if not task.judge_valid: say(f"warning: the {judge} judge cannot read the indicators of {name}, so its scores mean nothing there; name a model with --set judge=...")
 
-# %% ../nbs/13_pipeline.ipynb #c7d6ab01
+# %% ../nbs/13_pipeline.ipynb #e57d6607
+@locked("run")
 def run(
     preset: Preset, # the study
     folder: str | Path, # where it lives
@@ -105,11 +108,11 @@ def run(
     "Run a study, or carry on with one; raises `InputError` for bad input and lets Ctrl-C through, finished stages stay."
     preset = settle_template(pin_sources(preset, folder))
     left_out = without_jail(preset, unsafe)
-    stages = [s for s in graph(preset, seeds) if s.model not in left_out]
-    study = Study.create(folder, preset)
+    stages = [s for s in Study(folder).stages(preset, seeds) if s.model not in left_out]
+    study = Study.create(folder, preset, say)
     if left_out: say(f"no jail for model-written code on this machine, so {', '.join(left_out)} are left out: install bubblewrap, or allow running without one with --allow-unsafe-code")
     if unsafe: say("warning: model-written code runs without a jail where this machine has none (--allow-unsafe-code)")
-    pending = [s for s in stages if not study.done(s)]
+    pending = take_stock(study, preset, stages, say, report)
     say(f"{study.folder}: {len(stages)} stages, {len(stages) - len(pending)} done, {len(pending)} to run")
     with interruptible():
         if pending:
@@ -126,7 +129,7 @@ def run(
         analyse(study, report, page)
     return study
 
-# %% ../nbs/13_pipeline.ipynb #d20e1b50
+# %% ../nbs/13_pipeline.ipynb #78aa75e6
 def collect(
     study: Study, # finished
     stages: list[Stage], # its stages
@@ -134,12 +137,14 @@ def collect(
     "Lay the tables of all models and seeds together: answers, grades, scores, margin, kl; with them what later judges said; and a table of its own for answers in another form of question."
     import pandas as pd
     from compassion_repro.agreement import lay_together
+    check_passes(study.folder)
     for name, kind in (("answers", "answers"), ("grades", "eval"), ("scores", "eval"), ("margin", "probe"), ("kl", "probe")):
-        parts = [pd.read_parquet(study.folder / s.place / f"{name}.parquet") for s in stages if s.id == f"{kind}-{s.model}"]
+        parts = [pd.read_parquet(study.verified(s) / f"{name}.parquet") for s in stages if s.id == f"{kind}-{s.model}"]
         table = pd.concat([p for p in parts if len(p)] or parts[:1], ignore_index=True)
         if name in ("grades", "scores"): table = lay_together(study.folder, name, table)
         if name == "scores": table["study"] = study.folder.name
-        with writable(study.folder): write_atomically(study.folder / f"{name}.parquet", table.to_parquet)
+        with writable(study.folder): write_recorded(study.folder, f"{name}.parquet", table.to_parquet)
+    note_laid_together(study, stages)
 
 
 def compare_templates(
@@ -148,12 +153,12 @@ def compare_templates(
 ) -> list[str]: # one line a benchmark; empty where there is one form
     "How much the form of the question matters: mean overall score by model and template, kept in templates.parquet."
     import pandas as pd
-    def scores(stage): return pd.read_parquet(study.folder / stage.place / "scores.parquet").assign(template=stage.inputs[0].config["generation"]["template"])
+    def scores(stage): return pd.read_parquet(study.verified(stage) / "scores.parquet").assign(template=stage.inputs[0].config["generation"]["template"])
     forms = study.preset.generation.forms()
     if len(forms) == 1: return []
     table = pd.concat([scores(stage) for stage in stages if stage.kind == "eval"], ignore_index=True)
     means = 100 * table[table.dimension == "overall"].groupby(["benchmark", "model", "template"]).score.mean().unstack("template")[forms]
-    with writable(study.folder): write_atomically(study.folder / "templates.parquet", means.reset_index().to_parquet)
+    with writable(study.folder): write_recorded(study.folder, "templates.parquet", means.reset_index().to_parquet)
     spread = (means.max(axis=1) - means.min(axis=1)).unstack("benchmark")
     return [f"{name}: asked in the forms {', '.join(forms)}, the mean score of a model differs by up to {spread[name].max():.1f} points ({spread[name].idxmax()}), {spread[name].mean():.1f} on average" for name in spread if spread[name].notna().any()]
 
@@ -187,6 +192,7 @@ def analyse(
     from compassion_repro import scores as score_room
     from compassion_repro.claims import judge_claims
     preset = study.preset
+    check_for_report(study)
     table, name, file = study.table("scores"), study.folder.name, study.folder / "scores.parquet"
     if foreign := set(table.get("study", [])) - {name}:
         raise InputError(f"{file} belongs to the study {sorted(map(str, foreign))[0]!r}, not to {name!r}: if the folder was renamed, `compassion-repro run --out {study.folder}` lays its tables together anew")
@@ -196,7 +202,7 @@ def analyse(
     grades, answers = (study.table(name) if (study.folder / f"{name}.parquet").exists() else None for name in ("grades", "answers"))
     claims = judge_claims(scores, training, preset, grades, answers=answers)
     with writable(study.folder):
-        write_atomically(study.folder / "claims.json", lambda partial: partial.write_text(claims.to_json(), encoding="utf-8"))
+        write_recorded(study.folder, "claims.json", lambda partial: partial.write_text(claims.to_json(), encoding="utf-8"))
         if page:
             from compassion_repro.report import write_report
             write_report(study.folder, report)

@@ -6,7 +6,7 @@
 __all__ = ['LIMITATIONS', 'CARD', 'WEIGHTS', 'ADAPTER', 'Made', 'find_made', 'without_paths', 'licence_of', 'model_card',
            'lay_out', 'push']
 
-# %% ../nbs/15_publish.ipynb #9989ab63
+# %% ../nbs/15_publish.ipynb #e5b8411c
 import json, os, re, tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import yaml
 
 from . import hub, stats
 from .graph import is_local
-from .store import Study
+from .store import Study, check_artifact
 from .study import InputError, parse_model
 
 # %% ../nbs/15_publish.ipynb #d659527d
@@ -217,7 +217,7 @@ def lay_out(
     for file, text in write.items(): (out / file).write_text(text, encoding="utf-8")
     return sorted(out.iterdir())
 
-# %% ../nbs/15_publish.ipynb #ce8cd813
+# %% ../nbs/15_publish.ipynb #677322ac
 def _upload(name: str, folder: Path, private: bool, message: str):
     "Make the repository if it is not there, and commit the folder; raises `InputError` in one line."
     from huggingface_hub import HfApi, get_token
@@ -247,6 +247,7 @@ def push(
     "Publish a model of a study with its card; raises `InputError` in one line for whatever stands in the way."
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name): raise InputError(f"--to {name}: give owner/name, for instance your-name/{model.replace('@', '-from-')}")
     made = find_made(folder, model, seed)
+    check_artifact(made.folder)
     with tempfile.TemporaryDirectory() as place:
         files = lay_out(made, name, Path(place), adapter)
         if dry_run: say((Path(place) / "README.md").read_text(encoding="utf-8"))

@@ -27,7 +27,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 class InputError(ValueError):
     "Bad input from the user: one line that says what is wrong and what to do (exit status 2 on the command line)."
 
-# %% ../nbs/00_study.ipynb #589df293
+# %% ../nbs/00_study.ipynb #cd943a50
 def write_atomically(
     path: str | Path, # file to write
     write: Callable[[Path], Any], # called with a temporary path in the same folder
@@ -39,6 +39,10 @@ def write_atomically(
         write(partial)
         with partial.open("rb") as file: os.fsync(file.fileno())
         partial.replace(path)
+        with contextlib.suppress(OSError): # some file systems cannot flush a folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            try: os.fsync(folder)
+            finally: os.close(folder)
     finally:
         with contextlib.suppress(OSError): partial.unlink()
     return path
@@ -350,7 +354,7 @@ class Data(Section):
 # %% ../nbs/00_study.ipynb #b11d467c
 class Preset(Section):
     "A whole study, resolved: every value that decides its result, seeds aside."
-    name: str = Field(pattern=r"^[\w.-]+$") # preset it came from
+    name: str = Field(pattern=r"^\w[\w.-]*$") # preset it came from
     scope: str # what its verdicts are about
     models: Models
     data: Data
@@ -363,7 +367,7 @@ class Preset(Section):
     grpo: Grpo = Grpo()
     code_reward: dict[Literal["tested", "graded"], dict[str, float]] = {} # weights of the code reward's parts, in place of `rewards.WEIGHTS`
     generation: Generation = Generation()
-    benchmarks: dict[str, Benchmark]
+    benchmarks: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], Benchmark] # by the name of a folder: no path leads out of the study
     judge: str = Field(pattern=r"^(indicator|strict|[\w.~-]*/[^\s,]+)(, *(indicator|strict|[\w.~-]*/[^\s,]+))*$") # "indicator", "strict", a model folder, any Inspect model id, or several with commas: always named
     margin: Margin = Margin()
     statistics: Statistics = Statistics()
