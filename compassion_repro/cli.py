@@ -55,7 +55,7 @@ def _print(*things):
     from rich.text import Text
     _console(width=None if sys.stdout and sys.stdout.isatty() else 160, markup=True).print(*(Text(thing) if isinstance(thing, str) else thing for thing in things))
 
-# %% ../nbs/14_cli.ipynb #9f39a235
+# %% ../nbs/14_cli.ipynb #0cd4b670
 def _study_folder(args, preset) -> Path:
     "`--out`, or studies/<preset>, with a short hash where `--set` changed the preset."
     from compassion_repro.store import study_name
@@ -96,7 +96,7 @@ def run(args) -> int:
     folder = _study_folder(args, preset)
     from compassion_repro import pipeline
     _agree_to_judges(args, preset, folder)
-    with talking() as (say, report): study = pipeline.run(preset, folder, args.seeds, say, report, args.allow_unsafe_code, not args.no_report)
+    with talking() as (say, report): study = pipeline.run(preset, folder, args.seeds, say, report, args.allow_unsafe_code, not args.no_report, args.engine)
     print_claims(study.folder)
     _print(f"\nscores, answers{'' if args.no_report else ', figures'}: {study.folder}" + ("" if args.no_report else f"\nreport: {study.folder / 'report.html'}"))
     return 0
@@ -149,7 +149,7 @@ def claims(args) -> int:
     print_claims(folder)
     return 0
 
-# %% ../nbs/14_cli.ipynb #9c37d8e3
+# %% ../nbs/14_cli.ipynb #e4a9efdd
 def _options(args) -> dict:
     "What `eval` and `judge` have in common."
     settings = {"temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens, "max_connections": args.judge_connections, "max_retries": args.judge_retries}
@@ -229,7 +229,7 @@ def annotate(args) -> int:
     _print(f"{args.sample} answers to grade: {args.out} (write 1 or 0 into the column grade); which is which: {key}, not for the people who grade\nread it back with  compassion-repro annotate {folder} --read {args.out}")
     return 0
 
-# %% ../nbs/14_cli.ipynb #f78c6b6a
+# %% ../nbs/14_cli.ipynb #3108dce8
 TOKENS = ("HF_TOKEN", "GOOGLE_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY")
 
 
@@ -272,7 +272,7 @@ def doctor(args) -> int:
     _print(f"\npresets smoke and tiny: {'yes' if enough else 'no'} (they want 3 GB of memory, 1 GB of disk and every package above)")
     return 0 if enough else 1
 
-# %% ../nbs/14_cli.ipynb #b24f10ab
+# %% ../nbs/14_cli.ipynb #7e20147e
 def _bench_gpu(out: str) -> int:
     "Measure the 8B shape on this machine's GPU, print the tables and save them."
     import torch
@@ -319,11 +319,12 @@ def push(args) -> int:
     publish.push(args.study, args.model, args.to, args.seed, args.private, args.dry_run, args.adapter, say=lambda line: print(line, flush=True))
     return 0
 
-# %% ../nbs/14_cli.ipynb #9cc7320e
+# %% ../nbs/14_cli.ipynb #1f3bb6a8
 EPILOG = """examples:
   compassion-repro run                                     the whole study on the embedded miniature world
   compassion-repro run --preset smoke --seeds 3            about a minute a seed, three seeds
   compassion-repro run --set data.sft-help=rows.jsonl      your own helpfulness rows
+  compassion-repro run --seeds 3 --engine ray              arms and seeds side by side, on this machine or on a cluster
   compassion-repro plan --preset tiny                      what a run would do
   compassion-repro claims studies/tiny                     the verdict on each claim
   compassion-repro report studies/tiny                     claims, figures and report.html again, from the scores
@@ -398,6 +399,7 @@ def build_parser() -> argparse.ArgumentParser:
         "compassion-repro run", "compassion-repro run --preset smoke --seeds 3", "compassion-repro run --set data.sft-help=rows.jsonl --set sft.steps=60 --out studies/mine"])
     _study_options(p)
     p.add_argument("--allow-unsafe-code", action="store_true", help="run model-written code even where this machine has no jail for it; warns each run")
+    p.add_argument("--engine", default="local", metavar="NAME", help="where the stages run: local, one after the other (default); ray, side by side on this machine or on the cluster that RAY_ADDRESS names; ray:auto, ray:HOST:PORT, ray:8")
     p.add_argument("--no-report", action="store_true", help="claims alone; figures and report.html are made later, by `compassion-repro report STUDY`")
     _cost_options(p)
     _study_options(command("plan", plan, "print what a run would do: every value, stage, row, step and judge call; loads no model", [

@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['pin_sources', 'check_inputs', 'run', 'collect', 'compare_templates', 'training_record', 'analyse']
 
-# %% ../nbs/13_pipeline.ipynb #e3d053d6
+# %% ../nbs/13_pipeline.ipynb #95676d63
 import json
 import math
 from contextlib import suppress
 from pathlib import Path
 
 from . import hub
-from .engine import interruptible, run_stage
+from .engine import interruptible
+from .engines import pick_engine, run_stages
 from .graph import Stage, graph, is_local, trained_arms
 from .prices import judge_names
 from .stages import prepare, study_tasks, training_rows, without_jail
-from .store import Study, flat, stage_facts, writable
+from .store import Study, flat, writable
 from .study import InputError, Preset, build_preset, write_atomically
 
 # %% ../nbs/13_pipeline.ipynb #43118acb
@@ -80,7 +81,7 @@ def check_inputs(
         if number < len(preset.benchmarks) and (left := task.provenance.get("left_out")): say(f"warning: the official task leaves out {len(left)} questions of {name}: {', '.join(map(str, left[:5]))}")
         if not task.judge_valid: say(f"warning: the {judge} judge cannot read the indicators of {name}, so its scores mean nothing there; name a model with --set judge=...")
 
-# %% ../nbs/13_pipeline.ipynb #abac62eb
+# %% ../nbs/13_pipeline.ipynb #584ace65
 def run(
     preset: Preset, # the study
     folder: str | Path, # where it lives
@@ -89,8 +90,10 @@ def run(
     report: callable = lambda line: None, # called with each line of passing progress
     unsafe: bool = False, # run model-written code even without a jail
     page: bool = True, # draw the figures and write the report
+    engine: str = "local", # local, ray, or ray:WHERE, see `engines.pick_engine`
 ) -> Study: # finished
     "Run a study, or carry on with one; raises `InputError` for bad input and lets Ctrl-C through, finished stages stay."
+    chosen = pick_engine(engine)
     preset = pin_sources(preset, folder)
     left_out = without_jail(preset, unsafe)
     stages = [s for s in graph(preset, seeds) if s.model not in left_out]
@@ -100,14 +103,7 @@ def run(
     pending = [s for s in stages if not study.done(s)]
     say(f"{study.folder}: {len(stages)} stages, {len(stages) - len(pending)} done, {len(pending)} to run")
     with interruptible():
-        if pending:
-            report("checking the model, the data and the benchmarks")
-            check_inputs(study, preset, say)
-        for number, stage in enumerate(pending, 1):
-            label = f"[{number}/{len(pending)}] seed {stage.seed}, {stage.id}"
-            report(label)
-            manifest = run_stage(study, preset, stage, lambda line: report(f"{label}: {line}"), unsafe)
-            say(f"{label}: {manifest['seconds']:.1f} s; {stage_facts(manifest)}")
+        if pending: run_stages(chosen, study, preset, pending, check_inputs, say, report, unsafe)
         stages = study.finished(preset, left_out)
         collect(study, stages)
         for line in compare_templates(study, stages): say(line)
