@@ -180,8 +180,8 @@ def _run_on_worker(folder: str, where: str, preset: Preset, stage: Stage, unsafe
         if ray.get_runtime_context().is_canceled(): raise
         os._exit(1) # told to end from outside: for Ray a lost process, which it replaces
 
-# %% ../nbs/12f_engines.ipynb #3f7c2df1
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "error", "RAY_task_oom_retries": "3"}
+# %% ../nbs/12f_engines.ipynb #474e30bf
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_task_oom_retries": "3", "RAY_DEDUP_LOGS_SKIP_REGEX": r"retries remaining|^A worker died or was killed"} # what `Progress` says in one line
 
 
 def _import_ray():
