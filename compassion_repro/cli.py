@@ -98,7 +98,7 @@ def run(args) -> int:
     from compassion_repro import pipeline
     preset = pipeline.settle_template(preset)
     _agree_to_judges(args, preset, folder)
-    with talking() as (say, report): study = pipeline.run(preset, folder, args.seeds, say, report, args.allow_unsafe_code, not args.no_report)
+    with talking() as (say, report): study = pipeline.run(preset, folder, args.seeds, say, report, args.allow_unsafe_code, not args.no_report, args.engine)
     print_claims(study.folder)
     _print(f"\nscores, answers{'' if args.no_report else ', figures'}: {study.folder}" + ("" if args.no_report else f"\nreport: {study.folder / 'report.html'}"))
     return 0
@@ -312,6 +312,7 @@ EPILOG = """examples:
   compassion-repro run                                     the whole study on the embedded miniature world
   compassion-repro run --preset smoke --seeds 3            about a minute a seed, three seeds
   compassion-repro run --set data.sft-help=rows.jsonl      your own helpfulness rows
+  compassion-repro run --seeds 3 --engine ray              arms and seeds side by side, on this machine or on a cluster
   compassion-repro plan --preset tiny                      what a run would do
   compassion-repro claims studies/tiny                     the verdict on each claim
   compassion-repro report studies/tiny                     claims, figures and report.html again, from the scores
@@ -386,6 +387,7 @@ def build_parser() -> argparse.ArgumentParser:
         "compassion-repro run", "compassion-repro run --preset smoke --seeds 3", "compassion-repro run --set data.sft-help=rows.jsonl --set sft.steps=60 --out studies/mine"])
     _study_options(p)
     p.add_argument("--allow-unsafe-code", action="store_true", help="run model-written code even where this machine has no jail for it; warns each run")
+    p.add_argument("--engine", default="local", metavar="NAME", help="where the stages run: local, one after the other (default); ray, side by side on this machine or on the cluster that RAY_ADDRESS names; ray:auto, ray:HOST:PORT, ray:8")
     p.add_argument("--no-report", action="store_true", help="claims alone; figures and report.html are made later, by `compassion-repro report STUDY`")
     _cost_options(p)
     p = command("plan", plan, "print what a run would do: every value, stage, row, step and judge call, with memory, hours by GPU, disk and cost; loads no model", [

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pin_sources', 'settle_template', 'check_inputs', 'run', 'collect', 'compare_templates', 'training_record', 'analyse']
 
-# %% ../nbs/13_pipeline.ipynb #be7bcb23
+# %% ../nbs/13_pipeline.ipynb #9409c9f7
 import json
 import math
 from contextlib import suppress
@@ -13,12 +13,13 @@ from pathlib import Path
 
 from . import hub, machine
 from .artifact import write_recorded
-from .engine import interruptible, run_stage
+from .engine import interruptible
+from .engines import pick_engine, run_stages
 from .graph import Stage, is_local, trained_arms
 from .lock import locked
 from .prices import judge_names
 from .stages import prepare, study_tasks, training_rows, without_jail
-from .store import Study, check_for_report, check_passes, flat, note_laid_together, stage_facts, take_stock, writable
+from .store import Study, check_for_report, check_passes, flat, note_laid_together, take_stock, writable
 from .study import InputError, Preset, build_preset
 
 # %% ../nbs/13_pipeline.ipynb #b9748d2e
@@ -94,7 +95,7 @@ def check_inputs(
         if number < len(preset.benchmarks) and (left := task.provenance.get("left_out")): say(f"warning: the official task leaves out {len(left)} questions of {name}: {', '.join(map(str, left[:5]))}")
         if not task.judge_valid: say(f"warning: the {judge} judge cannot read the indicators of {name}, so its scores mean nothing there; name a model with --set judge=...")
 
-# %% ../nbs/13_pipeline.ipynb #e57d6607
+# %% ../nbs/13_pipeline.ipynb #e6e8edb0
 @locked("run")
 def run(
     preset: Preset, # the study
@@ -104,8 +105,10 @@ def run(
     report: callable = lambda line: None, # called with each line of passing progress
     unsafe: bool = False, # run model-written code even without a jail
     page: bool = True, # draw the figures and write the report
+    engine: str = "local", # local, ray, or ray:WHERE, see `engines.pick_engine`
 ) -> Study: # finished
     "Run a study, or carry on with one; raises `InputError` for bad input and lets Ctrl-C through, finished stages stay."
+    chosen = pick_engine(engine)
     preset = settle_template(pin_sources(preset, folder))
     left_out = without_jail(preset, unsafe)
     stages = [s for s in Study(folder).stages(preset, seeds) if s.model not in left_out]
@@ -115,14 +118,7 @@ def run(
     pending = take_stock(study, preset, stages, say, report)
     say(f"{study.folder}: {len(stages)} stages, {len(stages) - len(pending)} done, {len(pending)} to run")
     with interruptible():
-        if pending:
-            report("checking the model, the data and the benchmarks")
-            check_inputs(study, preset, say)
-        for number, stage in enumerate(pending, 1):
-            label = f"[{number}/{len(pending)}] seed {stage.seed}, {stage.id}"
-            report(label)
-            manifest = run_stage(study, preset, stage, lambda line: report(f"{label}: {line}"), unsafe)
-            say(f"{label}: {manifest['seconds']:.1f} s; {stage_facts(manifest)}")
+        if pending: run_stages(chosen, study, preset, pending, check_inputs, say, report, unsafe)
         stages = study.finished(preset, left_out)
         collect(study, stages)
         for line in compare_templates(study, stages): say(line)

@@ -285,6 +285,7 @@ class Compute(Section):
     checkpointing: Literal["auto", "always", "never"] = "auto" # compute activations again in the backward pass; auto: where the memory is too small without
     optimizer: Literal["auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "auto" # auto: paged and in 8 bits for nf4 on a GPU, else the trainer's default
     memory_gb: float | None = Field(None, gt=0) # memory to plan with, in GB of 2**30 bytes; default: what the device has
+    gpus: float | None = Field(None, ge=0) # GPUs that a stage asks the Ray engine for; a part of one shares it; default: 1 where it computes on one
     compile: bool = False # torch.compile
     liger: Literal["auto"] | bool = "auto" # Liger's kernels for norms, gates and rotations; auto: on a GPU, where `liger-kernel` is installed
     tf32: bool = True # 19-bit products of float32 matrices, on GPUs that have them

@@ -9,7 +9,7 @@ __all__ = ['LANGUAGES', 'SPECIES_TRAIN', 'SPECIES_HELD_OUT', 'OBJECTS', 'PEOPLE'
            'indicators', 'dimensions_met', 'welfare_share', 'considerations', 'advice', 'Operation', 'code_task',
            'corpus', 'heading', 'benchmark_questions', 'rubric', 'write_benchmark', 'vocabulary', 'build_tokenizer']
 
-# %% ../nbs/01_world.ipynb #9b276b92
+# %% ../nbs/01_world.ipynb #537602f6
 import json
 import random
 import re
@@ -21,7 +21,7 @@ from zlib import crc32
 
 import yaml
 
-from .study import InputError
+from .study import InputError, write_atomically
 
 # %% ../nbs/01_world.ipynb #af2de47e
 def assets() -> Path: # the package's data folder; `assets() / "base"` is the shipped tiny model
@@ -382,7 +382,7 @@ def rubric(
              **({} if name == "moru" else {"default_weighting": 1.0, "scoring": "1 if the answer is credited, 0 if not"})}
             for dimension in DIMENSIONS]
 
-# %% ../nbs/01_world.ipynb #407bdad7
+# %% ../nbs/01_world.ipynb #298927b6
 _ANIMA_README = """---
 configs:
 - config_name: dimensions
@@ -394,9 +394,15 @@ Questions of the embedded miniature world, in the layout of the ANIMA benchmark.
 """
 
 
-def _write_rows(path, rows):
+def _write_once(path: Path, text: str):
+    "Write a file whole; one that says this already is left alone, since another process may be reading it."
+    if path.is_file() and path.read_bytes() == text.encode(): return
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _write_rows(path: Path, rows: list[dict]):
+    _write_once(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_benchmark(
@@ -412,7 +418,7 @@ def write_benchmark(
         return out
     _write_rows(out / "questions" / "train.jsonl", [_anima_row(row, BENCHMARKS[name][0]) for row in questions])
     _write_rows(out / "dimensions" / "train.jsonl", rubric(name))
-    (out / "README.md").write_text(_ANIMA_README, encoding="utf-8")
+    _write_once(out / "README.md", _ANIMA_README)
     return out
 
 

@@ -1,0 +1,117 @@
+"""The engines: what runs side by side on Ray is what runs here, and a lost process, bad input or an interrupt cost what runs and nothing else."""
+import os
+import shutil
+import signal
+import subprocess
+import time
+from threading import Thread
+
+import psutil
+import pytest
+from conftest import CRASH_SIZE, command, settings
+from test_study import same_scores, table
+
+from compassion_repro import engines, pipeline
+from compassion_repro.graph import graph
+from compassion_repro.store import Study
+from compassion_repro.study import InputError, load_preset
+
+ray = pytest.importorskip("ray")
+PRESET = load_preset("smoke", CRASH_SIZE)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    "A Ray of four processors, two stages at a time, for all tests here: its processes keep their libraries."
+    with engines.connected("4", 1) as connected: yield connected
+
+
+def without(study, *stages):
+    "Take stages out of a study, with their places."
+    for stage in stages: shutil.rmtree(study / "seed-1" / stage)
+
+
+def running(stage: str) -> psutil.Process | None:
+    "The process that runs a stage on Ray, which carries the stage's place in its title."
+    return next((p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0] == f"ray::seed-1/{stage}"), None)
+
+
+def strike(study, stage: str, how: int, seconds: float = 120) -> Thread:
+    "Send a signal to the process that runs a stage, once it is at work."
+    def wait(end=time.monotonic() + seconds):
+        while not list(study.glob(f"seed-1/.{stage}.partial*")) and time.monotonic() < end: time.sleep(0.02)
+        running(stage).send_signal(how)
+    thread = Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def started_again(lines): return [line.split(": ")[0] for line in lines if "started again" in line]
+def finished_stages(lines): return sorted(line.split("] seed 1, ")[1].split(": ")[0] for line in lines if line.startswith("["))
+
+
+@pytest.mark.parametrize("how", [None, signal.SIGKILL, signal.SIGTERM], ids=["undisturbed", "killed", "told to end"])
+def test_ray_ends_with_what_the_local_engine_ends_with(cluster, study_copy, finished, how):
+    "A process that is lost costs the stage that it ran, which is run again; every other stage runs once."
+    gone = ["sft-help", "answers-sft-help", "eval-sft-help", "sft-code", "probe-base"] if how is None else ["sft-code", "eval-base"]
+    without(study_copy, *gone)
+    before = {p: p.stat().st_mtime_ns for p in study_copy.rglob("manifest.json")}
+    said, told = [], []
+    if how: strike(study_copy, "sft-code", how)
+    pipeline.run(PRESET, study_copy, 1, said.append, told.append, page=False, engine="ray")
+    assert f"{24 - len(gone)} done, {len(gone)} to run" in said[0]
+    assert finished_stages(said) == sorted(gone)
+    assert started_again(said) == (["seed 1, sft-code"] if how else [])
+    assert before == {p: p.stat().st_mtime_ns for p in before}                  # what was finished was left alone
+    assert same_scores(finished, study_copy) and (table(finished, "answers").text == table(study_copy, "answers").text).all()
+    assert any("2 running" in line for line in told), told
+    assert not list(study_copy.rglob(".*.partial"))
+
+
+def test_what_is_done_is_not_done_again_on_a_worker(cluster, study_copy):
+    "A machine can be lost after a stage was put in its place and before Ray heard of it."
+    study, stages, said, told = Study(study_copy), graph(PRESET), [], []
+    before = {p: p.stat().st_mtime_ns for p in study_copy.rglob("*")}
+    engines.run_on_ray(study, PRESET, stages, engines.Progress(stages, said.append, told.append), lambda *_: None)
+    assert len(finished_stages(said)) == 24 and not any("running" in line for line in told)
+    assert before == {p: p.stat().st_mtime_ns for p in study_copy.rglob("*")}
+
+
+def test_bad_input_in_a_stage_ends_the_run_with_its_line(cluster, study_copy, tmp_path):
+    "A file that was there when it was checked and is gone when its stage runs; what runs beside it is ended, what is finished stays."
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "Name a colour.", "response": "Blue."}\n' * 40)
+    preset = load_preset("smoke", [*CRASH_SIZE, f"data.sft-help={rows}", "data.sft-code=world:code"])
+    study = Study.create(tmp_path / "own", preset)
+    (tmp_path / "own" / "seed-1").mkdir()
+    for name in ("base", "mid", "answers-base", "answers-mid"): shutil.copytree(study_copy / "seed-1" / name, tmp_path / "own" / "seed-1" / name)
+    stages, said = [s for s in graph(preset) if not study.done(s) and s.id in ("sft-help", "answers-sft-help", "eval-mid")], []
+    def lose(study, preset, say): rows.unlink()
+    with pytest.raises(InputError, match="rows.jsonl") as refused: engines.run_on_ray(study, preset, stages, engines.Progress(stages, said.append), lose)
+    assert "\n" not in str(refused.value)
+    assert study.done(next(s for s in graph(preset) if s.id == "mid")) and not list(study.folder.rglob(".*.partial"))
+    assert not (study.folder / "seed-1" / "sft-help").exists()
+
+
+def test_bad_input_in_the_check_is_one_line(cluster, tmp_path):
+    preset = load_preset("smoke", [*CRASH_SIZE, "models.base=" + str(tmp_path)])
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError) as refused: pipeline.run(preset, tmp_path / "study", engine="ray", say=lambda line: None)
+    assert "\n" not in str(refused.value) and str(tmp_path) in str(refused.value)
+
+
+def test_the_jail_holds_in_a_worker(cluster):
+    from compassion_repro import sandbox
+    if sandbox.level() == "none": pytest.skip("no jail on this machine")
+    def tried():
+        from compassion_repro import sandbox
+        return sandbox.level(), [result.passed for result in sandbox.run_many([("def f(x): return x + 1", "assert f(1) == 2"), (sandbox.PROBE, "assert escapes('/proc/self/environ') == []"), ("open('/root/x', 'w')", "")])]
+    level, results = cluster.get(cluster.remote(num_cpus=1)(tried).remote())
+    assert (level, results) == tried() and results[0] and not results[2]
+
+
+def test_a_stage_that_no_machine_has_room_for_is_told(cluster):
+    said = []
+    assert engines._room(cluster, {"num_cpus": 2, "num_gpus": 0, "memory": 2**20}, True, said.append) == 2
+    with pytest.raises(InputError, match="5000 processors"): engines._room(cluster, {"num_cpus": 5000, "num_gpus": 0, "memory": 2**20}, True, said.append)
+    assert engines._room(cluster, {"num_cpus": 1, "num_gpus": 3, "memory": 2**20}, False, said.append) == 1 and "waiting for one that joins" in said[0]
