@@ -19,7 +19,7 @@ from .stages import prepare, study_tasks, training_rows, without_jail
 from .store import Study, flat, stage_facts, writable
 from .study import InputError, Preset, build_preset, write_atomically
 
-# %% ../nbs/13_pipeline.ipynb #43118acb
+# %% ../nbs/13_pipeline.ipynb #ad819797
 def _used_sources(preset: Preset) -> dict[str, str]:
     "Dotted names of the sources that the study will fetch as models and corpora, with their kinds."
     arms, midtrained = trained_arms(preset), {"mid", "mid-control"}.intersection(preset.trained)
@@ -55,8 +55,8 @@ def check_inputs(
 ):
     "Open everything that a user brings before the first stage runs, so that a bad row in the last arm does not cost the training before it; tells what was found."
     prepare(preset)
-    from compassion_repro import data, models, rewards, training
-    training.holding(preset.models, preset.compute)
+    from compassion_repro import data, models, processes, rewards
+    processes.check(preset)
     base = models.find_model(preset.models.base)
     models.check_architecture(base), models.load_tokenizer(base, preset.generation.template)
     for source in preset.models.given.values(): models.find_model(source)
