@@ -6,7 +6,7 @@
 __all__ = ['LOGGED', 'advantages', 'without_variance', 'prompt_rows', 'sample_answers', 'held_out_rewards', 'reward_gain',
            'Recorder', 'step_log', 'warnings_before', 'warnings_of', 'make_trainer', 'grpo', 'benchmark_grpo']
 
-# %% ../nbs/08_grpo.ipynb #9e163a60
+# %% ../nbs/08_grpo.ipynb #db1f88df
 import hashlib
 import json
 import math
@@ -15,11 +15,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 from .data import rows_sha256
 from .models import encode_prompt, load_model, load_tokenizer, lora_config, row_losses
+from .processes import count, is_first, on_one_gpu, once, share, spread, trainer_words
 from .rewards import answer_text, apply_reward, finite
 from .study import GRPO_SETTINGS, Grpo, InputError, Lora, settings_markdown, write_atomically
 from .training import CHECKED, Holding, check_merge, fitted, holding, load_held, ready_adapter, save_trained, trainer_options, with_less_memory
@@ -130,7 +132,7 @@ def reward_gain(
     ends = {"gain_low": mean - half, "gain_high": mean + half} if half is not None else {"gain_low": None, "gain_high": None}
     return {"reward_before": low, "reward_after": high, "gain": mean, **ends, "held_out_prompts": count, "trained": half is not None and mean - half > 0}
 
-# %% ../nbs/08_grpo.ipynb #0b737345
+# %% ../nbs/08_grpo.ipynb #9b28e7f4
 class Recorder:
     "A reward, watched: same values, and a record of what they meant. A value that is no finite number counts as abstained."
     def __init__(
@@ -157,6 +159,7 @@ class Recorder:
         kept = slice(self.group * self.groups_kept)
         table = pd.DataFrame({"step": step, "prompt": [prompt[-1]["content"] for prompt in prompts[kept]], "completion": [answer_text(c) for c in completions[kept]],
                               "reward": pd.array([math.nan if v is None else v for v in values[kept]], dtype="float64"), "advantage": relative[kept], **{name: column[kept] for name, column in said.items()}})
+        if not is_first(): return
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / f"step-{step:06d}.parquet", table.to_parquet)
 
@@ -216,7 +219,7 @@ class _Progress(TrainerCallback):
         reward, length, flat = (math.nan if logs.get(name) is None else logs[name] for name in ("reward", "completions/mean_length", "zero_variance"))
         self.report(f"{self.label}: step {state.global_step}/{state.max_steps}, reward {reward:.3f}, {length:.0f} tokens, {flat:.0%} of groups without variance, {left:.0f} s left")
 
-# %% ../nbs/08_grpo.ipynb #ede8b7b0
+# %% ../nbs/08_grpo.ipynb #78871fc7
 def make_trainer(
     start: str | Path, # model folder; also the KL reference
     prompts: list[dict], # from `prompt_rows`
@@ -232,7 +235,7 @@ def make_trainer(
     checkpointing: bool = False, # compute activations again in the backward pass
 ) -> GRPOTrainer: # ready to train
     "TRL's trainer with this package's settings; raises `InputError` where there are fewer prompts than one step needs."
-    wanted = training.value("prompts_per_step")
+    wanted = training.value("prompts_per_step") * count()
     if len(prompts) < wanted: raise InputError(f"{len(prompts)} prompts are fewer than one step's {wanted}: give more prompts or lower prompts_per_step")
     disable_progress_bars()
     how = how or holding()
@@ -247,15 +250,15 @@ def make_trainer(
 
 
 def _config(options: dict, training: Grpo, seed: int, folder: str | Path, save: bool) -> GRPOConfig:
-    at_once = training.generate_at_once or training.completions
-    return GRPOConfig(
+    at_once = (training.generate_at_once or training.completions) * count()
+    return on_one_gpu(GRPOConfig(
         str(folder), **options, max_steps=training.steps, seed=seed, data_seed=seed, num_generations=training.value("group"), generation_batch_size=at_once,
         learning_rate=training.value("learning_rate"), warmup_steps=training.warmup,
         loss_type=training.value("loss"), beta=training.value("beta"), epsilon=training.value("clip"), use_bias_correction_kl=training.value("correct_kl"),
         temperature=training.value("temperature"), top_p=training.value("top_p"), top_k=0, max_completion_length=training.value("max_new_tokens"),
-        logging_steps=1, save_strategy="steps" if save else "no", save_steps=training.save_every, save_total_limit=2, report_to=[], disable_tqdm=True)
+        logging_steps=1, save_strategy="steps" if save else "no", save_steps=training.save_every, save_total_limit=2, report_to=[], disable_tqdm=True, **trainer_words()))
 
-# %% ../nbs/08_grpo.ipynb #b5d41d21
+# %% ../nbs/08_grpo.ipynb #94932c85
 def _usable_checkpoint(folder: Path, identity: str) -> str | None:
     "The latest whole checkpoint of this very run, or None; a folder of another run is emptied."
     mark = folder / "identity"
@@ -290,14 +293,28 @@ def _train(start, prompts, training, seed, lora, reward, report, label, checkpoi
     identity = json.dumps([training.model_dump(exclude={"micro_batch", "generate_at_once"}), how.quantize, template, lora and lora.model_dump(), seed, rows_sha256(prompts), _weights_digest(start), getattr(reward, "__name__", "")])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(checkpoints or temporary)
-        found = _usable_checkpoint(folder, identity) if checkpoints else None
+        found = once(_usable_checkpoint, folder, identity) if checkpoints else None
         if found: report(f"{label}: carrying on from step {found.rpartition('-')[2]}")
         recorder, begun = Recorder(reward, training.value("group"), folder / "completions"), time.perf_counter()
         trainer = make_trainer(start, prompts, training, seed, lora, recorder, folder, [_Progress(report, label)], bool(checkpoints), how, template, again)
         if training.steps: trainer.train(resume_from_checkpoint=found)
         return trainer.model.eval(), step_log(trainer.state.log_history), recorder.table(training.steps), time.perf_counter() - begun
 
-# %% ../nbs/08_grpo.ipynb #8f388491
+
+def _train_with(recipe, *words, **named):
+    "`_train` with a reward that is made where it is used: what each process of a stage is given."
+    return _train(*words, recipe(), **named)
+
+
+class _Given:
+    "A reward that is not sent to another process but made there, where it says how."
+    def __init__(self, reward: Callable): self.reward, self.recipe = reward, getattr(reward, "recipe", None)
+
+    def __call__(self) -> Callable: return self.reward or self.recipe()
+
+    def __getstate__(self): return {"reward": None if self.recipe else self.reward, "recipe": self.recipe}
+
+# %% ../nbs/08_grpo.ipynb #cfd9371a
 def grpo(
     start: str | Path, # model folder to start from; also the KL reference, so a plain model without adapter
     prompts: list[dict], # training prompts: `messages` rows, and the columns that the reward reads
@@ -321,9 +338,9 @@ def grpo(
     if not any(map(math.isfinite, before)): raise InputError(f"{label}: the reward cannot judge a single answer to these prompts: pair them with another reward")
     early = warnings_before(answers_before, getattr(reward, "remark", lambda rows: "")(prompts))
     for line in early: report(f"{label}: warning: {line}")
-    training, again = fitted(training, start, lora, how)
-    def attempt(training): return _train(start, prompts, training, seed, lora, reward, report, label, checkpoints, how, template, again)
-    (model, log, completions, seconds), fit = with_less_memory(attempt, training, report, label)
+    part, again = fitted(share(training, how.compute.processes), start, lora, how)
+    def attempt(part): return spread(partial(_train_with, _Given(reward), start, prompts, part, seed, lora, label=label, checkpoints=checkpoints, how=how, template=template, again=again), start, how, report, label)
+    ((model, log, completions, seconds), apart), fit = with_less_memory(attempt, part, report, label)
     kept = _answered(held_out, answers_before)
     live = row_losses(model, tokenizer, kept)
     saved = save_trained(model, tokenizer, start, out, how)
@@ -336,7 +353,7 @@ def grpo(
     write_atomically(Path(out) / "held_out.parquet", answers.to_parquet)
     if checkpoints: shutil.rmtree(checkpoints, ignore_errors=True)
     return {"rows": len(prompts), "steps": training.steps, "completions": training.steps * training.completions, "settings": {key: training.value(key) for key in GRPO_SETTINGS[training.settings]},
-            "reward": getattr(reward, "__name__", type(reward).__name__), "abstained": sum(record["abstained"] for record in log) / len(log) if log else 0., "abstained_held_out": float(answers_after.reward.isna().mean()), **reward_gain(before, after), **saved, **fit, "checkpointing": again,
+            "reward": getattr(reward, "__name__", type(reward).__name__), "abstained": sum(record["abstained"] for record in log) / len(log) if log else 0., "abstained_held_out": float(answers_after.reward.isna().mean()), **reward_gain(before, after), **saved, **fit, **apart, "checkpointing": again,
             "merge_check": check, "adapter": lora and lora.model_dump(), "reference": "the start, under the adapter" if lora else "a copy of the start",
             "train_seconds": round(seconds, 2), "warnings": early + late, "log": log}
 

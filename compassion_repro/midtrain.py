@@ -6,12 +6,13 @@
 __all__ = ['BASE_TRAINING', 'pack', 'steps_for', 'Progress', 'train', 'held_out_gain', 'train_stage', 'midtrain', 'replay_rows',
            'build_base', 'main']
 
-# %% ../nbs/04_midtrain.ipynb #1ae4c26b
+# %% ../nbs/04_midtrain.ipynb #6d3ddb70
 import json
 import math
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from trl.data_utils import pack_dataset
 
 from . import world
 from .models import END, IGNORE, encode_row, load_model, load_tokenizer, lora_config, render, row_losses, save_model
+from .processes import count, laid_out, on_one_gpu, share, spread, trainer_words
 from .study import InputError, Lora, Training
 from .training import CHECKED, Holding, check_merge, fitted, holding, load_held, ready_adapter, save_trained, trainer_options, with_less_memory
 
@@ -38,7 +40,7 @@ def pack(
     encoded = Dataset.from_list([encode_row(row, tokenizer) for row in rows]).shuffle(seed=seed)
     return pack_dataset(encoded, length, "bfd_split", {"batch_size": len(rows), "load_from_cache_file": False})
 
-# %% ../nbs/04_midtrain.ipynb #28fd6fe5
+# %% ../nbs/04_midtrain.ipynb #7e399f3c
 def steps_for(
     training: Training, # names the steps and the dose
     sequences: list[int], # packed sequences of each arm that must have the same dose
@@ -65,7 +67,7 @@ class Progress(TrainerCallback):
         left = seconds / state.global_step * (state.max_steps - state.global_step)
         self.report(f"{self.label}: step {state.global_step}/{state.max_steps}, loss {float(logs['loss']):.3f}, {tokens / seconds:,.0f} tokens/s, {left:.0f} s left")
 
-# %% ../nbs/04_midtrain.ipynb #bbf65786
+# %% ../nbs/04_midtrain.ipynb #5c90e1ec
 def train(
     model: PreTrainedModel, # starting point, changed in place
     tokenizer: PreTrainedTokenizerBase, # its tokenizer
@@ -82,25 +84,26 @@ def train(
     "Next-token training on packed rows through TRL."
     how = how or holding()
     set_seed(seed)
-    sequences = pack(rows, tokenizer, training.length, seed)
+    sequences, batch = pack(rows, tokenizer, training.length, seed), training.batch_size * count()
+    shown = laid_out(sequences, batch, steps, seed, tokenizer.pad_token_id) if count() > 1 else sequences
     progress = Progress(report, label)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = SFTTrainer(model.train(), _config(trainer_options(how, training, checkpointing), training, steps, seed, folder), train_dataset=sequences, processing_class=tokenizer,
+        trainer = SFTTrainer(model.train(), _config(trainer_options(how, training, checkpointing), training, steps, seed, folder), train_dataset=shown, processing_class=tokenizer,
                              peft_config=lora and lora_config(lora), callbacks=[progress])
         ready_adapter(trainer.model, how)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         trained = trainer.model.eval()
     split = sum(len(encode_row(row, tokenizer)["input_ids"]) > training.length for row in rows)
-    return trained, {"rows": len(rows), "split_rows": split, "sequences": len(sequences), "steps": steps, **_token_counts(sequences, steps * training.batch_size), "log": progress.log}
+    return trained, {"rows": len(rows), "split_rows": split, "sequences": len(sequences), "steps": steps, **_token_counts(sequences, steps * batch), "log": progress.log}
 
 
 def _config(options, training, steps, seed, folder):
-    return SFTConfig(
+    return on_one_gpu(SFTConfig(
         folder, **options, max_steps=steps, seed=seed, data_seed=seed,
         learning_rate=training.learning_rate, lr_scheduler_type="cosine", warmup_steps=training.warmup,
-        max_length=None, padding_free=True, dataset_kwargs={"skip_prepare_dataset": True},
-        logging_steps=max(1, steps // 20), save_strategy="no", report_to=[], disable_tqdm=True)
+        max_length=None, padding_free=True, dataset_kwargs={"skip_prepare_dataset": True}, train_sampling_strategy="sequential" if count() > 1 else "random", **trainer_words(),
+        logging_steps=max(1, steps // 20), save_strategy="no", report_to=[], disable_tqdm=True))
 
 
 def _token_counts(sequences: Dataset, seen: int) -> dict:
@@ -124,7 +127,7 @@ def held_out_gain(
     return {"loss_before": before.mean().item(), "loss_after": after.mean().item(), "gain": mean, "gain_low": low, "gain_high": high,
             "held_out_rows": len(gain), "trained": low is not None and low > 0}
 
-# %% ../nbs/04_midtrain.ipynb #0cadf066
+# %% ../nbs/04_midtrain.ipynb #d52ada71
 def train_stage(
     start: str | Path, # model folder to start from
     rows: list[dict], # training rows
@@ -142,14 +145,19 @@ def train_stage(
     "Train a model folder into another that any `from_pretrained` opens; raises `InputError` where the merged model is not the trained one, or the memory is too small."
     how, tokenizer = how or holding(), load_tokenizer(start, template)
     before = row_losses(load_model(start), tokenizer, held_out)
-    training, again = fitted(training, start, lora, how)
-    def attempt(training): return train(load_held(start, how), tokenizer, rows, training, steps, seed, lora, report, label, how, again)
-    (model, done), fit = with_less_memory(attempt, training, report, label)
+    training, again = fitted(share(training, how.compute.processes), start, lora, how)
+    def attempt(training): return spread(partial(_train_from, start, template, rows, training, steps, seed, lora, label=label, how=how, checkpointing=again), start, how, report, label)
+    ((model, done), apart), fit = with_less_memory(attempt, training, report, label)
     live = row_losses(model, tokenizer, held_out[:CHECKED])
     saved = save_trained(model, tokenizer, start, out, how)
     after = row_losses(load_model(out), tokenizer, held_out)
     gain = held_out_gain(before, after)
-    return {**done, **gain, **saved, **fit, "checkpointing": again, "merge_check": check_merge(live, after[:CHECKED], how.tolerance), "adapter": lora and lora.model_dump()}
+    return {**done, **gain, **saved, **fit, **apart, "checkpointing": again, "merge_check": check_merge(live, after[:CHECKED], how.tolerance), "adapter": lora and lora.model_dump()}
+
+
+def _train_from(start, template, rows, training, steps, seed, lora, **words):
+    "`train` from a model folder: what each process of a stage is given."
+    return train(load_held(start, words["how"]), load_tokenizer(start, template), rows, training, steps, seed, lora, **words)
 
 
 def midtrain(

@@ -22,7 +22,7 @@ from .stages import prepare, study_tasks, training_rows, without_jail
 from .store import Study, check_for_report, check_passes, flat, note_laid_together, take_stock, writable
 from .study import InputError, Preset, build_preset
 
-# %% ../nbs/13_pipeline.ipynb #b9748d2e
+# %% ../nbs/13_pipeline.ipynb #0192242b
 def _used_sources(preset: Preset) -> dict[str, str]:
     "Dotted names of the sources that the study will fetch as models and corpora, with their kinds."
     arms, midtrained = trained_arms(preset), {"mid", "mid-control"}.intersection(preset.trained)
@@ -68,8 +68,8 @@ def check_inputs(
 ):
     "Open everything that a user brings before the first stage runs, so that a bad row in the last arm does not cost the training before it; tells what was found."
     prepare(preset)
-    from compassion_repro import data, models, rewards, training, vllm_engine
-    training.holding(preset.models, preset.compute)
+    from compassion_repro import data, models, processes, rewards, vllm_engine
+    processes.check(preset)
     if preset.generation.engine == "vllm": vllm_engine.check_vllm(preset.compute.vllm_python), vllm_engine.sampling(preset.generation, [])
     for problem in machine.gpu_problems(preset, machine.this_machine()) if preset.compute.device == "cuda" else (): say(f"warning: by the plan's estimate, {problem}")
     base = models.find_model(preset.models.base)

@@ -217,7 +217,7 @@ def _code_parts(case: _Case, weights: dict, results: dict) -> dict[str, float | 
             "behaves": _behaves(case, weights, results),
             "resembles": resembles(case.program, case.reference) if case.reference.text and weights.get("resembles") else None}
 
-# %% ../nbs/07_rewards.ipynb #8c883236
+# %% ../nbs/07_rewards.ipynb #33362c3e
 def code_reward(
     weights: dict[str, dict[str, float]] = WEIGHTS, # "tested" and "graded": part -> weight
     run: Callable | None = None, # runs programs, list of (code, tests) -> list of results; default: the jail's pool, which must be there
@@ -244,7 +244,7 @@ def code_reward(
         return values
 
     code.parts, code.weights, code.refuses = [], weights, functools.partial(_refuses_code, weights)
-    code.remark = _remark_code
+    code.remark, code.recipe = _remark_code, functools.partial(code_reward, weights, run)
     return code
 
 
@@ -380,7 +380,7 @@ def _padding(tokenizer) -> int | None:
     if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id): return tokenizer.pad_token_id
     return tokenizer.get_vocab().get(PAD)
 
-# %% ../nbs/07_rewards.ipynb #90c6da2e
+# %% ../nbs/07_rewards.ipynb #6d24a80b
 def helpfulness_reward(
     source: str | Path, # folder, or hub id with an optional @revision
     device: str | None = None, # default: the GPU if there is one
@@ -399,7 +399,7 @@ def helpfulness_reward(
         values = _scores(model, rows, padding, batch_size)
         return [value if value is not None and math.isfinite(value) else None for value in values]
 
-    helpfulness.source = str(source)
+    helpfulness.source, helpfulness.recipe = str(source), functools.partial(helpfulness_reward, source, device, batch_size)
     return helpfulness
 
 

@@ -255,7 +255,7 @@ class Grpo(Section):
         "Forward passes an optimiser step, once the micro-batch is a number."
         return self.completions // self.micro_batch
 
-# %% ../nbs/00_study.ipynb #0b377dd1
+# %% ../nbs/00_study.ipynb #bfe7d248
 class Models(Section):
     "Where models come from, and how their weights are held in training."
     base: Source # `world:base`, a folder, or a hub id with @revision
@@ -290,6 +290,8 @@ class Compute(Section):
     liger: Literal["auto"] | bool = "auto" # Liger's kernels for norms, gates and rotations; auto: on a GPU, where `liger-kernel` is installed
     tf32: bool = True # 19-bit products of float32 matrices, on GPUs that have them
     vllm_python: Source | None = None # Python of the environment that vLLM lives in, for generation.engine=vllm; None: this one
+    processes: int = Field(1, ge=1, le=64) # processes that one training stage is spread over, one a GPU; the effective batch does not change
+    sharding: Literal["none", "fsdp"] = "none" # fsdp: the processes also share the weights, for a model that one GPU cannot hold
 
 # %% ../nbs/00_study.ipynb #aebc30bb
 class Benchmark(Section):
