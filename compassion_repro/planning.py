@@ -189,7 +189,7 @@ def plan(
     for n, record in enumerate(records): record["hours"] = {name: f["stages"][n] for name, f in found.items()}
     return records
 
-# %% ../nbs/12c_planning.ipynb #aa839e83
+# %% ../nbs/12c_planning.ipynb #dc81da19
 def _memory_rows(preset: Preset) -> tuple[list[str], list[list]]:
     "Memory of every kind of stage by its parts, in GB, on the planned device."
     needs = planned_memory(preset)
@@ -216,7 +216,7 @@ def tables(
     def cell(column, value): return None if value is None or column == "disk_gb" and value < 0.005 else round(value, 2) if isinstance(value, float) else value
     done = [("stages", [{"judge_calls": "judge calls", "cost": "cost, $", "disk_gb": "disk, GB"}.get(c, c) for c in columns], [[cell(c, r[c]) for c in columns] for r in records])]
     gpu, found = planned_gpu(preset), on_machines(preset, records)
-    if planned_memory(preset): done.append((f"memory, GB, estimated for {'compute.memory_gb' if preset.compute.memory_gb else f'one {gpu}' if gpu else 'this machine'} (of cache and activations the larger counts)", *_memory_rows(preset)))
+    if planned_memory(preset): done.append((f"memory, GB, estimated for {'compute.memory_gb' if preset.compute.memory_gb else f'one {gpu}' if gpu else 'this machine'}{' (of cache and activations the larger counts)' if any(r['kind'] == 'grpo' for r in records) else ''}", *_memory_rows(preset)))
     if found: done.append(("hours, estimated", *_hours_rows(records, found)))
     room = disk(preset, records)
     done.append(("disk, GB, at its fullest", [*room, "in all"], [[round(gb, 1) for gb in (*room.values(), sum(room.values()))]]))

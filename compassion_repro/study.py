@@ -205,7 +205,7 @@ def settings_markdown() -> str:
     rows = [f"| {key} | " + " | ".join("{} ({})".format(*GRPO_SETTINGS[name][key]) for name in GRPO_SETTINGS) + " |" for key in GRPO_SETTINGS["trl"]]
     return "\n".join(["| setting | paper-faithful | trl |", "|---|---|---|", *rows])
 
-# %% ../nbs/00_study.ipynb #53f2474a
+# %% ../nbs/00_study.ipynb #e980b4f6
 class Grpo(Section):
     "One GRPO stage; a setting left out has the value of the named settings."
     newer: ClassVar = ("generate_at_once", "limit")
@@ -238,10 +238,9 @@ class Grpo(Section):
 
     @model_validator(mode="after")
     def _whole_batches(self):
-        if self.micro_batch == "auto": return self
-        if self.completions % self.micro_batch: raise ValueError(f"group x prompts_per_step ({self.completions}) must be a multiple of micro_batch ({self.micro_batch})")
-        at_once = self.generate_at_once or self.completions
-        if self.completions % at_once or at_once % self.micro_batch or at_once % self.value("group"):
+        micro_batch, at_once = 1 if self.micro_batch == "auto" else self.micro_batch, self.generate_at_once or self.completions
+        if self.completions % micro_batch: raise ValueError(f"group x prompts_per_step ({self.completions}) must be a multiple of micro_batch ({micro_batch})")
+        if self.completions % at_once or at_once % micro_batch or at_once % self.value("group"):
             raise ValueError(f"generate_at_once ({at_once}) must divide group x prompts_per_step ({self.completions}) and be a multiple of micro_batch ({self.micro_batch}) and of group ({self.value('group')})")
         return self
 
