@@ -69,7 +69,7 @@ def peak_memory_mb() -> float:
     "Highest memory of this process so far, in MB (Linux counts in kilobytes, macOS in bytes)."
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 1024), 1)
 
-# %% ../nbs/12b_store.ipynb #a993a344
+# %% ../nbs/12b_store.ipynb #cb5d8243
 def flat(values: dict, prefix: str = "") -> dict:
     return {k: v for name, value in values.items() for k, v in (flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}).items()}
 
@@ -176,7 +176,7 @@ def _reward_facts(result: dict, untrained: str) -> str:
 def stage_facts(manifest: dict) -> str:
     "What a stage did, in a few words."
     r = manifest["result"]
-    cut = f" ({r['data']['truncated']} cut to fit a sequence)" if r.get("data", {}).get("truncated") else f" ({r['split_rows']} split over sequences)" if r.get("split_rows") else ""
+    cut = f" ({r['data']['truncated']} cut to fit a sequence{', {:,} tokens of those trained on lost'.format(r['account']['truncated']) if 'account' in r else ''})" if r.get("data", {}).get("truncated") else f" ({r['split_rows']} split over sequences)" if r.get("split_rows") else ""
     untrained = ("" if r.get("trained", True) else " (not trained)") + (f"; out of memory, micro-batch lowered to {r['micro_batch']}" if r.get("out_of_memory") else "")
     if "margin_mean" in r: return f"{r['pairs']} pairs, margin {r['margin_mean']:+.3f} nats a token" + ("" if r["kl_mean"] is None else f"; KL from mid {r['kl_mean']:.4f}")
     if "reward_after" in r: return f"{r['rows']} prompts, {r['steps']} steps, {r['completions']:,} completions; held-out reward {_reward_facts(r, untrained)}"
