@@ -57,7 +57,7 @@ class Work:
         "Folder of an input's artifact."
         return self.study.folder / self.stage.inputs[number].place
 
-# %% ../nbs/12d_stages.ipynb #0f3473f9
+# %% ../nbs/12d_stages.ipynb #9b29a0d0
 def _take(source: str, target: str):
     "A copy; of weights too big to store once per seed (above 64 MB) a hard link, where the disk allows one."
     if os.path.getsize(source) > WHOLE:
@@ -108,19 +108,20 @@ def _held(work: Work) -> dict:
 
 
 def _run_midtrain(work: Work) -> dict:
-    from compassion_repro import midtrain
+    from compassion_repro import midtrain, tokens
     preset, seed = work.preset, work.stage.seed
     source = preset.data.documents if work.stage.model == "mid" else preset.data.control
     documents, held_out, report = training_rows(source, "text", preset.midtrain.rows, preset.midtrain.held_out, seed, preset.midtrain.limit)
     count = midtrain.replay_rows(len(documents), preset.midtrain.replay)
     replay = training_rows(preset.data.replay, "text", count, 1, seed)[0][:count] if count else []
     _save_rows(work, documents + replay, held_out)
+    account = tokens.stage_account(documents + replay, work.input(), preset.midtrain.length, preset.generation.training_template, source, seed)
     done = midtrain.midtrain(work.input(), documents, replay, held_out, work.out, preset.midtrain, seed, preset.lora, work.report, **_held(work))
-    return {**done, "documents": len(documents), "replayed": len(replay), "data": report}
+    return {**done, "documents": len(documents), "replayed": len(replay), "data": report, "account": account}
 
 
 def _run_sft(work: Work) -> dict:
-    from compassion_repro import sft
+    from compassion_repro import sft, tokens
     preset, seed, name = work.preset, work.stage.seed, parse_model(work.stage.model).name
     names = dict.fromkeys(arm.rows for arm in trained_arms(preset) if arm.paradigm == "sft")
     template = preset.generation.training_template
@@ -128,8 +129,9 @@ def _run_sft(work: Work) -> dict:
     rows = {n: training_rows(preset.data.source(n), "messages", preset.sft.rows, preset.sft.held_out, seed, preset.sft.limit, **fit) for n in names}
     train, held_out, report = rows[name]
     _save_rows(work, train, held_out)
+    account = tokens.stage_account(train, work.input(), preset.sft.length, template, preset.data.source(name), seed, report.get("truncated", 0), **fit)
     steps = sft.matched_steps(work.input(), [train] if preset.sft.dose == "full" else [r[0] for r in rows.values()], preset.sft, template)
-    return {**sft.sft(work.input(), train, held_out, work.out, preset.sft, steps, seed, preset.lora, work.report, work.stage.model, **_held(work)), "data": report}
+    return {**sft.sft(work.input(), train, held_out, work.out, preset.sft, steps, seed, preset.lora, work.report, work.stage.model, **_held(work)), "data": report, "account": account}
 
 # %% ../nbs/12d_stages.ipynb #2ec56efb
 def _run_reward(work: Work) -> dict:

@@ -209,7 +209,7 @@ def _reward_facts(result: dict, untrained: str) -> str:
 def stage_facts(manifest: dict) -> str:
     "What a stage did, in a few words."
     r = manifest["result"]
-    cut = f" ({r['data']['truncated']} cut to fit a sequence)" if r.get("data", {}).get("truncated") else f" ({r['split_rows']} split over sequences)" if r.get("split_rows") else ""
+    cut = f" ({r['data']['truncated']} cut to fit a sequence{', {:,} tokens of those trained on lost'.format(r['account']['truncated']) if 'account' in r else ''})" if r.get("data", {}).get("truncated") else f" ({r['split_rows']} split over sequences)" if r.get("split_rows") else ""
     untrained = ("" if r.get("trained", True) else " (not trained)") + (f"; out of memory, micro-batch lowered to {r['micro_batch']}" if r.get("out_of_memory") else "")
     if "margin_mean" in r: return f"{r['pairs']} pairs, margin {r['margin_mean']:+.3f} nats a token" + ("" if r["kl_mean"] is None else f"; KL from mid {r['kl_mean']:.4f}")
     if "reward_after" in r: return f"{r['rows']} prompts, {r['steps']} steps, {r['completions']:,} completions; held-out reward {_reward_facts(r, untrained)}"

@@ -538,6 +538,35 @@ def test_every_token_of_the_real_rows_is_accounted_for(tokenizer, name, schema, 
 
 
 @needs_shared
+@pytest.mark.parametrize("name", ["dolly_rows.jsonl", "code_rows.jsonl"])
+def test_a_stage_accounts_for_its_real_rows(tokenizer, name):
+    "As a supervised stage does it: rows drawn, cut and divided by the loader; what was cut is found again in the source, token for token."
+    from compassion_repro.models import encode_row
+    from compassion_repro.sft import longest_answer
+    from compassion_repro.stages import training_rows
+    from compassion_repro.study import Training
+    from compassion_repro.tokens import stage_account
+    start, source = world.assets() / "base", str(SHARED / name)
+    fit = longest_answer(start, Training(length=256))
+    rows, _, report = training_rows(source, "messages", None, 10, 1, 60, **fit)
+    account = stage_account(rows, start, 256, "plain", source, 1, report["truncated"], **fit)
+    kept = sum(len(encode_row(row, tokenizer)["input_ids"]) for row in rows)
+    assert account["tokens_in"] == account["trained"] + account["masked"] + account["truncated"] and account["trained"] + account["masked"] == kept
+    assert account["rows"] == len(rows) and account["truncated_rows"] > 0 and account["split_rows"] == account["dropped_rows"] == 0 and account["ends"] == len(rows)
+
+
+def test_the_manifests_of_a_study_account_for_every_token(finished):
+    from compassion_repro.store import Study
+    results = {m["stage"]: m["result"] for m in Study(finished).manifests() if m["kind"] in ("midtrain", "sft")}
+    assert {"mid", "sft-help", "sft-code@base"} <= set(results)
+    for done in results.values():
+        account = done["account"]
+        assert account["tokens_in"] == account["trained"] + account["masked"] + account["truncated"] and account["truncated"] == 0
+        assert account["rows"] == done["rows"] and account["sequences"] == done["sequences"]
+        assert done["tokens"] / done["passes"] == pytest.approx(account["trained"] + account["masked"], rel=0.01)
+
+
+@needs_shared
 def test_the_real_rows_serve_every_role(tokenizer):
     prompts = load(SHARED / "code_rows.jsonl", "prompts")
     assert len(prompts) == 300 and all(row["reference"].strip() and [t["role"] for t in row["messages"]] == ["user"] for row in prompts.rows)
