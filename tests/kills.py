@@ -19,7 +19,7 @@ from conftest import command, settings
 from judge_server import JUDGE, PaidJudge, kept_replies
 
 PAID = (f"judge={JUDGE}", "threads=1")
-TABLES = ("answers", "grades", "scores", "margin", "kl")
+RESULTS = ("claims.json", "study.yaml", *(f"{name}.parquet" for name in ("answers", "grades", "scores", "margin", "kl")))
 UNCOMPARED = ("manifest.json", ".eval", ".lock")            # measured times stand in manifests and in Inspect's logs
 
 
@@ -67,7 +67,7 @@ def contents(study: Path) -> dict[str, object]:
     found = {}
     for file in sorted(p for p in study.rglob("*") if p.is_file()):
         name = file.relative_to(study)
-        if name.parts[0] not in ("claims.json", "study.yaml") and not name.parts[0].startswith("seed-") and name.stem not in TABLES: continue
+        if not name.parts[0].startswith("seed-") and str(name) not in RESULTS: continue
         if str(name).endswith(UNCOMPARED) or "logs" in name.parts: continue
         if file.suffix == ".parquet":
             table = pd.read_parquet(file)
