@@ -8,20 +8,22 @@ import csv
 import json
 import os
 import random
+import resource
 import shutil
+import signal
 import sqlite3
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 from conftest import settings
 from kills import contents, stage_folders
 
-SETTINGS = ("threads=1",)
+PATIENCE = 90                                               # seconds that a command may take; the smallest study takes 30
 JUDGED = ["--judge", "purse/fine", "--yes"]
 
 
@@ -81,13 +83,14 @@ class Case:
     check: str = "study"                                    # what must hold where the command succeeds
     said: str = ""                                          # what a refusal must name
     first: tuple[str, ...] = ()                             # parts of the copy that are taken away, so that the command has work to do
+    mended: bool = False                                    # all of it can be made again, so a refusal is no answer
 
     @property
     def name(self) -> str: return f"{self.family}: {self.target} {self.how} ({' '.join(self.words[:1])})"
 
 
-RUN = ("run", "--preset", "smoke", "--out", "{}/study", "--no-report", *settings(*SETTINGS))
-FRESH = ("run", "--preset", "smoke", "--out", "{}/new", "--no-report", *settings(*SETTINGS))
+RUN = ("run", "--preset", "smoke", "--out", "{}/study", "--no-report", *settings())
+FRESH = ("run", "--preset", "smoke", "--out", "{}/new", "--no-report", *settings())
 
 
 def cross(family: str, targets: str, hows: str, words: tuple[str, ...], **more) -> list[Case]:
@@ -98,7 +101,7 @@ def cross(family: str, targets: str, hows: str, words: tuple[str, ...], **more) 
 def artifact_cases() -> list[Case]:
     "What stages left in the store: all of it can be made again."
     seed = "study/seed-1"
-    return [
+    return [replace(case, mended=True) for case in (
         *cross("weights", f"{seed}/base/model.safetensors {seed}/mid/model.safetensors {seed}/sft-help/model.safetensors", "cut empty flip zeros huge gone", RUN),
         *cross("model files", f"{seed}/mid/config.json {seed}/mid/tokenizer.json {seed}/sft-code/generation_config.json", "cut flip other", RUN),
         *cross("training rows", f"{seed}/sft-code/rows.jsonl {seed}/mid/held_out.jsonl", "cut flip utf-16 gone", RUN),
@@ -109,8 +112,7 @@ def artifact_cases() -> list[Case]:
         *cross("margins", f"{seed}/probe-mid/margin.parquet {seed}/probe-mid/kl.parquet", "cut flip other", RUN),
         *cross("manifests", f"{seed}/mid/manifest.json {seed}/sft-code/manifest.json {seed}/eval-mid/manifest.json", "cut empty flip digit utf-16 other garbage gone", RUN),
         *cross("benchmark copies", "study/benchmarks/*/questions/train.jsonl study/benchmarks/*/dimensions/train.jsonl study/benchmarks/moru-*/train.jsonl", "cut flip empty other", RUN, first=(f"{seed}/answers-mid", f"{seed}/eval-mid")),
-        *cross("benchmark caches", "study/benchmarks/arrow/*/*/*/*/*.arrow", "cut flip empty", RUN, first=(f"{seed}/answers-mid", f"{seed}/eval-mid")),
-    ]
+        *cross("benchmark caches", "study/benchmarks/arrow/*/*/*/*/*.arrow", "cut flip empty", RUN, first=(f"{seed}/answers-mid", f"{seed}/eval-mid")))]
 
 
 def table_cases() -> list[Case]:
@@ -118,9 +120,9 @@ def table_cases() -> list[Case]:
     report, claims = ("report", "{}/study"), ("claims", "{}/study")
     names = "study/answers.parquet study/grades.parquet study/scores.parquet"
     return [
-        *cross("tables", f"{names} study/margin.parquet study/kl.parquet", "cut flip other", RUN), *cross("tables", names, "cut flip zeros empty other", report),
-        *cross("claims", "study/claims.json", "cut digit empty other utf-16 garbage gone", claims), *cross("claims", "study/claims.json", "cut digit", RUN),
-        *cross("study.yaml", "study/study.yaml", "cut empty flip digit utf-16 other garbage gone", RUN), *cross("study.yaml", "study/study.yaml", "cut digit other garbage", report),
+        *cross("tables", f"{names} study/margin.parquet study/kl.parquet", "cut flip other", RUN, mended=True), *cross("tables", names, "cut flip zeros empty other", report, said=".parquet"),
+        *cross("claims", "study/claims.json", "cut digit empty other utf-16 garbage gone", claims, said="claims"), *cross("claims", "study/claims.json", "cut digit", RUN, mended=True),
+        *cross("study.yaml", "study/study.yaml", "cut empty flip digit utf-16 other garbage gone", RUN, said="study"), *cross("study.yaml", "study/study.yaml", "cut digit other garbage", report, said="study.yaml"),
     ]
 
 
@@ -149,7 +151,7 @@ CONFIGURATION = ("sft.steps=many", "sft.steps=-1", "sft.steps=1e400", "sft.learn
 
 def configuration_cases() -> list[Case]:
     "Settings on the command line, preset files, price tables."
-    return [*(Case("--set values", setting if len(setting) < 60 else f"{setting[:40]}...", "wrong", (*FRESH, "--set", setting), base="inputs", check="refused") for setting in CONFIGURATION),
+    return [*(Case("--set values", setting if len(setting) < 60 else f"{setting[:40]}...", "wrong", (*FRESH, "--set", setting), base="inputs", check="refused", said=setting.split("=")[0].split(".")[0].split("[")[0]) for setting in CONFIGURATION),
             *cross("preset files", "preset.yaml", "cut utf-16 other garbage empty gone folder", ("run", "--preset", "{}/preset.yaml", "--out", "{}/new", "--no-report"), base="inputs", check="refused", said="preset"),
             *cross("price tables", "prices.yaml", "utf-16 other garbage gone folder", ("judge", "{}/evaluation", "--judge", "purse/other", "--prices", "{}/prices.yaml"), base="evaluation", check="refused", said="prices.yaml")]
 
@@ -241,6 +243,20 @@ def call(words: tuple[str, ...], folder: Path) -> tuple[int, str, str]:
     return status, *texts
 
 
+class Hung(BaseException):
+    "A command that does not come to an end."
+
+
+@contextlib.contextmanager
+def patience(seconds: float):
+    "An end to waiting, for what would go on for ever."
+    def give_up(number, frame): raise Hung(f"no end after {seconds:.0f} s")
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try: yield
+    finally: signal.setitimer(signal.ITIMER_REAL, 0), signal.signal(signal.SIGALRM, before)
+
+
 class Accepted(Exception):
     "The checks before the first stage let an input through."
 
@@ -300,8 +316,10 @@ def try_case(case: Case, bases: Path, seed: int, scratch: Path) -> dict:
     for part in case.first: shutil.rmtree(folder / part)
     if case.how.startswith("grade "): _other_grade(folder / case.target, int(case.how.split()[1]), rng)
     elif case.how != "wrong": spoil(rng.choice(sorted(folder.glob(case.target))), case.how, rng)
-    with nothing_runs() if case.check == "rows" else contextlib.nullcontext(): status, out, err = call(case.words, folder)
-    outcome, bad = _verdict(case, folder, sound, status, out, err)
+    try:
+        with patience(PATIENCE), nothing_runs() if case.check == "rows" else contextlib.nullcontext(): status, out, err = call(case.words, folder)
+        outcome, bad = _verdict(case, folder, sound, status, out, err)
+    except Hung as error: outcome, bad, err = "hung", str(error), ""
     shutil.rmtree(folder.parent, ignore_errors=True)
     return {"case": case.name, "family": case.family, "outcome": outcome, "bad": bad, "said": err.strip()[-400:], "seconds": round(time.perf_counter() - began, 1)}
 
@@ -317,6 +335,7 @@ def _other_grade(file: Path, which: int, rng: random.Random):
 def _verdict(case, folder, sound, status, out, err) -> tuple[str, str]:
     if "Traceback" in out + err: return "traceback", f"a traceback: {err.strip().splitlines()[-1][:200]}"
     if status == 1 and "unexpected Accepted" in err: return "told", accepted_wrongly(case, folder, out)
+    if status == 2 and case.mended: return "refused", f"it could have been made again: {err.strip()[:300]}"
     if status == 2:
         if not (err.startswith("compassion-repro: ") and err.count("\n") == 1): return "refused", f"not one line on stderr: {err[:300]!r}"
         return "refused", "" if case.said in err else f"the line does not name {case.said}: {err.strip()}"
@@ -334,5 +353,14 @@ def make_study(folder: Path, study: Path):
 
 
 def prepare_worker():
-    "What every process needs before its first case."
+    "What every process needs before its first case: the judge, and an end to its memory before the machine's."
+    resource.setrlimit(resource.RLIMIT_AS, (24 * 2**30, 24 * 2**30))
+    os.environ["OMP_NUM_THREADS"] = "1"
     _judge_provider()
+
+
+def summary(results: list[dict]) -> dict:
+    "The counts of all cases."
+    families = {family: {outcome: sum(r["family"] == family and r["outcome"] == outcome for r in results) for outcome in ("refused", "repaired", "told")} for family in dict.fromkeys(r["family"] for r in results)}
+    return {"inputs": len(results), "good": sum(not r["bad"] for r in results), **{outcome: sum(r["outcome"] == outcome and not r["bad"] for r in results) for outcome in ("refused", "repaired", "told")},
+            "tracebacks": sum(r["outcome"] == "traceback" for r in results), "families": families, "bad": [r for r in results if r["bad"]]}

@@ -1,4 +1,4 @@
-"""Fault injection: `make faults`, or `python tests/faults.py [--runs 100] [--inputs 200] [--seed 1] [--workers 4]`.
+"""Fault injection: `make faults`, or `python tests/faults.py [--runs 100] [--inputs N] [--seed 1] [--workers 4]`.
 
 Studies are killed at random moments and started again; everything that the package reads is damaged in turn. One table is printed, and figures/faults.json keeps the counts
 with n, seed, machine and commit. Exit status 1 where anything was lost, repeated, half used, paid twice, or wrong.
@@ -7,13 +7,15 @@ import argparse
 import json
 import os
 import platform
+import random
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
 from rich.console import Console
@@ -21,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import damage
 from kills import PAID, contents, differences, killed_study, moments, start, summary
 from judge_server import PaidJudge
 
@@ -82,6 +85,36 @@ def kill_runs(runs: int, seed: int, workers: int, folder: Path, console: Console
     return {"seed": seed, "workers": workers, "uninterrupted_seconds": round(duration, 1), "ended_before_the_kill": early, **summary(sorted(records, key=lambda r: r.number))}
 
 
+def make_sound(folder: Path) -> Path:
+    "The sound folders that are damaged, made side by side."
+    making = start(folder / "plain" / "study")
+    with ProcessPoolExecutor(1, get_context("spawn"), damage.prepare_worker) as pool:
+        inputs, evaluation = pool.submit(damage.make_inputs, folder / "sound" / "inputs"), pool.submit(damage.make_evaluation, folder / "sound" / "evaluation")
+        inputs.result(), evaluation.result()
+        if making.wait(600): raise SystemExit(f"the sound study failed: {(folder / 'plain' / 'study.log').read_text()[-500:]}")
+        pool.submit(damage.make_study, folder / "sound" / "study", folder / "plain" / "study").result()
+    return folder / "sound"
+
+
+def damage_inputs(count: int, seed: int, workers: int, folder: Path, console: Console) -> dict:
+    "Damage as many inputs as asked for (all of them, or a drawn part), a case at a time in each worker."
+    cases = damage.all_cases()
+    if count < len(cases): cases = [case for _, case in sorted(random.Random(seed).sample(list(enumerate(cases)), count), key=lambda pair: pair[0])]
+    with progress_bar(console) as progress:
+        bar = progress.add_task("sound inputs, to be damaged", total=1, bad="")
+        sound, scratch = make_sound(folder), folder / "damaged"
+        progress.update(bar, completed=1)
+        bar, results = progress.add_task("inputs damaged", total=len(cases), bad=""), []
+        scratch.mkdir()
+        with ProcessPoolExecutor(workers, get_context("spawn"), damage.prepare_worker) as pool:
+            waiting = [pool.submit(damage.try_case, case, sound, seed, scratch) for case in cases]
+            for done in as_completed(waiting):
+                results.append(done.result())
+                progress.update(bar, advance=1, bad=f"{sum(bool(r['bad']) for r in results)} bad")
+                if results[-1]["bad"]: progress.console.print(f"{results[-1]['case']}: {results[-1]['outcome']}: {results[-1]['bad']}", markup=False)
+    return {"seed": seed, "workers": workers, **damage.summary(sorted(results, key=lambda r: r["case"]))}
+
+
 def rows(found: dict) -> list[tuple[str, str]]:
     "The table's lines."
     lines = []
@@ -90,19 +123,23 @@ def rows(found: dict) -> list[tuple[str, str]]:
         lines += [("studies killed with SIGKILL and started again", f"{kills['runs']} ({kills['kills']} kills: {spread})"), ("ended with the uninterrupted run's results", f"{kills['identical']} of {kills['runs']}"),
                   ("stages in place at a kill: lost, run again", f"{kills['lost']}, {kills['repeated']} of {kills['stages_in_place']}"), ("half artifacts in place", str(kills["half"])),
                   ("judge calls paid twice", f"{kills['paid_twice']} of {kills['paid']:,}"), ("calls under way at a kill, no reply kept", f"{kills['in_flight']} (asked again: {kills['asked_again']})")]
+    if inputs := found.get("inputs"):
+        lines += [("inputs damaged", f"{inputs['inputs']}, of {len(inputs['families'])} kinds"), ("refused in one line, repaired, or read in part and told", f"{inputs['refused']}, {inputs['repaired']}, {inputs['told']}"),
+                  ("tracebacks, wrong results and other ends", f"{inputs['tracebacks']}, {len(inputs['bad']) - inputs['tracebacks']}")]
     return lines
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Break the package on purpose and count what it loses.")
-    for name, default, text in (("runs", 100, "studies to kill"), ("inputs", 200, "inputs to damage"), ("seed", 1, "of the moments and of the damage"), ("workers", os.cpu_count(), "at once")):
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default {default})")
+    for name, default, text in (("runs", 100, "studies to kill"), ("inputs", 10_000, "inputs to damage, at most"), ("seed", 1, "of the moments and of the damage"), ("workers", os.cpu_count(), "at once")):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default {'all' if default == 10_000 else default})")
     parser.add_argument("--out", type=Path, default=ROOT / "figures" / "faults.json", help="where the counts go (default figures/faults.json)")
     args = parser.parse_args()
     console, began = Console(), time.perf_counter()
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     found = machine()
     if args.runs: found["kills"] = kill_runs(args.runs, args.seed, args.workers, folder, console)
+    if args.inputs: found["inputs"] = damage_inputs(args.inputs, args.seed, args.workers, folder, console)
     found["seconds"] = round(time.perf_counter() - began)
     table = Table(title=f"faults injected, seed {args.seed}, {found['processors']} processors, commit {found['commit'][:12]}", title_justify="left", show_header=False)
     for row in rows(found): table.add_row(*row)

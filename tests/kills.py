@@ -45,7 +45,7 @@ def is_whole(place: Path) -> bool:
     "Whether every file that a manifest lists is there in its full length."
     try: files = json.loads((place / "manifest.json").read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError): return False
-    sizes = {name: entry if isinstance(entry, int) else entry["size"] for name, entry in files.items()} if isinstance(files, dict) else {}
+    sizes = {name: entry if isinstance(entry, int) else entry["bytes"] for name, entry in files.items()}
     return bool(sizes) and all((place / name).is_file() and (place / name).stat().st_size == size for name, size in sizes.items())
 
 
