@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help repro test notebooks tests check export clean-notebooks readme figures base install bench clean
+.PHONY: help repro test notebooks tests check export clean-notebooks readme figures base install bench faults audit clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -59,6 +59,12 @@ base: $(READY)  ## rebuild the shipped base model (minutes), print what it reach
 
 bench: $(READY)  ## speed beside the plain library's, as ratios from one run
 	$(BIN)/compassion-repro bench
+
+faults: $(READY) ## break it on purpose: 100 studies killed and started again, 200 damaged inputs (about a quarter of an hour)
+	$(BIN)/python tests/faults.py
+
+audit: $(READY)  ## look the pinned dependencies up among the known vulnerabilities (network)
+	$(BIN)/python tests/audit.py
 
 clean:           ## remove what was built (studies stay)
 	rm -rf build dist *.egg-info _proc .pytest_cache

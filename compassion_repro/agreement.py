@@ -171,7 +171,7 @@ def read_sheet(
     grades["grade"] = grades["grade"].str.strip().str.lower().map(_GRADE_WORDS)
     return grades.drop(columns="id").astype({"seed": int, "epoch": int}).assign(judge=HUMAN, judge_settings="{}", judge_valid=True, attempted=True, reply=None, substitute_for=None)
 
-# %% ../nbs/09c_agreement.ipynb #e06c6176
+# %% ../nbs/09c_agreement.ipynb #314920c6
 def lay_together(
     folder: str | Path, # study or evaluation folder
     name: str, # "grades" or "scores"
@@ -181,7 +181,8 @@ def lay_together(
     parts, whose = [] if table is None else [table], ["judge", "model", "seed", "benchmark"]
     for file in sorted(Path(folder).glob(f"judges/*/{name}.parquet")):
         try: rows = pd.read_parquet(file)
-        except (OSError, ValueError): raise InputError(f"{file} is damaged: delete its folder and judge again, replies are kept") from None
+        except Exception: rows = None # whatever a damaged file makes of its reader
+        if rows is None or not {*whose, "question_id", "epoch", "dimension"} <= set(rows): raise InputError(f"{file} is damaged: delete its folder and judge again, replies are kept")
         if not len(rows): continue
         new = pd.MultiIndex.from_frame(rows[whose].drop_duplicates())
         parts = [part[~pd.MultiIndex.from_frame(part[whose]).isin(new)] for part in parts] + [rows]

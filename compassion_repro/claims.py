@@ -6,7 +6,7 @@
 __all__ = ['VERDICTS', 'COLOURS', 'verdict_of', 'worth_losing', 'null_verdict', 'ClaimRecord', 'estimate_reading',
            'correct_families', 'judge_record', 'intersection', 'ClaimTable', 'read_claims', 'judge_claims']
 
-# %% ../nbs/10b_claims.ipynb #0d5f1032
+# %% ../nbs/10b_claims.ipynb #987ab80d
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .inference import Interval, holm, make_interval
-from .scores import MEAN_OF_JUDGES, beside_judges, check_scores, dimension_weights, mean_of_judges, question_texts, scores_from_grades
+from .scores import GRADE_COLUMNS, MEAN_OF_JUDGES, beside_judges, check_columns, check_scores, dimension_weights, mean_of_judges, question_texts, scores_from_grades
 from .stats import Contrast, Items, contrast, within_reach
 from .study import CLAIMS, Cell, Claim, InputError, Preset, Reading, Statistics, claim_readings, family_of
 
@@ -320,10 +320,11 @@ def read_claims(
     except OSError: raise InputError(f"no claims at {path}: run the study first") from None
     except ValueError as error: raise InputError(f"{path}: {error}") from None # InputError, or not UTF-8
 
-# %% ../nbs/10b_claims.ipynb #ede058b5
+# %% ../nbs/10b_claims.ipynb #d70880b1
 def _by_judge(scores: pd.DataFrame, grades: pd.DataFrame | None) -> list[tuple[str, pd.DataFrame, pd.DataFrame | None]]:
     "Judge, scores, and scores that count unreadable replies as wrong (the very same frame where there are none; None where grades are not known)."
     found = []
+    if grades is not None: check_columns(grades, GRADE_COLUMNS, "the table of grades")
     for judge, own in scores.groupby("judge", sort=True):
         given = None if grades is None else grades[grades["judge"] == judge]
         wrong = None if given is None or given.empty else own

@@ -164,7 +164,7 @@ def collect_answers(
     with writable(folder): write_recorded(folder, "answers.parquet", table.to_parquet)
     return table
 
-# %% ../nbs/13b_evaluation.ipynb #679dd731
+# %% ../nbs/13b_evaluation.ipynb #037fad2a
 _GROUP = ["model", "seed", "benchmark"]
 
 
@@ -178,8 +178,8 @@ def _read_pass(folder: Path, judge: str) -> dict:
 
 
 def _top(folder: Path, name: str):
-    "A table of the folder as it stands; None where there is none."
-    if not (folder / f"{name}.parquet").is_file(): return None
+    "What a folder's own stages say, below the judges' passes: a study's table as it stands; None for an evaluation, whose tables are its passes laid together."
+    if not (folder / "study.yaml").is_file() or not (folder / f"{name}.parquet").is_file(): return None
     return Study(folder).table(name)
 
 
@@ -193,7 +193,8 @@ def pending(
     "Answers that a judge has not judged, or not under these settings, or failed on."
     import pandas as pd
     check_passes(folder)
-    scores, noted = lay_together(folder, "scores", _top(folder, "scores")) if (folder / "scores.parquet").is_file() or (folder / "judges").is_dir() else None, _read_pass(folder, judge)
+    own = _top(folder, "scores")
+    scores, noted = None if own is None and not any(folder.glob("judges/*/scores.parquet")) else lay_together(folder, "scores", own), _read_pass(folder, judge)
     if again or scores is None or not len(scores) or noted and noted.get("settings") != settings: return answers
     done = {tuple(row) for row in scores.loc[scores["judge"] == judge, _GROUP].drop_duplicates().itertuples(index=False)} - {tuple(g) for g in noted.get("unjudged_in", [])}
     return answers[pd.Series([tuple(row) not in done for row in answers[_GROUP].itertuples(index=False)], index=answers.index, dtype=bool)]
@@ -226,7 +227,7 @@ def _write_together(folder: Path, name: str):
     table = lay_together(folder, name, _top(folder, name))
     with writable(folder): write_recorded(folder, f"{name}.parquet", table.to_parquet)
 
-# %% ../nbs/13b_evaluation.ipynb #9675d5d8
+# %% ../nbs/13b_evaluation.ipynb #76604bf9
 def _one_pass(folder: Path, setup: Setup, answers, judge: str, settings: dict, replies, substitute_for: str | None, report) -> int:
     "Let one judge judge the given answers and save its pass; returns on how many answers it failed."
     from compassion_repro import judge as judging
@@ -298,6 +299,8 @@ def judge_folder(
                 ask(_estimates(tasks, {judge: rows}, settings, replies, table), yes, say, answer)
                 failed = _one_pass(folder, setup, rows, judge, settings, replies, stands_for, report) if len(rows) else 0
             say(f"{judge}: judged {len(rows):,} answers" + (f"; it failed on {failed:,}, run the same command again for those" if failed else ""))
+        for name in ("grades", "scores"):
+            if (folder / "eval.yaml").is_file() and any(folder.glob(f"judges/*/{name}.parquet")): _write_together(folder, name)
 
 # %% ../nbs/13b_evaluation.ipynb #b1d511c8
 def evaluate_models(
@@ -336,7 +339,7 @@ def evaluate_models(
         judge_folder(folder, judges, say=say, report=report, **judging)
     return folder
 
-# %% ../nbs/13b_evaluation.ipynb #2928a6a2
+# %% ../nbs/13b_evaluation.ipynb #d0a7f516
 def summary(
     folder: str | Path, # study or evaluation folder
 ): # model, benchmark, judge, questions, score (percent), no_grade (percent of calls), empty (percent of answers), substitute_for
@@ -348,7 +351,7 @@ def summary(
     items = overall.groupby([*keys, "seed", "question_id"], sort=False)["score"].mean().reset_index()
     table = items.groupby(keys, sort=False).agg(questions=("question_id", "nunique"), score=("score", "mean")).reset_index()
     table["score"] *= 100
-    grades = _top(Path(folder), "grades")
+    grades = study.table("grades") if (study.folder / "grades.parquet").is_file() else None
     if grades is not None: table = table.merge(_lost(grades, keys), on=keys, how="left")
     table = table.merge(answers.groupby(["model", "benchmark"])["empty"].mean().mul(100).reset_index(), on=["model", "benchmark"], how="left")
     stand_in = scores.get("substitute_for", pd.Series(index=scores.index, dtype=object))

@@ -143,7 +143,7 @@ class SavedAnswers(_Counting):
         "Always an error: saved answers are handed out by the solver."
         raise RuntimeError("a model whose answers are saved was asked to generate: name a judge")
 
-# %% ../nbs/09a_judges.ipynb #a628efc9
+# %% ../nbs/09a_judges.ipynb #43983a5a
 REPLIES = "judge-replies.sqlite" # file of the replies in a study folder
 _PATIENCE = {"max_connections", "adaptive_connections", "max_retries", "timeout", "attempt_timeout", "stream_idle_timeout", "cache", "cache_prompt", "batch", "fail_on_refusal"}
 
@@ -158,6 +158,14 @@ def reply_key(
     return hashlib.sha256(json.dumps([judge, decides, prompt], sort_keys=True, default=str).encode()).hexdigest()
 
 
+def _seal(key: str, output: str) -> str: return hashlib.sha256(f"{key}\n{output}".encode()).hexdigest()
+
+
+def _is_sealed(key: str, output, seal: str | None) -> bool:
+    "Whether a reply is the one that was kept under its key; those of older files have no seal."
+    return isinstance(output, str) and (seal is None or seal == _seal(key, output))
+
+
 class Replies:
     "The replies of all judges, on disk."
     def __init__(
@@ -168,22 +176,35 @@ class Replies:
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.connection = sqlite3.connect(self.file, timeout=60, isolation_level=None, check_same_thread=False)
-            self.connection.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, judge TEXT, output TEXT)")
-        except (sqlite3.Error, OSError) as error: raise InputError(f"{file} cannot be used for the judge's replies ({error}): move it away, or make room") from None
+            self._open()
+        except (sqlite3.Error, OSError) as error: raise InputError(f"{file} cannot be used for the judge's replies ({error}): move it away (what it holds will be paid for again), or make room") from None
+
+    def _open(self):
+        "Make the table, or see whether the one that is there is whole and ours; older ones kept no seals."
+        self.connection.text_factory = lambda text: text.decode(errors="replace")
+        self.connection.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, judge TEXT, output TEXT, seal TEXT)")
+        columns = {row[1] for row in self.connection.execute("PRAGMA table_info(replies)")}
+        if not {"key", "judge", "output"} <= columns: raise sqlite3.DatabaseError("it is a database of something else")
+        if "seal" not in columns: self.connection.execute("ALTER TABLE replies ADD COLUMN seal TEXT")
+        [(found, *_), *_] = self.connection.execute("PRAGMA quick_check(1)")
+        if found != "ok": raise sqlite3.DatabaseError("it is damaged")
 
     def get(self, key: str) -> ModelOutput | None:
-        "A kept reply; its tokens were paid for before and are not counted again."
-        row = self.connection.execute("SELECT output FROM replies WHERE key = ?", (key,)).fetchone()
-        return ModelOutput.model_validate_json(row[0]).model_copy(update={"usage": ModelUsage()}) if row else None
+        "A kept reply; its tokens were paid for before and are not counted again. One that is not as it was written is none."
+        row = self.connection.execute("SELECT output, seal FROM replies WHERE key = ?", (key,)).fetchone()
+        if not row or not _is_sealed(key, *row): return None
+        try: return ModelOutput.model_validate_json(row[0]).model_copy(update={"usage": ModelUsage()})
+        except ValueError: return None
 
     def put(self, key: str, judge: str, output: ModelOutput):
         "Keep a reply; an empty one, or one that a filter blocked, is none."
         if not output.completion.strip() or output.stop_reason == "content_filter": return
-        self.connection.execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?)", (key, judge, output.model_dump_json(exclude_none=True)))
+        text = output.model_dump_json(exclude_none=True)
+        self.connection.execute("INSERT OR REPLACE INTO replies (key, judge, output, seal) VALUES (?, ?, ?, ?)", (key, judge, text, _seal(key, text)))
 
     def missing(self, keys: list[str]) -> list[int]:
         "Positions of the keys without a reply, each key once."
-        known = {k for (k,) in self.connection.execute("SELECT key FROM replies")} if keys else set()
+        known = {row[0] for row in self.connection.execute("SELECT key, output, seal FROM replies") if _is_sealed(*row)} if keys else set()
         return sorted(i for k, i in {k: i for i, k in reversed(list(enumerate(keys)))}.items() if k not in known)
 
     def close(self): self.connection.close()

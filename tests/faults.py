@@ -1,0 +1,154 @@
+"""Fault injection: `make faults`, or `python tests/faults.py [--runs 100] [--inputs N] [--seed 1] [--workers 4]`.
+
+Studies are killed at random moments and started again; everything that the package reads is damaged in turn. One table is printed, and figures/faults.json keeps the counts
+with n, seed, machine and commit. Exit status 1 where anything was lost, repeated, half used, paid twice, or wrong.
+"""
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import damage
+from kills import PAID, contents, differences, killed_study, moments, start, summary
+from judge_server import PaidJudge
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def machine() -> dict:
+    "What the figures were measured on; no host name, no path."
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    dirty = bool(subprocess.run(["git", "status", "--porcelain", "--", "compassion_repro"], cwd=ROOT, capture_output=True, text=True).stdout.strip())
+    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "") if Path("/proc/cpuinfo").exists() else ""
+    return {"commit": commit + ("+changes" if dirty else ""), "system": f"{platform.system()} {platform.machine()}", "processor": model, "processors": os.cpu_count(), "python": platform.python_version(), "day": time.strftime("%Y-%m-%d")}
+
+
+def progress_bar(console: Console) -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[bad]}"), console=console)
+
+
+def uninterrupted(folder: Path, workers: int, judge: PaidJudge) -> tuple[dict, float]:
+    "Results of a study that nothing disturbs, and how long it takes beside as many others as will run later; all of them must agree."
+    began = time.perf_counter()
+    running = {n: start(folder / f"whole-{n}" / "study", *PAID, environment=judge.environment(f"whole-{n}")) for n in range(workers)}
+    durations = []
+    for n, process in running.items():
+        if process.wait(600): raise SystemExit(f"an uninterrupted study failed: {(folder / f'whole-{n}' / 'study.log').read_text()[-500:]}")
+        durations.append(time.perf_counter() - began)
+    results = contents(folder / "whole-0" / "study")
+    for n in running:
+        if different := differences(folder / f"whole-{n}" / "study", results): raise SystemExit(f"two uninterrupted studies differ: {different}")
+        if set(judge.calls(f"whole-{n}", 0).values()) != {1}: raise SystemExit("an uninterrupted study asked the judge the same question twice")
+    return results, statistics.median(durations)
+
+
+def kill_runs(runs: int, seed: int, workers: int, folder: Path, console: Console) -> dict:
+    "Kill as many studies as asked for and let them finish."
+    with PaidJudge() as judge, progress_bar(console) as progress:
+        bar = progress.add_task("uninterrupted studies, to compare with", total=1, bad="")
+        results, duration = uninterrupted(folder, workers, judge)
+        progress.update(bar, completed=1)
+        bar, records, early = progress.add_task(f"studies killed (an uninterrupted one takes {duration:.0f} s here)", total=runs, bad=""), [], 0
+
+        def one(number: int, delays: list[float]):
+            nonlocal early
+            for share in (1, 0.8, 0.6, 0.4):                            # a study that was faster than its kill is killed earlier
+                out = folder / f"killed-{number}-{share}" / "study"
+                record = killed_study(number, out, [delay * share for delay in delays], results, judge)
+                if record and record.good: shutil.rmtree(out.parent)
+                if record: return record
+                early += 1
+                shutil.rmtree(out.parent)
+            raise RuntimeError(f"study {number} always ended before its kill")
+
+        with ThreadPoolExecutor(workers) as pool:
+            waiting = [pool.submit(one, number, delays) for number, delays in enumerate(moments(runs, seed, duration))]
+            for done in as_completed(waiting):
+                records.append(done.result())
+                progress.update(bar, advance=1, bad=f"{sum(not r.good for r in records)} bad")
+                if not records[-1].good: progress.console.print(f"study {records[-1].number}: {records[-1]}")
+    return {"seed": seed, "workers": workers, "uninterrupted_seconds": round(duration, 1), "ended_before_the_kill": early, **summary(sorted(records, key=lambda r: r.number))}
+
+
+def make_sound(folder: Path) -> Path:
+    "The sound folders that are damaged, made side by side."
+    making = start(folder / "plain" / "study")
+    with ProcessPoolExecutor(1, get_context("spawn"), damage.prepare_worker) as pool:
+        inputs, evaluation = pool.submit(damage.make_inputs, folder / "sound" / "inputs"), pool.submit(damage.make_evaluation, folder / "sound" / "evaluation")
+        inputs.result(), evaluation.result()
+        if making.wait(600): raise SystemExit(f"the sound study failed: {(folder / 'plain' / 'study.log').read_text()[-500:]}")
+        pool.submit(damage.make_study, folder / "sound" / "study", folder / "plain" / "study").result()
+    return folder / "sound"
+
+
+def damage_inputs(count: int, seed: int, workers: int, folder: Path, console: Console) -> dict:
+    "Damage as many inputs as asked for (all of them, or a drawn part), a case at a time in each worker."
+    cases = damage.all_cases()
+    if count < len(cases): cases = [case for _, case in sorted(random.Random(seed).sample(list(enumerate(cases)), count), key=lambda pair: pair[0])]
+    with progress_bar(console) as progress:
+        bar = progress.add_task("sound inputs, to be damaged", total=1, bad="")
+        sound, scratch = make_sound(folder), folder / "damaged"
+        progress.update(bar, completed=1)
+        bar, results = progress.add_task("inputs damaged", total=len(cases), bad=""), []
+        scratch.mkdir()
+        with ProcessPoolExecutor(workers, get_context("spawn"), damage.prepare_worker) as pool:
+            waiting = [pool.submit(damage.try_case, case, sound, seed, scratch) for case in cases]
+            for done in as_completed(waiting):
+                results.append(done.result())
+                progress.update(bar, advance=1, bad=f"{sum(bool(r['bad']) for r in results)} bad")
+                if results[-1]["bad"]: progress.console.print(f"{results[-1]['case']}: {results[-1]['outcome']}: {results[-1]['bad']}", markup=False)
+    return {"seed": seed, "workers": workers, **damage.summary(sorted(results, key=lambda r: r["case"]))}
+
+
+def rows(found: dict) -> list[tuple[str, str]]:
+    "The table's lines."
+    lines = []
+    if kills := found.get("kills"):
+        spread = ", ".join(f"{name} {count}" for name, count in kills["phases"].items())
+        lines += [("studies killed with SIGKILL and started again", f"{kills['runs']} ({kills['kills']} kills: {spread})"), ("ended with the uninterrupted run's results", f"{kills['identical']} of {kills['runs']}"),
+                  ("stages in place at a kill: lost, run again", f"{kills['lost']}, {kills['repeated']} of {kills['stages_in_place']}"), ("half artifacts in place", str(kills["half"])),
+                  ("judge calls paid twice", f"{kills['paid_twice']} of {kills['paid']:,}"), ("calls under way at a kill, no reply kept", f"{kills['in_flight']} (asked again: {kills['asked_again']})")]
+    if inputs := found.get("inputs"):
+        lines += [("inputs damaged", f"{inputs['inputs']}, of {len(inputs['families'])} kinds"), ("refused in one line, repaired, or read in part and told", f"{inputs['refused']}, {inputs['repaired']}, {inputs['told']}"),
+                  ("tracebacks, wrong results and other ends", f"{inputs['tracebacks']}, {len(inputs['bad']) - inputs['tracebacks']}")]
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Break the package on purpose and count what it loses.")
+    for name, default, text in (("runs", 100, "studies to kill"), ("inputs", 10_000, "inputs to damage, at most"), ("seed", 1, "of the moments and of the damage"), ("workers", os.cpu_count(), "at once")):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default {'all' if default == 10_000 else default})")
+    parser.add_argument("--out", type=Path, default=ROOT / "figures" / "faults.json", help="where the counts go (default figures/faults.json)")
+    args = parser.parse_args()
+    console, began = Console(), time.perf_counter()
+    folder = Path(tempfile.mkdtemp(prefix="faults-"))
+    found = machine()
+    if args.runs: found["kills"] = kill_runs(args.runs, args.seed, args.workers, folder, console)
+    if args.inputs: found["inputs"] = damage_inputs(args.inputs, args.seed, args.workers, folder, console)
+    found["seconds"] = round(time.perf_counter() - began)
+    table = Table(title=f"faults injected, seed {args.seed}, {found['processors']} processors, commit {found['commit'][:12]}", title_justify="left", show_header=False)
+    for row in rows(found): table.add_row(*row)
+    console.print(table)
+    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    bad = sum(len(part.get("bad", [])) for part in found.values() if isinstance(part, dict))
+    if bad: console.print(f"{bad} bad; their folders are kept in {folder}")
+    else: shutil.rmtree(folder, ignore_errors=True)
+    return int(bool(bad))
+
+
+if __name__ == "__main__": sys.exit(main())

@@ -1,0 +1,159 @@
+"""Studies killed with SIGKILL at random moments and started again: what was lost, repeated, half used or paid twice, counted from outside the package.
+
+Nothing here asks the package how it fared: stages are counted in the folder, calls at the judge's end, results by comparing files with those of an uninterrupted run.
+"""
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import pandas as pd
+from conftest import command, settings
+from judge_server import JUDGE, PaidJudge, kept_replies
+
+PAID = (f"judge={JUDGE}", "threads=1")
+RESULTS = ("claims.json", "study.yaml", *(f"{name}.parquet" for name in ("answers", "grades", "scores", "margin", "kl")))
+UNCOMPARED = ("manifest.json", ".eval", ".lock")            # measured times stand in manifests and in Inspect's logs
+
+
+def start(out: Path, *more: str, environment: dict = {}, words: tuple[str, ...] = ()) -> subprocess.Popen:
+    "Start the study in a process group of its own; what it prints goes into a file beside it."
+    out.parent.mkdir(parents=True, exist_ok=True)
+    log = (out.parent / f"{out.name}.log").open("a")
+    return subprocess.Popen([*command(out, "--yes", *words), *settings(*more)], stdout=log, stderr=log, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+
+
+def kill(process: subprocess.Popen):
+    "No warning, and none of its children left."
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def stage_folders(study: Path) -> dict[str, Path]:
+    "The artifacts that are in place: everything of a seed that is not hidden."
+    return {str(p.relative_to(study)): p for p in sorted(study.glob("seed-*/[!.]*")) if p.is_dir()}
+
+
+def is_whole(place: Path) -> bool:
+    "Whether every file that a manifest lists is there in its full length."
+    try: files = json.loads((place / "manifest.json").read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError): return False
+    sizes = {name: entry if isinstance(entry, int) else entry["bytes"] for name, entry in files.items()}
+    return bool(sizes) and all((place / name).is_file() and (place / name).stat().st_size == size for name, size in sizes.items())
+
+
+def manifests(study: Path) -> dict[str, str]:
+    "The manifest of every whole artifact; it holds measured times, so a stage that was run again has another."
+    return {name: (place / "manifest.json").read_text(encoding="utf-8") for name, place in stage_folders(study).items() if is_whole(place)}
+
+
+def phase(study: Path) -> str:
+    "What a killed study was doing, told from what it left."
+    running = [p.name.strip(".").removesuffix(".partial") for p in study.glob("seed-*/.*.partial")]
+    if running: return re.sub(r"^(answers|eval|probe|sft|grpo)-.*", r"\1", running[0])
+    if not study.exists() or not stage_folders(study): return "start-up"
+    return "tables, claims" if (study / "answers.parquet").exists() or len(stage_folders(study)) >= 24 else "between stages or start-up again"
+
+
+def contents(study: Path) -> dict[str, object]:
+    "Every result of a study by its name: tables by value, all other files by their bytes."
+    found = {}
+    for file in sorted(p for p in study.rglob("*") if p.is_file()):
+        name = file.relative_to(study)
+        if not name.parts[0].startswith("seed-") and str(name) not in RESULTS: continue
+        if str(name).endswith(UNCOMPARED) or "logs" in name.parts: continue
+        if file.suffix == ".parquet":
+            table = pd.read_parquet(file)
+            found[str(name)] = hashlib.sha256(table.drop(columns="study", errors="ignore").to_json(orient="split", double_precision=15).encode()).hexdigest()
+        else: found[str(name)] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return found
+
+
+def differences(study: Path, reference: dict[str, object]) -> list[str]:
+    "Names of results that are missing, that nobody asked for, or that are not the reference's."
+    mine = contents(study)
+    return sorted(name for name in mine.keys() | reference.keys() if mine.get(name) != reference.get(name))
+
+
+@dataclass
+class Killed:
+    "What became of one study that was killed."
+    number: int
+    moments: list[float] = field(default_factory=list)      # seconds after the start of each killed process
+    phases: list[str] = field(default_factory=list)         # what it was doing
+    whole: list[int] = field(default_factory=list)          # stages in place at each kill
+    half: list[str] = field(default_factory=list)           # artifacts in place that were not whole
+    repeated: list[str] = field(default_factory=list)       # stages in place before a kill and run again after it
+    lost: list[str] = field(default_factory=list)           # stages in place before a kill and missing at the end
+    different: list[str] = field(default_factory=list)      # results that are not those of the uninterrupted run
+    paid: int = 0                                           # calls the judge was sent
+    paid_twice: int = 0                                     # calls for a reply that was kept already
+    in_flight: int = 0                                      # calls that a kill cut off: sent, no reply kept
+    answered_in_flight: int = 0                             # of them: the judge had written its reply when the process died
+    asked_again: int = 0                                    # of those in flight: asked again later, because nothing could be known of them
+    failed: str = ""                                        # why the last process did not end well
+    wall_seconds: float = 0.0
+
+    @property
+    def good(self) -> bool: return not (self.half or self.repeated or self.lost or self.different or self.paid_twice or self.failed)
+
+
+def killed_study(number: int, out: Path, delays: list[float], reference: dict[str, object], judge: PaidJudge, more: tuple[str, ...] = PAID, timeout: float = 400) -> Killed | None:
+    "Run a study, kill it after each delay and start it again, then let it finish; None where a process ended before its kill."
+    record, began, run, kept, before = Killed(number), time.perf_counter(), f"{out.parent.name}", set(), {}
+    for attempt in range(len(delays) + 1):
+        process = start(out, *more, environment=judge.environment(run, attempt))
+        if attempt < len(delays):
+            try: process.wait(delays[attempt])
+            except subprocess.TimeoutExpired: kill(process)
+            else: return None
+        else:
+            try: process.wait(timeout)
+            except subprocess.TimeoutExpired: kill(process); record.failed = f"did not end in {timeout:.0f} s"
+            if process.returncode and not record.failed: record.failed = (out.parent / f"{out.name}.log").read_text().strip().splitlines()[-1][:300]
+        asked = judge.calls(run, attempt)
+        record.paid += asked.total()
+        record.paid_twice += sum(count for ref, count in asked.items() if ref in kept) + sum(count - 1 for ref, count in asked.items() if ref not in kept)
+        now = manifests(out)
+        record.repeated += [name for name, text in before.items() if name in now and now[name] != text]
+        record.lost += [name for name in before if name not in now]
+        before, kept = now, kept | kept_replies(out / "judge-replies.sqlite")
+        if attempt < len(delays):
+            record.moments.append(round(delays[attempt], 2)), record.phases.append(phase(out)), record.whole.append(len(now))
+            record.half += [name for name, place in stage_folders(out).items() if name not in now]
+            cut_off = set(asked) - kept
+            record.in_flight += len(cut_off)
+            record.answered_in_flight += len(cut_off & set(judge.answered[run, str(attempt)]))
+    sent = Counter()
+    for attempt in range(len(delays) + 1): sent.update(set(judge.calls(run, attempt)))
+    record.asked_again = sum(count - 1 for count in sent.values() if count > 1)
+    if not record.failed: record.different = differences(out, reference)
+    record.wall_seconds = round(time.perf_counter() - began, 1)
+    return record
+
+
+def moments(runs: int, seed: int, duration: float) -> list[list[float]]:
+    "When to kill: one moment a run, spread evenly over an uninterrupted run's length with a random place in each share; every fourth run is killed a second time."
+    draws = []
+    for number in range(runs):
+        rng = random.Random(f"{seed}-{number}")
+        delays = [0.97 * duration * (number + rng.random()) / runs]
+        if number % 4 == 3: delays.append(rng.random() * 0.8 * (duration - delays[0]) + 3)
+        draws.append(delays)
+    return draws
+
+
+def summary(records: list[Killed]) -> dict:
+    "The counts of all runs."
+    def total(name): return sum(len(v) if isinstance(v := getattr(r, name), list) else v for r in records)
+    counts = {name: total(name) for name in ("lost", "repeated", "half", "different", "paid", "paid_twice", "in_flight", "answered_in_flight", "asked_again")}
+    phases = Counter(p for r in records for p in r.phases)
+    return {"runs": len(records), "kills": sum(len(r.moments) for r in records), "identical": sum(r.good for r in records), **counts, "failed": sum(bool(r.failed) for r in records),
+            "phases": dict(phases.most_common()), "stages_in_place": sum(sum(r.whole) for r in records), "seconds_at_kill": [r.moments for r in records], "bad": [asdict(r) for r in records if not r.good]}
