@@ -36,7 +36,7 @@ def interruptible():
         for number, handler in before.items(): signal.signal(number, handler)
     if seen: raise KeyboardInterrupt
 
-# %% ../nbs/12e_engine.ipynb #a0e2c0fe
+# %% ../nbs/12e_engine.ipynb #ee6050e0
 @contextmanager
 def undisturbed():
     "Let a short piece of work come to its end before Ctrl-C or SIGTERM is answered."
@@ -46,7 +46,7 @@ def undisturbed():
     try: yield
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
-    if seen: raise KeyboardInterrupt
+    if seen: raise KeyboardInterrupt(seen[0])
 
 
 def _put_away(study: Study, stage: Stage, partial: Path, facts: dict) -> dict:
@@ -57,6 +57,7 @@ def _put_away(study: Study, stage: Stage, partial: Path, facts: dict) -> dict:
     manifest = write_sealed(partial / MANIFEST, manifest)
     check_held(study.folder)
     put_in_place(partial, study.folder / stage.place)
+    remove(hidden(study.folder / stage.place, "checkpoints"))
     return manifest
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOCK', 'NOTE', 'SILENCE', 'SIGN', 'holder', 'hold', 'lost', 'check_held', 'locked']
 
-# %% ../nbs/12b_lock.ipynb #8814dbae
+# %% ../nbs/12b_lock.ipynb #7bcc71be
 import json
 import os
 import socket
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from functools import wraps
+from inspect import signature
 from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
@@ -126,7 +127,7 @@ def hold(
         if new:
             with suppress(OSError): folder.rmdir() # nothing was written: the refused start leaves nothing
 
-# %% ../nbs/12b_lock.ipynb #d4d7bbc3
+# %% ../nbs/12b_lock.ipynb #a5f90cf4
 def lost(
     folder: str | Path, # a study that this process holds
 ) -> bool: # whether another process has taken it over meanwhile
@@ -147,8 +148,8 @@ def locked(
 ) -> Callable: # decorator for a function with the parameters `folder` and `say`
     "Let a function hold the lock of the study that it works on."
     def decorate(function):
-        import inspect
-        parameters = inspect.signature(function)
+        "The same function, which holds the lock while it works."
+        parameters = signature(function)
         @wraps(function)
         def holding(*args, **keywords):
             given = parameters.bind(*args, **keywords)

@@ -7,9 +7,10 @@ __all__ = ['PACKAGES', 'provenance', 'peak_memory_mb', 'flat', 'study_name', 'St
            'clear_kept', 'take_stock', 'refuse_missing_sources', 'check_artifact', 'check_passes', 'note_laid_together',
            'check_for_report']
 
-# %% ../nbs/12b_store.ipynb #b6dc9d42
+# %% ../nbs/12b_store.ipynb #7d618a20
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import yaml
 
-from .artifact import MANIFEST, RECORD, add_to_record, file_records, find_damage, read_record, read_sealed, recorded_damage, remove, settle, writable, write_json, write_recorded
+from .artifact import MANIFEST, RECORD, add_to_record, file_damage, find_damage, read_record, read_sealed, recorded_damage, remove, settle, what_takes_room, writable, write_json, write_recorded
 from .graph import Stage, digest, graph, is_local, path_digest, source_digest, source_settings
 from .lock import LOCK, hold
 from .study import InputError, Preset, build_preset
@@ -47,7 +48,7 @@ def peak_memory_mb() -> float:
     "Highest memory of this process so far, in MB (Linux counts in kilobytes, macOS in bytes)."
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 1024), 1)
 
-# %% ../nbs/12b_store.ipynb #bddd5bd1
+# %% ../nbs/12b_store.ipynb #8dcdb162
 def flat(values: dict, prefix: str = "") -> dict:
     return {k: v for name, value in values.items() for k, v in (flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}).items()}
 
@@ -133,7 +134,7 @@ class Study:
 
     def stages(self, preset: Preset, seeds: int | None = None) -> list[Stage]:
         "The graph of the study, by default of as many seeds as there are folders."
-        there = [int(p.name[5:]) for p in self.folder.glob("seed-*") if p.name[5:].isdigit() and len(p.name) < 12]
+        there = [int(p.name[5:]) for p in self.folder.glob("seed-*") if re.fullmatch("seed-[0-9]{1,6}", p.name)]
         return graph(preset, max(there, default=0) if seeds is None else seeds, self.sources)
 
     def manifest(self, stage: Stage) -> dict | None:
@@ -193,7 +194,7 @@ class Study:
 
 def _damage(place: Path, manifest: dict | None, content: bool = True) -> str | None:
     "What is wrong with an artifact, in words that name its place; raises `InputError` where it cannot be read."
-    if manifest is None: return f"{place}: {MANIFEST} is {'damaged, or was edited by hand' if (place / MANIFEST).is_file() else 'missing'}"
+    if manifest is None: return f"{place}: {MANIFEST} is {'damaged, was edited by hand, or is of an older version' if (place / MANIFEST).is_file() else 'missing'}"
     try: wrong = find_damage(place, manifest["files"], content)
     except OSError as error: raise InputError(f"{error.filename or place} cannot be read ({error.strerror}): mend that, or delete {place} and run the study again, that makes it anew") from None
     return wrong and f"{place}: {wrong}"
@@ -287,7 +288,7 @@ def refuse_missing_sources(
         places = " ".join(f"--set {name}=PATH" for name in missing)
         raise InputError(f"{', '.join(missing.values())} {'is' if len(missing) == 1 else 'are'} not on this machine, and {pending[0].id} is still to be made: say where with {places}")
 
-# %% ../nbs/12b_store.ipynb #f983865e
+# %% ../nbs/12b_store.ipynb #10fab36f
 def check_artifact(path: str | Path):
     "Raise `InputError` for a damaged stage of a study, or a folder within one; any other folder passes."
     path = Path(path).resolve()
@@ -315,4 +316,5 @@ def check_for_report(study: Study):
         if not folder.exists(): continue
         if manifest is None: raise InputError(f"{_damage(folder, None)}: run the study again, that makes {folder.name} anew")
         if manifest["key"] != key: raise InputError(f"the tables of {study.folder} are older than {place}: run the study again, that lays them together anew")
-        if manifest["kind"] == "grpo": check_artifact(folder)
+        drawn = {name: entry for name, entry in manifest["files"].items() if name == "completions.parquet"}
+        if wrong := next(filter(None, (file_damage(folder / name, name, entry) for name, entry in drawn.items())), None): raise InputError(f"{folder}: {wrong}: run the study again, that makes {folder.name} anew")

@@ -102,9 +102,9 @@ def test_a_read_only_folder(tmp_path):
     finally: subprocess.run(["umount", "-l", disk], check=True)
 
 
-def test_damaged_study_files(study_copy):
+def test_damaged_settings_are_not_replaced_by_others(study_copy):
     (study_copy / "study.yaml").write_text("{ not yaml: [")
-    assert_one_line(run_study(study_copy), "study.yaml")
+    assert_one_line(run_study(study_copy, "sft.learning_rate=0.001"), "study.yaml is missing or damaged", "made with other settings than these")
 
 
 def test_a_damaged_manifest_is_made_again(study_copy, finished):

@@ -276,6 +276,7 @@ def test_a_model_that_is_down(tmp_path):
 def test_answers_that_do_not_fit(folder):
     file = next(folder.glob("answers/mockllm*/anima.parquet"))
     pd.read_parquet(file).iloc[1:].to_parquet(file)
+    (folder / "record.json").unlink()
     with pytest.raises(InputError) as error: judge(folder, "strict")
     assert_one_line(error, "do not fit the benchmark (7 for 8, 1 missing)")
     file.write_bytes(b"PAR1")

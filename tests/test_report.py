@@ -32,6 +32,7 @@ sys.exit(main(["report", sys.argv[1]]))
 def enrich(study: Path):
     "Give a finished study what the crash-test size leaves out: a GRPO arm, a second judge, margins, KL, an answer that is an attack."
     draw = np.random.default_rng(0)
+    (study / "record.json").unlink()
     tables = {name: pd.read_parquet(study / f"{name}.parquet") for name in ("answers", "grades", "scores")}
     for name, table in tables.items():
         table = pd.concat([table, table[table["model"] == "sft-help"].assign(model="grpo-help")], ignore_index=True)
@@ -137,6 +138,7 @@ def test_parts_that_are_missing_are_said_to_be(study_copy):
 def damage(study: Path, how: str):
     "Spoil a finished study in one way."
     scores = study / "scores.parquet"
+    if how.startswith("scores of"): (study / "record.json").unlink() # a table that somebody put there
     if how == "no study": (study / "study.yaml").unlink()
     if how == "half a study": [(study / f"{name}.parquet").unlink() for name in ("scores", "grades", "answers")]
     if how == "truncated scores": scores.write_bytes(scores.read_bytes()[:2000])
@@ -150,7 +152,7 @@ def damage(study: Path, how: str):
 
 @pytest.mark.parametrize("how, said", [("no study", "is not a study folder"), ("half a study", "finish it with"), ("truncated scores", "is damaged"), ("scores of another study", "belongs to the study 'elsewhere'"),
                                        ("scores of a namesake", "grpo-code, seed 1, which this study never made"), ("scores of something else", "lacks the columns"), ("truncated answers", "is damaged"),
-                                       ("damaged settings", "cannot be read as a study"), ("figures in the way", "cannot write")])
+                                       ("damaged settings", "is damaged or was edited by hand"), ("figures in the way", "cannot write")])
 def test_bad_input_is_one_line(study_copy, capsys, how, said):
     before = (study_copy / "report.html").read_bytes()
     damage(study_copy, how)

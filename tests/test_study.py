@@ -129,8 +129,8 @@ def test_interrupted_in_any_stage_it_carries_on(study_copy, finished, stage, how
     shutil.rmtree(place)
     process = subprocess.Popen([*command(study_copy), *settings()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     partial = place.with_name(f".{stage}.partial")
-    if stage == "base": time.sleep(1.4)                          # done in a blink: interrupt the checks that come before it
-    while stage != "base" and not partial.exists() and process.poll() is None: time.sleep(0.01)
+    sign = study_copy / ".lock.holder" if stage == "base" else partial # the base is done in a blink: interrupt the checks that come before it
+    while not sign.exists() and process.poll() is None: time.sleep(0.01)
     time.sleep(0.1)
     process.send_signal(how)
     _, stderr = process.communicate(timeout=60)
