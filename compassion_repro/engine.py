@@ -17,24 +17,24 @@ from .stages import RUN, Work
 from .store import Study, file_sizes, peak_memory_mb, provenance, writable, write_json
 from .study import Preset
 
-# %% ../nbs/12e_engine.ipynb #dd5e7cc2
+# %% ../nbs/12e_engine.ipynb #a1b60225
 @contextmanager
 def interruptible():
-    "Make sure that Ctrl-C and SIGTERM end the work inside as `KeyboardInterrupt`, even where a library swallows them."
+    "Make sure that Ctrl-C and SIGTERM end the work inside as `KeyboardInterrupt` with the signal's number, even where a library swallows them."
     seen = []
     def note(number, frame):
         seen.append(number)
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(number)
     main = threading.current_thread() is threading.main_thread()
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
     try: yield
-    except Exception:
+    except (Exception, KeyboardInterrupt):
         if not seen: raise
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
-    if seen: raise KeyboardInterrupt
+    if seen: raise KeyboardInterrupt(seen[0])
 
-# %% ../nbs/12e_engine.ipynb #dac433ed
+# %% ../nbs/12e_engine.ipynb #0753501a
 def run_stage(
     study: Study, # where it goes
     preset: Preset, # the configuration
@@ -57,5 +57,6 @@ def run_stage(
             write_json(partial / "manifest.json", manifest)
             shutil.rmtree(place, ignore_errors=True)
             partial.rename(place)
+            shutil.rmtree(place.with_name(f".{place.name}.checkpoints"), ignore_errors=True)
         finally: shutil.rmtree(partial, ignore_errors=True)
     return manifest

@@ -57,7 +57,7 @@ class Work:
         "Folder of an input's artifact."
         return self.study.folder / self.stage.inputs[number].place
 
-# %% ../nbs/12d_stages.ipynb #0f3473f9
+# %% ../nbs/12d_stages.ipynb #f86953ef
 def _take(source: str, target: str):
     "A copy; of weights too big to store once per seed (above 64 MB) a hard link, where the disk allows one."
     if os.path.getsize(source) > WHOLE:
@@ -115,7 +115,7 @@ def _run_midtrain(work: Work) -> dict:
     count = midtrain.replay_rows(len(documents), preset.midtrain.replay)
     replay = training_rows(preset.data.replay, "text", count, 1, seed)[0][:count] if count else []
     _save_rows(work, documents + replay, held_out)
-    done = midtrain.midtrain(work.input(), documents, replay, held_out, work.out, preset.midtrain, seed, preset.lora, work.report, **_held(work))
+    done = midtrain.midtrain(work.input(), documents, replay, held_out, work.out, preset.midtrain, seed, preset.lora, work.report, checkpoints=_checkpoints(work), **_held(work))
     return {**done, "documents": len(documents), "replayed": len(replay), "data": report}
 
 
@@ -129,9 +129,9 @@ def _run_sft(work: Work) -> dict:
     train, held_out, report = rows[name]
     _save_rows(work, train, held_out)
     steps = sft.matched_steps(work.input(), [train] if preset.sft.dose == "full" else [r[0] for r in rows.values()], preset.sft, template)
-    return {**sft.sft(work.input(), train, held_out, work.out, preset.sft, steps, seed, preset.lora, work.report, work.stage.model, **_held(work)), "data": report}
+    return {**sft.sft(work.input(), train, held_out, work.out, preset.sft, steps, seed, preset.lora, work.report, work.stage.model, checkpoints=_checkpoints(work), **_held(work)), "data": report}
 
-# %% ../nbs/12d_stages.ipynb #2ec56efb
+# %% ../nbs/12d_stages.ipynb #7ea68094
 def _run_reward(work: Work) -> dict:
     from compassion_repro import models, rewards
     source = work.preset.models.reward
@@ -159,8 +159,14 @@ def _run_grpo(work: Work) -> dict:
 
 
 def _checkpoints(work: Work) -> Path:
-    "Where a stage leaves what it needs to carry on after a kill: hidden beside the stage's place, gone when the stage is done."
-    return work.out.with_name(f".{work.stage.id}.checkpoints")
+    "Where a stage leaves what it needs to carry on after a kill: hidden beside the stage's place, marked with its key, gone when the stage is done."
+    folder = work.out.with_name(f".{work.stage.id}.checkpoints")
+    mark = folder / "key"
+    if not (mark.is_file() and mark.read_bytes() == work.stage.key.encode()):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_atomically(mark, lambda partial: partial.write_text(work.stage.key))
+    return folder
 
 
 def without_jail(

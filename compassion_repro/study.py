@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['STARTS', 'PARADIGMS', 'DOMAINS', 'ARMS', 'CROSSED', 'Count', 'Source', 'DEEPSEEKMATH', 'TRL_DEFAULT', 'GRPO_SETTINGS',
-           'PAPER', 'KINDS', 'CLAIMS', 'FAMILIES', 'FIDELITY', 'InputError', 'write_atomically', 'Arm', 'parse_model',
-           'Section', 'Lora', 'Training', 'Generation', 'settings_markdown', 'Grpo', 'Models', 'Compute', 'Benchmark',
-           'Statistics', 'Margin', 'Data', 'Preset', 'presets', 'build_preset', 'load_preset', 'PaperFigure',
-           'paper_percent', 'Cell', 'Reading', 'Claim', 'readings', 'claim_readings', 'family_of', 'Fidelity',
-           'fidelity_markdown']
+           'PAPER', 'KINDS', 'CLAIMS', 'FAMILIES', 'FIDELITY', 'InputError', 'Notice', 'write_atomically', 'Arm',
+           'parse_model', 'Section', 'Lora', 'Training', 'Generation', 'settings_markdown', 'Grpo', 'Models', 'Compute',
+           'Benchmark', 'Statistics', 'Margin', 'Data', 'Preset', 'presets', 'build_preset', 'load_preset',
+           'PaperFigure', 'paper_percent', 'Cell', 'Reading', 'Claim', 'readings', 'claim_readings', 'family_of',
+           'Fidelity', 'fidelity_markdown']
 
 # %% ../nbs/00_study.ipynb #e77f5e6d
 import contextlib
@@ -26,6 +26,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 # %% ../nbs/00_study.ipynb #ba6437bd
 class InputError(ValueError):
     "Bad input from the user: one line that says what is wrong and what to do (exit status 2 on the command line)."
+
+# %% ../nbs/00_study.ipynb #576ed3dc
+class Notice(str):
+    "A line of progress that is worth keeping."
 
 # %% ../nbs/00_study.ipynb #589df293
 def write_atomically(
@@ -249,7 +253,7 @@ class Grpo(Section):
         "Forward passes an optimiser step, once the micro-batch is a number."
         return self.completions // self.micro_batch
 
-# %% ../nbs/00_study.ipynb #e9d99d25
+# %% ../nbs/00_study.ipynb #f4df0d65
 class Models(Section):
     "Where models come from, and how their weights are held in training."
     base: Source # `world:base`, a folder, or a hub id with @revision
@@ -282,6 +286,9 @@ class Compute(Section):
     compile: bool = False # torch.compile
     liger: Literal["auto"] | bool = "auto" # Liger's kernels for norms, gates and rotations; auto: on a GPU, where `liger-kernel` is installed
     tf32: bool = True # 19-bit products of float32 matrices, on GPUs that have them
+    checkpoint_minutes: float = Field(10, gt=0) # minutes of training between two checkpoints
+    checkpoints_kept: int = Field(1, ge=1) # checkpoints of a running stage that are kept
+    checkpoint_gb: float = Field(64, gt=0) # most that they may take on disk, in GB of 2**30 bytes
 
 # %% ../nbs/00_study.ipynb #6996fc37
 class Benchmark(Section):

@@ -72,7 +72,7 @@ def test_killed_without_warning_it_carries_on_and_ends_the_same(tmp_path):
     assert any("carrying on from step" in line for line in told)
     assert without_time(done["log"]) == without_time(whole["log"]) and equal(weights(tmp_path / "arm"), weights(tmp_path / "whole"))
     assert pd.read_parquet(tmp_path / "arm" / "completions.parquet").equals(pd.read_parquet(tmp_path / "whole" / "completions.parquet"))
-    assert not checkpoints.exists()
+    assert [place.name for place in checkpoints.glob("checkpoint-*")] == ["checkpoint-6"]
 
 
 def test_checkpoints_of_other_settings_are_not_taken_up(tmp_path):
