@@ -6,7 +6,7 @@
 __all__ = ['Setup', 'slug', 'read_setup', 'settle', 'setup_of', 'load_setup', 'generate', 'collect_answers', 'pending',
            'save_pass', 'judge_folder', 'evaluate_models', 'summary', 'make_sheet', 'add_sheet']
 
-# %% ../nbs/13b_evaluation.ipynb #3b304b37
+# %% ../nbs/13b_evaluation.ipynb #f6a3acba
 import contextlib
 import hashlib
 import json
@@ -216,13 +216,13 @@ def _write_together(folder: Path, name: str):
     table = lay_together(folder, name, _top(folder, name))
     with writable(folder): write_atomically(folder / f"{name}.parquet", table.to_parquet)
 
-# %% ../nbs/13b_evaluation.ipynb #5451803e
+# %% ../nbs/13b_evaluation.ipynb #a5507ca2
 def _one_pass(folder: Path, setup: Setup, answers, judge: str, settings: dict, replies, substitute_for: str | None, report) -> int:
     "Let one judge judge the given answers and save its pass; returns on how many answers it failed."
     from compassion_repro import judge as judging
     from compassion_repro.judges import open_judge
     tasks = {n: judging.with_judge(t, judge, settings) for n, t in load_setup(setup, folder / "benchmarks", open_judge(judge, settings, replies)).items() if not t.own}
-    grades, scores = judging.judge_answers(answers, tasks, judge, _pass_folder(folder, judge) / "logs", folder.name, lambda line: report(f"{judge}: {line}"), substitute_for)
+    with writable(folder): grades, scores = judging.judge_answers(answers, tasks, judge, _pass_folder(folder, judge) / "logs", folder.name, lambda line: report(f"{judge}: {line}"), substitute_for)
     save_pass(folder, judge, {"grades": grades, "scores": scores}, {"settings": settings, "substitute_for": substitute_for, "unjudged_in": grades.attrs["unjudged_in"]})
     return grades.attrs["unjudged"]
 

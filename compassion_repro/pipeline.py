@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pin_sources', 'check_inputs', 'run', 'collect', 'compare_templates', 'training_record', 'analyse']
 
-# %% ../nbs/13_pipeline.ipynb #e3d053d6
+# %% ../nbs/13_pipeline.ipynb #0a3bda9e
 import json
 import math
 from contextlib import suppress
@@ -17,7 +17,7 @@ from .graph import Stage, graph, is_local, trained_arms
 from .prices import judge_names
 from .stages import prepare, study_tasks, training_rows, without_jail
 from .store import Study, flat, stage_facts, writable
-from .study import InputError, Preset, build_preset, write_atomically
+from .study import InputError, Notice, Preset, build_preset, write_atomically
 
 # %% ../nbs/13_pipeline.ipynb #43118acb
 def _used_sources(preset: Preset) -> dict[str, str]:
@@ -80,7 +80,7 @@ def check_inputs(
         if number < len(preset.benchmarks) and (left := task.provenance.get("left_out")): say(f"warning: the official task leaves out {len(left)} questions of {name}: {', '.join(map(str, left[:5]))}")
         if not task.judge_valid: say(f"warning: the {judge} judge cannot read the indicators of {name}, so its scores mean nothing there; name a model with --set judge=...")
 
-# %% ../nbs/13_pipeline.ipynb #abac62eb
+# %% ../nbs/13_pipeline.ipynb #44b286ef
 def run(
     preset: Preset, # the study
     folder: str | Path, # where it lives
@@ -106,7 +106,7 @@ def run(
         for number, stage in enumerate(pending, 1):
             label = f"[{number}/{len(pending)}] seed {stage.seed}, {stage.id}"
             report(label)
-            manifest = run_stage(study, preset, stage, lambda line: report(f"{label}: {line}"), unsafe)
+            manifest = run_stage(study, preset, stage, lambda line: (say if isinstance(line, Notice) else report)(f"{label}: {line}"), unsafe)
             say(f"{label}: {manifest['seconds']:.1f} s; {stage_facts(manifest)}")
         stages = study.finished(preset, left_out)
         collect(study, stages)

@@ -178,7 +178,7 @@ def without_jail(
     needy = [arm.model for arm in trained_arms(preset) if arm.reward == "code"]
     return needy if needy and not unsafe and sandbox.level() == "none" else []
 
-# %% ../nbs/12d_stages.ipynb #88bb952f
+# %% ../nbs/12d_stages.ipynb #d131f0bb
 @cache
 def study_tasks(benchmarks: str, judge: str, folder: Path) -> dict:
     from compassion_repro import judge as judging, judges
@@ -195,7 +195,7 @@ def _run_answers(work: Work) -> dict:
     from compassion_repro import evaluate
     questions = [q for task in _tasks(work).values() for q in task.questions]
     generation = work.preset.generation.model_copy(update={"template": work.stage.config["generation"]["template"]})
-    answers = evaluate.generate_answers(work.input(), work.stage.model, questions, work.stage.seed, generation, report=work.report)
+    answers = evaluate.generate_answers(work.input(), work.stage.model, questions, work.stage.seed, generation, report=work.report, checkpoints=_checkpoints(work))
     write_atomically(work.out / "answers.parquet", answers.to_parquet)
     cut_off = float((answers.stop_reason == "length").mean())
     return {"answers": len(answers), "tokens": int(answers.tokens.sum()), "cut_off": cut_off, "warnings": cut_off_alarm(cut_off, work.preset.generation), **answers.attrs}
