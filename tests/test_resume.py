@@ -10,6 +10,7 @@ from unittest import mock
 
 import pandas as pd
 import pytest
+import torch
 from conftest import CRASH_SIZE
 from test_judge import HEARD, WORKING # with them the judge that costs money
 
@@ -28,7 +29,8 @@ def without(finished, out, stage_id, *more):
     stage = next(stage for stage in graph.graph(preset) if stage.id == stage_id)
     shutil.rmtree(study.folder / stage.place)
     told = []
-    return study, stage, lambda report=told.append: engine.run_stage(study, preset, stage, report), told
+    def run(*machine, report=told.append): return engine.run_stage(study, load_preset("smoke", [*CRASH_SIZE, *more, *machine]), stage, report)
+    return study, stage, run, told
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def whole(finished, tmp_path_factory):
 
 
 @pytest.fixture
-def cut_mid(whole, tmp_path): return lambda *more: without(whole, tmp_path / "study", "mid", *LONGER, *more)
+def cut_mid(whole, tmp_path): return without(whole, tmp_path / "study", "mid", *LONGER)
 
 
 def hidden(study, stage): return (study.folder / stage.place).with_name(f".{stage.id}.checkpoints")
@@ -80,7 +82,7 @@ def power_cut(): raise SystemExit("the power went")
 # ---- training
 
 def test_a_signal_ends_the_step_and_saves_it(cut_mid, whole, tmp_path):
-    study, stage, run, told = cut_mid()
+    study, stage, run, told = cut_mid
     with at_step(7, lambda: signal.raise_signal(signal.SIGTERM)) as happened, pytest.raises(KeyboardInterrupt) as interrupt: run()
     assert happened and interrupt.value.args == (signal.SIGTERM,)
     folder = hidden(study, stage)
@@ -103,21 +105,10 @@ def test_an_arm_is_carried_on_even_from_its_last_step(cut, finished):
     assert_same_training(study, finished, stage)
 
 
-@pytest.fixture
-def killed(cut_mid):
-    "Mid-training killed in its tenth step, with a checkpoint after each step and two of them kept."
-    study, stage, run, told = cut_mid(*EACH_STEP, "compute.checkpoints_kept=2")
-    with at_step(10, power_cut), pytest.raises(SystemExit): run()
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(cut_mid, whole):
+    study, stage, run, told = cut_mid
+    with at_step(10, power_cut), pytest.raises(SystemExit): run(*EACH_STEP, "compute.checkpoints_kept=2")
     assert sorted(path.name for path in hidden(study, stage).glob("checkpoint-*")) == ["checkpoint-8", "checkpoint-9"]
-    return study, stage, run, told
-
-
-class Program:
-    def __reduce__(self): return os.system, ("touch executed",)
-
-
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(killed, whole):
-    study, stage, run, told = killed
     newest = hidden(study, stage) / "checkpoint-9" / "optimizer.pt"
     os.truncate(newest, newest.stat().st_size // 2)
     run()
@@ -125,49 +116,46 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(killed, whole):
     assert_same_training(study, whole, stage)
 
 
-def test_a_checkpoint_that_holds_a_program_is_not_opened(killed, whole, tmp_path, monkeypatch):
-    import torch
-    study, stage, run, told = killed
+class Program:
+    def __reduce__(self): return os.system, ("touch executed",)
+
+
+def test_a_checkpoint_that_holds_a_program_is_not_opened(cut, finished, tmp_path, monkeypatch):
+    study, stage, run, told = cut("sft-help")
     monkeypatch.chdir(tmp_path)
-    for place in hidden(study, stage).glob("checkpoint-*"):
-        torch.save(Program(), place / "optimizer.pt")
-        checkpoints.seal(place) # whoever brought it sealed it too
+    with at_step(1, lambda: signal.raise_signal(signal.SIGINT)), pytest.raises(KeyboardInterrupt): run()
+    torch.save(Program(), hidden(study, stage) / "checkpoint-1" / "optimizer.pt")
+    checkpoints.seal(hidden(study, stage) / "checkpoint-1") # whoever brought it sealed it too
     run()
     assert not (tmp_path / "executed").exists() and not any("carrying on" in line for line in told)
-    assert_same_training(study, whole, stage)
-
-
-def test_what_another_key_left_is_thrown_away(cut, finished):
-    study, stage, run, told = cut("mid")
-    shutil.copytree(finished / stage.place, hidden(study, stage) / "checkpoint-1")
-    (hidden(study, stage) / "key").write_text("of another configuration")
-    run()
-    assert not any("carrying on" in line or "damaged" in line for line in told)
     assert_same_training(study, finished, stage)
 
 
-def test_a_full_disk_costs_the_checkpoint_and_not_the_training(cut_mid, whole):
-    study, stage, run, told = cut_mid(*EACH_STEP)
+def test_a_full_disk_costs_the_checkpoint_and_not_the_training(cut, finished):
+    study, stage, run, told = cut("sft-help")
     _, hard = limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     def report(line):
         told.append(line)
         if "could not be written" in line: resource.setrlimit(resource.RLIMIT_FSIZE, limit) # room again
     try:
-        with at_step(2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))): run(report)
+        with at_step(2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))): run(*EACH_STEP, report=report)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     [line] = [line for line in told if "could not be written" in line]
     assert "the checkpoint of step 2" in line and "training goes on without it" in line and isinstance(line, Notice)
-    assert_same_training(study, whole, stage)
+    assert_same_training(study, finished, stage)
 
 
-def test_checkpoints_keep_to_their_budget(cut, finished):
-    study, stage, run, told = cut("mid", *EACH_STEP, "compute.checkpoint_gb=0.0001")
+def test_checkpoints_keep_to_their_budget_and_what_another_key_left_is_thrown_away(cut, finished):
+    study, stage, run, told = cut("sft-help")
+    shutil.copytree(finished / stage.place, hidden(study, stage) / "checkpoint-1")
+    (hidden(study, stage) / "key").write_text("of another configuration")
     seen = []
     def report(line):
         told.append(line)
         seen.extend(hidden(study, stage).glob("checkpoint-*"))
-    run(report)
+    run(*EACH_STEP, "compute.checkpoint_gb=0.0001", report=report)
     assert not seen and any("no checkpoint is written: it takes about" in line and "compute.checkpoint_gb=0.0001" in line for line in told)
+    assert not any("carrying on" in line or "damaged" in line for line in told)
     assert_same_training(study, finished, stage)
 
 
