@@ -180,7 +180,7 @@ def stoppable(
         restore()
     if stop.asked is not None: signal.raise_signal(stop.asked)
 
-# %% ../nbs/03d_checkpoints.ipynb #5f60d450
+# %% ../nbs/03d_checkpoints.ipynb #59cc4c70
 class Checkpoints(TrainerCallback):
     "Trains to the end, from the last checkpoint that counts, and saves on the way."
     def __init__(
@@ -244,15 +244,17 @@ class Checkpoints(TrainerCallback):
 
     def _make_room(self, place: Path) -> bool:
         "Whether a checkpoint may be written; older ones go first where the budget holds only one."
+        there = [path for path in _checkpoints(self.folder) if path != place] if self.trainer.args.should_save else [] # one process tidies up
+        sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in there}
         weights = sum(weight.numel() for weight in self.trainer.model.parameters() if weight.requires_grad)
-        sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in _checkpoints(self.folder) if path != place}
         needed, budget = max([12 * weights, *sizes.values()]), self.compute.checkpoint_gb * 2**30 # Adam keeps two numbers beside each weight
-        if needed > budget: self._note(f"no checkpoint is written: it takes about {needed / 2**30:.1f} GB, more than compute.checkpoint_gb={self.compute.checkpoint_gb:g}")
-        while needed <= budget < needed + sum(sizes.values()) and self.trainer.args.should_save:
+        [too_much] = self._agreed(needed > budget)
+        if too_much: self._note(f"no checkpoint is written: it takes about {needed / 2**30:.3g} GB, more than compute.checkpoint_gb={self.compute.checkpoint_gb:g}")
+        while not too_much and sizes and needed + sum(sizes.values()) > budget:
             oldest = min(sizes, key=_step)
             sizes.pop(oldest)
             shutil.rmtree(oldest, ignore_errors=True)
-        return needed <= budget
+        return not too_much
 
     def _close(self, place: Path, loss: float, failed: Exception | None):
         "Seal a checkpoint and remove those it replaces; one that could not be written is removed itself."

@@ -6,11 +6,12 @@
 __all__ = ['Setup', 'slug', 'read_setup', 'settle', 'setup_of', 'load_setup', 'generate', 'collect_answers', 'pending',
            'save_pass', 'judge_folder', 'evaluate_models', 'summary', 'make_sheet', 'add_sheet']
 
-# %% ../nbs/13b_evaluation.ipynb #f6a3acba
+# %% ../nbs/13b_evaluation.ipynb #36fece4b
 import contextlib
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,7 +111,7 @@ def load_setup(
         return narrowed(loaded, None if loaded.own else setup.languages, setup.limit)
     return {name: load(name, section) for name, section in setup.benchmarks.items()}
 
-# %% ../nbs/13b_evaluation.ipynb #bf3f42ab
+# %% ../nbs/13b_evaluation.ipynb #0f752a17
 def _weights(model: str) -> str:
     "Identity of a model's weights; raises `InputError` where there is no such model."
     from compassion_repro.evaluate import find_local, is_hosted
@@ -133,13 +134,15 @@ def generate(
         missing, opened = [name for name, file in files.items() if not file.is_file()], None
         for name in missing:
             files[name].parent.mkdir(parents=True, exist_ok=True)
+            parts = files[name].with_name(f".{slug(name)}.checkpoints")
             logs, told = folder / "answers" / slug(model) / "logs", lambda line: report(f"{model}, {name}: {line}")
             if evaluate.is_hosted(model): answers = evaluate.generate_hosted(model, tasks[name], setup.seed, setup.generation, logs, told)
             else:
                 opened = opened or evaluate.open_model(evaluate.find_local(model))
                 questions = with_prompts(tasks[name], logs)
-                answers = evaluate.generate_answers(opened, model, questions, setup.seed, setup.generation, report=told)
+                with writable(folder): answers = evaluate.generate_answers(opened, model, questions, setup.seed, setup.generation, report=told, checkpoints=parts)
             with writable(folder): write_atomically(files[name], answers.to_parquet)
+            shutil.rmtree(parts, ignore_errors=True)
             empty = f"; {answers['empty'].mean():.0%} are empty" if answers["empty"].any() else ""
             say(f"{model}, {name}: {len(answers):,} answers{empty}")
 
