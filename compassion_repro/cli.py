@@ -418,7 +418,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--out", default="bench_gpu.json", metavar="FILE", help="where --gpu saves its figures (default bench_gpu.json)")
     return parser
 
-# %% ../nbs/14_cli.ipynb #265cfc0c
+# %% ../nbs/14_cli.ipynb #91b8c2d7
 def main(
     argv: list[str] | None = None, # words of the command line; default: the process's own
 ) -> int: # exit status
@@ -433,9 +433,9 @@ def main(
         if debug: raise
         print(f"compassion-repro: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\ncompassion-repro: interrupted; finished stages are kept, the same command carries on", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        print("\ncompassion-repro: interrupted; what is finished or saved is kept, the same command carries on", file=sys.stderr)
+        return 128 + next((number for number in interrupt.args if isinstance(number, int)), 2)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

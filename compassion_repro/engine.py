@@ -19,22 +19,22 @@ from .stages import RUN, Work
 from .store import Study, peak_memory_mb, provenance
 from .study import Preset
 
-# %% ../nbs/12e_engine.ipynb #dd5e7cc2
+# %% ../nbs/12e_engine.ipynb #a1b60225
 @contextmanager
 def interruptible():
-    "Make sure that Ctrl-C and SIGTERM end the work inside as `KeyboardInterrupt`, even where a library swallows them."
+    "Make sure that Ctrl-C and SIGTERM end the work inside as `KeyboardInterrupt` with the signal's number, even where a library swallows them."
     seen = []
     def note(number, frame):
         seen.append(number)
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(number)
     main = threading.current_thread() is threading.main_thread()
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
     try: yield
-    except Exception:
+    except (Exception, KeyboardInterrupt):
         if not seen: raise
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
-    if seen: raise KeyboardInterrupt
+    if seen: raise KeyboardInterrupt(seen[0])
 
 # %% ../nbs/12e_engine.ipynb #ee6050e0
 @contextmanager

@@ -6,11 +6,12 @@
 __all__ = ['Setup', 'slug', 'read_setup', 'settle', 'setup_of', 'load_setup', 'generate', 'collect_answers', 'pending',
            'save_pass', 'judge_folder', 'evaluate_models', 'summary', 'make_sheet', 'add_sheet']
 
-# %% ../nbs/13b_evaluation.ipynb #b57b51d4
+# %% ../nbs/13b_evaluation.ipynb #9ef33e47
 import contextlib
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,7 +113,7 @@ def load_setup(
         return narrowed(loaded, None if loaded.own else setup.languages, setup.limit)
     return {name: load(name, section) for name, section in setup.benchmarks.items()}
 
-# %% ../nbs/13b_evaluation.ipynb #b4c199ac
+# %% ../nbs/13b_evaluation.ipynb #47027c8b
 def _weights(model: str) -> str:
     "Identity of a model's weights; raises `InputError` where there is no such model."
     from compassion_repro.evaluate import find_local, is_hosted
@@ -139,13 +140,15 @@ def generate(
         missing, opened = [name for name, file in files.items() if not file.is_file()], None
         for name in missing:
             files[name].parent.mkdir(parents=True, exist_ok=True)
+            parts = files[name].with_name(f".{slug(name)}.checkpoints")
             logs, told = folder / "answers" / slug(model) / "logs", lambda line: report(f"{model}, {name}: {line}")
             if evaluate.is_hosted(model): answers = evaluate.generate_hosted(model, tasks[name], setup.seed, setup.generation, logs, told)
             else:
                 opened = opened or (evaluate.find_local(model) if setup.generation.engine == "vllm" else evaluate.open_model(evaluate.find_local(model)))
                 questions = with_prompts(tasks[name], logs)
-                answers = evaluate.generate_answers(opened, model, questions, setup.seed, setup.generation, report=told, python=python)
+                with writable(folder): answers = evaluate.generate_answers(opened, model, questions, setup.seed, setup.generation, report=told, checkpoints=parts, python=python)
             with writable(folder): write_recorded(folder, str(files[name].relative_to(folder)), answers.to_parquet)
+            shutil.rmtree(parts, ignore_errors=True)
             empty = f"; {answers['empty'].mean():.0%} are empty" if answers["empty"].any() else ""
             say(f"{model}, {name}: {len(answers):,} answers{empty}")
 
@@ -227,13 +230,13 @@ def _write_together(folder: Path, name: str):
     table = lay_together(folder, name, _top(folder, name))
     with writable(folder): write_recorded(folder, f"{name}.parquet", table.to_parquet)
 
-# %% ../nbs/13b_evaluation.ipynb #76604bf9
+# %% ../nbs/13b_evaluation.ipynb #e8799cf6
 def _one_pass(folder: Path, setup: Setup, answers, judge: str, settings: dict, replies, substitute_for: str | None, report) -> int:
     "Let one judge judge the given answers and save its pass; returns on how many answers it failed."
     from compassion_repro import judge as judging
     from compassion_repro.judges import open_judge
     tasks = {n: judging.with_judge(t, judge, settings) for n, t in load_setup(setup, folder / "benchmarks", open_judge(judge, settings, replies)).items() if not t.own}
-    grades, scores = judging.judge_answers(answers, tasks, judge, _pass_folder(folder, judge) / "logs", folder.name, lambda line: report(f"{judge}: {line}"), substitute_for)
+    with writable(folder): grades, scores = judging.judge_answers(answers, tasks, judge, _pass_folder(folder, judge) / "logs", folder.name, lambda line: report(f"{judge}: {line}"), substitute_for)
     save_pass(folder, judge, {"grades": grades, "scores": scores}, {"settings": settings, "substitute_for": substitute_for, "unjudged_in": grades.attrs["unjudged_in"]})
     return grades.attrs["unjudged"]
 

@@ -6,12 +6,8 @@
 __all__ = ['LOGGED', 'advantages', 'without_variance', 'prompt_rows', 'sample_answers', 'held_out_rewards', 'reward_gain',
            'Recorder', 'step_log', 'warnings_before', 'warnings_of', 'make_trainer', 'grpo', 'benchmark_grpo']
 
-# %% ../nbs/08_grpo.ipynb #db1f88df
-import hashlib
-import json
+# %% ../nbs/08_grpo.ipynb #46922a93
 import math
-import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+from .checkpoints import Checkpoints, keep_part, kept_parts, own_folder, weights_digest
 from .data import rows_sha256
 from .models import encode_prompt, load_model, load_tokenizer, lora_config, row_losses
 from .processes import count, is_first, on_one_gpu, once, share, spread, trainer_words
@@ -77,7 +74,7 @@ def _as_dataset(rows: list[dict]) -> Dataset:
     names = sorted({name for row in rows for name in row} - {"messages", "id"})
     return Dataset.from_list([{"prompt": row["messages"], **{name: row.get(name) for name in names}} for row in rows])
 
-# %% ../nbs/08_grpo.ipynb #9f09cc6d
+# %% ../nbs/08_grpo.ipynb #18a413d8
 def sample_answers(
     model: PreTrainedModel, # in evaluation mode
     tokenizer: PreTrainedTokenizerBase, # its tokenizer
@@ -111,12 +108,26 @@ def held_out_rewards(
     seed: int, # of the sampling
 ) -> tuple[list[float], pd.DataFrame]: # mean reward of each prompt (nan where the reward abstained throughout), and every answer
     "The reward of a model on held-out prompts."
+    table = _held_out_answers(model, tokenizer, rows, reward, training, seed)
+    return _prompt_rewards(table), table
+
+
+def _prompt_rewards(table: pd.DataFrame) -> list[float]: return table.groupby("prompt_number").reward.mean().tolist()
+
+
+def _held_out_answers(model, tokenizer, rows, reward, training, seed) -> pd.DataFrame:
     answers = sample_answers(model, tokenizer, rows, training, seed)
     repeated = [row for row in rows for _ in range(training.samples)]
     values = apply_reward(reward, repeated, answers)
-    table = pd.DataFrame({"prompt_number": [number for number in range(len(rows)) for _ in range(training.samples)], "prompt": [row["messages"][-1]["content"] for row in repeated],
-                          "completion": [answer.strip() for answer in answers], "reward": pd.array([math.nan if value is None else value for value in values], dtype="float64")})
-    return table.groupby("prompt_number").reward.mean().tolist(), table
+    return pd.DataFrame({"prompt_number": [number for number in range(len(rows)) for _ in range(training.samples)], "prompt": [row["messages"][-1]["content"] for row in repeated],
+                         "completion": [answer.strip() for answer in answers], "reward": pd.array([math.nan if value is None else value for value in values], dtype="float64")})
+
+
+def _measured_before(folder: Path | None, measure: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    "The start's held-out answers; a run that carries on finds those of the run before it."
+    if folder is None: return measure()
+    if not kept_parts(folder, "before.parquet"): keep_part(folder, "before.parquet", measure().to_parquet)
+    return pd.read_parquet(kept_parts(folder, "before.parquet")[0])
 
 
 def reward_gain(
@@ -132,7 +143,7 @@ def reward_gain(
     ends = {"gain_low": mean - half, "gain_high": mean + half} if half is not None else {"gain_low": None, "gain_high": None}
     return {"reward_before": low, "reward_after": high, "gain": mean, **ends, "held_out_prompts": count, "trained": half is not None and mean - half > 0}
 
-# %% ../nbs/08_grpo.ipynb #9b28e7f4
+# %% ../nbs/08_grpo.ipynb #87d93e3d
 class Recorder:
     "A reward, watched: same values, and a record of what they meant. A value that is no finite number counts as abstained."
     def __init__(
@@ -161,11 +172,11 @@ class Recorder:
                               "reward": pd.array([math.nan if v is None else v for v in values[kept]], dtype="float64"), "advantage": relative[kept], **{name: column[kept] for name, column in said.items()}})
         if not is_first(): return
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / f"step-{step:06d}.parquet", table.to_parquet)
+        keep_part(self.folder, f"step-{step:06d}.parquet", table.to_parquet)
 
     def table(self, steps: int) -> pd.DataFrame:
         "Every completion kept, up to a step."
-        files = [file for file in sorted(self.folder.glob("step-*.parquet")) if int(file.stem.removeprefix("step-")) <= steps]
+        files = [file for file in kept_parts(self.folder, "step-*.parquet") if int(file.stem.split("-")[1]) <= steps]
         return pd.concat([pd.read_parquet(file) for file in files], ignore_index=True) if files else pd.DataFrame(columns=["step", "prompt", "completion", "reward", "advantage"])
 
 # %% ../nbs/08_grpo.ipynb #17d7f895
@@ -219,7 +230,7 @@ class _Progress(TrainerCallback):
         reward, length, flat = (math.nan if logs.get(name) is None else logs[name] for name in ("reward", "completions/mean_length", "zero_variance"))
         self.report(f"{self.label}: step {state.global_step}/{state.max_steps}, reward {reward:.3f}, {length:.0f} tokens, {flat:.0%} of groups without variance, {left:.0f} s left")
 
-# %% ../nbs/08_grpo.ipynb #78871fc7
+# %% ../nbs/08_grpo.ipynb #e3c0e778
 def make_trainer(
     start: str | Path, # model folder; also the KL reference
     prompts: list[dict], # from `prompt_rows`
@@ -256,48 +267,16 @@ def _config(options: dict, training: Grpo, seed: int, folder: str | Path, save: 
         learning_rate=training.value("learning_rate"), warmup_steps=training.warmup,
         loss_type=training.value("loss"), beta=training.value("beta"), epsilon=training.value("clip"), use_bias_correction_kl=training.value("correct_kl"),
         temperature=training.value("temperature"), top_p=training.value("top_p"), top_k=0, max_completion_length=training.value("max_new_tokens"),
-        logging_steps=1, save_strategy="steps" if save else "no", save_steps=training.save_every, save_total_limit=2, report_to=[], disable_tqdm=True, **trainer_words()))
+        logging_steps=1, save_strategy="steps" if save else "no", save_steps=training.save_every, report_to=[], disable_tqdm=True, **trainer_words()))
 
-# %% ../nbs/08_grpo.ipynb #94932c85
-def _usable_checkpoint(folder: Path, identity: str) -> str | None:
-    "The latest whole checkpoint of this very run, or None; a folder of another run is emptied."
-    mark = folder / "identity"
-    if not (mark.is_file() and mark.read_text() == identity): shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(mark, lambda partial: partial.write_text(identity))
-    whole = [place for place in folder.glob("checkpoint-*") if _is_whole(place)]
-    for place in folder.glob("checkpoint-*"):
-        if place not in whole: shutil.rmtree(place, ignore_errors=True)
-    return str(max(whole, key=lambda place: int(place.name.rpartition("-")[2]))) if whole else None
-
-
-def _weights_digest(folder: str | Path) -> str:
-    "Identity of a model's weights wherever they lie: size and last megabyte of each file."
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 2**20))
-            digest.update(b"%d" % size + file.read())
-    return digest.hexdigest()[:16]
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    "Whether a checkpoint was written to its end: the trainer writes its state last."
-    try: return bool(json.loads((checkpoint / "trainer_state.json").read_text())["global_step"])
-    except (OSError, ValueError, KeyError): return False
-
-
-def _train(start, prompts, training, seed, lora, reward, report, label, checkpoints, how, template, again) -> tuple[PreTrainedModel, list[dict], pd.DataFrame, float]:
+# %% ../nbs/08_grpo.ipynb #b7b793e4
+def _train(start, prompts, training, seed, lora, reward, report, label, folder, how, template, again) -> tuple[PreTrainedModel, list[dict], pd.DataFrame, float]:
     "Train; gives the trained model with its adapter, the log, the sampled completions and the seconds."
-    identity = json.dumps([training.model_dump(exclude={"micro_batch", "generate_at_once"}), how.quantize, template, lora and lora.model_dump(), seed, rows_sha256(prompts), _weights_digest(start), getattr(reward, "__name__", "")])
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(checkpoints or temporary)
-        found = once(_usable_checkpoint, folder, identity) if checkpoints else None
-        if found: report(f"{label}: carrying on from step {found.rpartition('-')[2]}")
-        recorder, begun = Recorder(reward, training.value("group"), folder / "completions"), time.perf_counter()
-        trainer = make_trainer(start, prompts, training, seed, lora, recorder, folder, [_Progress(report, label)], bool(checkpoints), how, template, again)
-        if training.steps: trainer.train(resume_from_checkpoint=found)
+        place, begun = folder or Path(temporary), time.perf_counter()
+        recorder = Recorder(reward, training.value("group"), place / "completions")
+        trainer = make_trainer(start, prompts, training, seed, lora, recorder, place, [_Progress(report, label)], folder is not None, how, template, again)
+        if training.steps: Checkpoints(folder, how.compute, report, label).train(trainer)
         return trainer.model.eval(), step_log(trainer.state.log_history), recorder.table(training.steps), time.perf_counter() - begun
 
 
@@ -314,7 +293,7 @@ class _Given:
 
     def __getstate__(self): return {"reward": None if self.recipe else self.reward, "recipe": self.recipe}
 
-# %% ../nbs/08_grpo.ipynb #cfd9371a
+# %% ../nbs/08_grpo.ipynb #411ff9eb
 def grpo(
     start: str | Path, # model folder to start from; also the KL reference, so a plain model without adapter
     prompts: list[dict], # training prompts: `messages` rows, and the columns that the reward reads
@@ -326,7 +305,7 @@ def grpo(
     reward: Callable, # from `rewards`, or any function that TRL takes
     report: Callable = print, # called with one line of progress
     label: str = "grpo", # arm id, for the progress line
-    checkpoints: str | Path | None = None, # folder for checkpoints, kept until the model is written; None keeps none
+    checkpoints: str | Path | None = None, # folder of what a run that is cut off leaves to the next; None keeps nothing
     how: Holding | None = None, # how the policy is held in training; default: plainly, as the machine has it
     template: str = "plain", # chat template of the prompts
 ) -> dict: # what was done, the log of every step, warnings, and the gain on held-out prompts
@@ -334,12 +313,15 @@ def grpo(
     how, tokenizer = how or holding(), load_tokenizer(start, template)
     prompts, held_out = (prompt_rows(rows, tokenizer, training.max_prompt_tokens) for rows in (prompts, held_out))
     if why := getattr(reward, "refuses", lambda rows: None)(prompts): raise InputError(f"{label}: {why}")
-    before, answers_before = held_out_rewards(load_model(start), tokenizer, held_out, reward, training, seed)
+    settings = training.model_dump(exclude={"micro_batch", "generate_at_once", "save_every"}), lora and lora.model_dump(), how.quantize, str(how.dtype)
+    folder = checkpoints and own_folder(checkpoints, *settings, template, seed, rows_sha256(prompts), rows_sha256(held_out), weights_digest(start), getattr(reward, "__name__", ""))
+    answers_before = _measured_before(folder, lambda: _held_out_answers(load_model(start), tokenizer, held_out, reward, training, seed))
+    before = _prompt_rewards(answers_before)
     if not any(map(math.isfinite, before)): raise InputError(f"{label}: the reward cannot judge a single answer to these prompts: pair them with another reward")
     early = warnings_before(answers_before, getattr(reward, "remark", lambda rows: "")(prompts))
     for line in early: report(f"{label}: warning: {line}")
     part, again = fitted(share(training, how.compute.processes), start, lora, how)
-    def attempt(part): return spread(partial(_train_with, _Given(reward), start, prompts, part, seed, lora, label=label, checkpoints=checkpoints, how=how, template=template, again=again), start, how, report, label)
+    def attempt(part): return spread(partial(_train_with, _Given(reward), start, prompts, part, seed, lora, label=label, folder=folder, how=how, template=template, again=again), start, how, report, label)
     ((model, log, completions, seconds), apart), fit = with_less_memory(attempt, part, report, label)
     kept = _answered(held_out, answers_before)
     live = row_losses(model, tokenizer, kept)
@@ -351,7 +333,6 @@ def grpo(
     write_atomically(Path(out) / "completions.parquet", completions.to_parquet)
     answers = pd.concat([answers_before.assign(when="before"), answers_after.assign(when="after")], ignore_index=True)
     write_atomically(Path(out) / "held_out.parquet", answers.to_parquet)
-    if checkpoints: shutil.rmtree(checkpoints, ignore_errors=True)
     return {"rows": len(prompts), "steps": training.steps, "completions": training.steps * training.completions, "settings": {key: training.value(key) for key in GRPO_SETTINGS[training.settings]},
             "reward": getattr(reward, "__name__", type(reward).__name__), "abstained": sum(record["abstained"] for record in log) / len(log) if log else 0., "abstained_held_out": float(answers_after.reward.isna().mean()), **reward_gain(before, after), **saved, **fit, **apart, "checkpointing": again,
             "merge_check": check, "adapter": lora and lora.model_dump(), "reference": "the start, under the adapter" if lora else "a copy of the start",

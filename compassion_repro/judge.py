@@ -205,19 +205,20 @@ def _check_log(log: EvalLog, said: str) -> int:
     if failed: warnings.warn(f"judging {log.eval.task}: {len(failed)} of {len(log.samples)} answers could not be judged ({failed[0].splitlines()[-1][:100]})", stacklevel=3)
     return len(failed)
 
-# %% ../nbs/09b_judge.ipynb #fc031ae7
+# %% ../nbs/09b_judge.ipynb #c7c5dd8f
 def _seat(tasks: dict[str, LoadedTask]) -> list[Model]:
     "The judges of the tasks, ready for a pass: clients of hosted ones belong to one event loop, and are opened anew."
     graders = {id(task.grader): task for task in tasks.values() if isinstance(getattr(task.grader, "api", None), Thrifty)}
     for task in graders.values():
         if not is_free(task.judge): task.grader.api = open_judge(task.judge, task.settings, task.grader.api.replies).api
-        task.grader.api.locks, task.grader.api.failures = {}, 0
+        task.grader.api.locks, task.grader.api.failures, task.grader.api.unkept = {}, 0, None
     return [task.grader for task in graders.values()]
 
 
 def _check_gone(judge: str, graders: list[Model]):
     "Raise where the judge stopped answering: half a pass is kept as replies, not as grades."
     for api in (grader.api for grader in graders):
+        if api.unkept: raise api.unkept
         if api.failures >= GIVE_UP:
             raise InputError(f"judge {judge!r} stopped answering ({api.last_error}); replies so far are kept: run the same command again, or name another with --substitute")
 

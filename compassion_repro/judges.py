@@ -7,9 +7,10 @@ __all__ = ['REPLIES', 'GIVE_UP', 'JUDGE_SETTINGS', 'read_judge_prompt', 'indicat
            'indicator_verdict', 'prominent_phrases', 'strict_verdict', 'IndicatorJudge', 'StrictJudge', 'SavedAnswers',
            'reply_key', 'Replies', 'JudgeGone', 'Thrifty', 'judge_model', 'open_judge', 'try_judge']
 
-# %% ../nbs/09a_judges.ipynb #661703ce
+# %% ../nbs/09a_judges.ipynb #224b20b2
 import asyncio
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -143,7 +144,7 @@ class SavedAnswers(_Counting):
         "Always an error: saved answers are handed out by the solver."
         raise RuntimeError("a model whose answers are saved was asked to generate: name a judge")
 
-# %% ../nbs/09a_judges.ipynb #43983a5a
+# %% ../nbs/09a_judges.ipynb #6d8b07bf
 REPLIES = "judge-replies.sqlite" # file of the replies in a study folder
 _PATIENCE = {"max_connections", "adaptive_connections", "max_retries", "timeout", "attempt_timeout", "stream_idle_timeout", "cache", "cache_prompt", "batch", "fail_on_refusal"}
 
@@ -200,7 +201,8 @@ class Replies:
         "Keep a reply; an empty one, or one that a filter blocked, is none."
         if not output.completion.strip() or output.stop_reason == "content_filter": return
         text = output.model_dump_json(exclude_none=True)
-        self.connection.execute("INSERT OR REPLACE INTO replies (key, judge, output, seal) VALUES (?, ?, ?, ?)", (key, judge, text, _seal(key, text)))
+        try: self.connection.execute("INSERT OR REPLACE INTO replies (key, judge, output, seal) VALUES (?, ?, ?, ?)", (key, judge, text, _seal(key, text)))
+        except sqlite3.Error as error: raise OSError(errno.ENOSPC if "full" in str(error) else errno.EIO, f"a reply of the judge cannot be kept: {error}", str(self.file)) from None
 
     def missing(self, keys: list[str]) -> list[int]:
         "Positions of the keys without a reply, each key once."
@@ -219,7 +221,7 @@ class Replies:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-# %% ../nbs/09a_judges.ipynb #355e44b1
+# %% ../nbs/09a_judges.ipynb #9edebd66
 GIVE_UP = 20 # failures in a row after which a judge counts as gone
 
 
@@ -231,7 +233,7 @@ class Thrifty(ModelAPI):
     "Laid over a provider: asks nothing twice, and stops asking a judge that is gone."
     replies: Replies
     identity: str
-    failures, asked, last_error = 0, 0, ""
+    failures, asked, last_error, unkept = 0, 0, "", None
 
     async def generate(self, input, tools, tool_choice, config):
         key = reply_key(self.identity, config.model_dump(exclude_none=True), "\n".join(m.text for m in input))
@@ -246,7 +248,8 @@ class Thrifty(ModelAPI):
             if isinstance(output, Exception): self._failed(output)
             else:
                 self.failures = 0
-                self.replies.put(key, self.identity, output)
+                try: self.replies.put(key, self.identity, output)
+                except OSError as error: self.failures, self.unkept = GIVE_UP, error
             return result
 
     def _failed(self, error: Exception):

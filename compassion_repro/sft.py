@@ -13,7 +13,7 @@ from .models import encode_row, load_tokenizer
 from .study import InputError, Lora, Training
 from .training import Holding
 
-# %% ../nbs/05_sft.ipynb #a5fc1f06
+# %% ../nbs/05_sft.ipynb #0296f7ac
 def matched_steps(
     start: str | Path, # model folder, for its tokenizer
     arms: list[list[dict]], # training rows of every arm that must have the same dose
@@ -49,7 +49,8 @@ def sft(
     label: str = "sft", # arm id, for the progress line
     how: Holding | None = None, # how the model is held in training; default: plainly, as the machine has it
     template: str = "plain", # chat template of the rows
+    checkpoints: str | Path | None = None, # as for `train_stage`
 ) -> dict: # what was done and the gain on held-out rows
     "Fine-tune on answers; raises `InputError` for a row that has none."
     if any(row["messages"][-1]["role"] != "assistant" for row in rows): raise InputError(f"{label}: a row has no answer to learn from; supervised arms need an assistant turn at the end")
-    return train_stage(start, rows, held_out, out, training, steps, seed, lora, report, label, how, template)
+    return train_stage(start, rows, held_out, out, training, steps, seed, lora, report, label, how, template, checkpoints)

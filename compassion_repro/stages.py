@@ -57,7 +57,7 @@ class Work:
         "Folder of an input's artifact."
         return self.study.folder / self.stage.inputs[number].place
 
-# %% ../nbs/12d_stages.ipynb #9b29a0d0
+# %% ../nbs/12d_stages.ipynb #2a48756e
 def _take(source: str, target: str):
     "A copy; of weights too big to store once per seed (above 64 MB) a hard link, where the disk allows one."
     if os.path.getsize(source) > WHOLE:
@@ -116,7 +116,7 @@ def _run_midtrain(work: Work) -> dict:
     replay = training_rows(preset.data.replay, "text", count, 1, seed)[0][:count] if count else []
     _save_rows(work, documents + replay, held_out)
     account = tokens.stage_account(documents + replay, work.input(), preset.midtrain.length, preset.generation.training_template, source, seed)
-    done = midtrain.midtrain(work.input(), documents, replay, held_out, work.out, preset.midtrain, seed, preset.lora, work.report, **_held(work))
+    done = midtrain.midtrain(work.input(), documents, replay, held_out, work.out, preset.midtrain, seed, preset.lora, work.report, checkpoints=_checkpoints(work), **_held(work))
     return {**done, "documents": len(documents), "replayed": len(replay), "data": report, "account": account}
 
 
@@ -131,9 +131,9 @@ def _run_sft(work: Work) -> dict:
     _save_rows(work, train, held_out)
     account = tokens.stage_account(train, work.input(), preset.sft.length, template, preset.data.source(name), seed, report.get("truncated", 0), **fit)
     steps = sft.matched_steps(work.input(), [train] if preset.sft.dose == "full" else [r[0] for r in rows.values()], preset.sft, template)
-    return {**sft.sft(work.input(), train, held_out, work.out, preset.sft, steps, seed, preset.lora, work.report, work.stage.model, **_held(work)), "data": report, "account": account}
+    return {**sft.sft(work.input(), train, held_out, work.out, preset.sft, steps, seed, preset.lora, work.report, work.stage.model, checkpoints=_checkpoints(work), **_held(work)), "data": report, "account": account}
 
-# %% ../nbs/12d_stages.ipynb #2ec56efb
+# %% ../nbs/12d_stages.ipynb #7ea68094
 def _run_reward(work: Work) -> dict:
     from compassion_repro import models, rewards
     source = work.preset.models.reward
@@ -161,8 +161,14 @@ def _run_grpo(work: Work) -> dict:
 
 
 def _checkpoints(work: Work) -> Path:
-    "Where a stage leaves what it needs to carry on after a kill: hidden beside the stage's place, gone when the stage is done."
-    return work.out.with_name(f".{work.stage.id}.checkpoints")
+    "Where a stage leaves what it needs to carry on after a kill: hidden beside the stage's place, marked with its key, gone when the stage is done."
+    folder = work.out.with_name(f".{work.stage.id}.checkpoints")
+    mark = folder / "key"
+    if not (mark.is_file() and mark.read_bytes() == work.stage.key.encode()):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_atomically(mark, lambda partial: partial.write_text(work.stage.key))
+    return folder
 
 
 def without_jail(
@@ -174,7 +180,7 @@ def without_jail(
     needy = [arm.model for arm in trained_arms(preset) if arm.reward == "code"]
     return needy if needy and not unsafe and sandbox.level() == "none" else []
 
-# %% ../nbs/12d_stages.ipynb #a6466bde
+# %% ../nbs/12d_stages.ipynb #c5c6293f
 @cache
 def study_tasks(benchmarks: str, judge: str, folder: Path) -> dict:
     from compassion_repro import judge as judging, judges
@@ -193,7 +199,7 @@ def _run_answers(work: Work) -> dict:
     from compassion_repro import evaluate
     questions = [q for task in _tasks(work).values() for q in task.questions]
     generation = work.preset.generation.model_copy(update={"template": work.stage.config["generation"]["template"]})
-    answers = evaluate.generate_answers(work.input(), work.stage.model, questions, work.stage.seed, generation, report=work.report, python=work.preset.compute.vllm_python)
+    answers = evaluate.generate_answers(work.input(), work.stage.model, questions, work.stage.seed, generation, report=work.report, python=work.preset.compute.vllm_python, checkpoints=_checkpoints(work))
     write_atomically(work.out / "answers.parquet", answers.to_parquet)
     cut_off = float((answers.stop_reason == "length").mean())
     return {"answers": len(answers), "tokens": int(answers.tokens.sum()), "cut_off": cut_off, "warnings": cut_off_alarm(cut_off, work.preset.generation), **answers.attrs}

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['STARTS', 'PARADIGMS', 'DOMAINS', 'ARMS', 'CROSSED', 'Count', 'Source', 'DEEPSEEKMATH', 'TRL_DEFAULT', 'GRPO_SETTINGS',
-           'PAPER', 'KINDS', 'CLAIMS', 'FAMILIES', 'FIDELITY', 'InputError', 'write_atomically', 'Arm', 'parse_model',
-           'Section', 'Lora', 'Training', 'Generation', 'settings_markdown', 'Grpo', 'Models', 'Compute', 'Benchmark',
-           'Statistics', 'Margin', 'Data', 'Preset', 'presets', 'build_preset', 'load_preset', 'with_settings',
-           'PaperFigure', 'paper_percent', 'Cell', 'Reading', 'Claim', 'readings', 'claim_readings', 'family_of',
-           'Fidelity', 'fidelity_markdown']
+           'PAPER', 'KINDS', 'CLAIMS', 'FAMILIES', 'FIDELITY', 'InputError', 'Notice', 'write_atomically', 'Arm',
+           'parse_model', 'Section', 'Lora', 'Training', 'Generation', 'settings_markdown', 'Grpo', 'Models', 'Compute',
+           'Benchmark', 'Statistics', 'Margin', 'Data', 'Preset', 'presets', 'build_preset', 'load_preset',
+           'with_settings', 'PaperFigure', 'paper_percent', 'Cell', 'Reading', 'Claim', 'readings', 'claim_readings',
+           'family_of', 'Fidelity', 'fidelity_markdown']
 
 # %% ../nbs/00_study.ipynb #e77f5e6d
 import contextlib
@@ -26,6 +26,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 # %% ../nbs/00_study.ipynb #ba6437bd
 class InputError(ValueError):
     "Bad input from the user: one line that says what is wrong and what to do (exit status 2 on the command line)."
+
+# %% ../nbs/00_study.ipynb #576ed3dc
+class Notice(str):
+    "A line of progress that is worth keeping."
 
 # %% ../nbs/00_study.ipynb #cd943a50
 def write_atomically(
@@ -254,7 +258,7 @@ class Grpo(Section):
         "Forward passes an optimiser step, once the micro-batch is a number."
         return self.completions // self.micro_batch
 
-# %% ../nbs/00_study.ipynb #bfe7d248
+# %% ../nbs/00_study.ipynb #df0c4579
 class Models(Section):
     "Where models come from, and how their weights are held in training."
     base: Source # `world:base`, a folder, or a hub id with @revision
@@ -291,6 +295,9 @@ class Compute(Section):
     vllm_python: Source | None = None # Python of the environment that vLLM lives in, for generation.engine=vllm; None: this one
     processes: int = Field(1, ge=1, le=64) # processes that one training stage is spread over, one a GPU; the effective batch does not change
     sharding: Literal["none", "fsdp"] = "none" # fsdp: the processes also share the weights, for a model that one GPU cannot hold
+    checkpoint_minutes: float = Field(10, gt=0) # minutes of training between two checkpoints
+    checkpoints_kept: int = Field(1, ge=1) # checkpoints of a running stage that are kept
+    checkpoint_gb: float = Field(64, gt=0) # most that they may take on disk, in GB of 2**30 bytes
 
 # %% ../nbs/00_study.ipynb #aebc30bb
 class Benchmark(Section):

@@ -72,7 +72,21 @@ def test_killed_without_warning_it_carries_on_and_ends_the_same(tmp_path):
     assert any("carrying on from step" in line for line in told)
     assert without_time(done["log"]) == without_time(whole["log"]) and equal(weights(tmp_path / "arm"), weights(tmp_path / "whole"))
     assert pd.read_parquet(tmp_path / "arm" / "completions.parquet").equals(pd.read_parquet(tmp_path / "whole" / "completions.parquet"))
-    assert not checkpoints.exists()
+    assert [place.name for place in checkpoints.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_killed_after_its_last_step_it_trains_no_further(tmp_path):
+    calls = []
+    def reward(prompts, completions, **columns):
+        calls.append(len(prompts))
+        if len(calls) == 5: raise KeyboardInterrupt # measured before, three steps, and now after
+        return short_words(prompts, completions)
+    reward.__name__ = "short_words"
+    with pytest.raises(KeyboardInterrupt): run(tmp_path / "arm", reward, checkpoints=tmp_path / "checkpoints")
+    done, whole = run(tmp_path / "arm", reward, checkpoints=tmp_path / "checkpoints"), run(tmp_path / "whole")
+    assert len(calls) == 6 # neither a step nor the measurement before training was made again
+    assert without_time(done["log"]) == without_time(whole["log"]) and equal(weights(tmp_path / "arm"), weights(tmp_path / "whole"))
+    assert pd.read_parquet(tmp_path / "arm" / "held_out.parquet").equals(pd.read_parquet(tmp_path / "whole" / "held_out.parquet"))
 
 
 def test_checkpoints_of_other_settings_are_not_taken_up(tmp_path):
