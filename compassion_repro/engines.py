@@ -6,12 +6,13 @@
 __all__ = ['LIBRARIES', 'SECONDS_BETWEEN', 'QUIET', 'OURS', 'RETRIES', 'PATIENCE', 'expected_seconds', 'time_left', 'in_words',
            'Progress', 'run_here', 'needs', 'connected', 'run_on_ray', 'pick_engine', 'run_stages']
 
-# %% ../nbs/12f_engines.ipynb #7d58486a
+# %% ../nbs/12f_engines.ipynb #817b82a0
 import importlib.util
 import logging
 import os
 import shutil
 import signal
+import socket
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -181,8 +182,8 @@ def _run_on_worker(folder: str, where: str, preset: Preset, stage: Stage, unsafe
         if ray.get_runtime_context().is_canceled(): raise
         os._exit(1) # told to end from outside: for Ray a lost process, which it replaces
 
-# %% ../nbs/12f_engines.ipynb #52b8eb38
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_task_oom_retries": "3", "RAY_DEDUP_LOGS_SKIP_REGEX": r"retries remaining|^A worker died or was killed"} # what `Progress` says in one line
+# %% ../nbs/12f_engines.ipynb #540e9cb3
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_task_oom_retries": "3", "RAY_DEDUP_LOGS_SKIP_REGEX": r"retries remaining|^A worker died or was killed|^Raylet is terminated|has been marked dead"} # what `Progress` says in one line
 
 OURS = {"worker_niceness": 0, "prestart_worker_first_driver": False}
 
@@ -203,6 +204,13 @@ def _places(address: str, threads: int) -> dict:
     return {"address": "local", "num_cpus": processors, "include_dashboard": False, "object_store_memory": 2**27, "_system_config": {**OURS, "num_workers_soft_limit": processors + 2}}
 
 
+def _listens(address: str):
+    "Raise `OSError` or `ValueError` where nothing listens at HOST:PORT; Ray itself would try for minutes."
+    if address in ("auto", "local"): return
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
 @contextmanager
 def connected(
     address: str, # "", auto, HOST:PORT, or a number of processors
@@ -213,12 +221,14 @@ def connected(
     if ray.is_initialized():
         yield ray
         return
-    before = signal.getsignal(signal.SIGTERM)
+    before, places = signal.getsignal(signal.SIGTERM), _places(address, threads)
     try:
-        try: ray.init(**_places(address, threads), log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            _listens(places["address"])
+            ray.init(**places, log_to_driver=False, logging_level=logging.ERROR)
         except SystemExit: raise KeyboardInterrupt(signal.SIGTERM) from None # Ray's own answer to a SIGTERM
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
-            raise InputError(f"no Ray could be had at {address or os.environ.get('RAY_ADDRESS') or 'this machine'} ({(str(error).strip().splitlines() or [''])[0][:160]}): start one with `ray start --head`, or use --engine ray without an address") from None
+        except (OSError, OverflowError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise InputError(f"no Ray could be had at {places['address']} ({(str(error).strip().splitlines() or [''])[0][:160]}): start one with `ray start --head`, or use --engine ray without an address and without RAY_ADDRESS") from None
         finally:
             if main: signal.signal(signal.SIGTERM, before)
         yield ray

@@ -104,7 +104,7 @@ def test_the_jail_holds_in_a_worker(cluster):
     if sandbox.level() == "none": pytest.skip("no jail on this machine")
     def tried():
         from compassion_repro import sandbox
-        return sandbox.level(), [result.passed for result in sandbox.run_many([("def f(x): return x + 1", "assert f(1) == 2"), (sandbox.PROBE, "assert escapes('/proc/self/environ') == []"), ("open('/root/x', 'w')", "")])]
+        return sandbox.level(), [result.passed for result in sandbox.run_many([("def f(x): return x + 1", "assert f(1) == 2"), (sandbox.PROBE, "assert escapes('/proc/self/environ') == []"), ("open('/etc/written', 'w')", "")])]
     level, results = cluster.get(cluster.remote(num_cpus=1)(tried).remote())
     assert (level, results) == tried() and results[0] and not results[2]
 
