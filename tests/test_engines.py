@@ -1,14 +1,12 @@
 """The engines: what runs side by side on Ray is what runs here, and a lost process, bad input or an interrupt cost what runs and nothing else."""
-import os
 import shutil
 import signal
-import subprocess
+import threading
 import time
-from threading import Thread
 
 import psutil
 import pytest
-from conftest import CRASH_SIZE, command, settings
+from conftest import CRASH_SIZE
 from test_study import same_scores, table
 
 from compassion_repro import engines, pipeline
@@ -22,8 +20,13 @@ PRESET = load_preset("smoke", CRASH_SIZE)
 
 @pytest.fixture(scope="module")
 def cluster():
-    "A Ray of four processors, two stages at a time, for all tests here: its processes keep their libraries."
-    with engines.connected("4", 1) as connected: yield connected
+    "A Ray of four processors, two stages at a time, for all tests here: its processes keep their libraries. It leaves SIGTERM to us, and ends whole."
+    before = signal.getsignal(signal.SIGTERM)
+    with engines.connected("4", 1) as connected:
+        assert signal.getsignal(signal.SIGTERM) is before
+        yield connected
+        started = psutil.Process().children(recursive=True)
+    assert started and not [p for p in started if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
 def without(study, *stages):
@@ -36,32 +39,28 @@ def running(stage: str) -> psutil.Process | None:
     return next((p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0] == f"ray::seed-1/{stage}"), None)
 
 
-def strike(study, stage: str, how: int, seconds: float = 120) -> Thread:
-    "Send a signal to the process that runs a stage, once it is at work."
+def strike(study, stage: str, how: int, whom: psutil.Process | None = None, seconds: float = 120):
+    "Send a signal to the process that runs a stage, or to another, once the stage is at work."
     def wait(end=time.monotonic() + seconds):
         while not list(study.glob(f"seed-1/.{stage}.partial*")) and time.monotonic() < end: time.sleep(0.02)
-        running(stage).send_signal(how)
-    thread = Thread(target=wait, daemon=True)
-    thread.start()
-    return thread
+        (whom or running(stage)).send_signal(how)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def started_again(lines): return [line.split(": ")[0] for line in lines if "started again" in line]
 def finished_stages(lines): return sorted(line.split("] seed 1, ")[1].split(": ")[0] for line in lines if line.startswith("["))
 
 
-@pytest.mark.parametrize("how", [None, signal.SIGKILL, signal.SIGTERM], ids=["undisturbed", "killed", "told to end"])
-def test_ray_ends_with_what_the_local_engine_ends_with(cluster, study_copy, finished, how):
-    "A process that is lost costs the stage that it ran, which is run again; every other stage runs once."
-    gone = ["sft-help", "answers-sft-help", "eval-sft-help", "sft-code", "probe-base"] if how is None else ["sft-code", "eval-base"]
+def test_ray_ends_with_what_the_local_engine_ends_with(cluster, study_copy, finished):
+    "Two arms side by side; the process that trains one is killed. It costs that stage, which is run again; every other stage runs once, and the results are those of a run without Ray."
+    gone = ["sft-help", "answers-sft-help", "eval-sft-help", "sft-code", "probe-base"]
     without(study_copy, *gone)
     before = {p: p.stat().st_mtime_ns for p in study_copy.rglob("manifest.json")}
     said, told = [], []
-    if how: strike(study_copy, "sft-code", how)
+    strike(study_copy, "sft-code", signal.SIGKILL)
     pipeline.run(PRESET, study_copy, 1, said.append, told.append, page=False, engine="ray")
-    assert f"{24 - len(gone)} done, {len(gone)} to run" in said[0]
-    assert finished_stages(said) == sorted(gone)
-    assert started_again(said) == (["seed 1, sft-code"] if how else [])
+    assert "19 done, 5 to run" in said[0] and finished_stages(said) == sorted(gone)
+    assert started_again(said) == ["seed 1, sft-code"]
     assert before == {p: p.stat().st_mtime_ns for p in before}                  # what was finished was left alone
     assert same_scores(finished, study_copy) and (table(finished, "answers").text == table(study_copy, "answers").text).all()
     assert any("2 running" in line for line in told), told
@@ -105,7 +104,7 @@ def test_the_jail_holds_in_a_worker(cluster):
     if sandbox.level() == "none": pytest.skip("no jail on this machine")
     def tried():
         from compassion_repro import sandbox
-        return sandbox.level(), [result.passed for result in sandbox.run_many([("def f(x): return x + 1", "assert f(1) == 2"), (sandbox.PROBE, "assert escapes('/proc/self/environ') == []"), ("open('/root/x', 'w')", "")])]
+        return sandbox.level(), [result.passed for result in sandbox.run_many([("def f(x): return x + 1", "assert f(1) == 2"), (sandbox.PROBE, "assert escapes('/proc/self/environ') == []"), ("open('/etc/written', 'w')", "")])]
     level, results = cluster.get(cluster.remote(num_cpus=1)(tried).remote())
     assert (level, results) == tried() and results[0] and not results[2]
 
@@ -115,3 +114,13 @@ def test_a_stage_that_no_machine_has_room_for_is_told(cluster):
     assert engines._room(cluster, {"num_cpus": 2, "num_gpus": 0, "memory": 2**20}, True, said.append) == 2
     with pytest.raises(InputError, match="5000 processors"): engines._room(cluster, {"num_cpus": 5000, "num_gpus": 0, "memory": 2**20}, True, said.append)
     assert engines._room(cluster, {"num_cpus": 1, "num_gpus": 3, "memory": 2**20}, False, said.append) == 1 and "waiting for one that joins" in said[0]
+
+
+@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals reach the main thread alone")
+def test_a_run_that_is_told_to_end_ends_what_runs(cluster, study_copy):
+    "SIGTERM at the driver: the running stage gets the interrupt, nothing half is left, what is finished stays, and a Ray that was there before stays too."
+    without(study_copy, "sft-code")
+    strike(study_copy, "sft-code", signal.SIGTERM, psutil.Process())
+    with pytest.raises(KeyboardInterrupt): pipeline.run(PRESET, study_copy, say=lambda line: None, engine="ray")
+    assert not (study_copy / "seed-1" / "sft-code").exists() and not list(study_copy.rglob(".*.partial"))
+    assert (study_copy / "seed-1" / "eval-sft-code").exists() and cluster.is_initialized() and running("sft-code") is None
