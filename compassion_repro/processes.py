@@ -142,11 +142,12 @@ def check(
     stages = [preset.midtrain] * bool({"mid", "mid-control"}.intersection(preset.trained)) + [getattr(preset, arm.paradigm) for arm in trained_arms(preset)]
     for training in stages: share(training, compute.processes)
 
-# %% ../nbs/03d_processes.ipynb #bc3a12de
-def _process(run: Callable, folder: str, how: Holding, environment: dict, lines):
+# %% ../nbs/03d_processes.ipynb #a2dca7ac
+def _process(run: Callable, folder: str, how: Holding, environment: dict, lines, starter: int):
     "One of the processes: gives what `run` told (the first one) and the memory that it took."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
+    if os.getppid() != starter: os._exit(1)
     tqdm.set_lock(threading.RLock())
     os.environ.update(environment)
     if how.device == "cuda": torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -219,7 +220,7 @@ def _relayed(report: Callable):
         over.set()
         thread.join(5)
 
-# %% ../nbs/03d_processes.ipynb #fe3962d4
+# %% ../nbs/03d_processes.ipynb #477ced02
 LEAVE = 9 # seconds that processes have to save and end
 
 
@@ -238,7 +239,7 @@ def spread(
         trained, logs = Path(folder) / "trained", str(Path(folder) / "logs")
         config = LaunchConfig(1, 1, processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=0,
                               logs_specs=DefaultLogsSpecs(logs, redirects=Std.ALL), signals_to_handle="", shutdown_timeout=LEAVE)
-        try: results, failed = elastic_launch(config, _process)(run, str(trained), how, launch_environment(how.compute.sharding, processes), lines), None
+        try: results, failed = elastic_launch(config, _process)(run, str(trained), how, launch_environment(how.compute.sharding, processes), lines, os.getpid()), None
         except ChildFailedError as error: failed = _failure(logs, error, label)
         if failed: raise failed
         spent = {"processes": processes, "sharding": how.compute.sharding, "process_peak_mb": round(max(memory for _, memory, _ in results.values()), 1)}
