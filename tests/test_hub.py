@@ -221,6 +221,28 @@ def test_a_hub_that_is_ill(server, status):
     assert_refused(lambda: hub.snapshot("someone/rows", "dataset"), f"error {status}", "try again later")
 
 
+@pytest.mark.parametrize("source, token, words", [("someone/tiny@v9", None, "no revision 'v9'"), (f"someone/tiny@{'0' * 40}", None, "no revision '000"), (GATED, "hf_mistyped", "refuses your token"), (GATED, None, "no token is set")])
+def test_a_study_on_a_model_that_cannot_be_had_is_one_line(gated, monkeypatch, tmp_path, capsys, source, token, words):
+    from compassion_repro.cli import main
+    if token: monkeypatch.setenv("HF_TOKEN", token)
+    gated.add("model", "someone/tiny", {f.name: f.read_bytes() for f in (world.assets() / "base").iterdir() if f.is_file()})
+    assert main(["run", "--preset", "smoke", "--set", f"models.base={source}", "--out", str(tmp_path / "study")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and words in err and "--set models.base=" in err and "hf_" not in err, err
+    assert not list((tmp_path / "study").glob("seed-*"))
+
+
+def test_one_small_file_is_fetched_without_the_model(server, monkeypatch):
+    files = {f.name: f.read_bytes() for f in (world.assets() / "base").iterdir() if f.is_file()}
+    server.add("model", "someone/tiny", files)
+    server.add("model", "someone/bare", {"config.json": b"{}"})
+    assert hub.has_template("someone/tiny") and not hub.has_template("someone/bare")
+    assert set(files_fetched(server)) <= {"chat_template.jinja", "tokenizer_config.json"}
+    assert_refused(lambda: hub.has_template("someone/nothing"), "no such model")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert_refused(lambda: hub.has_template("someone/else"), "HF_HUB_OFFLINE=1")
+
+
 def test_only_pickled_weights(server):
     server.add("model", "someone/old", {"config.json": b"{}", "pytorch_model.bin": b"\x80"})
     assert_refused(lambda: models.find_model("someone/old"), "safetensors")

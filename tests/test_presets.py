@@ -185,7 +185,7 @@ def test_want_of_memory_outside_of_training_is_one_line(kind, words):
 
 # --- broken models and presets --------------------------------------------------------------------------------------------------------------------
 
-def test_a_revision_that_does_not_exist_a_tokenizer_without_padding_and_a_reward_model_without_a_head(capsys, tmp_path, monkeypatch):
+def test_a_tokenizer_without_padding_and_a_reward_model_without_a_head(capsys, tmp_path):
     def run(*words): return refused(capsys, "run", "--preset", "smoke", "--out", str(tmp_path / "study"), *settings(*words))
     bare = shutil.copytree(BASE, tmp_path / "bare")
     for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
