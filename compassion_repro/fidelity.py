@@ -10,12 +10,12 @@ from typing import Any
 
 from .study import InputError, load_preset
 
-# %% ../nbs/00b_fidelity.ipynb #074328f1
+# %% ../nbs/00b_fidelity.ipynb #221f123a
 SCALE = ("paper", "colab", "released")
 VALUE_SOURCES = { # dotted name -> (source, where it comes from)
     "scope": ("ours", "what verdicts are about"),
     "models.base": ("A, P", "Llama 3.1 8B, base; the commit is the one that public code pins"),
-    "models.reward": ("A, ?", "'RLHFlow' and a reward model (A); which one is not named: a one-score model of that group's recipe that loads without remote code"),
+    "models.reward": ("A, ?", "'RLHFlow' and a reward model (A); which one is not named: a one-score model of that group's recipe that loads without remote code; `colab`: a small one that is not gated"),
     "models.quantize": ("R, ?", "the sibling script loads in 4 bits, the authors' own runs are not described; 16 bits where the GPU holds them, `colab` in 4 bits (QLoRA)"),
     "models.given.mid": ("P", "the published mid-trained checkpoint; its commit is not known to us and goes into the manifest"),
     "models.given.grpo-help": ("P", "the published checkpoint after 3 k helpfulness prompts"),
