@@ -10,7 +10,7 @@ from typing import Any
 
 from .study import InputError, load_preset
 
-# %% ../nbs/00b_fidelity.ipynb #221f123a
+# %% ../nbs/00b_fidelity.ipynb #6097c2fb
 SCALE = ("paper", "colab", "released")
 VALUE_SOURCES = { # dotted name -> (source, where it comes from)
     "scope": ("ours", "what verdicts are about"),
@@ -28,6 +28,7 @@ VALUE_SOURCES = { # dotted name -> (source, where it comes from)
     "arms": ("A, ours", "the paper's four; the two SFT arms also from the raw base, which C0 needs"),
     "threads": ("ours", "changes no result that is meant"),
     "compute.device": ("ours", "refuses to start without a GPU; changes no result that is meant"),
+    "compute.liger": ("ours", "`colab`: Liger's kernels are in no plain install and were not tried on a T4; changes no result that is meant"),
     "lora.rank": ("R, ?", "32 in the earlier paper, 16 in the sibling script"),
     "lora.alpha": ("?", "equal to the rank; 8 at rank 16 in the sibling script"),
     "lora.dropout": ("R", "sibling script"),
