@@ -10,12 +10,12 @@ from typing import Any
 
 from .study import InputError, load_preset
 
-# %% ../nbs/00b_fidelity.ipynb #074328f1
+# %% ../nbs/00b_fidelity.ipynb #6097c2fb
 SCALE = ("paper", "colab", "released")
 VALUE_SOURCES = { # dotted name -> (source, where it comes from)
     "scope": ("ours", "what verdicts are about"),
     "models.base": ("A, P", "Llama 3.1 8B, base; the commit is the one that public code pins"),
-    "models.reward": ("A, ?", "'RLHFlow' and a reward model (A); which one is not named: a one-score model of that group's recipe that loads without remote code"),
+    "models.reward": ("A, ?", "'RLHFlow' and a reward model (A); which one is not named: a one-score model of that group's recipe that loads without remote code; `colab`: a small one that is not gated"),
     "models.quantize": ("R, ?", "the sibling script loads in 4 bits, the authors' own runs are not described; 16 bits where the GPU holds them, `colab` in 4 bits (QLoRA)"),
     "models.given.mid": ("P", "the published mid-trained checkpoint; its commit is not known to us and goes into the manifest"),
     "models.given.grpo-help": ("P", "the published checkpoint after 3 k helpfulness prompts"),
@@ -28,6 +28,7 @@ VALUE_SOURCES = { # dotted name -> (source, where it comes from)
     "arms": ("A, ours", "the paper's four; the two SFT arms also from the raw base, which C0 needs"),
     "threads": ("ours", "changes no result that is meant"),
     "compute.device": ("ours", "refuses to start without a GPU; changes no result that is meant"),
+    "compute.liger": ("ours", "`colab`: Liger's kernels are in no plain install and were not tried on a T4; changes no result that is meant"),
     "lora.rank": ("R, ?", "32 in the earlier paper, 16 in the sibling script"),
     "lora.alpha": ("?", "equal to the rank; 8 at rank 16 in the sibling script"),
     "lora.dropout": ("R", "sibling script"),

@@ -189,7 +189,7 @@ def plan(
     for n, record in enumerate(records): record["hours"] = {name: f["stages"][n] for name, f in found.items()}
     return records
 
-# %% ../nbs/12c_planning.ipynb #dc81da19
+# %% ../nbs/12c_planning.ipynb #a7e593d7
 def _memory_rows(preset: Preset) -> tuple[list[str], list[list]]:
     "Memory of every kind of stage by its parts, in GB, on the planned device."
     needs = planned_memory(preset)
@@ -198,13 +198,22 @@ def _memory_rows(preset: Preset) -> tuple[list[str], list[list]]:
     return ["kind", *parts, "total", "batch"], rows
 
 
-def _hours_rows(records: list[dict], found: dict[str, dict]) -> tuple[list[str], list[list]]:
-    "Hours of the stages that take some, of the others together, and of all."
+def _speed_rows(preset: Preset, found: dict[str, dict]) -> list[list]:
+    "Tokens a second that the hours go by, of supervised training and of the answers, by GPU."
+    (shape, _), generation, rows = shapes(preset), preset.generation, []
+    def per_second(hours): return round(1e6 / hours / 3600)
+    if any("sft" in f["memory"] for f in found.values()):
+        rows.append([None, "training, tokens/s", *(per_second(memory.training_hours(shape, 10**6, memory.GPUS[gpu], preset.models.quantize, f["memory"]["sft"].checkpointing)) for gpu, f in found.items())])
+    return [*rows, [None, "answers, tokens/s", *(per_second(memory.sampling_hours(shape, 10**6, generation.batch_size, generation.max_new_tokens, memory.GPUS[gpu])) for gpu in found)]]
+
+
+def _hours_rows(preset: Preset, records: list[dict], found: dict[str, dict]) -> tuple[list[str], list[list]]:
+    "Hours of the stages that take some, of the others together, and of all, with the speeds they rest on."
     long = [r for r in records if r["kind"] in ("midtrain", "sft", "grpo", "answers")]
     def row(label, seed, some): return [seed, label, *(round(sum(r["hours"][gpu] for r in some), 2) for gpu in found)]
     rows = [row(r["stage"], r["seed"], [r]) for r in long]
     rows += [row("all others", None, [r for r in records if r not in long]), row("in all", None, records)]
-    return ["seed", "stage", *found], [*rows, [None, "fits", *("yes" if f["fits"] else "no" for f in found.values())]]
+    return ["seed", "stage", *found], [*rows, *_speed_rows(preset, found), [None, "fits", *("yes" if f["fits"] else "no" for f in found.values())]]
 
 
 def tables(
@@ -217,7 +226,7 @@ def tables(
     done = [("stages", [{"judge_calls": "judge calls", "cost": "cost, $", "disk_gb": "disk, GB"}.get(c, c) for c in columns], [[cell(c, r[c]) for c in columns] for r in records])]
     gpu, found = planned_gpu(preset), on_machines(preset, records)
     if planned_memory(preset): done.append((f"memory, GB, estimated for {'compute.memory_gb' if preset.compute.memory_gb else f'one {gpu}' if gpu else 'this machine'}{' (of cache and activations the larger counts)' if any(r['kind'] == 'grpo' for r in records) else ''}", *_memory_rows(preset)))
-    if found: done.append(("hours, estimated", *_hours_rows(records, found)))
+    if found: done.append(("hours, estimated", *_hours_rows(preset, records, found)))
     room = disk(preset, records)
     done.append(("disk, GB, at its fullest", [*room, "in all"], [[round(gb, 1) for gb in (*room.values(), sum(room.values()))]]))
     return done
