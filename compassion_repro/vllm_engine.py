@@ -95,7 +95,7 @@ def check_vllm(
     what = f"{python or 'this Python'} has no vLLM" if status == 3 else f"{python} is no Python that runs"
     raise InputError(f"generation.engine=vllm: {what}; make an environment with `python -m venv vllm-env && vllm-env/bin/pip install vllm==0.31.0` and set compute.vllm_python=vllm-env/bin/python")
 
-# %% ../nbs/08d_vllm.ipynb #e6347880
+# %% ../nbs/08d_vllm.ipynb #0e7567c2
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 _RUN = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='vllm_engine')['serve']()"
 
@@ -105,6 +105,20 @@ def _cause(log: str) -> str:
     errors = re.findall(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception): \S.*)", log)
     errors = [e for e in errors if "ngine core" not in e] or errors or log.strip().splitlines()[-1:]
     return errors[-1].strip()[:200] if errors else "it said nothing"
+
+
+@contextlib.contextmanager
+def _log():
+    "A file for what the other side says; it stays where that is needed to understand a failure."
+    from compassion_repro.study import InputError
+    log, failed = tempfile.NamedTemporaryFile("w+", prefix="vllm-", suffix=".log", delete=False), False
+    try: yield log
+    except InputError:
+        failed = True
+        raise
+    finally:
+        log.close()
+        if not failed: os.unlink(log.name)
 
 
 @contextlib.contextmanager
@@ -119,7 +133,7 @@ def _process(python: str | None, log):
         with contextlib.suppress(OSError): process.stdin.close()
         process.stdout.close()
 
-# %% ../nbs/08d_vllm.ipynb #ca8d1dae
+# %% ../nbs/08d_vllm.ipynb #e01f932a
 def complete(
     requests: list[tuple[list[int], int]], # prompt as token ids, and seed, of each answer
     engine: dict, # from `engine_settings`
@@ -131,7 +145,7 @@ def complete(
     from compassion_repro.study import InputError
     check_vllm(python)
     answers, told = [], None
-    with tempfile.NamedTemporaryFile("w+", prefix="vllm-", suffix=".log", delete=False) as log, _process(python, log) as process:
+    with _log() as log, _process(python, log) as process:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(json.dumps({"engine": engine, "sampling": sampled, "requests": requests}) + "\n")
             process.stdin.flush()
@@ -141,5 +155,4 @@ def complete(
             advance(len(told.get("answers", [])))
         log.seek(0)
         if "version" not in (told or {}) or len(answers) != len(requests): raise InputError(f"vLLM stopped after {len(answers)} of {len(requests)} answers: {_cause(log.read())}; its log is {log.name}")
-    os.unlink(log.name)
     return answers, told
