@@ -6,7 +6,7 @@
 __all__ = ['LIBRARIES', 'SECONDS_BETWEEN', 'QUIET', 'OURS', 'RETRIES', 'PATIENCE', 'expected_seconds', 'time_left', 'in_words',
            'Progress', 'run_here', 'needs', 'connected', 'run_on_ray', 'pick_engine', 'run_stages']
 
-# %% ../nbs/12f_engines.ipynb #817b82a0
+# %% ../nbs/12f_engines.ipynb #2c1f95cb
 import importlib.util
 import logging
 import os
@@ -26,7 +26,7 @@ from .planning import plan, planned_memory
 from .prices import DETERMINISTIC, is_free, judge_names
 from .stages import prepare
 from .store import Study, stage_facts
-from .study import InputError, Preset
+from .study import InputError, Notice, Preset
 
 # %% ../nbs/12f_engines.ipynb #9569ada3
 _BY_TOKENS = ("midtrain", "sft") # kinds whose time goes with the tokens they train on
@@ -62,7 +62,7 @@ def in_words(
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
-# %% ../nbs/12f_engines.ipynb #9a1b28ff
+# %% ../nbs/12f_engines.ipynb #1b84caaf
 class Progress:
     "Where a run stands, told as it goes."
     def __init__(
@@ -82,7 +82,8 @@ class Progress:
         self.tells(stage, "")
 
     def tells(self, stage: Stage, line: str):
-        "A running stage says how far it is."
+        "A running stage says how far it is; what it calls a notice is kept."
+        if isinstance(line, Notice): self.say(f"seed {stage.seed}, {stage.id}: {line}")
         self.lines[stage.place] = f"seed {stage.seed}, {stage.id}" + (f": {line}" if line else "")
         told = [self.lines[place] for place in self.running]
         head = f"{self.total - len(self.left)} of {self.total} done, {self.standing()}"
@@ -138,7 +139,7 @@ def needs(
     known = stage.kind in planned and not gpus and device != "cuda"
     return {"num_cpus": preset.threads, "num_gpus": gpus, "memory": LIBRARIES + (int(planned[stage.kind].gb * 2**30) if known else 0)}
 
-# %% ../nbs/12f_engines.ipynb #7cac492c
+# %% ../nbs/12f_engines.ipynb #61f8e146
 SECONDS_BETWEEN = 0.5 # progress of a stage is passed on no more often
 
 
@@ -157,7 +158,7 @@ def _passing(told, place: str):
     import ray
     last = [0.0]
     def report(line: str | None):
-        if line is not None and time.monotonic() - last[0] < SECONDS_BETWEEN: return
+        if line is not None and not isinstance(line, Notice) and time.monotonic() - last[0] < SECONDS_BETWEEN: return
         last[0] = time.monotonic()
         with suppress(ray.exceptions.RayError): told.put_nowait((place, line)) # the view may be lost, the work is not
     return report

@@ -6,7 +6,7 @@
 __all__ = ['Setup', 'slug', 'read_setup', 'settle', 'setup_of', 'load_setup', 'generate', 'collect_answers', 'pending',
            'save_pass', 'judge_folder', 'evaluate_models', 'summary', 'make_sheet', 'add_sheet']
 
-# %% ../nbs/13b_evaluation.ipynb #9ef33e47
+# %% ../nbs/13b_evaluation.ipynb #27578620
 import contextlib
 import hashlib
 import json
@@ -18,11 +18,11 @@ from pathlib import Path
 
 import yaml
 
-from .artifact import recorded_damage, write_recorded
+from .artifact import recorded_damage, write_recorded, write_json
 from .agreement import HUMAN, UNIT, agreement, lay_together, read_sheet, sample_units, write_sheet
 from .graph import path_digest
 from .lock import LOCK, locked
-from .store import Study, check_artifact, check_passes, writable, write_json
+from .store import Study, check_artifact, check_passes, writable
 from .prices import Estimate, ask, check_judge, is_free, judge_names, load_prices
 from .study import Benchmark, Generation, InputError, write_atomically
 

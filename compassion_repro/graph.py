@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WHOLE', 'EMBEDDED', 'VERSIONS', 'digest', 'path_digest', 'is_local', 'source_digest', 'model_digest',
-           'source_settings', 'judge_identity', 'Stage', 'trained_arms', 'graph']
+           'source_settings', 'judge_identity', 'Stage', 'graph']
 
 # %% ../nbs/12a_graph.ipynb #7f9aa471
 import hashlib
@@ -172,11 +172,6 @@ def _probe_stages(preset: Preset, seed: int, measured: list[Stage], mid: Stage) 
     return [Stage(f"probe-{answers.inputs[0].id}", "probe", seed, answers.model, (answers.inputs[0], answers, mid), config) for answers in measured]
 
 
-def trained_arms(preset: Preset) -> list:
-    "The arms that the study trains itself."
-    return [parse_model(name) for name in preset.arms if name in preset.trained]
-
-
 def graph(
     preset: Preset, # the study
     seeds: int = 1, # how many seeds, counted from 1
@@ -188,7 +183,7 @@ def graph(
     for seed in range(1, seeds + 1):
         base = Stage("base", "base", seed, "base", (), {"source": model_digest(preset.models.base, known)})
         starts = {"base": base} | {m: _midtrain_stage(preset, seed, m, base, known) for m in preset.models_compared if m in ("mid", "mid-control")}
-        rewarded = any(arm.reward == "help" for arm in trained_arms(preset))
+        rewarded = any(arm.reward == "help" for arm in preset.trained_arms)
         reward = Stage("reward", "reward", seed, "reward", (base,), {"source": model_digest(preset.models.reward, known)}) if rewarded else None
         for stage in [*starts.values(), *([reward] if reward else []), *_arm_stages(preset, seed, starts, reward, known)]:
             stages.append(stage)

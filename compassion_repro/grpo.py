@@ -18,7 +18,7 @@ from statistics import median
 from .checkpoints import Checkpoints, keep_part, kept_parts, own_folder, weights_digest
 from .data import rows_sha256
 from .models import encode_prompt, load_model, load_tokenizer, lora_config, row_losses
-from .processes import count, is_first, on_one_gpu, once, share, spread, trainer_words
+from .processes import count, is_first, on_one_gpu, share, spread, trainer_words
 from .rewards import answer_text, apply_reward, finite
 from .study import GRPO_SETTINGS, Grpo, InputError, Lora, settings_markdown, write_atomically
 from .training import CHECKED, Holding, check_merge, fitted, holding, load_held, ready_adapter, save_trained, trainer_options, with_less_memory

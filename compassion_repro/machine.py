@@ -18,7 +18,6 @@ from pathlib import Path
 import psutil
 
 from . import hub, memory, planning, prices, sandbox
-from .graph import trained_arms
 from .store import provenance
 from .study import Preset, load_preset, presets, with_settings
 
@@ -81,7 +80,7 @@ def largest_stage(
     "The kind of stage that needs most on a GPU, fitted to it as well as can be."
     shape, reward = planning.shapes(preset)
     if shape is None: return "", 0.0
-    kinds = {"answers"} | {"midtrain" for model in preset.trained if model.startswith("mid")} | {arm.paradigm for arm in trained_arms(preset)}
+    kinds = {"answers"} | {"midtrain" for model in preset.trained if model.startswith("mid")} | {arm.paradigm for arm in preset.trained_arms}
     return max(((kind, memory.stage_memory(preset, kind, shape, gb, "cuda", reward).gb) for kind in sorted(kinds)), key=lambda found: found[1])
 
 
@@ -175,7 +174,7 @@ def verdict(
 ) -> Verdict:
     "Hold a preset against a machine."
     problems = [*gpu_problems(preset, machine), *room_problems(preset, machine), *key_problems(preset, machine)]
-    needy = [arm.model for arm in trained_arms(preset) if arm.reward == "code"]
+    needy = [arm.model for arm in preset.trained_arms if arm.reward == "code"]
     remarks = [f"no jail for model-written code, so {', '.join(needy)} will be left out: install bubblewrap, or add --allow-unsafe-code"] if needy and machine.jail == "none" else []
     if not problems and (hours := _hours(preset, machine)): remarks.append(f"about {hours:.0f} hours by the plan's estimate" if hours > 3 else f"about {hours:.1f} hours by the plan's estimate")
     if preset.compute.device == "cuda" and machine.gpu and not machine.bfloat16 and preset.models.dtype == "auto": remarks.append("this GPU has no bfloat16, so float16 with scaled losses is used")

@@ -15,7 +15,7 @@ from . import hub, machine
 from .artifact import write_recorded
 from .engine import interruptible
 from .engines import pick_engine, run_stages
-from .graph import Stage, is_local, trained_arms
+from .graph import Stage, is_local
 from .lock import locked
 from .prices import judge_names
 from .stages import prepare, study_tasks, training_rows, without_jail
@@ -25,7 +25,7 @@ from .study import InputError, Preset, build_preset
 # %% ../nbs/13_pipeline.ipynb #0192242b
 def _used_sources(preset: Preset) -> dict[str, str]:
     "Dotted names of the sources that the study will fetch as models and corpora, with their kinds."
-    arms, midtrained = trained_arms(preset), {"mid", "mid-control"}.intersection(preset.trained)
+    arms, midtrained = preset.trained_arms, {"mid", "mid-control"}.intersection(preset.trained)
     used = {"models.base": "model"} | {f"models.given.{name}": "model" for name in preset.models.given} | {f"data.{arm.rows}": "dataset" for arm in arms}
     if any(arm.reward == "help" for arm in arms): used["models.reward"] = "model"
     for name, wanted in (("documents", "mid" in midtrained), ("control", "mid-control" in midtrained), ("replay", midtrained and preset.midtrain.replay)):
@@ -75,7 +75,7 @@ def check_inputs(
     base = models.find_model(preset.models.base)
     models.check_architecture(base), models.load_tokenizer(base, preset.generation.template)
     for source in preset.models.given.values(): models.find_model(source)
-    arms = trained_arms(preset)
+    arms = preset.trained_arms
     for arm in arms:
         if not arm.reward: continue
         pair = preset.data.source(arm.rows), preset.models.reward if arm.reward == "help" else rewards.CODE_REWARD

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from . import hub, memory, world
-from .graph import Stage, graph, is_local, trained_arms
+from .graph import Stage, graph, is_local
 from .prices import estimate_study, judge_names, load_prices
 from .study import Benchmark, InputError, Preset, parse_model
 
@@ -139,7 +139,7 @@ def disk(
     def from_hub(source): return not source.startswith("world:") and not is_local(source)
     def size(shape): return 2 * shape.parameters / 2**30 if shape else 0.0
     models = [(preset.models.base, size(shape)), *((source, size(shape)) for source in preset.models.given.values())]
-    if any(arm.reward == "help" for arm in trained_arms(preset)): models.append((preset.models.reward, size(reward)))
+    if any(arm.reward == "help" for arm in preset.trained_arms): models.append((preset.models.reward, size(reward)))
     fetched = sum(gb for source, gb in models if from_hub(source))
     hub_data = any(from_hub(benchmark.data) for benchmark in preset.benchmarks.values())
     how, trained = memory.held(preset), any(r["kind"] in ("midtrain", "sft", "grpo") for r in records)

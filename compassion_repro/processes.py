@@ -45,7 +45,6 @@ from torch.multiprocessing import _prctl_pr_set_pdeathsig
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainingArguments
 
-from .graph import trained_arms
 from .models import IGNORE, load_model
 from .study import Grpo, InputError, Preset, Training
 from .training import Holding, holding, load_held
@@ -139,7 +138,7 @@ def check(
         if how.device == "cpu": raise InputError("compute.sharding=fsdp wants GPUs: leave it out, the model is then held whole by every process")
         if how.quantize != "none" or "8bit" in (how.optimizer or ""): raise InputError("compute.sharding=fsdp goes with neither 4-bit weights nor an 8-bit optimiser: set models.quantize=none and compute.optimizer=auto, or compute.sharding=none")
     if how.device == "cuda" and compute.processes > torch.cuda.device_count(): raise InputError(f"compute.processes={compute.processes} wants as many GPUs and this machine shows {torch.cuda.device_count()}: lower it")
-    stages = [preset.midtrain] * bool({"mid", "mid-control"}.intersection(preset.trained)) + [getattr(preset, arm.paradigm) for arm in trained_arms(preset)]
+    stages = [preset.midtrain] * bool({"mid", "mid-control"}.intersection(preset.trained)) + [getattr(preset, arm.paradigm) for arm in preset.trained_arms]
     for training in stages: share(training, compute.processes)
 
 # %% ../nbs/03d_processes.ipynb #a2dca7ac

@@ -16,7 +16,7 @@ from functools import cache, partial, wraps
 from pathlib import Path
 
 from . import hub
-from .graph import WHOLE, Stage, trained_arms
+from .graph import WHOLE, Stage
 from .prices import DETERMINISTIC, judge_names
 from .store import Study
 from .study import Benchmark, Generation, InputError, Preset, parse_model, write_atomically
@@ -123,7 +123,7 @@ def _run_midtrain(work: Work) -> dict:
 def _run_sft(work: Work) -> dict:
     from compassion_repro import sft, tokens
     preset, seed, name = work.preset, work.stage.seed, parse_model(work.stage.model).name
-    names = dict.fromkeys(arm.rows for arm in trained_arms(preset) if arm.paradigm == "sft")
+    names = dict.fromkeys(arm.rows for arm in preset.trained_arms if arm.paradigm == "sft")
     template = preset.generation.training_template
     fit = sft.longest_answer(work.input(), preset.sft, template)
     rows = {n: training_rows(preset.data.source(n), "messages", preset.sft.rows, preset.sft.held_out, seed, preset.sft.limit, **fit) for n in names}
@@ -177,7 +177,7 @@ def without_jail(
 ) -> list[str]: # arms that cannot be run here
     "Arms whose code reward has no jail to run in."
     from compassion_repro import sandbox
-    needy = [arm.model for arm in trained_arms(preset) if arm.reward == "code"]
+    needy = [arm.model for arm in preset.trained_arms if arm.reward == "code"]
     return needy if needy and not unsafe and sandbox.level() == "none" else []
 
 # %% ../nbs/12d_stages.ipynb #c5c6293f

@@ -14,7 +14,7 @@ import re
 import resource
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -22,8 +22,8 @@ from pathlib import Path
 
 import yaml
 
-from .artifact import MANIFEST, RECORD, add_to_record, file_damage, find_damage, read_record, read_sealed, recorded_damage, remove, settle, what_takes_room, writable, write_json, write_recorded
-from .graph import Stage, digest, graph, is_local, path_digest, source_digest, source_settings
+from .artifact import MANIFEST, RECORD, add_to_record, file_damage, find_damage, read_record, read_sealed, recorded_damage, remove, settle, writable, write_json, write_recorded
+from .graph import Stage, digest, graph, is_local, source_digest, source_settings
 from .lock import LOCK, hold
 from .study import InputError, Preset, build_preset
 

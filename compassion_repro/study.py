@@ -406,6 +406,11 @@ class Preset(Section):
         return tuple(name for name in self.models_compared if name != "base" and name not in self.models.given)
 
     @property
+    def trained_arms(self) -> list:
+        "The arms that the study trains itself."
+        return [parse_model(name) for name in self.arms if name in self.trained]
+
+    @property
     def models_compared(self) -> tuple[str, ...]:
         "Model ids that the study evaluates, starting points first."
         starts = ["base", "mid"] + [s for s in ("mid-control",) if any(parse_model(a).start == s for a in self.arms)]
