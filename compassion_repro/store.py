@@ -22,7 +22,7 @@ from pathlib import Path
 
 import yaml
 
-from .artifact import MANIFEST, RECORD, add_to_record, file_damage, find_damage, read_record, read_sealed, recorded_damage, remove, settle, writable, write_json, write_recorded
+from .artifact import MANIFEST, RECORD, add_to_record, file_damage, find_damage, read_record, read_sealed, recorded_damage, remove, settle, writable, write_recorded
 from .graph import Stage, digest, graph, is_local, source_digest, source_settings
 from .lock import LOCK, hold
 from .study import InputError, Preset, build_preset
