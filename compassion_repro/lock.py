@@ -60,7 +60,7 @@ def _runs_here(folder: Path) -> bool:
     with suppress(OSError): return note.get("host") == socket.gethostname() and abs(time.time() - (folder / LOCK).stat().st_mtime) < SILENCE
     return False
 
-# %% ../nbs/12b_lock.ipynb #da714513
+# %% ../nbs/12b_lock.ipynb #1bb4ebf1
 def _sign(folder: Path) -> tuple | None:
     "What changes whenever a holder shows itself."
     with suppress(OSError): return (told := (folder / LOCK).stat()).st_mtime_ns, told.st_ino
@@ -85,12 +85,13 @@ def _wait(lease: SoftFileLease, folder: Path, who: str, say: Callable[[str], Non
 
 def _acquire(lease: SoftFileLease, folder: Path, say: Callable[[str], None]):
     "Take the lock, from the dead if need be; raises `InputError` where somebody holds it."
-    who = holder(folder)
+    who, silent = holder(folder), False
     try: lease.acquire(timeout=.2) # on some disks a dead holder's lock is broken first, and taken at the second attempt
     except Timeout:
-        if _runs_here(folder): _refuse(folder)
+        if any(_runs_here(folder) or time.sleep(.1) for _ in range(5)): _refuse(folder) # the note is written a moment after the lock
+        silent = True
         _wait(lease, folder, who or "another command", say)
-    if who: say(f"{folder}: took over the lock of {who}: that process is gone")
+    if who and (silent or (folder / NOTE).exists()): say(f"{folder}: took over the lock of {who}: that process is gone")
 
 
 _HELD: dict[Path, tuple[SoftFileLease, int, int]] = {} # folder -> its lease, the process and the thread that hold it
