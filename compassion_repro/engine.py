@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['interruptible', 'run_stage']
 
-# %% ../nbs/12e_engine.ipynb #a44d8ba5
+# %% ../nbs/12e_engine.ipynb #36f3022c
 import shutil
 import signal
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -34,7 +35,19 @@ def interruptible():
         for number, handler in before.items(): signal.signal(number, handler)
     if seen: raise KeyboardInterrupt
 
-# %% ../nbs/12e_engine.ipynb #dac433ed
+# %% ../nbs/12e_engine.ipynb #8683de9b
+def _gpu():
+    "PyTorch's GPU, where it is loaded and there is one."
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch and torch.cuda.is_available() else None
+
+
+def _peak_gpu_gb(result: dict) -> float | None:
+    "The most that PyTorch held of the GPU since the stage began, GB of 2**30 bytes."
+    if not (gpu := _gpu()): return None
+    return round(max(gpu.max_memory_allocated() / 2**30, result.get("gpu_peak_gb") or 0, result.get("gpu_peak_before_gb") or 0), 2)
+
+# %% ../nbs/12e_engine.ipynb #fc453a25
 def run_stage(
     study: Study, # where it goes
     preset: Preset, # the configuration
@@ -50,10 +63,11 @@ def run_stage(
         partial.mkdir(parents=True)
         try:
             started = time.perf_counter()
+            if gpu := _gpu(): gpu.reset_peak_memory_stats()
             with interruptible(): result = RUN[stage.kind](Work(preset, stage, study, partial, report, unsafe))
             manifest = {"stage": stage.id, "kind": stage.kind, "model": stage.model, "seed": stage.seed, "key": stage.key, "version": VERSIONS[stage.kind],
                         "config": stage.config, "inputs": {s.id: s.key for s in stage.inputs}, "result": result, "seconds": round(time.perf_counter() - started, 2), "files": file_sizes(partial),
-                        "peak_memory_mb": peak_memory_mb(), **provenance()}
+                        "peak_memory_mb": peak_memory_mb(), "peak_gpu_memory_gb": _peak_gpu_gb(result), **provenance()}
             write_json(partial / "manifest.json", manifest)
             shutil.rmtree(place, ignore_errors=True)
             partial.rename(place)

@@ -173,7 +173,7 @@ def _added_in_one(layer, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
     up = (layer.scaling[name] * layer.lora_B[name].weight).to(plain.dtype)
     return torch.addmm(plain.flatten(0, -2), low.flatten(0, -2), up.t()).view(plain.shape)
 
-# %% ../nbs/03c_training.ipynb #e10a825d
+# %% ../nbs/03c_training.ipynb #f961f858
 def device_memory(how: Holding) -> float: # GB of 2**30 bytes
     "Memory to plan with: what the preset says, else what is free on the GPU, else the machine's."
     if how.compute.memory_gb: return how.compute.memory_gb
@@ -210,8 +210,8 @@ def halved(training: Training | Grpo) -> Training | Grpo | None:
     return training.model_copy(update=changes) if changes else None
 
 
-def _gpu_peak() -> dict:
-    return {"gpu_peak_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2)} if torch.cuda.is_available() else {}
+def _gpu_peak(name: str = "gpu_peak_gb") -> dict:
+    return {name: round(torch.cuda.max_memory_allocated() / 2**30, 2)} if torch.cuda.is_available() else {}
 
 
 def with_less_memory(
@@ -221,10 +221,10 @@ def with_less_memory(
     label: str, # what is being trained
 ) -> tuple: # what `attempt` gave, and what to write into the manifest
     "Run a training, again with half the micro-batch as often as the memory runs out; raises `InputError` when a single sequence is too much."
-    times = 0
+    times, earlier = 0, _gpu_peak("gpu_peak_before_gb")
     while True:
         if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-        try: return attempt(training), {"micro_batch": training.micro_batch, "accumulation": training.accumulation, "generate_at_once": getattr(training, "generate_at_once", None), "out_of_memory": times, **_gpu_peak()}
+        try: return attempt(training), {"micro_batch": training.micro_batch, "accumulation": training.accumulation, "generate_at_once": getattr(training, "generate_at_once", None), "out_of_memory": times, **earlier, **_gpu_peak()}
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error): raise
         smaller, times = halved(training), times + 1
