@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['INSIST', 'interruptible', 'undisturbed', 'run_stage']
 
-# %% ../nbs/12e_engine.ipynb #c825869b
+# %% ../nbs/12e_engine.ipynb #56c31233
 import signal
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -43,7 +44,19 @@ def interruptible():
         for number, handler in before.items(): signal.signal(number, handler)
     if seen: raise KeyboardInterrupt(seen[0])
 
-# %% ../nbs/12e_engine.ipynb #ee6050e0
+# %% ../nbs/12e_engine.ipynb #8683de9b
+def _gpu():
+    "PyTorch's GPU, where it is loaded and there is one."
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch and torch.cuda.is_available() else None
+
+
+def _peak_gpu_gb(result: dict) -> float | None:
+    "The most that PyTorch held of the GPU since the stage began, GB of 2**30 bytes."
+    if not (gpu := _gpu()): return None
+    return round(max(gpu.max_memory_allocated() / 2**30, result.get("gpu_peak_gb") or 0, result.get("gpu_peak_before_gb") or 0), 2)
+
+# %% ../nbs/12e_engine.ipynb #8388b503
 @contextmanager
 def undisturbed():
     "Let a short piece of work come to its end before Ctrl-C or SIGTERM is answered."
@@ -83,6 +96,7 @@ def run_stage(
         partial.mkdir(parents=True)
         try:
             started = time.perf_counter()
+            if gpu := _gpu(): gpu.reset_peak_memory_stats()
             with interruptible(): result = RUN[stage.kind](Work(preset, stage, study, partial, report, unsafe))
-            with undisturbed(): return _put_away(study, stage, partial, {"result": result, "seconds": round(time.perf_counter() - started, 2)})
+            with undisturbed(): return _put_away(study, stage, partial, {"result": result, "seconds": round(time.perf_counter() - started, 2), "peak_gpu_memory_gb": _peak_gpu_gb(result)})
         finally: remove(partial)

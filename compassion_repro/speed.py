@@ -8,7 +8,7 @@ __all__ = ['LLAMA_8B', 'GPU', 'KINDS', 'Sizes', 'stand_in', 'watched', 'spread',
            'kind_of', 'profile', 'parts', 'machine', 'measure', 'training_table', 'memory_table', 'other_table',
            'as_markdown']
 
-# %% ../nbs/16_speed.ipynb #91479c62
+# %% ../nbs/16_speed.ipynb #a6c88425
 import asyncio
 import gc
 import importlib.metadata
@@ -22,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +43,7 @@ from .store import provenance
 from .study import Compute, Generation, Grpo, Lora, Models, Training, write_atomically
 from .training import Holding, fitted, holding, load_held
 
-# %% ../nbs/16_speed.ipynb #e165d2eb
+# %% ../nbs/16_speed.ipynb #7a1d4c0e
 LLAMA_8B = { # settings of `LlamaConfig`, from the published config.json of Llama 3.1 8B
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
     "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
@@ -55,7 +55,7 @@ class Sizes:
     "What is measured, and how large."
     model: dict # settings of `LlamaConfig`
     lengths: tuple[int, ...] = (512, 1024, 2048) # tokens a packed sequence
-    batch: int = 8 # sequences an optimiser step
+    tokens: int = 8192 # of packed sequences an optimiser step, the same at every length
     steps: int = 4 # optimiser steps a run, the first of which warms up
     rank: int = 32 # of the adapter, on every linear layer
     answers: int = 64 # answers generated at once
@@ -63,7 +63,7 @@ class Sizes:
     rounds: int = 2 # how often generation is repeated
     prompts: int = 8 # prompts a GRPO step
     group: int = 8 # completions a prompt
-    completion: int = 96 # tokens a completion
+    completion: int = 64 # tokens a completion
     product: int = 8192 # rows and columns of the matrices that are multiplied
 
 
@@ -151,7 +151,7 @@ def flops_per_token(
     weights = shape.linear_parameters + shape.vocabulary * shape.hidden
     return 4 * weights + 6 * shape.layers * shape.heads * shape.head_size * sum(n * n for n in lengths) / sum(lengths)
 
-# %% ../nbs/16_speed.ipynb #e999f17d
+# %% ../nbs/16_speed.ipynb #336f718c
 @dataclass(frozen=True)
 class Bench:
     "The model that stands in, and the device it is measured on."
@@ -176,20 +176,24 @@ class Bench:
 
     def held(self, how: Holding) -> Held:
         "The same, for the estimates of memory."
-        return Held(self.sizes.rank, how.quantize, how.dtype.itemsize, 2 if "8bit" in (how.optimizer or "") else 8, how.liger)
+        return Held(self.sizes.rank, how.quantize, how.dtype.itemsize, 2 if "8bit" in (how.optimizer or "") else 8, how.liger, how.masked)
+
+    def batch(self, length: int) -> int: # tokens a sequence
+        "Sequences an optimiser step."
+        return max(1, self.sizes.tokens // length)
 
     def rows(self, length: int) -> list[dict]: # `text` rows of an eighth of a sequence's length up to all of it
         "Documents for a run at a length."
         tokenizer = load_tokenizer(self.folder)
         words = [word for row in world.corpus("documents", 200) for word in tokenizer(row["text"], add_special_tokens=False)["input_ids"]]
-        wanted, rows, draw = 1.1 * self.sizes.steps * self.sizes.batch * length, [], torch.Generator().manual_seed(length)
+        wanted, rows, draw = 1.1 * self.sizes.steps * self.batch(length) * length, [], torch.Generator().manual_seed(length)
         while sum(size for size, _ in rows) < wanted:
             size = int(torch.randint(length // 8, length - 8, (), generator=draw))
             start = int(torch.randint(0, max(1, len(words) - size), (), generator=draw))
             rows.append((size, (words[start:] + words)[:size]))
         return [{"text": tokenizer.decode(ids)} for _, ids in rows]
 
-# %% ../nbs/16_speed.ipynb #63821d15
+# %% ../nbs/16_speed.ipynb #d50fcc3e
 def _run_record(bench: Bench, log: list[dict], rows: list[dict], length: int) -> dict:
     "Speed out of a trainer's log, the first step left out."
     steps = [(after["tokens"] - before["tokens"], after["seconds"] - before["seconds"]) for before, after in zip(log, log[1:])]
@@ -207,7 +211,7 @@ def train_ours(
 ) -> dict: # speed, memory, its estimate, what was chosen
     "Train as a stage does."
     how, rows = bench.how(quantize, **compute), bench.rows(length)
-    training = Training(length=length, batch_size=bench.sizes.batch, micro_batch="auto", steps=bench.sizes.steps, learning_rate=1e-5)
+    training = Training(length=length, batch_size=bench.batch(length), micro_batch="auto", steps=bench.sizes.steps, learning_rate=1e-5)
     with watched() as record:
         training, again = fitted(training, bench.folder, bench.lora, how)
         model, done = train(load_held(bench.folder, how), load_tokenizer(bench.folder), rows, training, training.steps, 0, bench.lora, lambda line: None, "speed", how, again)
@@ -215,7 +219,7 @@ def train_ours(
     estimate = total(training_memory(bench.shape, training.micro_batch * length, bench.held(how), again))
     return record | _run_record(bench, done["log"], rows, length) | {"micro_batch": training.micro_batch, "checkpointing": again, "estimate_gb": round(estimate, 2)}
 
-# %% ../nbs/16_speed.ipynb #1dc398ba
+# %% ../nbs/16_speed.ipynb #4c665a42
 @contextmanager
 def as_it_comes():
     "PyTorch's own choice of attention kernels, which this package changes."
@@ -235,13 +239,13 @@ def train_default(
     data = Dataset.from_list([encode_row(row, tokenizer) for row in rows])
     with as_it_comes(), watched() as record, tempfile.TemporaryDirectory() as folder:
         model = load_held(bench.folder, bench.how(quantize, attention="sdpa", liger=False)) if quantize != "none" else load_model(bench.folder, bench.device)
-        config = SFTConfig(folder, max_steps=bench.sizes.steps, packing=True, max_length=length, per_device_train_batch_size=bench.sizes.batch, use_cpu=bench.device == "cpu",
+        config = SFTConfig(folder, max_steps=bench.sizes.steps, packing=True, max_length=length, per_device_train_batch_size=bench.batch(length), use_cpu=bench.device == "cpu",
                            logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True)
         trainer = SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer, peft_config=lora_config(bench.lora), callbacks=[progress])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     _empty(trainer.model)
-    return record | _run_record(bench, progress.log, rows, length) | {"micro_batch": bench.sizes.batch, "checkpointing": config.gradient_checkpointing}
+    return record | _run_record(bench, progress.log, rows, length) | {"micro_batch": bench.batch(length), "checkpointing": config.gradient_checkpointing}
 
 # %% ../nbs/16_speed.ipynb #d6e0fbd5
 @contextmanager
@@ -418,7 +422,7 @@ def profile(
     return {"kinds": {kind: round(share, 3) for kind, share in sorted(kinds.items(), key=lambda pair: -pair[1])}, "longest": [[name[:70], round(seconds, 3)] for name, seconds in spent[:12]],
             "busy_share": round(busy / bench.sizes.steps / run["seconds_a_step"]["median"], 3)}
 
-# %% ../nbs/16_speed.ipynb #664427cf
+# %% ../nbs/16_speed.ipynb #21f295fc
 def parts(
     bench: Bench, # model and device
 ) -> dict[str, Callable]: # name -> measurement
@@ -426,12 +430,14 @@ def parts(
     lengths, middle = bench.sizes.lengths, bench.sizes.lengths[len(bench.sizes.lengths) // 2]
     best = {f"{held}/{length}/ours": partial(train_ours, bench, length, held) for held in ("none", "nf4") for length in lengths}
     default = {f"{held}/{length}/default": partial(train_default, bench, length, held) for held in ("none", "nf4") for length in lengths}
+    small_step = replace(bench, sizes=replace(bench.sizes, tokens=bench.sizes.tokens // 2))
+    halves = {f"none/{lengths[0]}/default, half a step": partial(train_default, small_step, lengths[0]), f"none/{lengths[0]}/ours, half a step": partial(train_ours, small_step, lengths[0])}
     small_gpu = {f"nf4/{middle}/15 GB": partial(train_ours, bench, middle, "nf4", memory_gb=15)}
     changes = {"with checkpointing": {"checkpointing": "always"}, "without Liger": {"liger": False}, "with masks": {"attention": "sdpa"}}
     on_gpu = {f"none/{middle}/{name}": partial(train_ours, bench, middle, **change) for name, change in changes.items()}
-    others = {"generation": partial(generation, bench), "grpo/none": partial(grpo_ours, bench), "grpo/nf4/15 GB": partial(grpo_ours, bench, "nf4", False, bench.sizes.completion // 2, memory_gb=15), "profile": partial(profile, bench, middle)}
+    others = {"generation": partial(generation, bench), "grpo/none": partial(grpo_ours, bench), "grpo/nf4/15 GB": partial(grpo_ours, bench, "nf4", False, bench.sizes.completion // 2, memory_gb=15), "profile": partial(profile, bench, middle), "profile, half a step": partial(profile, small_step, lengths[0])}
     bf16 = {name: run for name, run in (best | default).items() if name.startswith("none")}
-    return dict(sorted(bf16.items(), key=lambda item: "ours" in item[0])) | small_gpu | best | others | on_gpu | default
+    return dict(sorted(bf16.items(), key=lambda item: "ours" in item[0])) | small_gpu | best | others | halves | on_gpu | default
 
 # %% ../nbs/16_speed.ipynb #a9bc2ed5
 def machine() -> dict: # GPU, driver, versions, commit
@@ -447,7 +453,7 @@ def _version(package: str) -> str | None:
     try: return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError: return None
 
-# %% ../nbs/16_speed.ipynb #e35dcccd
+# %% ../nbs/16_speed.ipynb #77fd739e
 def _scratch(needed: float) -> str | None:
     "Memory that looks like a folder, where it has room: a disk would be the slowest part of the run."
     shared = Path("/dev/shm")
@@ -464,7 +470,7 @@ def measure(
 ) -> dict: # machine, model, limits, parts, seconds
     "Measure everything in one run."
     began, device = time.perf_counter(), device or pick_device()
-    result = {"machine": machine(), "model": sizes.model, "rank": sizes.rank, "batch": sizes.batch, "limits": limits(sizes.product, device), "parts": {}}
+    result = {"machine": machine(), "model": sizes.model, "rank": sizes.rank, "tokens": sizes.tokens, "limits": limits(sizes.product, device), "parts": {}}
     with tempfile.TemporaryDirectory(dir=_scratch(16.1e9 if sizes is GPU else 0)) as folder:
         bench = Bench(stand_in(folder, sizes.model, device), sizes, device, result["limits"]["operations"]["median"])
         for name, part in parts(bench).items():
@@ -491,7 +497,7 @@ def _brief(record: dict) -> str:
     if "ours" in record: return f"{record['ours_to_bare']:.2f} of bare generate{peak}"
     return (f"{record['seconds_a_step']['median']:.1f} s a step" if "seconds_a_step" in record else "done") + peak
 
-# %% ../nbs/16_speed.ipynb #aedeb1ba
+# %% ../nbs/16_speed.ipynb #cb8f27fa
 def training_table(
     result: dict, # from `measure`
 ) -> tuple[list[str], list[list]]: # columns, rows
@@ -500,7 +506,7 @@ def training_table(
     for name, run in result["parts"].items():
         if name.count("/") != 2 or "tokens_per_second" not in run: continue
         held, length, what = name.split("/")
-        base = result["parts"].get(f"{held}/{length}/default", {}).get("tokens_per_second", {}).get("median")
+        base = result["parts"].get(f"{held}/{length}/default{', half a step' if 'half' in what else ''}", {}).get("tokens_per_second", {}).get("median")
         speed = run["tokens_per_second"]
         rows.append([{"none": "16-bit", "nf4": "4-bit"}[held], int(length), what, run["micro_batch"], "yes" if run["checkpointing"] else "no", round(speed["median"]), f"{speed['lowest']:,.0f}-{speed['highest']:,.0f}", f"{run['mfu']:.1%}",
                      f"{speed['median'] / base:.2f}" if base else "", run["peak_gb"]])

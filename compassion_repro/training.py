@@ -41,7 +41,7 @@ from .memory import Held, fit, read_shape
 from .models import load_model, load_tokenizer, merge, pick_device, pick_dtype, row_losses, save_model
 from .study import Compute, Grpo, InputError, Lora, Models, Training, write_atomically
 
-# %% ../nbs/03c_training.ipynb #28007ded
+# %% ../nbs/03c_training.ipynb #29105b25
 @dataclass(frozen=True)
 class Holding:
     "How models in training are held and computed with on this machine."
@@ -62,6 +62,11 @@ class Holding:
         "Kernel of the attention in training: the one for packed rows where the GPU has it, else PyTorch's ordinary one."
         if self.compute.attention != "auto": return self.compute.attention
         return "varlen" if self.device == "cuda" and self.dtype != torch.float32 and torch.cuda.get_device_capability()[0] >= 8 else "sdpa"
+
+    @property
+    def masked(self) -> bool:
+        "Whether attention over packed rows reads a mask, of which a GPU keeps a copy in every layer."
+        return self.device == "cuda" and self.attention in ("sdpa", "eager")
 
     @property
     def liger(self) -> bool:
@@ -173,7 +178,7 @@ def _added_in_one(layer, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
     up = (layer.scaling[name] * layer.lora_B[name].weight).to(plain.dtype)
     return torch.addmm(plain.flatten(0, -2), low.flatten(0, -2), up.t()).view(plain.shape)
 
-# %% ../nbs/03c_training.ipynb #e10a825d
+# %% ../nbs/03c_training.ipynb #9d7a839a
 def device_memory(how: Holding) -> float: # GB of 2**30 bytes
     "Memory to plan with: what the preset says, else what is free on the GPU, else the machine's."
     if how.compute.memory_gb: return how.compute.memory_gb
@@ -193,7 +198,7 @@ def fitted(
     if shape is None:
         if training.micro_batch == "auto": raise InputError("the memory of this model cannot be estimated (its config.json is not Llama-like, or there is no adapter): give micro_batch a number")
         return training, again == "always" or again == "auto" and how.device == "cuda"
-    found = fit(training, shape, Held(lora.rank, how.quantize, how.dtype.itemsize, 2 if "8bit" in (how.optimizer or "") else 8, how.liger), device_memory(how), again)
+    found = fit(training, shape, Held(lora.rank, how.quantize, how.dtype.itemsize, 2 if "8bit" in (how.optimizer or "") else 8, how.liger, how.masked), device_memory(how), again)
     changes = {"micro_batch": found.micro_batch} | ({"generate_at_once": found.at_once} if training.micro_batch == "auto" and isinstance(training, Grpo) else {})
     return training.model_copy(update=changes), found.checkpointing
 
@@ -210,8 +215,8 @@ def halved(training: Training | Grpo) -> Training | Grpo | None:
     return training.model_copy(update=changes) if changes else None
 
 
-def _gpu_peak() -> dict:
-    return {"gpu_peak_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2)} if torch.cuda.is_available() else {}
+def _gpu_peak(name: str = "gpu_peak_gb") -> dict:
+    return {name: round(torch.cuda.max_memory_allocated() / 2**30, 2)} if torch.cuda.is_available() else {}
 
 
 def with_less_memory(
@@ -221,10 +226,10 @@ def with_less_memory(
     label: str, # what is being trained
 ) -> tuple: # what `attempt` gave, and what to write into the manifest
     "Run a training, again with half the micro-batch as often as the memory runs out; raises `InputError` when a single sequence is too much."
-    times = 0
+    times, earlier = 0, _gpu_peak("gpu_peak_before_gb")
     while True:
         if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-        try: return attempt(training), {"micro_batch": training.micro_batch, "accumulation": training.accumulation, "generate_at_once": getattr(training, "generate_at_once", None), "out_of_memory": times, **_gpu_peak()}
+        try: return attempt(training), {"micro_batch": training.micro_batch, "accumulation": training.accumulation, "generate_at_once": getattr(training, "generate_at_once", None), "out_of_memory": times, **earlier, **_gpu_peak()}
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error): raise
         smaller, times = halved(training), times + 1
