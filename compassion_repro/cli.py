@@ -6,7 +6,7 @@
 __all__ = ['TOKENS', 'EPILOG', 'talking', 'run', 'plan', 'print_claims', 'report', 'claims', 'evaluate', 'judge', 'annotate',
            'doctor', 'bench', 'push', 'build_parser', 'main']
 
-# %% ../nbs/14_cli.ipynb #12fc22cb
+# %% ../nbs/14_cli.ipynb #b3ec88bb
 import argparse
 import os
 import sys
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from . import __version__
+from .redact import redact, redact_error
 from .study import InputError, load_preset, presets
 
 # %% ../nbs/14_cli.ipynb #06e8bdc2
@@ -55,7 +56,7 @@ def _print(*things):
     from rich.text import Text
     _console(width=None if sys.stdout and sys.stdout.isatty() else 160, markup=True).print(*(Text(thing) if isinstance(thing, str) else thing for thing in things))
 
-# %% ../nbs/14_cli.ipynb #9f39a235
+# %% ../nbs/14_cli.ipynb #3add280a
 def _study_folder(args, preset) -> Path:
     "`--out`, or studies/<preset>, with a short hash where `--set` changed the preset."
     from compassion_repro.store import study_name
@@ -149,7 +150,7 @@ def claims(args) -> int:
     print_claims(folder)
     return 0
 
-# %% ../nbs/14_cli.ipynb #9c37d8e3
+# %% ../nbs/14_cli.ipynb #e4a9efdd
 def _options(args) -> dict:
     "What `eval` and `judge` have in common."
     settings = {"temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens, "max_connections": args.judge_connections, "max_retries": args.judge_retries}
@@ -229,7 +230,7 @@ def annotate(args) -> int:
     _print(f"{args.sample} answers to grade: {args.out} (write 1 or 0 into the column grade); which is which: {key}, not for the people who grade\nread it back with  compassion-repro annotate {folder} --read {args.out}")
     return 0
 
-# %% ../nbs/14_cli.ipynb #f78c6b6a
+# %% ../nbs/14_cli.ipynb #3108dce8
 TOKENS = ("HF_TOKEN", "GOOGLE_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY")
 
 
@@ -272,7 +273,7 @@ def doctor(args) -> int:
     _print(f"\npresets smoke and tiny: {'yes' if enough else 'no'} (they want 3 GB of memory, 1 GB of disk and every package above)")
     return 0 if enough else 1
 
-# %% ../nbs/14_cli.ipynb #b24f10ab
+# %% ../nbs/14_cli.ipynb #7e20147e
 def _bench_gpu(out: str) -> int:
     "Measure the 8B shape on this machine's GPU, print the tables and save them."
     import torch
@@ -423,7 +424,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--out", default="bench_gpu.json", metavar="FILE", help="where --gpu saves its figures (default bench_gpu.json)")
     return parser
 
-# %% ../nbs/14_cli.ipynb #265cfc0c
+# %% ../nbs/14_cli.ipynb #dda2c124
 def main(
     argv: list[str] | None = None, # words of the command line; default: the process's own
 ) -> int: # exit status
@@ -435,8 +436,8 @@ def main(
         if getattr(args, "seeds", 1) < 1: raise InputError(f"--seeds wants a number of at least 1, got {args.seeds}")
         return args.action(args)
     except InputError as error:
-        if debug: raise
-        print(f"compassion-repro: {error}", file=sys.stderr)
+        if debug: raise redact_error(error)
+        print(f"compassion-repro: {redact(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ncompassion-repro: interrupted; finished stages are kept, the same command carries on", file=sys.stderr)
@@ -445,8 +446,8 @@ def main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if debug: raise
-        print(f"compassion-repro: unexpected {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}; run again with --debug and report it", file=sys.stderr)
+        if debug: raise redact_error(error)
+        print(f"compassion-repro: unexpected {type(error).__name__}: {(redact(str(error)).strip().splitlines() or [''])[0]}; run again with --debug and report it", file=sys.stderr)
         return 1
 
 # %% ../nbs/14_cli.ipynb #a93b5255

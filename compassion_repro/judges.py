@@ -7,7 +7,7 @@ __all__ = ['REPLIES', 'GIVE_UP', 'JUDGE_SETTINGS', 'read_judge_prompt', 'indicat
            'indicator_verdict', 'prominent_phrases', 'strict_verdict', 'IndicatorJudge', 'StrictJudge', 'SavedAnswers',
            'reply_key', 'Replies', 'JudgeGone', 'Thrifty', 'judge_model', 'open_judge', 'try_judge']
 
-# %% ../nbs/09a_judges.ipynb #661703ce
+# %% ../nbs/09a_judges.ipynb #8c5b5e00
 import asyncio
 import contextlib
 import fcntl
@@ -25,6 +25,7 @@ from inspect_evals.anima import scorer as anima_scoring
 
 from .benchmarks import one_line
 from .prices import DETERMINISTIC, check_judge
+from .redact import redact
 from .runner import about_tokens
 from .study import InputError
 
@@ -219,7 +220,7 @@ class Replies:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-# %% ../nbs/09a_judges.ipynb #355e44b1
+# %% ../nbs/09a_judges.ipynb #8f7178d5
 GIVE_UP = 20 # failures in a row after which a judge counts as gone
 
 
@@ -250,7 +251,7 @@ class Thrifty(ModelAPI):
             return result
 
     def _failed(self, error: Exception):
-        self.last_error = one_line(error)
+        self.last_error = redact(one_line(error))
         if not super().should_retry(error): self.failures += 1
 
 
