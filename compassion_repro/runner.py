@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Progress', 'temporary_folder', 'about_tokens', 'run_inspect', 'Book', 'BookModel', 'play', 'with_prompts']
 
-# %% ../nbs/08c_runner.ipynb #2f87c2e0
+# %% ../nbs/08c_runner.ipynb #95015c35
 import contextlib
 import copy
 import functools
@@ -22,6 +22,7 @@ import rich
 from inspect_ai import Epochs, Task, task_with
 from inspect_ai import eval as inspect_eval
 from inspect_ai._util.appdirs import inspect_data_dir
+from inspect_ai._util.trace import TraceFormatter
 from inspect_ai.log import EvalLog
 from inspect_ai.log._recorders import eval as eval_logs
 from inspect_ai.model import ModelAPI, ModelOutput, ModelUsage, get_model, modelapi
@@ -46,7 +47,7 @@ class Progress:
         rate, self.last = self.done / max(now - self.began, 1e-9), now
         self.report(f"{self.done}/{self.total} answers, {rate:.0f} samples/s, {(self.total - self.done) / rate:.0f} s left")
 
-# %% ../nbs/08c_runner.ipynb #e4b0a38a
+# %% ../nbs/08c_runner.ipynb #7122dee2
 @functools.cache
 def _temporary() -> tempfile.TemporaryDirectory: return tempfile.TemporaryDirectory(prefix="compassion-", ignore_cleanup_errors=True)
 
@@ -88,9 +89,9 @@ async def about_tokens(self, text: str) -> int:
 
 @contextlib.contextmanager
 def _no_keys_in_logs():
-    "Inspect's logs without keys: what a service says of a refused key would stand in them, several times a sample."
-    write = eval_logs.to_json_safe
-    with mock.patch.object(eval_logs, "to_json_safe", lambda *args, **options: redact(write(*args, **options))): yield
+    "Inspect's logs, and its traces in the user's home, without keys: what a service says of a refused key would stand in them, several times a sample."
+    write, trace = eval_logs.to_json_safe, TraceFormatter.format
+    with mock.patch.object(eval_logs, "to_json_safe", lambda *args, **options: redact(write(*args, **options))), mock.patch.object(TraceFormatter, "format", lambda *args: redact(trace(*args))): yield
 
 
 def run_inspect(

@@ -151,7 +151,7 @@ CONFIGURATION = ("sft.steps=many", "sft.steps=-1", "sft.steps=1e400", "sft.learn
 
 def configuration_cases() -> list[Case]:
     "Settings on the command line, preset files, price tables."
-    return [*(Case("--set values", setting if len(setting) < 60 else f"{setting[:40]}...", "wrong", (*FRESH, "--set", setting), base="inputs", check="refused", said=setting.split("=")[0].split(".")[0].split("[")[0]) for setting in CONFIGURATION),
+    return [*(Case("--set values", setting if len(setting) < 60 else f"{setting[:40]}...", "wrong", (*FRESH, "--set", setting), base="inputs", check="refused", said="" if setting.startswith(("data.", "models.")) else setting.split("=")[0].split(".")[0]) for setting in CONFIGURATION),
             *cross("preset files", "preset.yaml", "cut utf-16 other garbage empty gone folder", ("run", "--preset", "{}/preset.yaml", "--out", "{}/new", "--no-report"), base="inputs", check="refused", said="preset"),
             *cross("price tables", "prices.yaml", "utf-16 other garbage gone folder", ("judge", "{}/evaluation", "--judge", "purse/other", "--prices", "{}/prices.yaml"), base="evaluation", check="refused", said="prices.yaml")]
 
