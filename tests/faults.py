@@ -106,7 +106,7 @@ def make_sound(folder: Path) -> Path:
         inputs, evaluation = pool.submit(damage.make_inputs, folder / "sound" / "inputs"), pool.submit(damage.make_evaluation, folder / "sound" / "evaluation")
         inputs.result(), evaluation.result()
         if making.wait(600): raise SystemExit(f"the sound study failed: {(folder / 'plain' / 'study.log').read_text()[-500:]}")
-        pool.submit(damage.make_study, folder / "sound" / "study", folder / "plain" / "study").result()
+        for name, make in (("study", damage.make_study), ("half", damage.make_half)): pool.submit(make, folder / "sound" / name, folder / "plain" / "study").result()
     return folder / "sound"
 
 

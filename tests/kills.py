@@ -2,6 +2,7 @@
 
 Nothing here asks the package how it fared: stages are counted in the folder, calls at the judge's end, results by comparing files with those of an uninterrupted run.
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -32,7 +33,7 @@ def start(out: Path, *more: str, environment: dict = {}, words: tuple[str, ...] 
 
 def kill(process: subprocess.Popen):
     "No warning, and none of its children left."
-    os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
@@ -177,7 +178,7 @@ def lost_worker(out: Path, seed: int, reference: dict[str, object], words: tuple
     wait_until = rng.uniform(0.3, 0.6) * 24 * (int(words[words.index("--seeds") + 1]) if "--seeds" in words else 1)
     while process.poll() is None and not struck:
         working = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith("ray::seed-")]
-        working = [p for p in working if (out / p.info["cmdline"][0].removeprefix("ray::")).with_name(f".{Path(p.info['cmdline'][0]).name}.partial").exists()]
+        working = [p for p in working if any((out / p.info["cmdline"][0].removeprefix("ray::")).parent.glob(f".{Path(p.info['cmdline'][0]).name}.partial*"))]
         if working and len(manifests(out)) >= wait_until:
             victim = rng.choice(working)
             struck = victim.info["cmdline"][0].removeprefix("ray::")
