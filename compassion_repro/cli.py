@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from . import __version__
+from .redact import redact, redact_error
 from .study import InputError, load_preset, presets
 
 # %% ../nbs/14_cli.ipynb #06e8bdc2
@@ -430,8 +431,8 @@ def main(
         if getattr(args, "seeds", 1) < 1: raise InputError(f"--seeds wants a number of at least 1, got {args.seeds}")
         return args.action(args)
     except InputError as error:
-        if debug: raise
-        print(f"compassion-repro: {error}", file=sys.stderr)
+        if debug: raise redact_error(error)
+        print(f"compassion-repro: {redact(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         print("\ncompassion-repro: interrupted; what is finished or saved is kept, the same command carries on", file=sys.stderr)
@@ -440,8 +441,8 @@ def main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if debug: raise
-        print(f"compassion-repro: unexpected {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}; run again with --debug and report it", file=sys.stderr)
+        if debug: raise redact_error(error)
+        print(f"compassion-repro: unexpected {type(error).__name__}: {(redact(str(error)).strip().splitlines() or [''])[0]}; run again with --debug and report it", file=sys.stderr)
         return 1
 
 # %% ../nbs/14_cli.ipynb #a93b5255

@@ -47,7 +47,7 @@ PUBLISHED = {
     "CompassioninMachineLearning/moru-benchmark-dimensions": Published("dataset", "benchmarks.moru.dimensions", "2801a72fb050ee180036f1fe587c9812cfa1bfe7", None, "cc-by-nc-4.0", source="inspect_evals 0.26 (P)"),
 }
 
-# %% ../nbs/01b_hub.ipynb #a5184521
+# %% ../nbs/01b_hub.ipynb #a0308889
 FILE_ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zip", ".yaml", ".safetensors")
 
 
@@ -57,7 +57,7 @@ def split_source(
     "Read a hub source; raises `InputError` for what is no hub id."
     name, _, revision = source.partition("@")
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or ".." in name or name.lower().endswith((".git", *FILE_ENDINGS)):
-        raise InputError(f"{source}: no such file or folder, and not a hub id; give an existing path, world:<name>, or owner/name@revision")
+        raise InputError(f"{source if len(source) < 300 else source[:300] + '...'}: no such file or folder, and not a hub id; give an existing path, world:<name>, or owner/name@revision")
     return name, revision or (PUBLISHED[name].revision if name in PUBLISHED else None)
 
 

@@ -6,7 +6,7 @@
 __all__ = ['load_task', 'load_tasks', 'with_judge', 'saved_answers', 'mean_where_graded', 'judge_answers', 'official_metrics',
            'mean_scores', 'judge_prompts', 'listener', 'unpaid_calls', 'score_own']
 
-# %% ../nbs/09b_judge.ipynb #39da61ef
+# %% ../nbs/09b_judge.ipynb #58eec44e
 import asyncio
 import contextlib
 import copy
@@ -31,6 +31,7 @@ from inspect_evals.anima import scorer as anima_scoring
 from .benchmarks import LoadedTask, load_benchmark, load_named_task
 from .judges import GIVE_UP, Replies, Thrifty, indicator_phrases, open_judge, read_judge_prompt, reply_key
 from .prices import DETERMINISTIC, is_free
+from .redact import redact
 from .runner import Book, Progress, play, run_inspect
 from .study import Benchmark, InputError, parse_model
 
@@ -108,7 +109,7 @@ def _patient_explanation():
         return original(target_dimensions=[d for d in target_dimensions if d in avg_by_dim], avg_by_dim=avg_by_dim, **others)
     with mock.patch.object(anima_scoring, "_generate_explanation", explain, create=True): yield
 
-# %% ../nbs/09b_judge.ipynb #8d711b9a
+# %% ../nbs/09b_judge.ipynb #5daa9d7c
 def _calls(sample: EvalSample) -> list[tuple[str, str, dict]]:
     "Dimension, reply and settings of each call to the judge, in order; failed attempts that were repeated are left out."
     calls = []
@@ -119,7 +120,7 @@ def _calls(sample: EvalSample) -> list[tuple[str, str, dict]]:
         reply = event.output.completion if event.output and event.output.choices else ""
         reply = sample.attachments.get(reply.removeprefix("attachment://"), reply)
         settings = event.config.model_dump(exclude_none=True)
-        calls.append((prompt, bool(event.error), read_judge_prompt(prompt)["dimension"], reply or str(event.error or ""), settings))
+        calls.append((prompt, bool(event.error), read_judge_prompt(prompt)["dimension"], reply or redact(str(event.error or "")), settings))
     answered = {prompt for prompt, failed, *_ in calls if not failed}
     return [tuple(call) for prompt, failed, *call in calls if not (failed and prompt in answered)]
 
@@ -175,7 +176,7 @@ _KEY = ["model", "seed", "benchmark", "language", "item_id", "question_id", "epo
 _GRADES = [*_KEY, "variables", "judge", "judge_settings", "judge_valid", "substitute_for", "grade", "attempted", "reply"]
 _SCORES = ["study", "model", "arm", "start", "paradigm", "domain", *_KEY[1:], "score", "judge", "judge_settings", "judge_valid", "substitute_for"]
 
-# %% ../nbs/09b_judge.ipynb #82f409a5
+# %% ../nbs/09b_judge.ipynb #a8b3ffa5
 def _judging_tasks(answers: pd.DataFrame, tasks: dict[str, LoadedTask], judge: str, progress: Progress) -> list[Task]:
     "An official task per model, seed and benchmark, with the solver swapped."
     async def judged(state) -> None: progress.advance()
@@ -197,9 +198,9 @@ def _judging_tasks(answers: pd.DataFrame, tasks: dict[str, LoadedTask], judge: s
 
 def _check_log(log: EvalLog, said: str) -> int:
     "Number of answers that could not be judged, warned of; raises for a judge that never worked."
-    failed = [s.error.message for s in log.samples or [] if s.error]
+    failed = [redact(s.error.message) for s in log.samples or [] if s.error]
     if log.status == "error" or (failed and len(failed) == len(log.samples)):
-        message = (log.error.message if log.error else failed[0]).strip().splitlines()[-1][:200]
+        message = (redact(log.error.message) if log.error else failed[0]).strip().splitlines()[-1][:200]
         if "RetryError" in message: message = f"it was asked again and again, to no avail ({said or 'no answer in time'})"
         raise InputError(f"judging {log.eval.task} failed: {message}; check the judge's name, its package and its key")
     if failed: warnings.warn(f"judging {log.eval.task}: {len(failed)} of {len(log.samples)} answers could not be judged ({failed[0].splitlines()[-1][:100]})", stacklevel=3)

@@ -26,6 +26,7 @@ from inspect_evals.anima import scorer as anima_scoring
 
 from .benchmarks import one_line
 from .prices import DETERMINISTIC, check_judge
+from .redact import redact
 from .runner import about_tokens
 from .study import InputError
 
@@ -253,7 +254,7 @@ class Thrifty(ModelAPI):
             return result
 
     def _failed(self, error: Exception):
-        self.last_error = one_line(error)
+        self.last_error = redact(one_line(error))
         if not super().should_retry(error): self.failures += 1
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Progress', 'temporary_folder', 'about_tokens', 'run_inspect', 'Book', 'BookModel', 'play', 'with_prompts']
 
-# %% ../nbs/08c_runner.ipynb #64e3a1e2
+# %% ../nbs/08c_runner.ipynb #95015c35
 import contextlib
 import copy
 import functools
@@ -22,13 +22,16 @@ import rich
 from inspect_ai import Epochs, Task, task_with
 from inspect_ai import eval as inspect_eval
 from inspect_ai._util.appdirs import inspect_data_dir
+from inspect_ai._util.trace import TraceFormatter
 from inspect_ai.log import EvalLog
+from inspect_ai.log._recorders import eval as eval_logs
 from inspect_ai.model import ModelAPI, ModelOutput, ModelUsage, get_model, modelapi
 from inspect_ai.model._providers import providers as _providers # every provider of Inspect becomes known by name
 from inspect_ai.solver._task_state import sample_state
 from rich.console import Console
 
 from .benchmarks import LoadedTask, load_named_task, one_line
+from .redact import redact
 from .study import InputError
 
 # %% ../nbs/08c_runner.ipynb #7d062ca7
@@ -44,7 +47,7 @@ class Progress:
         rate, self.last = self.done / max(now - self.began, 1e-9), now
         self.report(f"{self.done}/{self.total} answers, {rate:.0f} samples/s, {(self.total - self.done) / rate:.0f} s left")
 
-# %% ../nbs/08c_runner.ipynb #3fae1c8c
+# %% ../nbs/08c_runner.ipynb #7122dee2
 @functools.cache
 def _temporary() -> tempfile.TemporaryDirectory: return tempfile.TemporaryDirectory(prefix="compassion-", ignore_cleanup_errors=True)
 
@@ -84,13 +87,20 @@ async def about_tokens(self, text: str) -> int:
     return len(text) // 4 + 1
 
 
+@contextlib.contextmanager
+def _no_keys_in_logs():
+    "Inspect's logs, and its traces in the user's home, without keys: what a service says of a refused key would stand in them, several times a sample."
+    write, trace = eval_logs.to_json_safe, TraceFormatter.format
+    with mock.patch.object(eval_logs, "to_json_safe", lambda *args, **options: redact(write(*args, **options))), mock.patch.object(TraceFormatter, "format", lambda *args: redact(trace(*args))): yield
+
+
 def run_inspect(
     tasks: list[Task], # what to run
     log_dir: Path | str, # folder for Inspect's logs
     **settings, # for `inspect_ai.eval`
 ) -> list[EvalLog]: # one a task
     "Run tasks without a display. Inspect swallows Ctrl-C and returns half of the logs: here it is passed on."
-    with _own_console(), _rare_collection(), _writable_home(), mock.patch.object(ModelAPI, "count_text_tokens", about_tokens):
+    with _own_console(), _rare_collection(), _writable_home(), _no_keys_in_logs(), mock.patch.object(ModelAPI, "count_text_tokens", about_tokens):
         logs = inspect_eval(tasks, **{"log_dir": str(log_dir), "display": "none", "log_level": "error", "ctl_server": False, "log_realtime": False, "log_buffer": 1000,
                                       "score_display": False, "max_tasks": 1} | settings)
     if len(logs) < len(tasks) or any(log.status == "cancelled" for log in logs): raise KeyboardInterrupt

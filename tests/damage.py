@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pandas as pd
 from conftest import settings
-from kills import contents, stage_folders
+from kills import contents, kill, start
 
 PATIENCE = 90                                               # seconds that a command may take; the smallest study takes 30
 JUDGED = ["--judge", "purse/fine", "--yes"]
@@ -115,6 +115,14 @@ def artifact_cases() -> list[Case]:
         *cross("benchmark caches", "study/benchmarks/arrow/*/*/*/*/*.arrow", "cut flip empty", RUN, first=(f"{seed}/answers-mid", f"{seed}/eval-mid")))]
 
 
+def checkpoint_cases() -> list[Case]:
+    "What a stage that was cut off left for the next run to carry on from; it may be passed over, never believed."
+    from compassion_repro.study import Compute
+    if "checkpoint_minutes" not in Compute.model_fields: return []
+    kept = "study/seed-1/.sft-help.checkpoints"
+    return cross("checkpoints", f"{kept}/checkpoint-*/* {kept}/*", "cut flip zeros empty garbage gone", RUN, base="half", mended=True)
+
+
 def table_cases() -> list[Case]:
     "The study's own tables and its configuration, under the commands that read them."
     report, claims = ("report", "{}/study"), ("claims", "{}/study")
@@ -151,7 +159,7 @@ CONFIGURATION = ("sft.steps=many", "sft.steps=-1", "sft.steps=1e400", "sft.learn
 
 def configuration_cases() -> list[Case]:
     "Settings on the command line, preset files, price tables."
-    return [*(Case("--set values", setting if len(setting) < 60 else f"{setting[:40]}...", "wrong", (*FRESH, "--set", setting), base="inputs", check="refused", said=setting.split("=")[0].split(".")[0].split("[")[0]) for setting in CONFIGURATION),
+    return [*(Case("--set values", setting if len(setting) < 60 else f"{setting[:40]}...", "wrong", (*FRESH, "--set", setting), base="inputs", check="refused", said="" if setting.startswith(("data.", "models.")) else setting.split("=")[0].split(".")[0]) for setting in CONFIGURATION),
             *cross("preset files", "preset.yaml", "cut utf-16 other garbage empty gone folder", ("run", "--preset", "{}/preset.yaml", "--out", "{}/new", "--no-report"), base="inputs", check="refused", said="preset"),
             *cross("price tables", "prices.yaml", "utf-16 other garbage gone folder", ("judge", "{}/evaluation", "--judge", "purse/other", "--prices", "{}/prices.yaml"), base="evaluation", check="refused", said="prices.yaml")]
 
@@ -177,7 +185,7 @@ EVALUATE = ("--bench", "tiny-anima,tiny-moru", "--out", "{}/evaluation", "--limi
 
 def all_cases() -> list[Case]:
     "Every case, in an order that is always the same."
-    return [*artifact_cases(), *table_cases(), *data_cases(), *configuration_cases(), *evaluation_cases()]
+    return [*artifact_cases(), *checkpoint_cases(), *table_cases(), *data_cases(), *configuration_cases(), *evaluation_cases()]
 
 
 # ---- sound folders
@@ -194,6 +202,18 @@ def _judge_provider():
             output = ModelOutput.from_content(self.model_name, f"Weighed.\n\nGRADE: {'CI'[hashlib.sha256(input[-1].text.encode()).digest()[0] % 2]}")
             output.usage = ModelUsage(input_tokens=1, output_tokens=1, total_tokens=2)
             return output
+
+
+def make_half(folder: Path, study: Path):
+    "The sound study, cut off in an arm right after a checkpoint."
+    if not checkpoint_cases(): return
+    folder.mkdir(parents=True)
+    shutil.copytree(study, folder / "study")
+    (folder / "contents.json").write_text(json.dumps(contents(study)))
+    shutil.rmtree(folder / "study" / "seed-1" / "sft-help")
+    process = start(folder / "study", "compute.checkpoint_minutes=0.0000001")
+    while process.poll() is None and not list(folder.glob("study/seed-1/.sft-help.checkpoints/checkpoint-*/seal.json")): time.sleep(0.01)
+    kill(process)
 
 
 def make_inputs(folder: Path):
@@ -315,7 +335,7 @@ def try_case(case: Case, bases: Path, seed: int, scratch: Path) -> dict:
     folder = Path(shutil.copytree(sound, Path(tempfile.mkdtemp(dir=scratch)) / "copy", symlinks=True))
     for part in case.first: shutil.rmtree(folder / part)
     if case.how.startswith("grade "): _other_grade(folder / case.target, int(case.how.split()[1]), rng)
-    elif case.how != "wrong": spoil(rng.choice(sorted(folder.glob(case.target))), case.how, rng)
+    elif case.how != "wrong": spoil(rng.choice(sorted(p for p in folder.glob(case.target) if p.is_file())), case.how, rng)
     try:
         with patience(PATIENCE), nothing_runs() if case.check == "rows" else contextlib.nullcontext(): status, out, err = call(case.words, folder)
         outcome, bad = _verdict(case, folder, sound, status, out, err)

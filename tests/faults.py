@@ -1,9 +1,10 @@
-"""Fault injection: `make faults`, or `python tests/faults.py [--runs 100] [--inputs N] [--seed 1] [--workers 4]`.
+"""Fault injection: `make faults`, or `python tests/faults.py [--runs 100] [--pairs 5] [--no-ray] [--inputs N] [--seed 1] [--workers 4]`.
 
 Studies are killed at random moments and started again; everything that the package reads is damaged in turn. One table is printed, and figures/faults.json keeps the counts
 with n, seed, machine and commit. Exit status 1 where anything was lost, repeated, half used, paid twice, or wrong.
 """
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -24,7 +25,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import damage
-from kills import PAID, contents, differences, killed_study, moments, start, summary
+from kills import PAID, contents, differences, killed_study, lost_worker, moments, start, summary, two_at_once
 from judge_server import PaidJudge
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +58,7 @@ def uninterrupted(folder: Path, workers: int, judge: PaidJudge) -> tuple[dict, f
     return results, statistics.median(durations)
 
 
-def kill_runs(runs: int, seed: int, workers: int, folder: Path, console: Console) -> dict:
+def kill_runs(runs: int, pairs: int, seed: int, workers: int, folder: Path, console: Console) -> dict:
     "Kill as many studies as asked for and let them finish."
     with PaidJudge() as judge, progress_bar(console) as progress:
         bar = progress.add_task("uninterrupted studies, to compare with", total=1, bad="")
@@ -82,7 +83,20 @@ def kill_runs(runs: int, seed: int, workers: int, folder: Path, console: Console
                 records.append(done.result())
                 progress.update(bar, advance=1, bad=f"{sum(not r.good for r in records)} bad")
                 if not records[-1].good: progress.console.print(f"study {records[-1].number}: {records[-1]}")
-    return {"seed": seed, "workers": workers, "uninterrupted_seconds": round(duration, 1), "ended_before_the_kill": early, **summary(sorted(records, key=lambda r: r.number))}
+        bar, two = progress.add_task("two commands on one study", total=pairs, bad=""), []
+        for number in range(pairs):
+            two.append(two_at_once(number, folder / f"two-{number}" / "study", random.Random(f"{seed}-two-{number}").uniform(0, 0.5 * duration), results, judge))
+            progress.update(bar, advance=1, bad=f"{sum(not pair['good'] for pair in two)} bad")
+    told = {"pairs": len(two), "good": sum(pair["good"] for pair in two), "left": sum(2 in pair["statuses"] for pair in two), "bad": [pair for pair in two if not pair["good"]]}
+    return {"two": told, "seed": seed, "workers": workers, "uninterrupted_seconds": round(duration, 1), "ended_before_the_kill": early, **summary(sorted(records, key=lambda r: r.number))}
+
+
+def ray_run(seed: int, workers: int, folder: Path, console: Console) -> dict | None:
+    "Four arms and three seeds on Ray, one worker killed; None where this environment has no Ray."
+    if not importlib.util.find_spec("ray") or not importlib.util.find_spec("compassion_repro.engines"): return None
+    with console.status(f"4 arms x 3 seeds on Ray with {workers} processors, a worker killed; before it, the same here"):
+        if start(folder / "here" / "study", words=("--seeds", "3")).wait(1800): raise SystemExit((folder / "here" / "study.log").read_text()[-500:])
+        return lost_worker(folder / "ray" / "study", seed, contents(folder / "here" / "study"), ("--seeds", "3", "--engine", f"ray:{workers}"))
 
 
 def make_sound(folder: Path) -> Path:
@@ -92,7 +106,7 @@ def make_sound(folder: Path) -> Path:
         inputs, evaluation = pool.submit(damage.make_inputs, folder / "sound" / "inputs"), pool.submit(damage.make_evaluation, folder / "sound" / "evaluation")
         inputs.result(), evaluation.result()
         if making.wait(600): raise SystemExit(f"the sound study failed: {(folder / 'plain' / 'study.log').read_text()[-500:]}")
-        pool.submit(damage.make_study, folder / "sound" / "study", folder / "plain" / "study").result()
+        for name, make in (("study", damage.make_study), ("half", damage.make_half)): pool.submit(make, folder / "sound" / name, folder / "plain" / "study").result()
     return folder / "sound"
 
 
@@ -123,6 +137,9 @@ def rows(found: dict) -> list[tuple[str, str]]:
         lines += [("studies killed with SIGKILL and started again", f"{kills['runs']} ({kills['kills']} kills: {spread})"), ("ended with the uninterrupted run's results", f"{kills['identical']} of {kills['runs']}"),
                   ("stages in place at a kill: lost, run again", f"{kills['lost']}, {kills['repeated']} of {kills['stages_in_place']}"), ("half artifacts in place", str(kills["half"])),
                   ("judge calls paid twice", f"{kills['paid_twice']} of {kills['paid']:,}"), ("calls under way at a kill, no reply kept", f"{kills['in_flight']} (asked again: {kills['asked_again']})")]
+        two = kills["two"]
+        lines.append(("two commands on one study: one worked, the other left or waited", f"{two['good']} of {two['pairs']} (left: {two['left']})"))
+    if ray := found.get("ray"): lines.append(("a Ray worker killed, 4 arms x 3 seeds", f"{ray['struck']} run again, {ray['stages']} stages once" if ray["good"] else "bad"))
     if inputs := found.get("inputs"):
         lines += [("inputs damaged", f"{inputs['inputs']}, of {len(inputs['families'])} kinds"), ("refused in one line, repaired, or read in part and told", f"{inputs['refused']}, {inputs['repaired']}, {inputs['told']}"),
                   ("tracebacks, wrong results and other ends", f"{inputs['tracebacks']}, {len(inputs['bad']) - inputs['tracebacks']}")]
@@ -131,21 +148,24 @@ def rows(found: dict) -> list[tuple[str, str]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Break the package on purpose and count what it loses.")
-    for name, default, text in (("runs", 100, "studies to kill"), ("inputs", 10_000, "inputs to damage, at most"), ("seed", 1, "of the moments and of the damage"), ("workers", os.cpu_count(), "at once")):
+    for name, default, text in (("runs", 100, "studies to kill"), ("pairs", 5, "times that two commands work on one study"), ("inputs", 10_000, "inputs to damage, at most"), ("seed", 1, "of the moments and of the damage"), ("workers", os.cpu_count(), "at once")):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default {'all' if default == 10_000 else default})")
+    parser.add_argument("--no-ray", dest="ray", action="store_false", help="leave out the study on Ray")
     parser.add_argument("--out", type=Path, default=ROOT / "figures" / "faults.json", help="where the counts go (default figures/faults.json)")
     args = parser.parse_args()
     console, began = Console(), time.perf_counter()
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     found = machine()
-    if args.runs: found["kills"] = kill_runs(args.runs, args.seed, args.workers, folder, console)
+    if args.runs: found["kills"] = kill_runs(args.runs, args.pairs, args.seed, args.workers, folder, console)
+    if args.ray and (done := ray_run(args.seed, args.workers, folder, console)): found["ray"] = done | {"bad": [] if done["good"] else [done]}
     if args.inputs: found["inputs"] = damage_inputs(args.inputs, args.seed, args.workers, folder, console)
     found["seconds"] = round(time.perf_counter() - began)
     table = Table(title=f"faults injected, seed {args.seed}, {found['processors']} processors, commit {found['commit'][:12]}", title_justify="left", show_header=False)
     for row in rows(found): table.add_row(*row)
     console.print(table)
     args.out.write_text(json.dumps(found, indent=1) + "\n")
-    bad = sum(len(part.get("bad", [])) for part in found.values() if isinstance(part, dict))
+    parts = [part for part in (*found.values(), found.get("kills", {}).get("two")) if isinstance(part, dict)]
+    bad = sum(len(part.get("bad", [])) for part in parts)
     if bad: console.print(f"{bad} bad; their folders are kept in {folder}")
     else: shutil.rmtree(folder, ignore_errors=True)
     return int(bool(bad))

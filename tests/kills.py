@@ -2,6 +2,7 @@
 
 Nothing here asks the package how it fared: stages are counted in the folder, calls at the judge's end, results by comparing files with those of an uninterrupted run.
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -32,7 +33,7 @@ def start(out: Path, *more: str, environment: dict = {}, words: tuple[str, ...] 
 
 def kill(process: subprocess.Popen):
     "No warning, and none of its children left."
-    os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
@@ -148,6 +149,45 @@ def moments(runs: int, seed: int, duration: float) -> list[list[float]]:
         if number % 4 == 3: delays.append(rng.random() * 0.8 * (duration - delays[0]) + 3)
         draws.append(delays)
     return draws
+
+
+def stages_told(log: Path) -> Counter:
+    "How often each stage was finished, by the lines that the commands printed."
+    return Counter(re.findall(r"^\[\d+/\d+\] (seed \d+, [^:]+): [\d.]+ s", log.read_text(encoding="utf-8"), flags=re.M))
+
+
+def two_at_once(number: int, out: Path, delay: float, reference: dict[str, object], judge: PaidJudge, more: tuple[str, ...] = PAID, timeout: float = 600) -> dict:
+    "Two commands on one study, the second a moment after the first: one works, the other waits or leaves with a line, and nothing is done twice."
+    run, processes = out.parent.name, []
+    for place in (0, 1):
+        processes.append(start(out, *more, environment=judge.environment(run, place)))
+        if not place: time.sleep(delay)
+    statuses = [process.wait(timeout) for process in processes]
+    log = out.parent / f"{out.name}.log"
+    stages, asked = stages_told(log), judge.calls(run, 0) + judge.calls(run, 1)
+    refusals = [line for line in log.read_text(encoding="utf-8").splitlines() if line.startswith("compassion-repro: ")]
+    twice = {"stages_twice": [name for name, count in stages.items() if count > 1], "calls_twice": asked.total() - len(asked), "different": differences(out, reference)}
+    good = sorted(statuses) in ([0, 0], [0, 2]) and len(refusals) == statuses.count(2) and sum(stages.values()) == len(manifests(out)) and not any(twice.values())
+    return {"number": number, "delay": round(delay, 2), "statuses": statuses, "said": refusals, "stages": sum(stages.values()), **twice, "good": good}
+
+
+def lost_worker(out: Path, seed: int, reference: dict[str, object], words: tuple[str, ...], timeout: float = 900) -> dict:
+    "A study on Ray whose worker is killed in the middle of a stage: that stage is run again, everything else once."
+    import psutil
+    process, struck, rng = start(out, words=words), "", random.Random(seed)
+    wait_until = rng.uniform(0.3, 0.6) * 24 * (int(words[words.index("--seeds") + 1]) if "--seeds" in words else 1)
+    while process.poll() is None and not struck:
+        working = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith("ray::seed-")]
+        working = [p for p in working if any((out / p.info["cmdline"][0].removeprefix("ray::")).parent.glob(f".{Path(p.info['cmdline'][0]).name}.partial*"))]
+        if working and len(manifests(out)) >= wait_until:
+            victim = rng.choice(working)
+            struck = victim.info["cmdline"][0].removeprefix("ray::")
+            victim.kill()
+        time.sleep(0.2)
+    status, log = process.wait(timeout), (out.parent / f"{out.name}.log").read_text(encoding="utf-8")
+    stages, again, different = stages_told(out.parent / f"{out.name}.log"), re.findall(r".*started again.*", log), differences(out, reference)
+    good = status == 0 and bool(struck) and len(again) == 1 and set(stages.values()) == {1} and not different
+    return {"struck": struck, "status": status, "again": again, "stages": sum(stages.values()), "different": different, "good": good, "said": log.strip().splitlines()[-1][:300] if status else ""}
 
 
 def summary(records: list[Killed]) -> dict:
