@@ -7,7 +7,7 @@ __all__ = ['TOKENS', 'CLIENTS', 'SMALL_BASE', 'SMALL_REWARD', 'SMALLER', 'OTHER'
            'largest_stage', 'as_words', 'gpu_problems', 'room_problems', 'key_problems', 'Verdict', 'verdict',
            'verdicts']
 
-# %% ../nbs/12f_machine.ipynb #905d7f95
+# %% ../nbs/12f_machine.ipynb #f3658bec
 import importlib.util
 import math
 import os
@@ -67,7 +67,7 @@ def this_machine(
     tokens = frozenset(name for name in TOKENS if os.environ.get(name)) | ({"HF_TOKEN"} if _has_hub_token() else set())
     return Machine(psutil.virtual_memory().total / 2**30, shutil.disk_usage(folder).free / 2**30, **gpu, jail=sandbox.level(), tokens=tokens, missing=tuple(missing))
 
-# %% ../nbs/12f_machine.ipynb #7fee06d5
+# %% ../nbs/12f_machine.ipynb #db02a009
 SMALL_BASE, SMALL_REWARD = "models.base=meta-llama/Llama-3.2-1B", "models.reward=Skywork/Skywork-Reward-V2-Qwen3-0.6B"
 SMALLER = (("generation.batch_size=16",), ("generation.batch_size=4",), ("models.quantize=nf4",), ("models.quantize=nf4", "generation.batch_size=16"), ("models.quantize=nf4", "generation.batch_size=4")) # what is tried, in turn
 OTHER = (("models.quantize=nf4", "generation.batch_size=16", SMALL_REWARD), ("models.quantize=nf4", SMALL_BASE, SMALL_REWARD)) # and then
@@ -75,13 +75,13 @@ OTHER = (("models.quantize=nf4", "generation.batch_size=16", SMALL_REWARD), ("mo
 
 def largest_stage(
     preset: Preset, # the study
-    gb: float, # memory of a GPU, GB of 2**30 bytes
+    machine: Machine, # with a GPU
 ) -> tuple[str, float]: # kind of stage and GB; ("", 0) where the base model's shape is not at hand
     "The kind of stage that needs most on a GPU, fitted to it as well as can be."
     shape, reward = planning.shapes(preset)
     if shape is None: return "", 0.0
     kinds = {"answers"} | {"midtrain" for model in preset.trained if model.startswith("mid")} | {arm.paradigm for arm in preset.trained_arms}
-    return max(((kind, memory.stage_memory(preset, kind, shape, gb, "cuda", reward).gb) for kind in sorted(kinds)), key=lambda found: found[1])
+    return max(((kind, memory.stage_memory(preset, kind, shape, machine.gpu_gb, "cuda", reward, machine.bfloat16).gb) for kind in sorted(kinds)), key=lambda found: found[1])
 
 
 def as_words(
@@ -101,12 +101,12 @@ def gpu_problems(
         wanted = planning.planned_gpu(preset)
         return [f"no GPU that torch can use, and it wants one of {f'{memory.GPUS[wanted].gb:.0f} GB ({wanted} or larger)' if wanted else '16 GB or more'}: take another machine, or --set compute.device=cpu, which takes days"]
     lacking = ["the GPU has no bfloat16: --set models.dtype=auto takes float16 with scaled losses"] if preset.models.dtype == "bfloat16" and not machine.bfloat16 else []
-    kind, gb = largest_stage(preset, machine.gpu_gb)
+    kind, gb = largest_stage(preset, machine)
     if gb <= memory.FULL * machine.gpu_gb: return lacking
     for change in SMALLER + (() if preset.models.given else OTHER):
-        if largest_stage(with_settings(preset, change), machine.gpu_gb)[1] <= memory.FULL * machine.gpu_gb:
+        if largest_stage(with_settings(preset, change), machine)[1] <= memory.FULL * machine.gpu_gb:
             return [*lacking, f"the stage {kind} needs {gb:.0f} GB and the GPU has {machine.gpu_gb:.0f}: {as_words(change)}{', which is another study' if change in OTHER else ''}"]
-    least = largest_stage(with_settings(preset, SMALLER[1]), machine.gpu_gb)[1]
+    least = largest_stage(with_settings(preset, SMALLER[1]), machine)[1]
     return [*lacking, f"the stage {kind} needs {gb:.0f} GB and the GPU has {machine.gpu_gb:.0f}: take one of at least {math.ceil(least / memory.FULL)} GB, with {as_words(SMALLER[1])}"]
 
 # %% ../nbs/12f_machine.ipynb #48075536
@@ -147,7 +147,7 @@ def key_problems(
         if key and key not in machine.tokens: found.append(f"no {key} for the judge {judge}: set it, or --set judge=hf/Qwen/Qwen3-4B, a judge on this machine")
     return found
 
-# %% ../nbs/12f_machine.ipynb #fdf5f7ea
+# %% ../nbs/12f_machine.ipynb #13b85e26
 @dataclass(frozen=True)
 class Verdict:
     "Whether a preset can be run on a machine."

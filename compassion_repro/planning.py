@@ -6,7 +6,7 @@
 __all__ = ['HUB_COUNTS', 'GUESSED', 'HUB_TOKENS', 'DATA_GB', 'CALL_GB', 'question_count', 'source_rows', 'shapes', 'on_machines',
            'planned_gpu', 'planned_memory', 'disk', 'plan', 'tables', 'footnotes']
 
-# %% ../nbs/12c_planning.ipynb #ef9bd3d0
+# %% ../nbs/12c_planning.ipynb #ff624541
 import json
 import math
 import tempfile
@@ -19,7 +19,7 @@ from .graph import Stage, graph, is_local
 from .prices import estimate_study, judge_names, load_prices
 from .study import Benchmark, InputError, Preset, parse_model
 
-# %% ../nbs/12c_planning.ipynb #6570d26c
+# %% ../nbs/12c_planning.ipynb #20fd5a51
 HUB_COUNTS = {"CompassioninMachineLearning/anima": (114, 514), "CompassioninMachineLearning/moru-benchmark": (201, 905)} # questions and judge calls an epoch
 GUESSED = {"CompassioninMachineLearning/moru-benchmark": "its judge calls are a guess: as many a question as ANIMA has"} # what of that nobody has published
 HUB_TOKENS = { # tokens a row, about, and where that is from
@@ -79,7 +79,7 @@ def source_rows(
     else: rows = hub.published_rows(source)
     return rows if limit is None else min(rows or limit, limit)
 
-# %% ../nbs/12c_planning.ipynb #2f1a445f
+# %% ../nbs/12c_planning.ipynb #39246734
 def shapes(
     preset: Preset, # the study
 ) -> tuple: # two `memory.Shape`
@@ -114,9 +114,9 @@ def planned_memory(
     if shape is None: return {}
     gpu = planned_gpu(preset)
     gb = preset.compute.memory_gb or (memory.GPUS[gpu].gb if gpu else psutil.virtual_memory().total / 2**30)
-    return {kind: memory.stage_memory(preset, kind, shape, gb, "cuda" if gpu else "cpu", reward) for kind in dict.fromkeys(s.kind for s in graph(preset)) if kind in ("midtrain", "sft", "grpo", "answers")}
+    return {kind: memory.stage_memory(preset, kind, shape, gb, "cuda" if gpu else "cpu", reward, not gpu or memory.GPUS[gpu].bfloat16) for kind in dict.fromkeys(s.kind for s in graph(preset)) if kind in ("midtrain", "sft", "grpo", "answers")}
 
-# %% ../nbs/12c_planning.ipynb #4a3da158
+# %% ../nbs/12c_planning.ipynb #75853520
 DATA_GB, CALL_GB = 1.0, 5e-6 # of all the corpora and benchmarks of the hub together; of a judge call in the logs: about
 
 
