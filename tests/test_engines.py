@@ -3,6 +3,8 @@ import shutil
 import signal
 import threading
 import time
+from contextlib import suppress
+from importlib.util import find_spec
 
 import psutil
 import pytest
@@ -11,10 +13,11 @@ from test_study import same_scores, table
 
 from compassion_repro import engines, pipeline
 from compassion_repro.graph import graph
+from compassion_repro.progress import Progress
 from compassion_repro.store import Study
 from compassion_repro.study import InputError, load_preset
 
-ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed") # not imported here: that would be before its token is made
 PRESET = load_preset("smoke", CRASH_SIZE)
 
 
@@ -35,8 +38,10 @@ def without(study, *stages):
 
 
 def running(stage: str) -> psutil.Process | None:
-    "The process that runs a stage on Ray, which carries the stage's place in its title."
-    return next((p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0] == f"ray::seed-1/{stage}"), None)
+    "The process of our Ray that runs a stage; it carries the stage's place in its title."
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if process.cmdline()[:1] == [f"ray::seed-1/{stage}"]: return process
 
 
 def strike(study, stage: str, how: int, whom: psutil.Process | None = None, seconds: float = 120):
@@ -71,7 +76,7 @@ def test_what_is_done_is_not_done_again_on_a_worker(cluster, study_copy):
     "A machine can be lost after a stage was put in its place and before Ray heard of it."
     study, stages, said, told = Study(study_copy), graph(PRESET), [], []
     before = {p: p.stat().st_mtime_ns for p in study_copy.rglob("*")}
-    engines.run_on_ray(study, PRESET, stages, engines.Progress(stages, said.append, told.append), lambda *_: None)
+    engines.run_on_ray(study, PRESET, stages, Progress(stages, said.append, told.append), lambda *_: None)
     assert len(finished_stages(said)) == 24 and not any("running" in line for line in told)
     assert before == {p: p.stat().st_mtime_ns for p in study_copy.rglob("*")}
 
@@ -86,7 +91,7 @@ def test_bad_input_in_a_stage_ends_the_run_with_its_line(cluster, study_copy, tm
     for name in ("base", "mid", "answers-base", "answers-mid"): shutil.copytree(study_copy / "seed-1" / name, tmp_path / "own" / "seed-1" / name)
     stages, said = [s for s in graph(preset) if not study.done(s) and s.id in ("sft-help", "answers-sft-help", "eval-mid")], []
     def lose(study, preset, say): rows.unlink()
-    with pytest.raises(InputError, match="rows.jsonl") as refused: engines.run_on_ray(study, preset, stages, engines.Progress(stages, said.append), lose)
+    with pytest.raises(InputError, match="rows.jsonl") as refused: engines.run_on_ray(study, preset, stages, Progress(stages, said.append), lose)
     assert "\n" not in str(refused.value)
     assert study.done(next(s for s in graph(preset) if s.id == "mid")) and not list(study.folder.rglob(".*.partial"))
     assert not (study.folder / "seed-1" / "sft-help").exists()
