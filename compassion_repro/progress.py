@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['expected_seconds', 'time_left', 'in_words', 'Progress']
 
-# %% ../nbs/12e_progress.ipynb #ecd5ae45
+# %% ../nbs/12e_progress.ipynb #e0218a5b
 import time
 from statistics import mean
 
 from .graph import Stage
 from .store import stage_facts
+from .study import Notice
 
 # %% ../nbs/12e_progress.ipynb #ea466ae4
 _BY_TOKENS = ("midtrain", "sft") # kinds whose time goes with the tokens they train on
@@ -46,7 +47,7 @@ def in_words(
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
-# %% ../nbs/12e_progress.ipynb #01dbc807
+# %% ../nbs/12e_progress.ipynb #c8baaa45
 class Progress:
     "Where a run stands, told as it goes."
     def __init__(
@@ -66,7 +67,8 @@ class Progress:
         self.tells(stage, "")
 
     def tells(self, stage: Stage, line: str):
-        "A running stage says how far it is."
+        "A running stage says how far it is; what it calls a notice is kept."
+        if isinstance(line, Notice): self.say(f"seed {stage.seed}, {stage.id}: {line}")
         self.lines[stage.place] = f"seed {stage.seed}, {stage.id}" + (f": {line}" if line else "")
         told = [self.lines[place] for place in self.running]
         head = f"{self.total - len(self.left)} of {self.total} done, {self.standing()}"
