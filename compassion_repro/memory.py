@@ -230,7 +230,7 @@ def stage_memory(
     if kind not in ("midtrain", "sft", "grpo"): return None
     return fit(getattr(preset, kind), shape, how, memory_gb, preset.compute.checkpointing, reward.parameters * how.number_bytes if reward and kind == "grpo" else 0)
 
-# %% ../nbs/03b_memory.ipynb #1cc62e81
+# %% ../nbs/03b_memory.ipynb #0245688b
 @dataclass(frozen=True)
 class Gpu:
     "A GPU, from its maker's data sheet."
@@ -242,8 +242,8 @@ class Gpu:
 
 
 GPUS = {"T4": Gpu(14.7, 65, 320, False, 0.5), "L4": Gpu(22.2, 121, 300, True, 0.5), "A100": Gpu(79.3, 312, 2039), "H100": Gpu(79.2, 989, 3350), "H200": Gpu(139.8, 989, 4800)}
-REACHED = {"none": 0.41, "nf4": 0.36, "sampling": 0.30} # share of the data sheet's speed: training and training beside 4-bit weights as measured on an H100 (see `bench`); reading weights while sampling is an estimate
-A_LAYER = {"answers": 1.2e-3, "none": 2.8e-3, "nf4": 4.3e-3} # seconds of a sampling step a layer, whatever the batch: models under test, policies in 16 and in 4 bits with their adapter; measured there too
+REACHED = {"none": 0.42, "nf4": 0.37, "sampling": 0.30} # share of the data sheet's speed: training and training beside 4-bit weights means of two runs on H100s (see `bench`); reading weights while sampling is an estimate
+A_LAYER = {"answers": 1.2e-3, "none": 3.0e-3, "nf4": 4.6e-3} # seconds of a sampling step a layer, whatever the batch: models under test, policies in 16 and in 4 bits with their adapter; measured there too
 
 
 def training_hours(

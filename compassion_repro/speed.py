@@ -422,7 +422,7 @@ def profile(
     return {"kinds": {kind: round(share, 3) for kind, share in sorted(kinds.items(), key=lambda pair: -pair[1])}, "longest": [[name[:70], round(seconds, 3)] for name, seconds in spent[:12]],
             "busy_share": round(busy / bench.sizes.steps / run["seconds_a_step"]["median"], 3)}
 
-# %% ../nbs/16_speed.ipynb #21f295fc
+# %% ../nbs/16_speed.ipynb #20d46e5a
 def parts(
     bench: Bench, # model and device
 ) -> dict[str, Callable]: # name -> measurement
@@ -437,7 +437,7 @@ def parts(
     on_gpu = {f"none/{middle}/{name}": partial(train_ours, bench, middle, **change) for name, change in changes.items()}
     others = {"generation": partial(generation, bench), "grpo/none": partial(grpo_ours, bench), "grpo/nf4/15 GB": partial(grpo_ours, bench, "nf4", False, bench.sizes.completion // 2, memory_gb=15), "profile": partial(profile, bench, middle), "profile, half a step": partial(profile, small_step, lengths[0])}
     bf16 = {name: run for name, run in (best | default).items() if name.startswith("none")}
-    return dict(sorted(bf16.items(), key=lambda item: "ours" in item[0])) | small_gpu | best | others | halves | on_gpu | default
+    return dict(sorted(bf16.items(), key=lambda item: "ours" in item[0])) | small_gpu | best | others | default | halves | on_gpu
 
 # %% ../nbs/16_speed.ipynb #a9bc2ed5
 def machine() -> dict: # GPU, driver, versions, commit
@@ -453,7 +453,7 @@ def _version(package: str) -> str | None:
     try: return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError: return None
 
-# %% ../nbs/16_speed.ipynb #77fd739e
+# %% ../nbs/16_speed.ipynb #84f036fc
 def _scratch(needed: float) -> str | None:
     "Memory that looks like a folder, where it has room: a disk would be the slowest part of the run."
     shared = Path("/dev/shm")
@@ -465,7 +465,7 @@ def measure(
     out: str | Path | None = None, # JSON file, written after every part
     report: Callable[[str], None] = print, # called with one line of progress
     device: str | None = None, # "cuda" or "cpu"; default: what the machine has
-    limit: float = 420, # seconds after which no part begins
+    limit: float = 450, # seconds after which no part begins
     only: Callable[[str], bool] = lambda name: True, # which parts, by name
 ) -> dict: # machine, model, limits, parts, seconds
     "Measure everything in one run."
