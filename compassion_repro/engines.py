@@ -79,13 +79,12 @@ def _open(folder: str, where: str) -> Study:
 
 
 def _passing(told, place: str):
-    "A `report` that passes a stage's progress on to the driver, now and then."
-    import ray
+    "A `report` that passes a stage's progress on to the driver, now and then, and does not wait for it."
     last = [0.0]
     def report(line: str | None):
         if line is not None and not isinstance(line, Notice) and time.monotonic() - last[0] < SECONDS_BETWEEN: return
         last[0] = time.monotonic()
-        with suppress(ray.exceptions.RayError): told.put_nowait((place, line)) # the view may be lost, the work is not
+        told.actor.put_nowait.remote((place, line)) # the queue's own method waits, and Ray gives a waiting task's processors away
     return report
 
 
@@ -205,7 +204,7 @@ def _result(ray, reference, name: str):
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError, ray.exceptions.LocalRayletDiedError, ray.exceptions.ObjectLostError) as error:
         raise InputError(f"{name}: its process was lost {RETRIES + 1} times ({type(error).__name__}), most often for want of memory: lower micro_batch or generation.batch_size, or give it a larger machine; what is finished is kept") from None
 
-# %% ../nbs/12f_engines.ipynb #39a264b3
+# %% ../nbs/12f_engines.ipynb #2d5c15df
 PATIENCE = 10 # seconds that a cancelled stage has to save what it can
 
 
@@ -213,7 +212,7 @@ def _hear(ray, told, stages: dict[str, Stage], progress: Progress):
     "Pass on what the running stages have said since the last time."
     with suppress(ray.exceptions.RayError):
         for place, line in told.get_nowait_batch(told.qsize()):
-            if line is None: progress.begins(stages[place])
+            if line is None and place in progress.left: progress.begins(stages[place])
             elif place in progress.running: progress.tells(stages[place], line)
 
 
