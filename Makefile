@@ -60,7 +60,7 @@ base: $(READY)  ## rebuild the shipped base model (minutes), print what it reach
 bench: $(READY)  ## speed beside the plain library's, as ratios from one run
 	$(BIN)/compassion-repro bench
 
-faults: $(READY) ## break it on purpose: 100 studies killed and started again, 200 damaged inputs (about a quarter of an hour)
+faults: $(READY) ## break it on purpose: 100 studies killed and started again, every kind of input damaged, two runs at once, a lost Ray worker (long)
 	$(BIN)/python tests/faults.py
 
 audit: $(READY)  ## look the pinned dependencies up among the known vulnerabilities (network)

@@ -174,20 +174,21 @@ def two_at_once(number: int, out: Path, delay: float, reference: dict[str, objec
 def lost_worker(out: Path, seed: int, reference: dict[str, object], words: tuple[str, ...], timeout: float = 900) -> dict:
     "A study on Ray whose worker is killed in the middle of a stage: that stage is run again, everything else once."
     import psutil
-    process, struck, rng = start(out, words=words), "", random.Random(seed)
+    process, struck, running, rng = start(out, words=words), "", [], random.Random(seed)
     wait_until = rng.uniform(0.3, 0.6) * 24 * (int(words[words.index("--seeds") + 1]) if "--seeds" in words else 1)
     while process.poll() is None and not struck:
         working = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith("ray::seed-")]
         working = [p for p in working if any((out / p.info["cmdline"][0].removeprefix("ray::")).parent.glob(f".{Path(p.info['cmdline'][0]).name}.partial*"))]
         if working and len(manifests(out)) >= wait_until:
             victim = rng.choice(working)
-            struck = victim.info["cmdline"][0].removeprefix("ray::")
+            struck, running = victim.info["cmdline"][0].removeprefix("ray::"), [p.info["cmdline"][0].removeprefix("ray::") for p in working]
             victim.kill()
         time.sleep(0.2)
     status, log = process.wait(timeout), (out.parent / f"{out.name}.log").read_text(encoding="utf-8")
-    stages, again, different = stages_told(out.parent / f"{out.name}.log"), re.findall(r".*started again.*", log), differences(out, reference)
-    good = status == 0 and bool(struck) and len(again) == 1 and set(stages.values()) == {1} and not different
-    return {"struck": struck, "status": status, "again": again, "stages": sum(stages.values()), "different": different, "good": good, "said": log.strip().splitlines()[-1][:300] if status else ""}
+    stages, again, different = stages_told(out.parent / f"{out.name}.log"), [f"seed-{seed}/{stage}" for seed, stage in re.findall(r"seed (\d+), (\S+): started again", log)], differences(out, reference)
+    cost = [stage for stage in again if stage in running]                    # what had only been handed to the lost process had not begun
+    good = status == 0 and bool(struck) and cost == [struck] and set(stages.values()) == {1} and not different
+    return {"struck": struck, "running": running, "status": status, "again": again, "stages": sum(stages.values()), "different": different, "good": good, "said": log.strip().splitlines()[-1][:300] if status else ""}
 
 
 def summary(records: list[Killed]) -> dict:
