@@ -46,7 +46,7 @@ def run_here(
         progress.begins(stage)
         progress.ends(stage, run_stage(study, preset, stage, partial(progress.tells, stage), unsafe))
 
-# %% ../nbs/12f_engines.ipynb #3ac0f7b3
+# %% ../nbs/12f_engines.ipynb #7a2daee4
 LIBRARIES = 2**30 # bytes of memory that a stage's libraries take by themselves
 
 
@@ -58,13 +58,14 @@ def needs(
 ) -> dict: # num_cpus, num_gpus, and memory in bytes, as Ray's `options` takes them
     "What a stage asks Ray for."
     device, gpus = preset.compute.device, preset.compute.gpus
-    if gpus is None: gpus = 1 if device == "cuda" or device == "auto" and has_gpus else 0
+    processes = preset.compute.processes if stage.kind in ("midtrain", "sft", "grpo") else 1
+    if gpus is None: gpus = processes if device == "cuda" or device == "auto" and has_gpus else 0
     judged_here = any(is_free(judge) and judge not in DETERMINISTIC for judge in judge_names(preset.judge))
     if stage.kind == "base" or stage.kind == "eval" and not judged_here: gpus = 0
     known = stage.kind in planned and not gpus and device != "cuda"
-    return {"num_cpus": preset.threads, "num_gpus": gpus, "memory": LIBRARIES + (int(planned[stage.kind].gb * 2**30) if known else 0)}
+    return {"num_cpus": preset.threads * processes, "num_gpus": gpus, "memory": processes * (LIBRARIES + (int(planned[stage.kind].gb * 2**30) if known else 0))}
 
-# %% ../nbs/12f_engines.ipynb #61f8e146
+# %% ../nbs/12f_engines.ipynb #c0738579
 SECONDS_BETWEEN = 0.5 # progress of a stage is passed on no more often
 
 
