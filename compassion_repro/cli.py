@@ -6,7 +6,7 @@
 __all__ = ['EPILOG', 'talking', 'run', 'plan', 'print_claims', 'report', 'claims', 'evaluate', 'judge', 'annotate', 'doctor',
            'bench', 'push', 'build_parser', 'main']
 
-# %% ../nbs/14_cli.ipynb #183dacfd
+# %% ../nbs/14_cli.ipynb #43132abc
 import argparse
 import os
 import sys
@@ -57,7 +57,7 @@ def _print(*things):
     from rich.text import Text
     _console(width=None if sys.stdout and sys.stdout.isatty() else 160, markup=True).print(*(Text(thing) if isinstance(thing, str) else thing for thing in things))
 
-# %% ../nbs/14_cli.ipynb #3add280a
+# %% ../nbs/14_cli.ipynb #31a4136a
 def _study_folder(args, preset) -> Path:
     "`--out`, or studies/<preset>, with a short hash where `--set` changed the preset."
     from compassion_repro.store import study_name
@@ -152,7 +152,7 @@ def claims(args) -> int:
     print_claims(folder)
     return 0
 
-# %% ../nbs/14_cli.ipynb #8aafdd42
+# %% ../nbs/14_cli.ipynb #b58ca0fb
 def _options(args) -> dict:
     "What `eval` and `judge` have in common."
     settings = {"temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens, "max_connections": args.judge_connections, "max_retries": args.judge_retries}
@@ -232,7 +232,7 @@ def annotate(args) -> int:
     _print(f"{args.sample} answers to grade: {args.out} (write 1 or 0 into the column grade); which is which: {key}, not for the people who grade\nread it back with  compassion-repro annotate {folder} --read {args.out}")
     return 0
 
-# %% ../nbs/14_cli.ipynb #3108dce8
+# %% ../nbs/14_cli.ipynb #f9f3b236
 def _try_judges(text: str) -> int:
     "Ask each judge one question and print what it says."
     from compassion_repro import judges, prices
@@ -308,7 +308,7 @@ def push(args) -> int:
     publish.push(args.study, args.model, args.to, args.seed, args.private, args.dry_run, args.adapter, say=lambda line: print(line, flush=True))
     return 0
 
-# %% ../nbs/14_cli.ipynb #b701fdb3
+# %% ../nbs/14_cli.ipynb #c2f3be49
 EPILOG = """examples:
   compassion-repro run                                     the whole study on the embedded miniature world
   compassion-repro run --preset smoke --seeds 3            about a minute a seed, three seeds
@@ -419,7 +419,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--out", default="bench_gpu.json", metavar="FILE", help="where --gpu saves its figures (default bench_gpu.json)")
     return parser
 
-# %% ../nbs/14_cli.ipynb #91b8c2d7
+# %% ../nbs/14_cli.ipynb #0c98d421
 def main(
     argv: list[str] | None = None, # words of the command line; default: the process's own
 ) -> int: # exit status

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pin_sources', 'settle_template', 'check_inputs', 'run', 'collect', 'compare_templates', 'training_record', 'analyse']
 
-# %% ../nbs/13_pipeline.ipynb #9409c9f7
+# %% ../nbs/13_pipeline.ipynb #be1a8d9c
 import json
 import math
 from contextlib import suppress
@@ -22,7 +22,7 @@ from .stages import prepare, study_tasks, training_rows, without_jail
 from .store import Study, check_for_report, check_passes, flat, note_laid_together, take_stock, writable
 from .study import InputError, Preset, build_preset
 
-# %% ../nbs/13_pipeline.ipynb #0192242b
+# %% ../nbs/13_pipeline.ipynb #da8e0eb4
 def _used_sources(preset: Preset) -> dict[str, str]:
     "Dotted names of the sources that the study will fetch as models and corpora, with their kinds."
     arms, midtrained = preset.trained_arms, {"mid", "mid-control"}.intersection(preset.trained)

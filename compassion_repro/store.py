@@ -7,7 +7,7 @@ __all__ = ['PACKAGES', 'provenance', 'peak_memory_mb', 'flat', 'study_name', 'St
            'clear_kept', 'take_stock', 'refuse_missing_sources', 'check_artifact', 'check_passes', 'note_laid_together',
            'check_for_report']
 
-# %% ../nbs/12b_store.ipynb #7d618a20
+# %% ../nbs/12b_store.ipynb #fc720406
 import os
 import platform
 import re
@@ -48,7 +48,7 @@ def peak_memory_mb() -> float:
     "Highest memory of this process so far, in MB (Linux counts in kilobytes, macOS in bytes)."
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 1024), 1)
 
-# %% ../nbs/12b_store.ipynb #8dcdb162
+# %% ../nbs/12b_store.ipynb #af476013
 def flat(values: dict, prefix: str = "") -> dict:
     return {k: v for name, value in values.items() for k, v in (flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}).items()}
 
