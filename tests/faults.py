@@ -5,6 +5,7 @@ with n, seed, machine and commit. Exit status 1 where anything was lost, repeate
 """
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -25,7 +26,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import damage
-from kills import PAID, contents, differences, killed_study, lost_worker, moments, start, summary, two_at_once
+from kills import PAID, Killed, contents, differences, killed_study, lost_worker, moments, start, summary, two_at_once
 from judge_server import PaidJudge
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,21 +65,20 @@ def kill_runs(runs: int, pairs: int, seed: int, workers: int, folder: Path, cons
         bar = progress.add_task("uninterrupted studies, to compare with", total=1, bad="")
         results, duration = uninterrupted(folder, workers, judge)
         progress.update(bar, completed=1)
-        bar, records, early = progress.add_task(f"studies killed (an uninterrupted one takes {duration:.0f} s here)", total=runs, bad=""), [], 0
+        pace, bar, records, early = duration, progress.add_task(f"studies killed (an uninterrupted one takes {duration:.0f} s here)", total=runs, bad=""), [], 0
 
-        def one(number: int, delays: list[float]):
-            nonlocal early
-            for share in (1, 0.8, 0.6, 0.4):                            # a study that was faster than its kill is killed earlier
-                out = folder / f"killed-{number}-{share}" / "study"
-                record = killed_study(number, out, [delay * share for delay in delays], results, judge)
-                if record and record.good: shutil.rmtree(out.parent)
-                if record: return record
-                early += 1
+        def one(number: int, shares: list[float]):
+            nonlocal early, pace
+            for attempt in itertools.count():                           # a study that was faster than its kill tells how fast the machine is now, and is tried again
+                out = folder / f"killed-{number}-{attempt}" / "study"
+                record = killed_study(number, out, [share * pace for share in shares], results, judge)
+                if not isinstance(record, Killed): early, pace = early + 1, min(record, 0.97 * pace)
+                elif not record.good: return record
                 shutil.rmtree(out.parent)
-            raise RuntimeError(f"study {number} always ended before its kill")
+                if isinstance(record, Killed): return record
 
         with ThreadPoolExecutor(workers) as pool:
-            waiting = [pool.submit(one, number, delays) for number, delays in enumerate(moments(runs, seed, duration))]
+            waiting = [pool.submit(one, number, delays) for number, delays in enumerate(moments(runs, seed))]
             for done in as_completed(waiting):
                 records.append(done.result())
                 progress.update(bar, advance=1, bad=f"{sum(not r.good for r in records)} bad")

@@ -106,15 +106,15 @@ class Killed:
     def good(self) -> bool: return not (self.half or self.repeated or self.lost or self.different or self.paid_twice or self.failed)
 
 
-def killed_study(number: int, out: Path, delays: list[float], reference: dict[str, object], judge: PaidJudge, more: tuple[str, ...] = PAID, timeout: float = 400) -> Killed | None:
-    "Run a study, kill it after each delay and start it again, then let it finish; None where a process ended before its kill."
+def killed_study(number: int, out: Path, delays: list[float], reference: dict[str, object], judge: PaidJudge, more: tuple[str, ...] = PAID, timeout: float = 400) -> Killed | float:
+    "Run a study, kill it after each delay and start it again, then let it finish; where a process ended before its kill, the seconds that it took."
     record, began, run, kept, before = Killed(number), time.perf_counter(), f"{out.parent.name}", set(), {}
     for attempt in range(len(delays) + 1):
-        process = start(out, *more, environment=judge.environment(run, attempt))
+        process, started = start(out, *more, environment=judge.environment(run, attempt)), time.perf_counter()
         if attempt < len(delays):
             try: process.wait(delays[attempt])
             except subprocess.TimeoutExpired: kill(process)
-            else: return None
+            else: return time.perf_counter() - started
         else:
             try: process.wait(timeout)
             except subprocess.TimeoutExpired: kill(process); record.failed = f"did not end in {timeout:.0f} s"
@@ -140,14 +140,14 @@ def killed_study(number: int, out: Path, delays: list[float], reference: dict[st
     return record
 
 
-def moments(runs: int, seed: int, duration: float) -> list[list[float]]:
-    "When to kill: one moment a run, spread evenly over an uninterrupted run's length with a random place in each share; every fourth run is killed a second time."
+def moments(runs: int, seed: int) -> list[list[float]]:
+    "When to kill, as shares of an uninterrupted run's length: one moment a run, a random one in each of as many equal parts as there are runs; every fourth run is killed a second time."
     draws = []
     for number in range(runs):
         rng = random.Random(f"{seed}-{number}")
-        delays = [0.97 * duration * (number + rng.random()) / runs]
-        if number % 4 == 3: delays.append(rng.random() * 0.8 * (duration - delays[0]) + 3)
-        draws.append(delays)
+        shares = [(number + rng.random()) / runs]
+        if number % 4 == 3: shares.append(0.1 + rng.random() * 0.7 * (1 - shares[0]))
+        draws.append(shares)
     return draws
 
 
