@@ -75,7 +75,7 @@ def source_rows(
     "Rows of a source; local JSON Lines are counted, those of the hub are taken as published."
     if source.startswith("world:"): return sized
     path = Path(source)
-    if is_local(source): rows = sum(1 for line in path.open("rb") if line.strip()) if path.suffix == ".jsonl" else None
+    if is_local(source): rows = sum(1 for line in path.open("rb") if line.strip()) if path.suffix == ".jsonl" and path.is_file() else None
     else: rows = hub.published_rows(source)
     return rows if limit is None else min(rows or limit, limit)
 

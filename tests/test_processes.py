@@ -224,4 +224,6 @@ def test_effective_batch_does_not_depend_on_the_processes(preset, count):
         whole = stage.batch_size if isinstance(stage, Training) else stage.completions
         try: part = share(stage, count)
         except InputError as error: assert whole // getattr(stage, "value", lambda name: 1)("group") % count, error
-        else: assert part.micro_batch * part.accumulation * count == whole
+        else:
+            assert (part.batch_size if isinstance(part, Training) else part.completions) * count == whole
+            assert part.micro_batch == "auto" or part.micro_batch * part.accumulation * count == whole
