@@ -8,7 +8,7 @@ __all__ = ['LLAMA_8B', 'GPU', 'KINDS', 'Sizes', 'stand_in', 'watched', 'spread',
            'kind_of', 'profile', 'parts', 'machine', 'measure', 'training_table', 'memory_table', 'other_table',
            'as_markdown']
 
-# %% ../nbs/16_speed.ipynb #a6c88425
+# %% ../nbs/16_speed.ipynb #fc15102b
 import asyncio
 import gc
 import importlib.metadata
@@ -37,7 +37,7 @@ from . import world
 from .evaluate import generate_answers
 from .grpo import make_trainer, prompt_rows
 from .memory import Held, Shape, fit, read_shape, sampling_memory, total, training_memory
-from .midtrain import Progress, pack, train
+from .midtrain import Progress, loss_log, pack, train
 from .models import encode_prompt, encode_row, load_model, load_tokenizer, lora_config, pick_device, pick_dtype
 from .store import provenance
 from .study import Compute, Generation, Grpo, Lora, Models, Training, write_atomically
@@ -219,7 +219,7 @@ def train_ours(
     estimate = total(training_memory(bench.shape, training.micro_batch * length, bench.held(how), again))
     return record | _run_record(bench, done["log"], rows, length) | {"micro_batch": training.micro_batch, "checkpointing": again, "estimate_gb": round(estimate, 2)}
 
-# %% ../nbs/16_speed.ipynb #4c665a42
+# %% ../nbs/16_speed.ipynb #11a65241
 @contextmanager
 def as_it_comes():
     "PyTorch's own choice of attention kernels, which this package changes."
@@ -235,17 +235,17 @@ def train_default(
     quantize: str = "none", # or "nf4"
 ) -> dict: # speed, memory
     "Train the same rows with TRL's own settings."
-    rows, tokenizer, progress = bench.rows(length), load_tokenizer(bench.folder), Progress(lambda line: None)
+    rows, tokenizer = bench.rows(length), load_tokenizer(bench.folder)
     data = Dataset.from_list([encode_row(row, tokenizer) for row in rows])
     with as_it_comes(), watched() as record, tempfile.TemporaryDirectory() as folder:
         model = load_held(bench.folder, bench.how(quantize, attention="sdpa", liger=False)) if quantize != "none" else load_model(bench.folder, bench.device)
         config = SFTConfig(folder, max_steps=bench.sizes.steps, packing=True, max_length=length, per_device_train_batch_size=bench.batch(length), use_cpu=bench.device == "cpu",
                            logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True)
-        trainer = SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer, peft_config=lora_config(bench.lora), callbacks=[progress])
+        trainer = SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer, peft_config=lora_config(bench.lora), callbacks=[Progress(lambda line: None)])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     _empty(trainer.model)
-    return record | _run_record(bench, progress.log, rows, length) | {"micro_batch": bench.batch(length), "checkpointing": config.gradient_checkpointing}
+    return record | _run_record(bench, loss_log(trainer.state.log_history), rows, length) | {"micro_batch": bench.batch(length), "checkpointing": config.gradient_checkpointing}
 
 # %% ../nbs/16_speed.ipynb #d6e0fbd5
 @contextmanager
