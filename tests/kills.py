@@ -97,7 +97,7 @@ class Killed:
     paid: int = 0                                           # calls the judge was sent
     paid_twice: int = 0                                     # calls for a reply that was kept already
     in_flight: int = 0                                      # calls that a kill cut off: sent, no reply kept
-    answered_in_flight: int = 0                             # of them: the judge had written its reply when the process died
+    answered_in_flight: int = 0                             # of them: the judge wrote its reply, to a process that may have been dead: an upper bound
     asked_again: int = 0                                    # of those in flight: asked again later, because nothing could be known of them
     failed: str = ""                                        # why the last process did not end well
     wall_seconds: float = 0.0
