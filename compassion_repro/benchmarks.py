@@ -289,7 +289,7 @@ def _quiet_loading(cache: Path):
         finally:
             if shown: datasets.enable_progress_bars()
 
-# %% ../nbs/08b_benchmarks.ipynb #291ad827
+# %% ../nbs/08b_benchmarks.ipynb #bc3fecb9
 def load_benchmark(
     name: str, # benchmark id
     benchmark: Benchmark, # its section of the preset
@@ -307,10 +307,14 @@ def load_benchmark(
     cache = _literal(cache)
     places = [(_own_copy(folder, cache) if revision == "local" or _is_pattern(folder) else folder, revision) for folder, revision in places]
     where = {f"{kind}_{key}": str(value) for kind, place in zip(("dataset", "dimensions"), places) for key, value in zip(("repo_id", "revision"), place)}
+    def load():
+        with _quiet_loading(cache): return (moru if benchmark.task == "moru" else anima)(**where, grader_models=[grader]), expected or _hub_questions(benchmark.task, places[0][0])
     try:
-        with _quiet_loading(cache):
-            task = (moru if benchmark.task == "moru" else anima)(**where, grader_models=[grader])
-            expected = expected or _hub_questions(benchmark.task, places[0][0])
+        try: task, expected = load()
+        except Exception:
+            if not (cache / "arrow").is_dir(): raise
+            shutil.rmtree(cache / "arrow") # a damaged copy is only a copy
+            task, expected = load()
     except Exception as error:
         raise InputError(f"benchmark {name} from {benchmark.data} with judge {str(grader)!r} cannot be loaded: {one_line(error)}") from error
     questions = _question_records(name, benchmark.task, task, benchmark.epochs, benchmark.strip_suffix)
