@@ -6,7 +6,7 @@
 __all__ = ['SEAL', 'PATIENCE', 'weights_digest', 'own_folder', 'keep_part', 'kept_parts', 'remembered', 'seal', 'is_whole',
            'latest', 'stoppable', 'Checkpoints']
 
-# %% ../nbs/03d_checkpoints.ipynb #6b84605d
+# %% ../nbs/03d_checkpoints.ipynb #5ba1cc7b
 import hashlib
 import json
 import os
@@ -25,7 +25,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
-from .study import Compute, Notice, write_atomically
+from .study import Compute, Notice, send_again, write_atomically
 
 # %% ../nbs/03d_checkpoints.ipynb #c7903aa0
 def weights_digest(
@@ -147,7 +147,7 @@ def latest(
         report(Notice(f"{checkpoint.name} is damaged or was not written to its end, and is passed over"))
         shutil.rmtree(checkpoint, ignore_errors=True)
 
-# %% ../nbs/03d_checkpoints.ipynb #1bf5bc9c
+# %% ../nbs/03d_checkpoints.ipynb #b06d5a0a
 PATIENCE = 8.0 # seconds that the end of a step is waited for
 
 
@@ -164,13 +164,13 @@ def stoppable(
         for number, handler in before.items(): signal.signal(number, handler)
     def watch(number):
         told()
-        if not ended.wait(patience): signal.pthread_kill(main.ident, number)
+        if not ended.wait(patience): send_again(number)
     def ask(number, frame):
         if stop.asked is None:
             stop.asked = number
             return threading.Thread(target=watch, args=(number,), daemon=True).start()
         restore()
-        signal.raise_signal(number)
+        send_again(number)
     for number in before: signal.signal(number, ask)
     try: yield stop
     except Exception:
@@ -178,7 +178,7 @@ def stoppable(
     finally:
         ended.set()
         restore()
-    if stop.asked is not None: signal.raise_signal(stop.asked)
+    if stop.asked is not None: send_again(stop.asked)
 
 # %% ../nbs/03d_checkpoints.ipynb #59cc4c70
 class Checkpoints(TrainerCallback):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INSIST', 'interruptible', 'undisturbed', 'run_stage']
 
-# %% ../nbs/12e_engine.ipynb #56c31233
+# %% ../nbs/12e_engine.ipynb #c6fc2355
 import signal
 import sys
 import threading
@@ -18,9 +18,9 @@ from .graph import VERSIONS, Stage
 from .lock import check_held
 from .stages import RUN, Work
 from .store import Study, peak_memory_mb, provenance
-from .study import Preset
+from .study import Preset, send_again
 
-# %% ../nbs/12e_engine.ipynb #2bc1ceaa
+# %% ../nbs/12e_engine.ipynb #ebc4f968
 INSIST = 4.0 # seconds after which a signal that was swallowed is sent again
 
 
@@ -29,7 +29,7 @@ def interruptible():
     "Make sure that Ctrl-C and SIGTERM end the work inside as `KeyboardInterrupt` with the signal's number, even where a library swallows them."
     seen, left = [], threading.Event()
     def insist(number):
-        while not left.wait(INSIST): signal.pthread_kill(threading.main_thread().ident, number)
+        while not left.wait(INSIST): send_again(number)
     def note(number, frame):
         if not seen: threading.Thread(target=insist, args=(number,), daemon=True).start()
         seen.append(number)

@@ -5,15 +5,18 @@
 # %% auto #0
 __all__ = ['STARTS', 'PARADIGMS', 'DOMAINS', 'ARMS', 'CROSSED', 'MANY', 'EMBEDDED_ROWS', 'Count', 'Source', 'DEEPSEEKMATH',
            'TRL_DEFAULT', 'GRPO_SETTINGS', 'PAPER', 'KINDS', 'CLAIMS', 'FAMILIES', 'FIDELITY', 'InputError', 'Notice',
-           'write_atomically', 'Arm', 'parse_model', 'Section', 'Lora', 'Training', 'Generation', 'settings_markdown',
-           'Grpo', 'Models', 'Compute', 'Benchmark', 'Statistics', 'Margin', 'Data', 'Preset', 'presets',
-           'build_preset', 'load_preset', 'with_settings', 'PaperFigure', 'paper_percent', 'Cell', 'Reading', 'Claim',
-           'readings', 'claim_readings', 'family_of', 'Fidelity', 'fidelity_markdown']
+           'send_again', 'write_atomically', 'Arm', 'parse_model', 'Section', 'Lora', 'Training', 'Generation',
+           'settings_markdown', 'Grpo', 'Models', 'Compute', 'Benchmark', 'Statistics', 'Margin', 'Data', 'Preset',
+           'presets', 'build_preset', 'load_preset', 'with_settings', 'PaperFigure', 'paper_percent', 'Cell', 'Reading',
+           'Claim', 'readings', 'claim_readings', 'family_of', 'Fidelity', 'fidelity_markdown']
 
-# %% ../nbs/00_study.ipynb #e77f5e6d
+# %% ../nbs/00_study.ipynb #f57099b7
+import _thread
 import contextlib
 import os
 import re
+import signal
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -30,6 +33,16 @@ class InputError(ValueError):
 # %% ../nbs/00_study.ipynb #576ed3dc
 class Notice(str):
     "A line of progress that is worth keeping."
+
+# %% ../nbs/00_study.ipynb #ac5f1e85
+def send_again(
+    number: int, # SIGINT or SIGTERM
+):
+    "Send a signal to the main thread once more, also where signals from outside are blocked."
+    main = threading.main_thread()
+    if number in signal.pthread_sigmask(signal.SIG_BLOCK, ()): _thread.interrupt_main(number)
+    elif threading.current_thread() is main: signal.raise_signal(number)
+    else: signal.pthread_kill(main.ident, number)
 
 # %% ../nbs/00_study.ipynb #cd943a50
 def write_atomically(

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 # A shell that runs the tests in the background has Ctrl-C ignored, and every child would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -42,12 +43,15 @@ def assert_one_line(done, *parts: str):
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory) -> Path:
-    "A finished crash-test study; copy it before changing it."
-    out = tmp_path_factory.mktemp("finished") / "study"
-    done = run_study(out, report=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (out.parent / "stdout.txt").write_text(done.stdout)
+def finished(tmp_path_factory, worker_id) -> Path:
+    "A finished crash-test study, one for all workers; copy it before changing it."
+    shared = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
+    out = shared / "finished" / "study"
+    with FileLock(shared / "finished.lock"):
+        if not (out.parent / "stdout.txt").exists():
+            done = run_study(out, report=True)
+            assert done.returncode == 0, done.stderr[-3000:]
+            (out.parent / "stdout.txt").write_text(done.stdout)
     return out
 
 

@@ -14,7 +14,7 @@ import torch
 from conftest import CRASH_SIZE
 from test_judge import HEARD, WORKING # with them the judge that costs money
 
-from compassion_repro import checkpoints, cli, engine, evaluate, graph, judges, midtrain, pipeline, stages
+from compassion_repro import checkpoints, cli, engine, engines, evaluate, graph, judges, midtrain, pipeline, stages
 from compassion_repro.store import Study
 from compassion_repro.study import InputError, Notice, load_preset
 
@@ -251,7 +251,7 @@ def test_lines_worth_keeping_are_said(cut, finished, monkeypatch, tmp_path):
         report("step 3"), report(Notice("carrying on from step 2 of 9"))
         shutil.copytree(finished / stage.place, study.folder / stage.place)
         return study.manifest(stage)
-    monkeypatch.setattr(pipeline, "run_stage", run_stage)
+    monkeypatch.setattr(engines, "run_stage", run_stage)
     monkeypatch.setattr(pipeline, "check_inputs", lambda *args: None)
     pipeline.run(load_preset("smoke", list(CRASH_SIZE)), study.folder, say=said.append, report=passed.append, page=False)
     assert any("probe-mid: carrying on from step 2 of 9" in line for line in said) and any("probe-mid: step 3" in line for line in passed)
