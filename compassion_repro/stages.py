@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LESS', 'RUN', 'ENVIRONMENT', 'training_rows', 'Work', 'without_jail', 'study_tasks', 'cut_off_alarm', 'prepare']
 
-# %% ../nbs/12d_stages.ipynb #9e8257a6
+# %% ../nbs/12d_stages.ipynb #3f1cf2b8
 import json
 import os
 import re
@@ -57,7 +57,7 @@ class Work:
         "Folder of an input's artifact."
         return self.study.folder / self.stage.inputs[number].place
 
-# %% ../nbs/12d_stages.ipynb #2a48756e
+# %% ../nbs/12d_stages.ipynb #568edc00
 def _take(source: str, target: str):
     "A copy; of weights too big to store once per seed (above 64 MB) a hard link, where the disk allows one."
     if os.path.getsize(source) > WHOLE:
@@ -133,7 +133,7 @@ def _run_sft(work: Work) -> dict:
     steps = sft.matched_steps(work.input(), [train] if preset.sft.dose == "full" else [r[0] for r in rows.values()], preset.sft, template)
     return {**sft.sft(work.input(), train, held_out, work.out, preset.sft, steps, seed, preset.lora, work.report, work.stage.model, checkpoints=_checkpoints(work), **_held(work)), "data": report, "account": account}
 
-# %% ../nbs/12d_stages.ipynb #7ea68094
+# %% ../nbs/12d_stages.ipynb #689c9c14
 def _run_reward(work: Work) -> dict:
     from compassion_repro import models, rewards
     source = work.preset.models.reward
@@ -180,9 +180,14 @@ def without_jail(
     needy = [arm.model for arm in preset.trained_arms if arm.reward == "code"]
     return needy if needy and not unsafe and sandbox.level() == "none" else []
 
-# %% ../nbs/12d_stages.ipynb #c5c6293f
+# %% ../nbs/12d_stages.ipynb #58b9ea1f
 @cache
-def study_tasks(benchmarks: str, judge: str, folder: Path) -> dict:
+def study_tasks(
+    benchmarks: str, # the preset's section, as JSON
+    judge: str, # who grades
+    folder: Path, # for copies of the data
+) -> dict: # `LoadedTask` by the benchmark's name
+    "The official tasks of a study's benchmarks, loaded once a process."
     from compassion_repro import judge as judging, judges
     from compassion_repro.runner import temporary_folder, with_prompts
     replies = None if judge in DETERMINISTIC else judges.Replies(folder.parent / judges.REPLIES)
