@@ -229,7 +229,7 @@ def intersection(
     return blank.with_(verdict=verdict, kind="intersection", test="intersection-union", p=max(known) if len(known) == len(parts) else None, seeds=min(part.seeds for part in parts), models=list(dict.fromkeys(model for part in parts for model in part.models)),
                        reason=", ".join(f"{part.reading} {verdict}" for part, verdict in zip(parts, verdicts)) + (" (each without correction)" if "supported" in verdicts else ""))
 
-# %% ../nbs/10b_claims.ipynb #979c65d7
+# %% ../nbs/10b_claims.ipynb #87145b1a
 COLOURS = {"supported": "green", "contradicted": "red", "inconclusive": "yellow"}
 
 
@@ -269,14 +269,17 @@ class ClaimTable(BaseModel):
         level = next((record.confidence for record in self.records if record.confidence), 0.95)
         return ["claim", "what is estimated", f"points [{100 * level:g} %]", "adjusted p", "paper", "agrees in", "questions × seeds", "verdict", "why"]
 
-    def caption(self) -> str:
+    def caption(
+        self,
+        decisive: bool = False, # the intervals shown are those that the verdicts rest on
+    ) -> str:
         "What the verdicts are about, who judged, what the intervals cover and how they were corrected."
         if not self.records: return "No claims."
         tested = [record for record in self.records if record.level]
         level = "" if not tested else " Intervals: the procedure (seeds and questions)." if all(record.level == "the procedure" for record in tested) else \
             f" Checkpoint level only ({min(record.seeds for record in tested)} seed): other training runs may come out otherwise."
         sizes = {record.family: record.family_size for record in tested if record.family_size}
-        corrected = "" if not sizes else f" Verdicts rest on intervals corrected after Holm within families ({', '.join(f'{family}: {size}' for family, size in sizes.items())}); the intervals shown are not."
+        corrected = "" if not sizes else f" Verdicts rest on intervals corrected after Holm within families ({', '.join(f'{family}: {size}' for family, size in sizes.items())}); the intervals shown are {'these' if decisive else 'not'}."
         return f"Verdicts {self.records[0].scope}. Judge: {', '.join(sorted({record.judge for record in self.records}))}.{level}{corrected}"
 
     def _repr_markdown_(self) -> str:

@@ -19,7 +19,7 @@ from .graph import Stage, graph, is_local
 from .prices import estimate_study, judge_names, load_prices
 from .study import Benchmark, InputError, Preset, parse_model
 
-# %% ../nbs/12c_planning.ipynb #20fd5a51
+# %% ../nbs/12c_planning.ipynb #a4e2b4d8
 HUB_COUNTS = {"CompassioninMachineLearning/anima": (114, 514), "CompassioninMachineLearning/moru-benchmark": (201, 905)} # questions and judge calls an epoch
 GUESSED = {"CompassioninMachineLearning/moru-benchmark": "its judge calls are a guess: as many a question as ANIMA has"} # what of that nobody has published
 HUB_TOKENS = { # tokens a row, about, and where that is from
@@ -75,6 +75,7 @@ def source_rows(
     "Rows of a source; local JSON Lines are counted, those of the hub are taken as published."
     if source.startswith("world:"): return sized
     path = Path(source)
+    if not is_local(source): hub.split_source(source)
     if is_local(source): rows = sum(1 for line in path.open("rb") if line.strip()) if path.suffix == ".jsonl" and path.is_file() else None
     else: rows = hub.published_rows(source)
     return rows if limit is None else min(rows or limit, limit)
@@ -116,7 +117,7 @@ def planned_memory(
     gb = preset.compute.memory_gb or (memory.GPUS[gpu].gb if gpu else psutil.virtual_memory().total / 2**30)
     return {kind: memory.stage_memory(preset, kind, shape, gb, "cuda" if gpu else "cpu", reward, not gpu or memory.GPUS[gpu].bfloat16) for kind in dict.fromkeys(s.kind for s in graph(preset)) if kind in ("midtrain", "sft", "grpo", "answers")}
 
-# %% ../nbs/12c_planning.ipynb #75853520
+# %% ../nbs/12c_planning.ipynb #899e00a3
 DATA_GB, CALL_GB = 1.0, 5e-6 # of all the corpora and benchmarks of the hub together; of a judge call in the logs: about
 
 
@@ -136,7 +137,7 @@ def disk(
 ) -> dict[str, float]: # GB of 2**30 bytes: downloads, copies of them, stages, checkpoints; their sum is the most that is needed at once
     "Disk that a study takes."
     shape, reward = shapes(preset)
-    def from_hub(source): return not source.startswith("world:") and not is_local(source)
+    def from_hub(source): return source is not None and not source.startswith("world:") and not is_local(source)
     def size(shape): return 2 * shape.parameters / 2**30 if shape else 0.0
     models = [(preset.models.base, size(shape)), *((source, size(shape)) for source in preset.models.given.values())]
     if any(arm.reward == "help" for arm in preset.trained_arms): models.append((preset.models.reward, size(reward)))
@@ -189,7 +190,7 @@ def plan(
     for n, record in enumerate(records): record["hours"] = {name: f["stages"][n] for name, f in found.items()}
     return records
 
-# %% ../nbs/12c_planning.ipynb #a7e593d7
+# %% ../nbs/12c_planning.ipynb #b142155e
 def _memory_rows(preset: Preset) -> tuple[list[str], list[list]]:
     "Memory of every kind of stage by its parts, in GB, on the planned device."
     needs = planned_memory(preset)
@@ -241,7 +242,9 @@ def footnotes(
     if on_machines(preset, records):
         doubted = ", ".join(name for name, gpu in memory.GPUS.items() if gpu.trust < 1)
         lines.append(f"hours: {reached['none']:.0%} of the data sheet's arithmetic in training ({reached['nf4']:.0%} beside 4-bit weights), {reached['sampling']:.0%} of its memory speed in sampling, half of both on {doubted}; a hosted judge answers {memory.JUDGED[True]} calls a second; weights are read at {memory.READING} GB/s. Measured on an H100, assumed elsewhere.")
-    sources = [benchmark.data.partition("@")[0] for benchmark in preset.benchmarks.values()]
+    sources = [benchmark.data.partition("@")[0] for benchmark in preset.benchmarks.values() if benchmark.data]
+    if any(r["kind"] == "midtrain" for r in records) and preset.midtrain.dose == "cover" or any(r["kind"] == "sft" for r in records) and preset.sft.dose == "cover":
+        lines.append("dose=cover: rows, steps and tokens of training are at least these; replay joins them, and the run takes as many steps as every row wants to be seen once (dose=steps keeps to the preset's)")
     lines += [f"{source}: {GUESSED[source]}" for source in sources if source in GUESSED and any(r["judge_calls"] for r in records)]
     if any(r["cost"] for r in records): lines.append("cost: at the most, every answer as long as it may be; list prices of 2025 unless --prices gives others")
     if any(r["kind"] == "sft" for r in records) and preset.sft.dose == "full": lines += [f"{source.partition('@')[0]}: {HUB_TOKENS[source.partition('@')[0]][0]} tokens a row ({HUB_TOKENS[source.partition('@')[0]][1]})" for source in (preset.data.sft_help, preset.data.sft_code) if source.partition("@")[0] in HUB_TOKENS]

@@ -118,14 +118,15 @@ def _stages_table(made: Made) -> str:
     rows = [(m["stage"], r.get("rows", ""), r.get("steps", ""), f"{r['tokens']:,}" if "tokens" in r else "", loss(r), r.get("merge", "as it is")) for m in made.chain for r in [m["result"]]]
     return _table(("stage", "rows", "steps", "tokens", "held-out loss", "weights"), rows)
 
-# %% ../nbs/15_publish.ipynb #d24a76e8
+# %% ../nbs/15_publish.ipynb #7c15b12e
 def _metadata(made: Made, name: str, adapter: bool):
     "The card's front matter."
     from huggingface_hub import EvalResult, ModelCardData
     def ids(rows): return list(dict.fromkeys(source.partition("@")[0] for _, source, _, _ in rows if not source.startswith("world:") and source not in ("local", "?")))
     sources = _sources(made)
     base, licence = ids(sources[:1]), sources[0][3]
-    results = [EvalResult(task_type="text-generation", dataset_type=row["benchmark"], dataset_name=row["benchmark"], metric_type="score", metric_name=f"mean score, judge {made.study.preset.judge}", metric_value=round(row["mean"], 2))
+    embedded = {name: "compassion_repro's miniature " for name, benchmark in made.study.preset.benchmarks.items() if (benchmark.data or "").startswith("world:")}
+    results = [EvalResult(task_type="text-generation", dataset_type=("tiny-" if row["benchmark"] in embedded else "") + row["benchmark"], dataset_name=embedded.get(row["benchmark"], "") + row["benchmark"], metric_type="score", metric_name=f"mean score, judge {made.study.preset.judge}", metric_value=round(row["mean"], 2))
                for row in _scores(made) if row["languages"] == "all"]
     return ModelCardData(model_name=name.partition("/")[2], base_model=base[0] if base else None, base_model_relation=("adapter" if adapter else "finetune") if base else None,
                          datasets=ids([row for row in sources[1:] if "reward" not in row[0]]) or None, license=licence if licence != "unknown" else "other", license_name=None if licence != "unknown" else "see-the-base-model",

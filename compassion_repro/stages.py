@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LESS', 'RUN', 'ENVIRONMENT', 'training_rows', 'Work', 'without_jail', 'study_tasks', 'cut_off_alarm', 'prepare']
 
-# %% ../nbs/12d_stages.ipynb #3f1cf2b8
+# %% ../nbs/12d_stages.ipynb #37825403
 import json
 import os
 import re
@@ -13,6 +13,7 @@ import shutil
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial, wraps
+from logging import ERROR, getLogger
 from pathlib import Path
 
 from . import hub
@@ -21,7 +22,7 @@ from .prices import DETERMINISTIC, judge_names
 from .store import Study
 from .study import Benchmark, Generation, InputError, Preset, parse_model, write_atomically
 
-# %% ../nbs/12d_stages.ipynb #99f9cd83
+# %% ../nbs/12d_stages.ipynb #9edf8a38
 def training_rows(
     source: str, # where the rows come from
     shape: str, # "text" or "messages"
@@ -38,7 +39,7 @@ def training_rows(
         return corpus.rows, data.load(source, shape, limit=held_out, seed=seed, held_out=True).rows, corpus.report.as_dict()
     if limit: held_out = min(held_out, max(1, limit // 9))
     corpus = data.load(source, shape, limit=limit and limit + held_out, seed=seed, **fit)
-    if len(corpus.rows) < 2: raise InputError(f"{source} has {len(corpus.rows)} usable row: at least 2 are needed, one to train on and one to measure on")
+    if len(corpus.rows) < 2: raise InputError(f"{source} has {len(corpus.rows)} usable row: at least 2 are needed, one to train on and one to measure on ({corpus.report})")
     train, kept = data.train_held_out(corpus.rows, min(held_out, max(1, len(corpus.rows) // 10)), seed)
     return train[:limit], kept, corpus.report.as_dict()
 
@@ -263,7 +264,7 @@ def _told(run: callable) -> callable:
 
 RUN = {kind: _told(run) for kind, run in {"base": _run_base, "midtrain": _run_midtrain, "reward": _run_reward, "sft": _run_sft, "grpo": _run_grpo, "answers": _run_answers, "eval": _run_eval, "probe": _run_probe}.items()}
 
-# %% ../nbs/12d_stages.ipynb #ca7aa9a4
+# %% ../nbs/12d_stages.ipynb #27918ad9
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
 
 
@@ -277,5 +278,6 @@ def prepare(preset: Preset):
     from datasets import disable_progress_bars
     from transformers.utils import logging
     torch.set_num_threads(preset.threads)
+    getLogger("bitsandbytes").setLevel(ERROR) # it advises a package that is not wanted
     logging.disable_progress_bar(), disable_progress_bars()
     warnings.filterwarnings("ignore", category=UserWarning), warnings.filterwarnings("ignore", category=FutureWarning)
