@@ -73,7 +73,7 @@ def published_rows(
     known = PUBLISHED.get(source.partition("@")[0])
     return known.rows if known else None
 
-# %% ../nbs/01b_hub.ipynb #88815b65
+# %% ../nbs/01b_hub.ipynb #7820a48e
 PROJECT = "https://github.com/compassion-repro/compassion_repro" # named in cards
 
 
@@ -90,7 +90,7 @@ def instead(
     known = PUBLISHED.get(name)
     setting = known.setting if known else "models.base" if kind == "model" else "data.<name>"
     if known and known.copy: return f"or use an ungated copy with --set {setting}={known.copy}"
-    return f"or put a folder in its place with --set {setting}=<folder>"
+    return f"or put a folder in its place with --set {setting}=<folder> (with eval: name the folder itself)"
 
 
 def _has_token() -> bool:
