@@ -7,7 +7,7 @@ __all__ = ['SETTLED', 'MANIFEST', 'LARGEST', 'RECORD', 'write_json', 'what_takes
            'file_records', 'file_damage', 'find_damage', 'write_sealed', 'read_sealed', 'read_record', 'add_to_record',
            'write_recorded', 'recorded_damage', 'flush', 'hidden', 'remove', 'put_in_place', 'is_whole', 'settle']
 
-# %% ../nbs/12b_artifact.ipynb #e18ea679
+# %% ../nbs/12b_artifact.ipynb #98ec0e7a
 import errno
 import hashlib
 import json
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .graph import digest
-from .study import InputError, write_atomically
+from .study import InputError, flush_path, write_atomically
 
 # %% ../nbs/12b_artifact.ipynb #91410c59
 def write_json(path: Path, value: Any) -> Path:
@@ -175,16 +175,14 @@ def recorded_damage(
     found = [file_damage(folder / name, name, version) for version in read_record(folder).get("files", {}).get(name, [])]
     return found[0] if found and all(found) else None
 
-# %% ../nbs/12b_artifact.ipynb #0b2117b2
+# %% ../nbs/12b_artifact.ipynb #576a1037
 def flush(folder: Path):
     "Have the disk keep a folder and all that is in it."
     for path in [*folder.rglob("*"), folder]:
         if path.is_symlink() or not (path.is_file() or path.is_dir()): continue
-        handle = os.open(path, os.O_RDONLY)
-        try: os.fsync(handle)
+        try: flush_path(path)
         except OSError as error:
             if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT): raise # others mean that this file system cannot flush a folder
-        finally: os.close(handle)
 
 
 def hidden(
@@ -215,14 +213,8 @@ def put_in_place(
     except BaseException:
         if aside.exists() and not place.exists(): aside.rename(place)
         raise
-    with suppress(OSError): _flush_folder(place.parent)
+    with suppress(OSError): flush_path(place.parent)
     remove(aside)
-
-
-def _flush_folder(folder: Path):
-    handle = os.open(folder, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
 
 # %% ../nbs/12b_artifact.ipynb #193ecb6f
 def is_whole(folder: Path) -> bool:

@@ -6,7 +6,7 @@
 __all__ = ['SEAL', 'PATIENCE', 'weights_digest', 'own_folder', 'keep_part', 'kept_parts', 'remembered', 'seal', 'is_whole',
            'latest', 'stoppable', 'Checkpoints']
 
-# %% ../nbs/03d_checkpoints.ipynb #5ba1cc7b
+# %% ../nbs/03d_checkpoints.ipynb #ea1274b7
 import hashlib
 import json
 import os
@@ -25,7 +25,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
-from .study import Compute, Notice, send_again, write_atomically
+from .study import Compute, Notice, flush_path, send_again, write_atomically
 
 # %% ../nbs/03d_checkpoints.ipynb #c7903aa0
 def weights_digest(
@@ -99,7 +99,7 @@ def remembered(
     if folder is not None: keep_part(folder, f"{name}.json", lambda partial: partial.write_text(json.dumps(values), encoding="utf-8"))
     return values
 
-# %% ../nbs/03d_checkpoints.ipynb #35595a3b
+# %% ../nbs/03d_checkpoints.ipynb #0caf69b0
 SEAL = "seal.json" # sizes and digests of a checkpoint's other files
 
 
@@ -108,8 +108,7 @@ def seal(
 ):
     "Close a checkpoint: from now on it counts."
     (checkpoint / "training_args.bin").unlink(missing_ok=True)
-    for path in (paths := sorted(path for path in checkpoint.rglob("*") if path.is_file())):
-        with path.open("rb") as file: os.fsync(file.fileno())
+    for path in (paths := sorted(path for path in checkpoint.rglob("*") if path.is_file())): flush_path(path)
     files = {str(path.relative_to(checkpoint)): [path.stat().st_size, _digest(path)] for path in paths}
     write_atomically(checkpoint / SEAL, lambda partial: partial.write_text(json.dumps(files), encoding="utf-8"))
 

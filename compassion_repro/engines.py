@@ -6,12 +6,11 @@
 __all__ = ['LIBRARIES', 'SECONDS_BETWEEN', 'QUIET', 'OURS', 'RETRIES', 'PATIENCE', 'run_here', 'needs', 'connected', 'run_on_ray',
            'pick_engine', 'run_stages']
 
-# %% ../nbs/12f_engines.ipynb #908b0504
+# %% ../nbs/12f_engines.ipynb #c378e33e
 import importlib.util
 import logging
 import os
 import secrets
-import shutil
 import signal
 import socket
 import sys
@@ -21,6 +20,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+from .artifact import hidden, remove
 from .engine import run_stage
 from .graph import Stage
 from .planning import plan, planned_memory
@@ -205,7 +205,7 @@ def _result(ray, reference, name: str):
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError, ray.exceptions.LocalRayletDiedError, ray.exceptions.ObjectLostError) as error:
         raise InputError(f"{name}: its process was lost {RETRIES + 1} times ({type(error).__name__}), most often for want of memory: lower micro_batch or generation.batch_size, or give it a larger machine; what is finished is kept") from None
 
-# %% ../nbs/12f_engines.ipynb #2d5c15df
+# %% ../nbs/12f_engines.ipynb #9ae72747
 PATIENCE = 10 # seconds that a cancelled stage has to save what it can
 
 
@@ -261,7 +261,7 @@ def run_on_ray(
             _follow(ray, references, told, {s.place: s for s in stages}, progress)
         finally:
             _cancel(ray, [checked, *references.values()])
-            for stage in stages: shutil.rmtree((study.folder / stage.place).with_name(f".{stage.id}.partial"), ignore_errors=True)
+            for stage in stages: remove(hidden(study.folder / stage.place, "partial"))
             told.shutdown()
 
 # %% ../nbs/12f_engines.ipynb #708f6138

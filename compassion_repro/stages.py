@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LESS', 'RUN', 'ENVIRONMENT', 'training_rows', 'Work', 'without_jail', 'study_tasks', 'cut_off_alarm', 'prepare']
 
-# %% ../nbs/12d_stages.ipynb #37825403
+# %% ../nbs/12d_stages.ipynb #03775aa1
 import json
 import os
 import re
@@ -17,6 +17,7 @@ from logging import ERROR, getLogger
 from pathlib import Path
 
 from . import hub
+from .artifact import hidden
 from .graph import WHOLE, Stage
 from .prices import DETERMINISTIC, judge_names
 from .store import Study
@@ -134,7 +135,7 @@ def _run_sft(work: Work) -> dict:
     steps = sft.matched_steps(work.input(), [train] if preset.sft.dose == "full" else [r[0] for r in rows.values()], preset.sft, template)
     return {**sft.sft(work.input(), train, held_out, work.out, preset.sft, steps, seed, preset.lora, work.report, work.stage.model, checkpoints=_checkpoints(work), **_held(work)), "data": report, "account": account}
 
-# %% ../nbs/12d_stages.ipynb #689c9c14
+# %% ../nbs/12d_stages.ipynb #8892ca54
 def _run_reward(work: Work) -> dict:
     from compassion_repro import models, rewards
     source = work.preset.models.reward
@@ -163,7 +164,7 @@ def _run_grpo(work: Work) -> dict:
 
 def _checkpoints(work: Work) -> Path:
     "Where a stage leaves what it needs to carry on after a kill: hidden beside the stage's place, marked with its key, gone when the stage is done."
-    folder = work.out.with_name(f".{work.stage.id}.checkpoints")
+    folder = hidden(work.study.folder / work.stage.place, "checkpoints")
     mark = folder / "key"
     if not (mark.is_file() and mark.read_bytes() == work.stage.key.encode()):
         shutil.rmtree(folder, ignore_errors=True)

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['STARTS', 'PARADIGMS', 'DOMAINS', 'ARMS', 'CROSSED', 'MANY', 'EMBEDDED_ROWS', 'Count', 'Source', 'DEEPSEEKMATH',
            'TRL_DEFAULT', 'GRPO_SETTINGS', 'PAPER', 'KINDS', 'CLAIMS', 'FAMILIES', 'FIDELITY', 'InputError', 'Notice',
-           'send_again', 'write_atomically', 'Arm', 'parse_model', 'Section', 'Lora', 'Training', 'Generation',
-           'settings_markdown', 'Grpo', 'Models', 'Compute', 'Benchmark', 'Statistics', 'Margin', 'Data', 'Preset',
-           'presets', 'build_preset', 'load_preset', 'with_settings', 'PaperFigure', 'paper_percent', 'Cell', 'Reading',
-           'Claim', 'readings', 'claim_readings', 'family_of', 'Fidelity', 'fidelity_markdown']
+           'send_again', 'flush_path', 'write_atomically', 'Arm', 'parse_model', 'Section', 'Lora', 'Training',
+           'Generation', 'settings_markdown', 'Grpo', 'Models', 'Compute', 'Benchmark', 'Statistics', 'Margin', 'Data',
+           'Preset', 'presets', 'build_preset', 'load_preset', 'with_settings', 'PaperFigure', 'paper_percent', 'Cell',
+           'Reading', 'Claim', 'readings', 'claim_readings', 'family_of', 'Fidelity', 'fidelity_markdown']
 
 # %% ../nbs/00_study.ipynb #f57099b7
 import _thread
@@ -44,7 +44,16 @@ def send_again(
     elif threading.current_thread() is main: signal.raise_signal(number)
     else: signal.pthread_kill(main.ident, number)
 
-# %% ../nbs/00_study.ipynb #cd943a50
+# %% ../nbs/00_study.ipynb #75390590
+def flush_path(
+    path: Path, # file, or folder
+):
+    "Have the disk keep a file's content, or a folder's list of names."
+    handle = os.open(path, os.O_RDONLY)
+    try: os.fsync(handle)
+    finally: os.close(handle)
+
+
 def write_atomically(
     path: str | Path, # file to write
     write: Callable[[Path], Any], # called with a temporary path in the same folder
@@ -54,12 +63,9 @@ def write_atomically(
     partial = path.with_name(f".{path.name}.partial")
     try:
         write(partial)
-        with partial.open("rb") as file: os.fsync(file.fileno())
+        flush_path(partial)
         partial.replace(path)
-        with contextlib.suppress(OSError): # some file systems cannot flush a folder
-            folder = os.open(path.parent, os.O_RDONLY)
-            try: os.fsync(folder)
-            finally: os.close(folder)
+        with contextlib.suppress(OSError): flush_path(path.parent) # some file systems cannot flush a folder
     finally:
         with contextlib.suppress(OSError): partial.unlink()
     return path
