@@ -4,19 +4,26 @@
 
 # %% auto #0
 __all__ = ['LOGGED', 'advantages', 'without_variance', 'prompt_rows', 'sample_answers', 'held_out_rewards', 'reward_gain',
-           'Recorder', 'step_log', 'warnings_before', 'warnings_of', 'make_trainer', 'grpo', 'benchmark_grpo']
+           'Recorder', 'step_log', 'warnings_before', 'warnings_of', 'make_trainer', 'check_engine', 'engine_options',
+           'engine_ended', 'grpo', 'benchmark_grpo']
 
-# %% ../nbs/08_grpo.ipynb #46922a93
+# %% ../nbs/08_grpo.ipynb #e694b4b6
+import gc
+import importlib.metadata
+import importlib.util
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
 
 from .checkpoints import Checkpoints, keep_part, kept_parts, own_folder, weights_digest
 from .data import rows_sha256
+from .memory import engine_memory, read_shape
 from .models import encode_prompt, load_model, load_tokenizer, lora_config, row_losses
 from .processes import count, is_first, on_one_gpu, share, spread, trainer_words
 from .rewards import answer_text, apply_reward, finite
@@ -26,7 +33,7 @@ from .training import CHECKED, Holding, check_merge, fitted, holding, load_held,
 import pandas as pd
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 # %% ../nbs/08_grpo.ipynb #bdf2c69f
@@ -179,7 +186,7 @@ class Recorder:
         files = [file for file in kept_parts(self.folder, "step-*.parquet") if int(file.stem.split("-")[1]) <= steps]
         return pd.concat([pd.read_parquet(file) for file in files], ignore_index=True) if files else pd.DataFrame(columns=["step", "prompt", "completion", "reward", "advantage"])
 
-# %% ../nbs/08_grpo.ipynb #17d7f895
+# %% ../nbs/08_grpo.ipynb #ac78906c
 LOGGED = {"reward": "reward", "reward_std": "reward_spread", "advantage_spread": "advantage_spread", "zero_variance": "zero_variance", "abstained": "abstained", "kl": "kl",
           "completions/clipped_ratio": "clipped", "completions/mean_length": "length", "entropy": "entropy", "clip_ratio/region_mean": "ratio_clipped",
           "learning_rate": "learning_rate", "loss": "loss", "step_time": "seconds"}
@@ -187,9 +194,9 @@ LOGGED = {"reward": "reward", "reward_std": "reward_spread", "advantage_spread":
 
 def step_log(
     history: list[dict], # the trainer's `log_history`
-) -> list[dict]: # one record a step: `step`, the values of LOGGED, and each reward part under its own name
+) -> list[dict]: # one record a step: `step`, the values of LOGGED, and each reward part and measure of another engine's sampling under its own name
     "The log, in this package's names. `clipped` is the share of completions that ran into the limit, `length` their tokens, `entropy` in nats a token."
-    def parts(entry): return {name: value for name, value in entry.items() if name.startswith("code/")}
+    def parts(entry): return {name: value for name, value in entry.items() if name.startswith(("code/", "sampling/"))}
     return [{"step": entry["step"], **{ours: entry.get(theirs) for theirs, ours in LOGGED.items()}, **parts(entry)} for entry in history if "reward" in entry]
 
 
@@ -230,7 +237,7 @@ class _Progress(TrainerCallback):
         reward, length, flat = (math.nan if logs.get(name) is None else logs[name] for name in ("reward", "completions/mean_length", "zero_variance"))
         self.report(f"{self.label}: step {state.global_step}/{state.max_steps}, reward {reward:.3f}, {length:.0f} tokens, {flat:.0%} of groups without variance, {left:.0f} s left")
 
-# %% ../nbs/08_grpo.ipynb #e3c0e778
+# %% ../nbs/08_grpo.ipynb #2b6c351c
 def make_trainer(
     start: str | Path, # model folder; also the KL reference
     prompts: list[dict], # from `prompt_rows`
@@ -253,8 +260,9 @@ def make_trainer(
     tokenizer, model = load_tokenizer(start, template), load_held(start, how)
     tokenizer.padding_side = "left"
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    trainer = GRPOTrainer(model.train(), reward, _config(trainer_options(how, training, checkpointing), training, seed, folder, save), _as_dataset(prompts),
-                          processing_class=tokenizer, peft_config=lora and lora_config(lora), callbacks=list(callbacks))
+    options = trainer_options(how, training, checkpointing) | engine_options(training, start, how)
+    trainer = GRPOTrainer(model.train(), reward, _config(options, training, seed, folder, save), _as_dataset(prompts), processing_class=tokenizer, peft_config=lora and lora_config(lora), callbacks=list(callbacks))
+    if training.engine == "vllm": set_seed(seed)
     ready_adapter(trainer.model, how, sampling=True)
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -269,13 +277,63 @@ def _config(options: dict, training: Grpo, seed: int, folder: str | Path, save: 
         temperature=training.value("temperature"), top_p=training.value("top_p"), top_k=0, max_completion_length=training.value("max_new_tokens"),
         logging_steps=1, save_strategy="steps" if save else "no", save_steps=training.save_every, report_to=[], disable_tqdm=True, **trainer_words()))
 
-# %% ../nbs/08_grpo.ipynb #b7b793e4
+
+def check_engine(
+    training: Grpo, # what samples
+    how: Holding, # how the policy is held
+):
+    "Raise `InputError` where vLLM is to sample and cannot."
+    if training.engine == "transformers": return
+    if how.device == "cpu": raise InputError("grpo.engine=vllm wants a GPU: set grpo.engine=transformers")
+    if how.quantize != "none": raise InputError(f"grpo.engine=vllm wants the policy in 16 bits, and models.quantize={how.quantize} holds it in 4: set models.quantize=none or grpo.engine=transformers")
+    if not importlib.util.find_spec("vllm"): raise InputError("grpo.engine=vllm wants vLLM in this environment: pip install vllm==0.31.0, or set grpo.engine=transformers")
+
+
+def engine_options(
+    training: Grpo, # what samples, and how much at once
+    start: str | Path, # model folder
+    how: Holding, # how the policy is held
+) -> dict: # arguments of `GRPOConfig`
+    "TRL's settings of the engine that samples; raises `InputError` where it cannot."
+    check_engine(training, how)
+    if training.engine == "transformers": return {}
+    shape, length = read_shape(start), training.max_prompt_tokens + training.value("max_new_tokens")
+    if shape is None: raise InputError("the memory that vLLM needs for this model cannot be estimated (its config.json is not Llama-like): set grpo.engine=transformers")
+    share = engine_memory(shape, training.generate_at_once or training.completions, length, how.dtype.itemsize) / torch.cuda.get_device_properties(0).total_memory
+    if share > 0.9: raise InputError(f"vLLM's share of this step would be {share:.0%} of the GPU's memory: lower grpo.generate_at_once, or set grpo.engine=transformers")
+    return {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": round(share, 3), "vllm_max_model_length": length}
+
+
+@contextmanager
+def engine_ended(
+    training: Grpo, # what samples
+): # gives a function that is told the trainer
+    "Afterwards the trainer's vLLM is stopped and its memory given back, and the process has its own environment again, in which TRL tells vLLM that it is one of several."
+    trainers, environment = [], dict(os.environ)
+    try: yield trainers.append
+    finally:
+        if training.engine == "vllm":
+            for trainer in trainers: _end_engine(trainer)
+            os.environ.clear()
+            os.environ.update(environment)
+
+
+def _end_engine(trainer: GRPOTrainer):
+    from vllm.distributed import cleanup_dist_env_and_memory
+    trainer.vllm_generation.llm.llm_engine.engine_core.shutdown()
+    trainer.vllm_generation = None
+    cleanup_dist_env_and_memory()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+# %% ../nbs/08_grpo.ipynb #5cba4e64
 def _train(start, prompts, training, seed, lora, reward, report, label, folder, how, template, again) -> tuple[PreTrainedModel, list[dict], pd.DataFrame, float]:
     "Train; gives the trained model with its adapter, the log, the sampled completions and the seconds."
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, engine_ended(training) as made:
         place, begun = folder or Path(temporary), time.perf_counter()
         recorder = Recorder(reward, training.value("group"), place / "completions")
         trainer = make_trainer(start, prompts, training, seed, lora, recorder, place, [_Progress(report, label)], folder is not None, how, template, again)
+        made(trainer)
         if training.steps: Checkpoints(folder, how.compute, report, label).train(trainer)
         return trainer.model.eval(), step_log(trainer.state.log_history), recorder.table(training.steps), time.perf_counter() - begun
 
@@ -293,7 +351,7 @@ class _Given:
 
     def __getstate__(self): return {"reward": None if self.recipe else self.reward, "recipe": self.recipe}
 
-# %% ../nbs/08_grpo.ipynb #411ff9eb
+# %% ../nbs/08_grpo.ipynb #3ac73c06
 def grpo(
     start: str | Path, # model folder to start from; also the KL reference, so a plain model without adapter
     prompts: list[dict], # training prompts: `messages` rows, and the columns that the reward reads
@@ -335,6 +393,7 @@ def grpo(
     write_atomically(Path(out) / "held_out.parquet", answers.to_parquet)
     return {"rows": len(prompts), "steps": training.steps, "completions": training.steps * training.completions, "settings": {key: training.value(key) for key in GRPO_SETTINGS[training.settings]},
             "reward": getattr(reward, "__name__", type(reward).__name__), "abstained": sum(record["abstained"] for record in log) / len(log) if log else 0., "abstained_held_out": float(answers_after.reward.isna().mean()), **reward_gain(before, after), **saved, **fit, **apart, "checkpointing": again,
+            **({"engine": f"vllm {importlib.metadata.version('vllm')}"} if training.engine == "vllm" else {}),
             "merge_check": check, "adapter": lora and lora.model_dump(), "reference": "the start, under the adapter" if lora else "a copy of the start",
             "train_seconds": round(seconds, 2), "warnings": early + late, "log": log}
 

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['LLAMA_8B', 'GPU', 'KINDS', 'Sizes', 'stand_in', 'watched', 'spread', 'limits', 'flops_per_token', 'Bench',
            'train_ours', 'as_it_comes', 'train_default', 'unpatched', 'StandInReward', 'grpo_ours', 'generation',
-           'kind_of', 'profile', 'parts', 'machine', 'measure', 'training_table', 'memory_table', 'other_table',
-           'as_markdown']
+           'generation_vllm', 'kind_of', 'profile', 'parts', 'machine', 'measure', 'training_table', 'memory_table',
+           'other_table', 'as_markdown']
 
-# %% ../nbs/16_speed.ipynb #fc15102b
+# %% ../nbs/16_speed.ipynb #c1bbab34
 import asyncio
 import gc
 import importlib.metadata
+import importlib.util
 import json
 import shutil
 import statistics
@@ -22,7 +23,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from trl import SFTConfig, SFTTrainer
 
 from . import world
 from .evaluate import generate_answers
-from .grpo import make_trainer, prompt_rows
+from .grpo import engine_ended, make_trainer, prompt_rows
 from .memory import Held, Shape, fit, read_shape, sampling_memory, total, training_memory
 from .midtrain import Progress, loss_log, pack, train
 from .models import encode_prompt, encode_row, load_model, load_tokenizer, lora_config, pick_device, pick_dtype
@@ -296,7 +297,7 @@ class _StepClock(TrainerCallback):
         _wait()
         self.steps.append(time.perf_counter() - self.began)
 
-# %% ../nbs/16_speed.ipynb #fcf0e303
+# %% ../nbs/16_speed.ipynb #d1f758e2
 def _by_part(clock: _StepClock) -> dict[str, float]:
     "Median seconds a step of each part. What `_prepare_inputs` does beside generation and reward is the reference's forward pass; the backward pass is what a training step does beside these."
     median = {name: statistics.median(step[name] for step in clock.parts[1:]) for name in _StepClock.METHODS.values()}
@@ -309,17 +310,19 @@ def grpo_ours(
     quantize: str = "none", # or "nf4"
     reward: bool = True, # with a reward model of the same shape, else scores by length
     completion: int | None = None, # tokens a completion, if not as in the sizes
+    engine: str = "transformers", # or "vllm": what samples
     **compute, # settings of `Compute` that differ from its defaults
 ) -> dict: # seconds a step and its parts, memory and its estimate
-    "GRPO as a stage does it, with plain generation."
+    "GRPO as a stage does it."
     sizes, how, tokenizer, completion = bench.sizes, bench.how(quantize, **compute), load_tokenizer(bench.folder), completion or bench.sizes.completion
-    training = Grpo(settings="trl", steps=3, group=sizes.group, prompts_per_step=sizes.prompts, micro_batch="auto", max_prompt_tokens=64, max_new_tokens=completion, learning_rate=1e-6)
+    training = Grpo(settings="trl", steps=3, group=sizes.group, prompts_per_step=sizes.prompts, micro_batch="auto", max_prompt_tokens=64, max_new_tokens=completion, learning_rate=1e-6, engine=engine)
     rows = [{"id": str(n), "messages": [{"role": "user", "content": f"How do I look after thing {n}?"}]} for n in range(3 * sizes.prompts)]
     prompts, clock = prompt_rows(rows, tokenizer, training.max_prompt_tokens), _StepClock()
-    with watched() as record, tempfile.TemporaryDirectory() as folder:
+    with watched() as record, tempfile.TemporaryDirectory() as folder, engine_ended(training) as made:
         score = StandInReward(bench) if reward else _by_length
         training, again = fitted(training, bench.folder, bench.lora, how)
         trainer = make_trainer(bench.folder, prompts, training, 0, bench.lora, score, folder, [clock], how=how, checkpointing=again)
+        made(trainer)
         clock.parts.append(defaultdict(float))
         clock.watch(trainer)
         trainer.train()
@@ -333,7 +336,7 @@ def grpo_ours(
 
 def _by_length(completion_ids, **columns): return [float(len(set(ids))) for ids in completion_ids]
 
-# %% ../nbs/16_speed.ipynb #88022a17
+# %% ../nbs/16_speed.ipynb #1648f93e
 def _questions(bench: Bench) -> list[str]: return [f"How do I clean {'very ' * (i % 7)}old thing {i}?" for i in range(bench.sizes.answers)]
 
 
@@ -357,9 +360,9 @@ def _seconds_once(work: Callable) -> float:
     return time.perf_counter() - began
 
 
-def _ours(bench: Bench, new_tokens: int) -> float: # answers a second, loading left out
+def _ours(bench: Bench, new_tokens: int, engine: str = "transformers") -> float: # answers a second, loading left out
     questions = [dict(benchmark="speed", language="en", item_id=str(i), question_id=str(i), question=q, epochs=1) for i, q in enumerate(_questions(bench))]
-    generation = Generation(max_new_tokens=new_tokens, batch_size=len(questions))
+    generation = Generation(max_new_tokens=new_tokens, batch_size=len(questions), engine=engine)
     return generate_answers(bench.folder, "speed", questions, 0, generation, bench.device, lambda line: None).attrs["samples_per_second"]
 
 
@@ -373,7 +376,7 @@ def _inspect(bench: Bench, new_tokens: int) -> Callable: # with its `model`, and
     run.model, run.rate = model.api.model, lambda: bench.sizes.answers / _seconds_once(run)
     return run
 
-# %% ../nbs/16_speed.ipynb #af06a4ef
+# %% ../nbs/16_speed.ipynb #d1d360f6
 def generation(
     bench: Bench, # model and device
 ) -> dict: # answers a second of bare, ours, inspect; ratios to bare; memory of ours and its estimate
@@ -394,6 +397,15 @@ def generation(
     estimate = weights + sampling_memory(bench.shape, sizes.answers, longest + sizes.new_tokens, pick_dtype(bench.device).itemsize)
     rates = {name: spread(values) for name, values in found.items()}
     return record | rates | {f"{name}_to_bare": rates[name]["median"] / rates["bare"]["median"] for name in ("ours", "inspect")} | {"tokens": sizes.new_tokens, "estimate_gb": round(estimate / 2**30, 2)}
+
+
+
+def generation_vllm(
+    bench: Bench, # model and device
+) -> dict: # answers a second
+    "The same answers from vLLM, through our generator and in a process of its own; its start is left out of the rate."
+    with watched() as record: rate = _ours(bench, bench.sizes.new_tokens, "vllm")
+    return {"seconds": record["seconds"], "answers_per_second": spread([rate]), "tokens": bench.sizes.new_tokens}
 
 # %% ../nbs/16_speed.ipynb #c1badf17
 KINDS = {"matrix products": ("gemm", "nvjet", "cutlass_80", "cutlass_90", "::mm", "addmm", "sm90_xmma"), "attention": ("flash", "attention", "fmha"), "4-bit weights": ("dequantize", "kgemm_4bit"),
@@ -422,7 +434,7 @@ def profile(
     return {"kinds": {kind: round(share, 3) for kind, share in sorted(kinds.items(), key=lambda pair: -pair[1])}, "longest": [[name[:70], round(seconds, 3)] for name, seconds in spent[:12]],
             "busy_share": round(busy / bench.sizes.steps / run["seconds_a_step"]["median"], 3)}
 
-# %% ../nbs/16_speed.ipynb #20d46e5a
+# %% ../nbs/16_speed.ipynb #6de62d19
 def parts(
     bench: Bench, # model and device
 ) -> dict[str, Callable]: # name -> measurement
@@ -430,14 +442,13 @@ def parts(
     lengths, middle = bench.sizes.lengths, bench.sizes.lengths[len(bench.sizes.lengths) // 2]
     best = {f"{held}/{length}/ours": partial(train_ours, bench, length, held) for held in ("none", "nf4") for length in lengths}
     default = {f"{held}/{length}/default": partial(train_default, bench, length, held) for held in ("none", "nf4") for length in lengths}
-    small_step = replace(bench, sizes=replace(bench.sizes, tokens=bench.sizes.tokens // 2))
-    halves = {f"none/{lengths[0]}/default, half a step": partial(train_default, small_step, lengths[0]), f"none/{lengths[0]}/ours, half a step": partial(train_ours, small_step, lengths[0])}
     small_gpu = {f"nf4/{middle}/15 GB": partial(train_ours, bench, middle, "nf4", memory_gb=15)}
     changes = {"with checkpointing": {"checkpointing": "always"}, "without Liger": {"liger": False}, "with masks": {"attention": "sdpa"}}
     on_gpu = {f"none/{middle}/{name}": partial(train_ours, bench, middle, **change) for name, change in changes.items()}
-    others = {"generation": partial(generation, bench), "grpo/none": partial(grpo_ours, bench), "grpo/nf4/15 GB": partial(grpo_ours, bench, "nf4", False, bench.sizes.completion // 2, memory_gb=15), "profile": partial(profile, bench, middle), "profile, half a step": partial(profile, small_step, lengths[0])}
+    others = {"generation": partial(generation, bench), "grpo/none": partial(grpo_ours, bench), "grpo/nf4/15 GB": partial(grpo_ours, bench, "nf4", False, bench.sizes.completion // 2, memory_gb=15)}
+    by_vllm = {"generation/vllm": partial(generation_vllm, bench), "grpo/none/vllm": partial(grpo_ours, bench, engine="vllm")} if importlib.util.find_spec("vllm") and bench.device == "cuda" else {}
     bf16 = {name: run for name, run in (best | default).items() if name.startswith("none")}
-    return dict(sorted(bf16.items(), key=lambda item: "ours" in item[0])) | small_gpu | best | others | default | halves | on_gpu
+    return dict(sorted(bf16.items(), key=lambda item: "ours" in item[0])) | small_gpu | best | others | default | on_gpu | by_vllm | {"profile": partial(profile, bench, middle)}
 
 # %% ../nbs/16_speed.ipynb #a9bc2ed5
 def machine() -> dict: # GPU, driver, versions, commit
@@ -453,7 +464,7 @@ def _version(package: str) -> str | None:
     try: return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError: return None
 
-# %% ../nbs/16_speed.ipynb #84f036fc
+# %% ../nbs/16_speed.ipynb #a33e953f
 def _scratch(needed: float) -> str | None:
     "Memory that looks like a folder, where it has room: a disk would be the slowest part of the run."
     shared = Path("/dev/shm")
@@ -495,9 +506,10 @@ def _brief(record: dict) -> str:
     peak = f", {record['peak_gb']:.1f} GB" if record.get("peak_gb") else ""
     if "tokens_per_second" in record: return f"{record['tokens_per_second']['median']:,.0f} tokens/s{peak}"
     if "ours" in record: return f"{record['ours_to_bare']:.2f} of bare generate{peak}"
+    if "answers_per_second" in record: return f"{record['answers_per_second']['median']:.1f} answers/s"
     return (f"{record['seconds_a_step']['median']:.1f} s a step" if "seconds_a_step" in record else "done") + peak
 
-# %% ../nbs/16_speed.ipynb #cb8f27fa
+# %% ../nbs/16_speed.ipynb #54e8e8d5
 def training_table(
     result: dict, # from `measure`
 ) -> tuple[list[str], list[list]]: # columns, rows
@@ -531,6 +543,7 @@ def other_table(
     rows = [["matrix products, 10^12 operations/s", f"{limit['operations']['median'] / 1e12:,.1f}"], ["memory copied, 10^9 bytes/s", f"{limit['bytes']['median'] / 1e9:,.0f}"]]
     for name in ("bare", "ours", "inspect"):
         if name in (run := found.get("generation", {})): rows.append([f"answers/s of {run['tokens']} tokens, {name}", f"{run[name]['median']:.2f}" + (f" ({run[f'{name}_to_bare']:.2f} of bare)" if name != "bare" else "")])
+    if "answers_per_second" in (run := found.get("generation/vllm", {})): rows.append([f"answers/s of {run['tokens']} tokens, vLLM", f"{run['answers_per_second']['median']:.2f} ({run['answers_per_second']['median'] / found['generation']['bare']['median']:.1f} of bare)"])
     for name, run in found.items():
         if "error" in run: rows.append([name, run["error"]])
         elif name.startswith("grpo"): rows += [[f"{name}, s a step of {run['completions']} completions of {run['tokens']} tokens", f"{run['seconds_a_step']['median']:.1f}"], *([f"{name}, {part}", f"{seconds:.2f}"] for part, seconds in run["parts"].items())]

@@ -232,10 +232,10 @@ def settings_markdown() -> str:
     rows = [f"| {key} | " + " | ".join("{} ({})".format(*GRPO_SETTINGS[name][key]) for name in GRPO_SETTINGS) + " |" for key in GRPO_SETTINGS["trl"]]
     return "\n".join(["| setting | paper-faithful | trl |", "|---|---|---|", *rows])
 
-# %% ../nbs/00_study.ipynb #73809eff
+# %% ../nbs/00_study.ipynb #5ad10bc4
 class Grpo(Section):
     "One GRPO stage; a setting left out has the value of the named settings."
-    newer: ClassVar = ("generate_at_once", "limit")
+    newer: ClassVar = ("generate_at_once", "limit", "engine")
     settings: Literal["paper-faithful", "trl"] = "paper-faithful" # a key of GRPO_SETTINGS
     rows: int | None = Field(None, ge=1, le=EMBEDDED_ROWS) # prompts drawn from an embedded corpus
     limit: int | None = Field(None, ge=1, le=MANY) # most prompts drawn from any other corpus to train on; None takes it whole
@@ -244,6 +244,7 @@ class Grpo(Section):
     steps: int = Field(25, ge=0, le=MANY) # optimiser steps
     micro_batch: Count = 16 # completions a forward pass of the training; auto: as many as the memory holds
     generate_at_once: int | None = Field(None, ge=2, le=MANY) # completions sampled together, whole groups; None: all those of a step
+    engine: Literal["transformers", "vllm"] = "transformers" # what samples the completions; vllm, on the same GPU, is many times as fast and draws other random numbers
     warmup: float = Field(0.0, ge=0, lt=1) # share of the steps that warm up; the rate then falls linearly (TRL's default)
     max_prompt_tokens: int = Field(1024, ge=1, le=MANY) # longer prompts are left out
     save_every: int = Field(100, ge=1, le=MANY) # steps between checkpoints
