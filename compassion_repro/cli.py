@@ -261,14 +261,16 @@ def doctor(args) -> int:
     for found in verdicts: print(f"{found.preset:9} {'no ' if found.problems else 'yes'} {found.line}")
     return 1 if any(found.problems for found in verdicts if found.preset == "tiny" or args.preset) else 0
 
-# %% ../nbs/14_cli.ipynb #7e20147e
-def _bench_gpu(out: str) -> int:
+# %% ../nbs/14_cli.ipynb #65b8ed30
+def _bench_gpu(out: str, vllm: bool) -> int:
     "Measure the 8B shape on this machine's GPU, print the tables and save them."
     import torch
     if not torch.cuda.is_available(): raise InputError("bench --gpu measures a model of 8 billion weights and this machine has no GPU that torch can use: run it on one that has 80 GB")
     if not Path(out).absolute().parent.is_dir(): raise InputError(f"{Path(out).parent} is no folder: name a file in one that exists with --out")
+    from importlib.util import find_spec
+    if vllm and not find_spec("vllm"): raise InputError("bench --gpu --vllm wants vLLM in this environment: pip install vllm==0.31.0, or leave --vllm out")
     from compassion_repro import speed
-    with talking() as (say, report): result = speed.measure(out=out, report=say)
+    with talking() as (say, report): result = speed.measure(out=out, report=say, vllm=vllm)
     for title, table in (("training", speed.training_table), ("memory", speed.memory_table), ("the rest", speed.other_table)): _print(_table(*table(result), title), "")
     print(f"{result['machine']['gpu']}, {result['seconds']:.0f} s; all figures: {out}")
     return 0
@@ -276,7 +278,8 @@ def _bench_gpu(out: str) -> int:
 
 def bench(args) -> int:
     "Print how answers, the jail and GRPO compare with the plain library, and what `--help` costs."
-    if args.gpu: return _bench_gpu(args.out)
+    if args.gpu: return _bench_gpu(args.out, args.vllm)
+    if args.vllm: raise InputError("bench --vllm is a part of the measures on a GPU: add --gpu")
     import resource
     import subprocess
     from compassion_repro import stages
@@ -308,7 +311,7 @@ def push(args) -> int:
     publish.push(args.study, args.model, args.to, args.seed, args.private, args.dry_run, args.adapter, say=lambda line: print(line, flush=True))
     return 0
 
-# %% ../nbs/14_cli.ipynb #c2f3be49
+# %% ../nbs/14_cli.ipynb #df4b2a0f
 EPILOG = """examples:
   compassion-repro run                                     the whole study on the embedded miniature world
   compassion-repro run --preset smoke --seeds 3            about a minute a seed, three seeds
@@ -416,6 +419,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--judge", metavar="ID[,ID]", help="try one call to a judge instead")
     p = command("bench", bench, "print the speed of the package's parts beside the plain library's, as ratios", ["compassion-repro bench", "compassion-repro bench --gpu --out bench_gpu.json"])
     p.add_argument("--gpu", action="store_true", help="measure training, GRPO and evaluation of the 8B shape on a GPU of 80 GB (about 8 minutes)")
+    p.add_argument("--vllm", action="store_true", help="with --gpu: GRPO and answers by vLLM instead, in an environment that has it (about 4 minutes)")
     p.add_argument("--out", default="bench_gpu.json", metavar="FILE", help="where --gpu saves its figures (default bench_gpu.json)")
     return parser
 

@@ -237,7 +237,7 @@ class _Progress(TrainerCallback):
         reward, length, flat = (math.nan if logs.get(name) is None else logs[name] for name in ("reward", "completions/mean_length", "zero_variance"))
         self.report(f"{self.label}: step {state.global_step}/{state.max_steps}, reward {reward:.3f}, {length:.0f} tokens, {flat:.0%} of groups without variance, {left:.0f} s left")
 
-# %% ../nbs/08_grpo.ipynb #2b6c351c
+# %% ../nbs/08_grpo.ipynb #579ee1de
 def make_trainer(
     start: str | Path, # model folder; also the KL reference
     prompts: list[dict], # from `prompt_rows`
@@ -320,8 +320,12 @@ def engine_ended(
 
 def _end_engine(trainer: GRPOTrainer):
     from vllm.distributed import cleanup_dist_env_and_memory
-    trainer.vllm_generation.llm.llm_engine.engine_core.shutdown()
-    trainer.vllm_generation = None
+    engine, trainer.vllm_generation = trainer.vllm_generation.llm.llm_engine, None
+    runner = engine.model_executor.driver_worker.model_runner
+    held = [*runner.model.parameters(), *runner.model.buffers(), *runner.kv_caches]
+    engine.engine_core.shutdown()
+    for tensor in held: tensor.untyped_storage().resize_(0) # whoever still holds it
+    del engine, runner, held
     cleanup_dist_env_and_memory()
     gc.collect()
     torch.cuda.empty_cache()

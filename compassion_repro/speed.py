@@ -8,11 +8,10 @@ __all__ = ['LLAMA_8B', 'GPU', 'KINDS', 'Sizes', 'stand_in', 'watched', 'spread',
            'generation_vllm', 'kind_of', 'profile', 'parts', 'machine', 'measure', 'training_table', 'memory_table',
            'other_table', 'as_markdown']
 
-# %% ../nbs/16_speed.ipynb #c1bbab34
+# %% ../nbs/16_speed.ipynb #6c3a58cd
 import asyncio
 import gc
 import importlib.metadata
-import importlib.util
 import json
 import shutil
 import statistics
@@ -434,11 +433,13 @@ def profile(
     return {"kinds": {kind: round(share, 3) for kind, share in sorted(kinds.items(), key=lambda pair: -pair[1])}, "longest": [[name[:70], round(seconds, 3)] for name, seconds in spent[:12]],
             "busy_share": round(busy / bench.sizes.steps / run["seconds_a_step"]["median"], 3)}
 
-# %% ../nbs/16_speed.ipynb #6de62d19
+# %% ../nbs/16_speed.ipynb #e8c91514
 def parts(
     bench: Bench, # model and device
+    vllm: bool = False, # those of vLLM alone
 ) -> dict[str, Callable]: # name -> measurement
     "All measurements, in their order. Names of training runs are weights/length/what."
+    if vllm: return {"grpo/none/vllm": partial(grpo_ours, bench, engine="vllm"), "generation/vllm": partial(generation_vllm, bench)}
     lengths, middle = bench.sizes.lengths, bench.sizes.lengths[len(bench.sizes.lengths) // 2]
     best = {f"{held}/{length}/ours": partial(train_ours, bench, length, held) for held in ("none", "nf4") for length in lengths}
     default = {f"{held}/{length}/default": partial(train_default, bench, length, held) for held in ("none", "nf4") for length in lengths}
@@ -446,9 +447,8 @@ def parts(
     changes = {"with checkpointing": {"checkpointing": "always"}, "without Liger": {"liger": False}, "with masks": {"attention": "sdpa"}}
     on_gpu = {f"none/{middle}/{name}": partial(train_ours, bench, middle, **change) for name, change in changes.items()}
     others = {"generation": partial(generation, bench), "grpo/none": partial(grpo_ours, bench), "grpo/nf4/15 GB": partial(grpo_ours, bench, "nf4", False, bench.sizes.completion // 2, memory_gb=15)}
-    by_vllm = {"generation/vllm": partial(generation_vllm, bench), "grpo/none/vllm": partial(grpo_ours, bench, engine="vllm")} if importlib.util.find_spec("vllm") and bench.device == "cuda" else {}
     bf16 = {name: run for name, run in (best | default).items() if name.startswith("none")}
-    return dict(sorted(bf16.items(), key=lambda item: "ours" in item[0])) | small_gpu | best | others | default | on_gpu | by_vllm | {"profile": partial(profile, bench, middle)}
+    return dict(sorted(bf16.items(), key=lambda item: "ours" in item[0])) | small_gpu | best | others | default | on_gpu | {"profile": partial(profile, bench, middle)}
 
 # %% ../nbs/16_speed.ipynb #a9bc2ed5
 def machine() -> dict: # GPU, driver, versions, commit
@@ -464,7 +464,7 @@ def _version(package: str) -> str | None:
     try: return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError: return None
 
-# %% ../nbs/16_speed.ipynb #a33e953f
+# %% ../nbs/16_speed.ipynb #293cec06
 def _scratch(needed: float) -> str | None:
     "Memory that looks like a folder, where it has room: a disk would be the slowest part of the run."
     shared = Path("/dev/shm")
@@ -478,13 +478,14 @@ def measure(
     device: str | None = None, # "cuda" or "cpu"; default: what the machine has
     limit: float = 450, # seconds after which no part begins
     only: Callable[[str], bool] = lambda name: True, # which parts, by name
+    vllm: bool = False, # the parts of vLLM instead, which must be in this environment
 ) -> dict: # machine, model, limits, parts, seconds
     "Measure everything in one run."
     began, device = time.perf_counter(), device or pick_device()
     result = {"machine": machine(), "model": sizes.model, "rank": sizes.rank, "tokens": sizes.tokens, "limits": limits(sizes.product, device), "parts": {}}
     with tempfile.TemporaryDirectory(dir=_scratch(16.1e9 if sizes is GPU else 0)) as folder:
         bench = Bench(stand_in(folder, sizes.model, device), sizes, device, result["limits"]["operations"]["median"])
-        for name, part in parts(bench).items():
+        for name, part in parts(bench, vllm).items():
             if not only(name): continue
             spent = time.perf_counter() - began
             result["parts"][name] = _attempt(part) if spent < limit else {"error": "left out: no time was left"}
@@ -509,7 +510,7 @@ def _brief(record: dict) -> str:
     if "answers_per_second" in record: return f"{record['answers_per_second']['median']:.1f} answers/s"
     return (f"{record['seconds_a_step']['median']:.1f} s a step" if "seconds_a_step" in record else "done") + peak
 
-# %% ../nbs/16_speed.ipynb #54e8e8d5
+# %% ../nbs/16_speed.ipynb #a17acc29
 def training_table(
     result: dict, # from `measure`
 ) -> tuple[list[str], list[list]]: # columns, rows
@@ -543,7 +544,7 @@ def other_table(
     rows = [["matrix products, 10^12 operations/s", f"{limit['operations']['median'] / 1e12:,.1f}"], ["memory copied, 10^9 bytes/s", f"{limit['bytes']['median'] / 1e9:,.0f}"]]
     for name in ("bare", "ours", "inspect"):
         if name in (run := found.get("generation", {})): rows.append([f"answers/s of {run['tokens']} tokens, {name}", f"{run[name]['median']:.2f}" + (f" ({run[f'{name}_to_bare']:.2f} of bare)" if name != "bare" else "")])
-    if "answers_per_second" in (run := found.get("generation/vllm", {})): rows.append([f"answers/s of {run['tokens']} tokens, vLLM", f"{run['answers_per_second']['median']:.2f} ({run['answers_per_second']['median'] / found['generation']['bare']['median']:.1f} of bare)"])
+    if "answers_per_second" in (run := found.get("generation/vllm", {})): rows.append([f"answers/s of {run['tokens']} tokens, vLLM", f"{run['answers_per_second']['median']:.2f}"])
     for name, run in found.items():
         if "error" in run: rows.append([name, run["error"]])
         elif name.startswith("grpo"): rows += [[f"{name}, s a step of {run['completions']} completions of {run['tokens']} tokens", f"{run['seconds_a_step']['median']:.1f}"], *([f"{name}, {part}", f"{seconds:.2f}"] for part, seconds in run["parts"].items())]

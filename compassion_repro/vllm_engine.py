@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['AT_ONCE', 'QUIET', 'request_seed', 'sampling', 'engine_settings', 'serve', 'check_vllm', 'complete']
 
-# %% ../nbs/08d_vllm.ipynb #9f1b9f9e
+# %% ../nbs/08d_vllm.ipynb #6f81dd5b
 import contextlib
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -53,7 +54,7 @@ def engine_settings(
     room = {"max_model_len": longest + generation.max_new_tokens}
     return {**settings, **room, **({"gpu_memory_utilization": memory_share} if memory_share else {})}
 
-# %% ../nbs/08d_vllm.ipynb #802877cd
+# %% ../nbs/08d_vllm.ipynb #5339d4a5
 AT_ONCE = 1024 # answers between two signs of life; vLLM keeps its own batches within
 
 
@@ -73,11 +74,13 @@ def serve():
     job = json.loads(sys.stdin.readline())
     import vllm
     engine = vllm.LLM(**job["engine"])
+    known = inspect.signature(vllm.SamplingParams).parameters
+    sampled = {name: value for name, value in job["sampling"].items() if name in known}
     _end_with_parent()
     began, requests = time.perf_counter(), job["requests"]
     for start in range(0, len(requests), AT_ONCE):
         part = requests[start:start + AT_ONCE]
-        settings = [vllm.SamplingParams(seed=seed, **job["sampling"]) for _, seed in part]
+        settings = [vllm.SamplingParams(seed=seed, **sampled) for _, seed in part]
         outputs = engine.generate([{"prompt_token_ids": ids} for ids, _ in part], settings, use_tqdm=False)
         say(answers=[list(output.outputs[0].token_ids) for output in outputs])
     say(version=vllm.__version__, seconds=round(time.perf_counter() - began, 3))

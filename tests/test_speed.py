@@ -42,7 +42,7 @@ def test_every_part_measures_and_is_saved(measured):
 def test_a_part_that_fails_is_the_only_one_lost(monkeypatch, tmp_path):
     from compassion_repro import speed
     def fails(*args, **kwargs): raise MemoryError("no room")
-    monkeypatch.setattr(speed, "parts", lambda bench: {"bad": fails, "good": lambda: {"seconds_a_step": {"median": 1.0}}})
+    monkeypatch.setattr(speed, "parts", lambda bench, vllm: {"bad": fails, "good": lambda: {"seconds_a_step": {"median": 1.0}}})
     result = speed.measure(speed.Sizes(speed.LLAMA_8B | {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 2400, "head_dim": 16}, product=32), tmp_path / "b.json", lambda line: None, "cpu")
     assert result["parts"] == {"bad": {"error": "MemoryError: no room"}, "good": {"seconds_a_step": {"median": 1.0}}}
 
