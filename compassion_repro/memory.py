@@ -244,7 +244,7 @@ def stage_memory(
     if kind not in ("midtrain", "sft", "grpo"): return None
     return fit(getattr(preset, kind), shape, how, memory_gb, preset.compute.checkpointing, reward.parameters * how.number_bytes if reward and kind == "grpo" else 0)
 
-# %% ../nbs/03b_memory.ipynb #0245688b
+# %% ../nbs/03b_memory.ipynb #00636687
 @dataclass(frozen=True)
 class Gpu:
     "A GPU, from its maker's data sheet."
@@ -257,7 +257,7 @@ class Gpu:
 
 GPUS = {"T4": Gpu(14.7, 65, 320, False, 0.5), "L4": Gpu(22.2, 121, 300, True, 0.5), "A100": Gpu(79.3, 312, 2039), "H100": Gpu(79.2, 989, 3350), "H200": Gpu(139.8, 989, 4800)}
 REACHED = {"none": 0.42, "nf4": 0.37, "sampling": 0.30} # share of the data sheet's speed: training and training beside 4-bit weights means of two runs on H100s (see `bench`); reading weights while sampling is an estimate
-A_LAYER = {"answers": 1.2e-3, "none": 3.0e-3, "nf4": 4.6e-3} # seconds of a sampling step a layer, whatever the batch: models under test, policies in 16 and in 4 bits with their adapter; measured there too
+A_LAYER = {"answers": 1.2e-3, "none": 3.0e-3, "nf4": 4.6e-3, "vllm": 0.43e-3} # seconds of a sampling step a layer, whatever the batch: models under test, policies in 16 and in 4 bits with their adapter, policies sampled by vLLM (64 tokens and handing the weights over); measured there too
 
 
 def training_hours(
@@ -284,7 +284,7 @@ def sampling_hours(
     compute = 2 * shape.parameters * at_once / (gpu.teraflops * 1e12 * REACHED["none"])
     return math.ceil(tokens / at_once) * max(read, compute, shape.layers * A_LAYER[held]) / gpu.trust / 3600
 
-# %% ../nbs/03b_memory.ipynb #1245cd9c
+# %% ../nbs/03b_memory.ipynb #9e833744
 STARTING, READING, LOADS = 20, 0.5, {"base": 1, "reward": 1, "midtrain": 3, "sft": 3, "grpo": 5, "answers": 1, "probe": 2} # seconds before a stage does anything; GB of 10**9 bytes a second that come off a disk; times that a stage reads a model
 JUDGED = {True: 5, False: 250} # calls a second: of a judge behind an API, of a program
 
@@ -303,7 +303,7 @@ def stage_hours(
     if kind in ("midtrain", "sft"): hours += training_hours(shape, tokens, gpu, held, fit.checkpointing)
     if kind == "grpo":
         new, kept = preset.grpo.value("max_new_tokens"), 2 * preset.grpo.held_out * preset.grpo.samples
-        hours += training_hours(shape, tokens, gpu, held, fit.checkpointing) * 4 / 3 + sampling_hours(shape, tokens, fit.at_once, new, gpu, held)
+        hours += training_hours(shape, tokens, gpu, held, fit.checkpointing) * 4 / 3 + sampling_hours(shape, tokens, fit.at_once, new, gpu, "vllm" if preset.grpo.engine == "vllm" else held)
         hours += sampling_hours(shape, kept * new, min(kept, fit.at_once), new, gpu)
     if kind == "answers": hours += sampling_hours(shape, (record["answers"] or 0) * preset.generation.max_new_tokens, preset.generation.batch_size, preset.generation.max_new_tokens, gpu)
     return hours

@@ -510,7 +510,7 @@ def _brief(record: dict) -> str:
     if "answers_per_second" in record: return f"{record['answers_per_second']['median']:.1f} answers/s"
     return (f"{record['seconds_a_step']['median']:.1f} s a step" if "seconds_a_step" in record else "done") + peak
 
-# %% ../nbs/16_speed.ipynb #a17acc29
+# %% ../nbs/16_speed.ipynb #f857f0b9
 def training_table(
     result: dict, # from `measure`
 ) -> tuple[list[str], list[list]]: # columns, rows
@@ -519,7 +519,7 @@ def training_table(
     for name, run in result["parts"].items():
         if name.count("/") != 2 or "tokens_per_second" not in run: continue
         held, length, what = name.split("/")
-        base = result["parts"].get(f"{held}/{length}/default{', half a step' if 'half' in what else ''}", {}).get("tokens_per_second", {}).get("median")
+        base = result["parts"].get(f"{held}/{length}/default", {}).get("tokens_per_second", {}).get("median")
         speed = run["tokens_per_second"]
         rows.append([{"none": "16-bit", "nf4": "4-bit"}[held], int(length), what, run["micro_batch"], "yes" if run["checkpointing"] else "no", round(speed["median"]), f"{speed['lowest']:,.0f}-{speed['highest']:,.0f}", f"{run['mfu']:.1%}",
                      f"{speed['median'] / base:.2f}" if base else "", run["peak_gb"]])
