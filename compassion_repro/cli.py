@@ -311,7 +311,7 @@ def push(args) -> int:
     publish.push(args.study, args.model, args.to, args.seed, args.private, args.dry_run, args.adapter, say=lambda line: print(line, flush=True))
     return 0
 
-# %% ../nbs/14_cli.ipynb #df4b2a0f
+# %% ../nbs/14_cli.ipynb #5ac3b0a7
 EPILOG = """examples:
   compassion-repro run                                     the whole study on the embedded miniature world
   compassion-repro run --preset smoke --seeds 3            about a minute a seed, three seeds
@@ -409,15 +409,14 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--private", action="store_true", help="a new repository is private")
     p.add_argument("--adapter", action="store_true", help="the adapter alone, where the study kept one")
     p.add_argument("--dry-run", action="store_true", help="print the card and the files, upload nothing")
-    p = command("report", report, "compute a study's statistics, figures and HTML report again from its scores", ["compassion-repro report studies/tiny"])
-    p.add_argument("study", metavar="STUDY", help="study folder")
+    command("report", report, "compute a study's statistics, figures and HTML report again from its scores", ["compassion-repro report studies/tiny"]).add_argument("study", metavar="STUDY", help="study folder")
     _evaluation_commands(command)
     p = command("doctor", doctor, "print what this machine has, which presets fit it, and what to change where one does not", [
         "compassion-repro doctor", "compassion-repro doctor --preset paper --set models.quantize=nf4", "compassion-repro doctor --judge google/gemini-2.5-flash-lite"])
     p.add_argument("--preset", help="hold this one alone against the machine, or a .yaml file of your own (default: all presets)")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any value of that preset by its dotted name; may be repeated")
     p.add_argument("--judge", metavar="ID[,ID]", help="try one call to a judge instead")
-    p = command("bench", bench, "print the speed of the package's parts beside the plain library's, as ratios", ["compassion-repro bench", "compassion-repro bench --gpu --out bench_gpu.json"])
+    p = command("bench", bench, "print the speed of the package's parts beside the plain library's, as ratios", ["compassion-repro bench", "compassion-repro bench --gpu --out bench_gpu.json", "compassion-repro bench --gpu --vllm --out bench_gpu_vllm.json"])
     p.add_argument("--gpu", action="store_true", help="measure training, GRPO and evaluation of the 8B shape on a GPU of 80 GB (about 8 minutes)")
     p.add_argument("--vllm", action="store_true", help="with --gpu: GRPO and answers by vLLM instead, in an environment that has it (about 4 minutes)")
     p.add_argument("--out", default="bench_gpu.json", metavar="FILE", help="where --gpu saves its figures (default bench_gpu.json)")
