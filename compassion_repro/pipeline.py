@@ -22,7 +22,7 @@ from .stages import prepare, study_tasks, training_rows, without_jail
 from .store import Study, check_for_report, check_passes, flat, note_laid_together, take_stock, writable
 from .study import InputError, Preset, build_preset
 
-# %% ../nbs/13_pipeline.ipynb #b51a04f5
+# %% ../nbs/13_pipeline.ipynb #b7c17035
 def _used_sources(preset: Preset) -> dict[str, str]:
     "Dotted names of the sources that the study will fetch as models and corpora, with their kinds."
     arms, midtrained = preset.trained_arms, {"mid", "mid-control"}.intersection(preset.trained)
@@ -70,7 +70,7 @@ def check_inputs(
     prepare(preset)
     from compassion_repro import data, grpo, models, processes, rewards, training, vllm_engine
     processes.check(preset)
-    if any(arm.paradigm == "grpo" for arm in preset.trained_arms): grpo.check_engine(preset.grpo, training.holding(preset.models, preset.compute))
+    if preset.grpo.engine == "vllm" and any(arm.paradigm == "grpo" for arm in preset.trained_arms): grpo.check_engine(preset.grpo, training.holding(preset.models, preset.compute))
     if preset.generation.engine == "vllm": vllm_engine.check_vllm(preset.compute.vllm_python), vllm_engine.sampling(preset.generation, [])
     for problem in machine.gpu_problems(preset, machine.this_machine()) if preset.compute.device == "cuda" else (): say(f"warning: by the plan's estimate, {problem}")
     base = models.find_model(preset.models.base)
