@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BEGIN', 'END', 'PAD', 'QUESTION', 'ANSWER', 'CHAT_TEMPLATE', 'TEMPLATES', 'IGNORE', 'LOGITS', 'render',
-           'load_tokenizer', 'with_template', 'encode_prompt', 'encode_row', 'pick_device', 'pick_dtype', 'load_model',
-           'check_architecture', 'check_fits', 'save_model', 'find_model', 'lora_config', 'merge', 'row_losses']
+           'pick_padding', 'padding_note', 'load_tokenizer', 'with_template', 'needs_code', 'encode_prompt',
+           'encode_row', 'pick_device', 'pick_dtype', 'load_model', 'check_numbers', 'check_architecture', 'check_fits',
+           'save_model', 'attention_extras', 'find_model', 'lora_config', 'merge', 'row_losses']
 
 # %% ../nbs/03_models.ipynb #e235851a
 import logging
@@ -21,9 +22,12 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from . import hub
+from .model_files import check_formats, check_quantised, read_json
 from .study import InputError, Lora
 from .world import assets
 
@@ -65,18 +69,46 @@ TEMPLATES = { # name -> Jinja text; `own` is not ours to write
 }
 
 # %% ../nbs/03_models.ipynb #98c94338
+_SPARE = (  # names of tokens that model families keep unused, in the order of preference
+    r"<\|finetune_right_pad_id\|>", r"<\|?(right_|left_)?pad(ding)?\|?>|\[PAD\]|<\|PAD_TOKEN\|>", r"<\|endoftext\|>",
+    r"<\|?reserved_(special_)?token_?\d+\|?>", r"<unused\d+>|\[unused\d+\]|<SPECIAL_\d+>|<\|dummy_?\d+\|>|<\|extra_\d+\|>",
+)
+
+
+def pick_padding(
+    tokenizer: PreTrainedTokenizerBase,  # as it was opened; its padding token is set
+) -> str:  # where the token comes from: "its own", "a spare token", "the unknown token" or "the end token"
+    "Choose a padding token: its own, a spare one, the unknown token, else the end token."
+    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+        return "its own"
+    vocabulary, taken = tokenizer.get_vocab(), {tokenizer.eos_token, tokenizer.bos_token}
+    for names in _SPARE:
+        if found := sorted((i, token) for token, i in vocabulary.items() if re.fullmatch(names, token) and token not in taken):
+            tokenizer.pad_token = found[0][1]
+            return "a spare token"
+    unknown = tokenizer.unk_token
+    tokenizer.pad_token = unknown if unknown and unknown not in taken else tokenizer.eos_token
+    return "the end token" if tokenizer.pad_token_id == tokenizer.eos_token_id else "the unknown token"
+
+
+def padding_note(
+    tokenizer: PreTrainedTokenizerBase,  # from `load_tokenizer`
+) -> str:  # such as "<unk>, the unknown token"
+    "Which padding token a tokenizer was given, and where it comes from."
+    return f"{tokenizer.pad_token}, {tokenizer.padding_choice}"
+
+
 def load_tokenizer(
     source: str | Path, # folder or hub id
     template: str = "plain", # a key of TEMPLATES, or "own": the tokenizer's
-) -> PreTrainedTokenizerBase: # with a padding token of its own and that template
-    "Open a tokenizer and make it safe to train with; raises `InputError` where it lacks an end token, a padding token or the template that is asked for."
-    try: tokenizer = AutoTokenizer.from_pretrained(source)
+) -> PreTrainedTokenizerBase: # with a padding token and that template
+    "Open a tokenizer and make it safe to train with; raises `InputError` where it lacks an end token or the template that is asked for. Code beside it is never run."
+    try: tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error: # a damaged tokenizer file raises whatever its first broken part does
+        if "trust_remote_code" in str(error): raise InputError(needs_code(source, "tokenizer")) from None
         raise InputError(f"no tokenizer in {source}: {_first_line(error)}") from None
-    if tokenizer.eos_token_id is None: raise InputError(f"the tokenizer in {source} has no end token: set eos_token in its tokenizer_config.json")
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        if PAD not in tokenizer.get_vocab(): raise InputError(f"the tokenizer in {source} has no padding token of its own: set pad_token to an unused token in its tokenizer_config.json")
-        tokenizer.pad_token = PAD
+    if tokenizer.eos_token_id is None: raise InputError(f"the tokenizer in {source} has no end token, so no answer would ever end: give a model whose tokenizer has one")
+    tokenizer.padding_choice = pick_padding(tokenizer)
     tokenizer.own_template = tokenizer.chat_template
     return with_template(tokenizer, template)
 
@@ -91,6 +123,11 @@ def with_template(
     if template == "own" and not own: raise InputError(f"the tokenizer in {tokenizer.name_or_path} has no chat template of its own: set generation.template=plain")
     tokenizer.chat_template = TEMPLATES.get(template, own)
     return tokenizer
+
+
+def needs_code(source: str | Path, part: str = "model") -> str:
+    "The line for a folder that only opens by running a program that lies in it."
+    return f"the {part} in {source} opens only by running code that its folder or repository holds, which is never done: give a {part} of a kind that transformers knows itself"
 
 
 def _first_line(error: Exception) -> str: return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -157,11 +194,49 @@ def load_model(
     "Open a causal language model; raises `InputError` where the folder holds none. Remote code is never run."
     device = device or pick_device()
     check_architecture(source)
-    try: model, found = AutoModelForCausalLM.from_pretrained(source, **{"dtype": pick_dtype(device), **options}, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error: raise InputError(f"no causal language model in {source}: {_first_line(error)}") from None
-    if wrong := sorted(found["missing_keys"]) + [str(key[0]) for key in found["mismatched_keys"]]:
-        raise InputError(f"the weights in {source} do not fit its config.json: {wrong[0]} and {len(wrong) - 1} more would be random numbers")
+    packed = Path(source).is_dir() and check_quantised(source)
+    if packed and device == "cpu": options = {"device_map": {"": "cpu"}, **options}
+    settings = {"dtype": pick_dtype(device), **_exact_attention(source, options), **options, "trust_remote_code": False}
+    try: model, found = AutoModelForCausalLM.from_pretrained(source, **settings, use_safetensors=True, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError, TypeError, AttributeError) as error:
+        if "trust_remote_code" in str(error): raise InputError(needs_code(source)) from None
+        raise InputError(f"no causal language model in {source}: {_first_line(error)}") from None
+    _check_whole(source, found)
+    if packed and "quantization_config" not in options: model = _dequantised(model)
     return (model if "device_map" in options else model.to(device)).eval()
+
+
+_UNUSED = re.compile(r"rotary_emb\.inv_freq$|(attn|attention)\.(masked_)?bias$|^v_head\.")  # tables that files may hold and no model reads
+
+
+def _check_whole(source: str | Path, found: dict):
+    "Raise `InputError` unless every weight of the model is in the files, and every weight of the files in the model."
+    lost = sorted(found["missing_keys"]) + [str(key[0]) for key in found["mismatched_keys"]]
+    if lost: raise InputError(f"the weights in {source} do not fit its config.json: {lost[0]} and {len(lost) - 1} more would be random numbers")
+    if left := sorted(key for key in found["unexpected_keys"] if not _UNUSED.search(key)):
+        raise InputError(f"the weights in {source} do not fit its config.json: {left[0]} and {len(left) - 1} more are in the files "
+                         "and not in the model, so only a part of it would be read; restore the config.json that belongs to them")
+
+
+def _dequantised(model: PreTrainedModel) -> PreTrainedModel:
+    "The same model with plain weights, built anew because the loaded one cannot be saved."
+    weights = model.dequantize().state_dict()
+    plain = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+    plain.load_state_dict({name: weight.to(model.dtype) for name, weight in weights.items()}, assign=True)
+    plain.generation_config = model.generation_config
+    plain.tie_weights()
+    return plain
+
+
+def check_numbers(
+    model: torch.nn.Module, # opened
+    source: str | Path, # what the user called it
+):
+    "Raise `InputError` where a weight is NaN or infinite."
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not torch.isfinite(weight).all():
+            count = int((~torch.isfinite(weight)).sum())
+            raise InputError(f"{source} holds weights that are no numbers ({name}: {count:,} of {weight.numel():,} are NaN or infinite): its training diverged or its file is damaged; give another")
 
 
 def check_architecture(
@@ -173,6 +248,10 @@ def check_architecture(
     if not file.exists(): raise InputError(f"{source} is not a model folder: it has no config.json")
     try: names = json.loads(file.read_text(encoding="utf-8")).get("architectures") or []
     except (ValueError, AttributeError): raise InputError(f"no causal language model in {source}: its config.json cannot be read") from None
+    check_quantised(source)
+    check_formats(source)
+    config, known = read_json(file), set(CONFIG_MAPPING)
+    if config.get("auto_map") and config.get("model_type") not in known: raise InputError(needs_code(source))
     if names and not any(re.search(r"ForCausalLM|LMHeadModel", name) for name in names):
         raise InputError(f"{source} holds a {names[0]}, which is no causal language model: give one whose config.json names a ...ForCausalLM")
 
@@ -184,8 +263,8 @@ def check_fits(
 ):
     "Raise `InputError` where a model is too small for its tokenizer, or for the sequences of a study."
     rows, limit = model.get_input_embeddings().num_embeddings, getattr(model.config, "max_position_embeddings", None)
-    if rows < len(tokenizer): raise InputError(f"the tokenizer has {len(tokenizer):,} tokens and the model only {rows:,}: they do not belong together")
-    if limit and limit < tokens: raise InputError(f"the model reads at most {limit:,} tokens and the study wants {tokens:,}: lower midtrain.length, sft.length or generation.max_new_tokens")
+    if rows < len(tokenizer): raise InputError(f"the tokenizer has {len(tokenizer):,} tokens and the model only {rows:,}: they do not belong together, and a token beyond the last would have no vector")
+    if limit and limit < tokens: raise InputError(f"the model reads at most {limit:,} tokens and the study needs {tokens:,}: lower midtrain.length, sft.length or generation.max_new_tokens")
 
 
 def save_model(
@@ -199,6 +278,31 @@ def save_model(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Path(folder)
+
+# %% ../nbs/03_models.ipynb #265be583
+def attention_extras(
+    config: PretrainedConfig,  # of a model
+) -> str:  # "" for causal attention with or without a window
+    "What a model's attention has beyond a causal mask and a sliding window, in words."
+    config = config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    found = {
+        "a soft cap": getattr(config, "attn_logit_softcapping", None),
+        "attention sinks": config.model_type == "gpt_oss" or getattr(config, "attention_sinks", None),
+        "chunks": getattr(config, "attention_chunk_size", None),
+        "position biases": getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"),
+        "no causal mask": getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", True) is False,
+        "layers of another kind": kinds,
+    }
+    return ", ".join(name for name, value in found.items() if value)
+
+
+def _exact_attention(source: str | Path, options: dict) -> dict:
+    "`eager` for models whose soft cap the fast kernel would drop."
+    if options.get("attn_implementation", "sdpa") not in ("sdpa", "varlen"): return {}
+    try: config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception: return {}  # `from_pretrained` says what is wrong with it
+    return {"attn_implementation": "eager"} if "soft cap" in attention_extras(config) else {}
 
 # %% ../nbs/03_models.ipynb #9a9de21d
 def find_model(
