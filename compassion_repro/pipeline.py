@@ -68,7 +68,7 @@ def check_inputs(
 ):
     "Open everything that a user brings before the first stage runs, so that a bad row in the last arm does not cost the training before it; tells what was found."
     prepare(preset)
-    from compassion_repro import data, grpo, models, processes, rewards, training, vllm_engine
+    from compassion_repro import data, grpo, models, processes, rewards, sandbox, training, vllm_engine
     processes.check(preset)
     if preset.grpo.engine == "vllm" and any(arm.paradigm == "grpo" for arm in preset.trained_arms): grpo.check_engine(preset.grpo, training.holding(preset.models, preset.compute))
     if preset.generation.engine == "vllm": vllm_engine.check_vllm(preset.compute.vllm_python), vllm_engine.sampling(preset.generation, [])
@@ -91,6 +91,9 @@ def check_inputs(
         if not source.startswith("world:"):
             training_rows(source, shape, None, 1, 1)
             say(str(data.load(source, shape).report))
+    for source in sorted({preset.data.source(arm.rows) for arm in arms if arm.reward == "code"}):
+        if source.startswith("world:") or sandbox.level() == "none": continue
+        for line in rewards.leave_out_tests(data.load(source, "prompts").rows, sandbox.run_many)[1]: say(f"warning: {source}: {line}")
     with writable(study.folder): by_judge = {judge: study_tasks(json.dumps(preset.resolved()["benchmarks"]), judge, study.folder / "benchmarks") for judge in judge_names(preset.judge)}
     for number, (judge, name, task) in enumerate((judge, name, task) for judge, tasks in by_judge.items() for name, task in tasks.items()):
         if number < len(preset.benchmarks) and (left := task.provenance.get("left_out")): say(f"warning: the official task leaves out {len(left)} questions of {name}: {', '.join(map(str, left[:5]))}")
