@@ -2,8 +2,9 @@
 import pytest
 from cases import Case, check, table
 
-from compassion_repro import rewards, sandbox, walls
+from compassion_repro import preflight, rewards, sandbox, walls
 from compassion_repro.rewards import find_code
+from compassion_repro.study import load_preset
 
 NONE = sandbox.level() == "none"
 
@@ -102,6 +103,17 @@ CASES = [
 @pytest.mark.parametrize(**table(CASES))
 def test_case(case, tmp_path):
     check(case, tmp_path)
+
+
+@pytest.mark.skipif(NONE, reason="this machine offers no jail (install bubblewrap)")
+def test_weak_tests_are_told_before_stage_1(tmp_path):
+    lines = ['{"instruction": "Is %d even?", "response": "no code", "tests": "%s"}' % (n, test) for n, test in
+             enumerate(["assert even(2)"] * 3 + ["assert even(2) and not even(3)"] * 5)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    said = []
+    preset = load_preset("tiny", [f"data.grpo-code={tmp_path / 'rows.jsonl'}", "arms=[grpo-code]"])
+    preflight.check_tests(preflight.Preflight(preset, tmp_path, said.append))
+    assert len(said) == 1 and "the tests of 3 of 8 rows decide nothing" in said[0] and "constant True (3)" in said[0]
 
 
 @pytest.mark.skipif(NONE, reason="this machine offers no jail (install bubblewrap)")
