@@ -33,7 +33,10 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopP
 from . import world
 from .benchmarks import LoadedTask, load_benchmark, one_line
 from .checkpoints import keep_part, kept_parts, own_folder
-from .models import PeftModel, encode_prompt, find_model, load_model, load_tokenizer, pick_device, pick_dtype, with_template
+from .adapters import open_adapter
+from .hub import is_adapter
+from .model_files import check_quantised
+from .models import check_fits, check_numbers, encode_prompt, find_model, load_model, load_tokenizer, pick_device, pick_dtype, with_template
 from .runner import Progress, run_inspect
 from .study import Benchmark, Generation, InputError, Notice
 from .vllm_engine import check_vllm, complete, engine_settings, request_seed, sampling
@@ -198,21 +201,19 @@ def open_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]: # model and tokenizer
     "Open a local model; an adapter is put on its base and added into the weights. Raises `InputError` where there is none."
     folder = find_model(str(source))
-    if not (folder / "adapter_config.json").is_file(): return load_model(folder, device), load_tokenizer(folder)
-    try: base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError): base = None
-    if not isinstance(base, str) or not base: raise InputError(f"adapter {source} names no base: set base_model_name_or_path in its adapter_config.json")
-    base = find_model(str(folder / base) if (folder / base).is_dir() else base)
-    try: network = PeftModel.from_pretrained(load_model(base, device), str(folder)).merge_and_unload().eval()
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error: raise InputError(f"adapter {source} does not fit its base {base}: {one_line(error)}") from None
-    return network, load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() else base)
+    if is_adapter(folder): return open_adapter(folder, str(source), device)
+    network, tokenizer = load_model(folder, device), load_tokenizer(folder)
+    check_numbers(network, str(source))
+    check_fits(network, tokenizer, 1)
+    return network, tokenizer
 
 
 @contextlib.contextmanager
 def _whole_model(source: str | Path):
     "The folder of a model for a generator that opens it itself; an adapter is merged into a temporary one."
     folder = find_model(str(source))
-    if not (folder / "adapter_config.json").is_file():
+    if not is_adapter(folder) and not check_quantised(folder):
+        check_fits(load_model(folder, "meta"), load_tokenizer(folder), 1)
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="merged-") as merged:
@@ -237,7 +238,7 @@ def _generate_vllm(
     with _whole_model(source) as folder:
         tokenizer = load_tokenizer(folder, generation.template)
         try: config = GenerationConfig.from_pretrained(folder)
-        except OSError: config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))
+        except OSError: config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         ends, work = _ends(config, tokenizer), _work(questions, tokenizer)
         requests = [(row["ids"], request_seed(seed, model, row["benchmark"], row["question_id"], row["epoch"])) for row in work]
         engine = engine_settings(folder, max(len(ids) for ids, _ in requests), generation, str(pick_dtype(pick_device())).removeprefix("torch."), _free_share())

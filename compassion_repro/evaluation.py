@@ -20,8 +20,10 @@ import yaml
 
 from .artifact import recorded_damage, write_recorded, write_json
 from .agreement import HUMAN, UNIT, agreement, lay_together, read_sheet, sample_units, write_sheet
-from .graph import path_digest
+from .graph import digest, path_digest
+from .hub import is_adapter
 from .lock import LOCK, locked
+from .model_files import adapter_base
 from .store import Study, check_artifact, check_passes, writable
 from .prices import Estimate, ask, check_judge, is_free, judge_names, load_prices
 from .study import Benchmark, Generation, InputError, write_atomically
@@ -122,7 +124,8 @@ def _weights(model: str, template: str = "plain") -> str:
     folder = find_local(model)
     look_at_model(str(folder), template)
     check_artifact(folder)
-    return path_digest(folder)
+    if not is_adapter(folder): return path_digest(folder)
+    return digest([path_digest(folder), _weights(adapter_base(folder, model))]) # trained again, a base makes another model of it
 
 
 def generate(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import hub, world
+from .model_files import adapter_base, same_source
 from .prices import DETERMINISTIC, judge_names
 from .study import Benchmark, InputError, Preset, parse_model
 
@@ -135,7 +136,12 @@ def _training_config(preset: Preset, section: str, sources: dict[str, str], know
 
 def _given_stage(preset: Preset, seed: int, model: str, base: Stage, known: Mapping[str, str]) -> Stage:
     "A finished model in the place of a trained one; it reads the base, which an adapter needs."
-    return Stage(model, "base", seed, model, (base,), {"source": model_digest(preset.models.given[model], known)})
+    source = preset.models.given[model]
+    config = {"source": model_digest(source, known)}
+    if is_local(source) and hub.is_adapter(source):
+        named = adapter_base(source)
+        if not same_source(named, preset.models.base): config["base"] = model_digest(named, known)
+    return Stage(model, "base", seed, model, (base,), config)
 
 
 def _midtrain_stage(preset: Preset, seed: int, model: str, base: Stage, known: Mapping[str, str]) -> Stage:

@@ -198,7 +198,10 @@ def damaged_files(folder: Path) -> dict[str, str]:
 # %% ../nbs/01b_hub.ipynb #8795f9ab
 def is_adapter(folder: str | Path) -> bool:
     "Whether a folder holds a LoRA adapter and no whole model."
-    return (Path(folder) / "adapter_config.json").is_file() and not (Path(folder) / "config.json").is_file()
+    if not (Path(folder) / "adapter_config.json").is_file(): return False
+    weights = [path.name for path in Path(folder).glob("*.safetensors")]
+    # some tools save the base's config.json beside an adapter
+    return not (Path(folder) / "config.json").is_file() or bool(weights) and all(name.startswith("adapter_model") for name in weights)
 
 
 def check_folder(

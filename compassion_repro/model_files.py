@@ -79,7 +79,7 @@ def headers(
             with path.open("rb") as file:
                 found |= json.loads(file.read(int.from_bytes(file.read(8), "little")))
         except (OSError, ValueError, MemoryError, OverflowError, TypeError):
-            raise InputError(f"{path}: the header of the weights cannot be read: download it again") from None
+            raise InputError(f"no causal language model in {folder}: the header of {path.name} cannot be read; download it again") from None
     found.pop("__metadata__", None)
     return found
 

@@ -195,8 +195,9 @@ def load_model(
     device = device or pick_device()
     check_architecture(source)
     packed = Path(source).is_dir() and check_quantised(source)
+    if device == "meta": options = {"device_map": {"": "meta"}, **options} # shapes alone, no weight is read
     if packed and device == "cpu": options = {"device_map": {"": "cpu"}, **options}
-    settings = {"dtype": pick_dtype(device), **_exact_attention(source, options), **options, "trust_remote_code": False}
+    settings = {"dtype": torch.float32 if device == "meta" else pick_dtype(device), **_exact_attention(source, options), **options, "trust_remote_code": False}
     try: model, found = AutoModelForCausalLM.from_pretrained(source, **settings, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError, TypeError, AttributeError) as error:
         if "trust_remote_code" in str(error): raise InputError(needs_code(source)) from None
@@ -250,6 +251,8 @@ def check_architecture(
     except (ValueError, AttributeError): raise InputError(f"no causal language model in {source}: its config.json cannot be read") from None
     check_quantised(source)
     check_formats(source)
+    adapter, whole = ((Path(source) / part) for part in ("adapter_config.json", "adapter_model.safetensors"))
+    if adapter.is_file() and whole.is_file(): raise InputError(f"{source} holds a whole model and an adapter, and the library would add one to the other: keep one of them in a folder of its own")
     config, known = read_json(file), set(CONFIG_MAPPING)
     if config.get("auto_map") and config.get("model_type") not in known: raise InputError(needs_code(source))
     if names and not any(re.search(r"ForCausalLM|LMHeadModel", name) for name in names):

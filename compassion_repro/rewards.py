@@ -496,8 +496,8 @@ def load_reward_model(
     if str(source).startswith("world:"): raise InputError(f"{source} is no reward model: give a folder or a hub id")
     folder, device = find_model(str(source)), device or pick_device()
     try:
-        with _quiet(): model, found = AutoModelForSequenceClassification.from_pretrained(folder, dtype=pick_dtype(device), output_loading_info=True, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        with _quiet(): model, found = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=False, dtype=pick_dtype(device), output_loading_info=True, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error: raise InputError( # files that are missing, cut or of another kind raise errors of many classes
         f"no reward model in {source}: {(str(error).splitlines() or [''])[0][:160]}") from None
     if missing := sorted(found["missing_keys"]):

@@ -16,7 +16,7 @@ from functools import cache, partial, wraps
 from logging import ERROR, getLogger
 from pathlib import Path
 
-from . import hub
+from . import hub, model_files
 from .artifact import hidden
 from .graph import WHOLE, Stage
 from .prices import DETERMINISTIC, judge_names
@@ -74,13 +74,13 @@ def _copy_model(folder: Path, out: Path):
 
 def _merge_given(work: Work, adapter: Path) -> dict:
     "A published adapter, merged into the study's base; raises `InputError` where it belongs to another model."
-    from compassion_repro import models
-    from peft import PeftModel
-    base = models.load_model(work.input())
-    try: model = models.merge(PeftModel.from_pretrained(base, adapter))
-    except (ValueError, RuntimeError, KeyError, TypeError) as error: raise InputError(f"the adapter {work.preset.models.given[work.stage.model]} does not fit {work.preset.models.base}: {(str(error).strip().splitlines() or [''])[0][:120]}") from None
-    models.save_model(model, models.load_tokenizer(adapter if (adapter / "tokenizer.json").is_file() else work.input()), work.out)
-    return {"merge": f"LoRA merged into {str(model.dtype).removeprefix('torch.')} weights"}
+    from compassion_repro import adapters, models
+    given, name = work.preset.models, work.stage.model
+    source = adapters.given_base(given, name, adapter)
+    base = work.input() if source == given.base else models.find_model(source)
+    model, tokenizer = adapters.open_adapter(adapter, given.given[name], base=base)
+    models.save_model(model, tokenizer, work.out)
+    return {"merge": f"adapter merged into {str(model.dtype).removeprefix('torch.')} weights of {source}"}
 
 
 def _run_base(work: Work) -> dict:
@@ -92,8 +92,14 @@ def _run_base(work: Work) -> dict:
     if hub.is_adapter(folder) and model == "base": raise InputError(f"{source} is an adapter, no whole model: give the model it belongs to as models.base and the adapter as models.given.<model>")
     if hub.is_adapter(folder): done = _merge_given(work, folder)
     else:
-        models.check_fits(models.load_model(folder), models.load_tokenizer(folder, preset.generation.template), max(preset.midtrain.length, preset.sft.length, preset.generation.max_new_tokens))
-        done = _copy_model(folder, work.out) or {}
+        network, tokenizer = models.load_model(folder), models.load_tokenizer(folder, preset.generation.template)
+        models.check_numbers(network, source)
+        models.check_fits(network, tokenizer, max(preset.midtrain.length, preset.sft.length, preset.generation.max_new_tokens))
+        done = {"padding": models.padding_note(tokenizer)}
+        if packed := model_files.check_quantised(folder):
+            models.save_model(network, tokenizer, work.out)
+            done["dequantised"] = f"{packed}, to {str(network.dtype).removeprefix('torch.')}"
+        else: _copy_model(folder, work.out)
     return {"source": source, "revision": folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else "embedded" if source.startswith("world:") else "local", **done}
 
 
