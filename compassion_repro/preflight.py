@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'Preflight', 'before_training', 'embedded', 'check_machine', 'look_at_model', 'check_models',
-           'check_rewards', 'row_sources', 'at_place', 'check_rows', 'look_at_rows', 'look_at_judge', 'judge_here',
-           'check_benchmarks', 'at_hand', 'tell_benchmark', 'check_judges', 'preflight', 'check_before_training']
+           'check_rewards', 'row_sources', 'at_place', 'check_rows', 'look_at_rows', 'check_tests', 'look_at_judge',
+           'judge_here', 'check_benchmarks', 'at_hand', 'tell_benchmark', 'check_judges', 'preflight',
+           'check_before_training']
 
 # %% ../nbs/12g_preflight.ipynb #f90f8cb0
 import json
@@ -208,6 +209,25 @@ def look_at_rows(flight: Preflight, place, shape: str):
 
     training_rows(place, shape, None, 1, 1)
     flight.say(str(data.load(place, shape).report))
+
+# %% ../nbs/12g_preflight.ipynb #7c458dd4
+@before_training
+def check_tests(flight: Preflight):
+    "The unit tests of the code arms' own prompts: those that anything passes are named."
+    preset = flight.preset
+    sources = {preset.data.source(arm.rows) for arm in preset.trained_arms if arm.reward == "code"}
+    own = sorted(source for source in sources if not embedded(source))
+    if own:
+        flight.libraries()
+        from compassion_repro import data, rewards, sandbox
+    for source in own:
+        with flight.trying():
+            place = flight.find(source, "dataset")
+            if not place or sandbox.level() == "none":
+                continue
+            _, lines = rewards.leave_out_tests(data.load(place, "prompts").rows, sandbox.run_many)
+            for line in lines:
+                flight.say(f"warning: {source}: {line}")
 
 # %% ../nbs/12g_preflight.ipynb #19696d62
 def look_at_judge(

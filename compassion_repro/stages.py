@@ -153,12 +153,22 @@ def _reward(work: Work) -> tuple[callable, dict]:
     return rewards.code_reward(weights, run=partial(sandbox.run_many, allow_unsafe=work.unsafe)), {"weights": weights, "jail": sandbox.describe_level()}
 
 
+def _with_sound_tests(work: Work, rows: list[dict], told: dict) -> list[dict]:
+    "Prompts of a code arm without the tests that any program passes; what is left out is reported and kept in the manifest."
+    from compassion_repro import rewards, sandbox
+    rows, lines = rewards.leave_out_tests(rows, partial(sandbox.run_many, allow_unsafe=work.unsafe))
+    if lines: told.setdefault("tests", []).extend(lines)
+    for line in lines: work.report(line)
+    return rows
+
+
 def _run_grpo(work: Work) -> dict:
     from compassion_repro import grpo
     preset, seed, rows = work.preset, work.stage.seed, parse_model(work.stage.model).rows
     prompts, held_out, report = training_rows(preset.data.source(rows), "prompts", preset.grpo.rows, preset.grpo.held_out, seed, preset.grpo.limit)
-    _save_rows(work, prompts, held_out)
     reward, told = _reward(work)
+    if work.stage.config["reward"] == "code": prompts, held_out = (_with_sound_tests(work, side, told) for side in (prompts, held_out))
+    _save_rows(work, prompts, held_out)
     return {**grpo.grpo(work.input(), prompts, held_out, work.out, preset.grpo, seed, preset.lora, reward, work.report, work.stage.model, _checkpoints(work), **_held(work)), **told, "data": report}
 
 
