@@ -324,7 +324,7 @@ def evaluate_models(
     "Evaluate models on benchmarks under judges, or carry on; raises `InputError` in one line for anything wrong."
     from compassion_repro.benchmarks import language_code, load_named_task, named_benchmark
     from compassion_repro.judges import judge_model
-    from compassion_repro.runner import temporary_folder
+    from compassion_repro.runner import temporary_folder, with_prompts
     folder = Path(out)
     for judge in [*judge_names(judges), *filter(None, [judging.get("substitute")])]: judge_model(judge)
     if twice := [m for m in models if models.count(m) > 1]: raise InputError(f"model {twice[0]!r} stands twice: name it once")
@@ -336,6 +336,9 @@ def evaluate_models(
     codes = languages and tuple(language_code(word) for word in languages)
     setup = Setup(sections, words, generation, seed, codes, limit, epochs, {model: _weights(model) for model in models})
     tasks = load_setup(setup, temporary_folder() / "benchmarks") # bad data and unknown languages come to light before anything is written
+    for name, task in tasks.items():
+        with_prompts(task, temporary_folder() / "prompts")  # and so do tasks that cannot be run on saved answers
+        for remark in task.remarks: say(f"warning: {name}: {remark}")
     with Study(folder).lock("eval", say):
         setup = settle(folder, setup)
         generate(folder, setup, models, {name: tasks[name] for name in sections}, say, report, python)

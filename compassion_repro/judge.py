@@ -313,6 +313,16 @@ def unpaid_calls(
     return len(missing), len(set(keys)) - len(missing), sum(len(texts[i]) for i in missing)
 
 # %% ../nbs/09b_judge.ipynb #5ba1e4c7
+def _one_value(name: str, value: object) -> float | None:
+    "A task's score of one answer as a number from 0 to 1; None for one that is not scored. Raises `InputError` for anything else."
+    if isinstance(value, (dict, list)): raise InputError(f"benchmark {name} gives several values an answer ({', '.join(map(str, list(value)[:3]))}{', ...' * (len(value) > 3)}): only tasks with one score can be used")
+    if isinstance(value, str) and value not in ("C", "I", "P", "N") and not re.fullmatch(r"\s*(yes|no|true|false|[-+.\de]+)\s*", value.lower()): raise InputError(f"benchmark {name} gives the score {value!r}, which is no number")
+    number = float(value_to_float()(value))
+    if number != number: return None
+    if not 0 <= number <= 1: raise InputError(f"benchmark {name} gives the score {number:g}: only scores from 0 to 1 can be used")
+    return number
+
+
 def score_own(
     answers: pd.DataFrame, # saved answers to one benchmark, one model or several
     loaded: LoadedTask, # from `load_named_task`
@@ -326,7 +336,8 @@ def score_own(
         log = play(loaded, book, log_dir, int(group.epoch.max()), re.sub(r"\W+", "-", model))
         for sample in log.samples:
             score = next(iter((sample.scores or {}).values()), None)
-            value = None if score is None or isinstance(score.value, (dict, list)) else value_to_float()(score.value)
+            value = None if score is None else _one_value(loaded.name, score.value)
             keys = {k: about[str(sample.id)][k] for k in ("benchmark", "language", "item_id", "question_id")}
             rows.append(dict(study=study, **_arm(model), **keys, model=model, seed=seed, epoch=sample.epoch, dimension="overall", score=value, judge="task", judge_settings="{}", judge_valid=True, substitute_for=None))
+    if all(row["score"] is None for row in rows): raise InputError(f"benchmark {loaded.name} gave no score to any of {len(rows)} answers: look at its scorer")
     return pd.DataFrame(rows)[_SCORES].astype({"score": float})
