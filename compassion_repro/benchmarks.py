@@ -412,6 +412,7 @@ def _task_of_a_file(
     path = Path(file).expanduser().absolute()
     if not path.is_file(): raise InputError(f"benchmark {name!r}: there is no file {file}")
     try:
+        compile(path.read_bytes(), str(path), "exec") # Inspect finds no task in what is no Python
         load_file_tasks(path) # anew: Inspect would take a task of this name from a file that it read before
         names = [found for found, *_ in parse_decorators(path, "task")]
         tasks = create_file_tasks(path, [wanted] if wanted in names else names if len(names) == 1 and not wanted else [])
