@@ -115,10 +115,12 @@ def run(args) -> int:
 
 def plan(args) -> int:
     "Print what a run would do, then check everything that it names; trains nothing. Status 2 where a run would refuse."
-    preset, refused = _preset(args), []
-    try: _print_plan(args, preset)
+    preset, refused, summary = _preset(args), [], None
+    try: summary = _print_plan(args, preset)
     except InputError as error: refused.append(str(error))
-    return _print_preflight(preset, refused)
+    status = _print_preflight(preset, refused)
+    if summary: print(f"\n{summary}\nstudy folder: {_study_folder(args, preset)}")
+    return status
 
 
 def _print_preflight(preset, refused: list[str]) -> int:
@@ -136,8 +138,8 @@ def _print_preflight(preset, refused: list[str]) -> int:
     return 2 if problems else 0
 
 
-def _print_plan(args, preset):
-    "The values of a preset, and what a run of it would do, as tables."
+def _print_plan(args, preset) -> str:
+    "Print the values of a preset, and what a run of it would do, as tables; the sums in a line."
     import yaml
     from compassion_repro import planning, prices
     records = planning.plan(preset, args.seeds, prices.load_prices(args.prices))
@@ -146,7 +148,8 @@ def _print_plan(args, preset):
     for line in planning.footnotes(preset, records): print(textwrap.fill(line, 100, break_long_words=False))
     known = {c: [r[c] for r in records if r[c] is not None] for c in ("tokens", "answers", "judge_calls")}
     dollars = sum(r["cost"] or 0 for r in records)
-    print(f"\n{len(records)} stages; " + "; ".join(f"{sum(v):,} {c.replace('_', ' ')}" for c, v in known.items() if v) + (f"; about ${dollars:,.2f} for the judge" if dollars else "") + f"\nstudy folder: {_study_folder(args, preset)}")
+    priced = f"; about ${dollars:,.2f} for the judge" if dollars else ""
+    return f"{len(records)} stages; " + "; ".join(f"{sum(v):,} {c.replace('_', ' ')}" for c, v in known.items() if v) + priced
 
 
 def print_claims(folder: Path):

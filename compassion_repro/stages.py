@@ -231,7 +231,7 @@ def silence_alarm(
 ) -> list[str]: # one line, or none
     "An alarm where a model answers with nothing: an instruct model that is asked in another form than its own often ends at once, and scores 0."
     if empty < SILENT: return []
-    other = "own (the model's chat template), if it has one" if template != "own" else "plain"
+    other = "own (the model's chat template), if it has one" if template in ("plain", "raw", "user") else "plain"
     return [f"{empty:.0%} of the answers are empty under the template {template}, and an empty answer scores 0: try the template {other}"]
 
 
