@@ -220,11 +220,18 @@ def _write_back(mine, theirs):
         before.extend(after) if type(before) in (list, bytearray) else before.update(after)
 
 # %% ../nbs/06a_harness.ipynb #4e030d52
-def _correspondent(reading, writing):
-    "The judge's end of the pipe: do(operation, *parts) gives plain data or stand-ins back; beside it send and receive."
+def _correspondent(reading, writing, tests):
+    "The judge's end of the pipe: do(operation, *parts) gives plain data or stand-ins back; with it send and receive."
     import builtins
     import sys
     exported, known, marks = [], {}, {}
+    written = set("".join(letter if letter.isalnum() or letter == "_" else " " for letter in tests).split())
+    looked_up = [None]
+
+    def may_name(kind, name):
+        if kind == "module": return name == looked_up[0] and name in sys.stdlib_module_names
+        value = getattr(builtins, name, None)
+        return isinstance(value, type) and (name in written or issubclass(value, BaseException))
 
     def refer(value):
         if type(value) is StandIn: return "mine", object.__getattribute__(value, "number")
@@ -237,8 +244,9 @@ def _correspondent(reading, writing):
 
     def resolve(kind, name, *rest):
         if kind == "mine": return exported[name]
-        if kind == "builtin" and isinstance(getattr(builtins, name), type): return getattr(builtins, name)
-        if kind == "module" and name.split(".")[0] in sys.stdlib_module_names: return __import__(name, fromlist=["here"])
+        if kind in ("builtin", "module") and not may_name(kind, name): raise ValueError(f"the program names a {kind} {name!r}")
+        if kind == "builtin": return getattr(builtins, name)
+        if kind == "module": return __import__(name)
         if kind not in ("object", "error", "copy"): raise ValueError(f"the program names a {kind} {name!r}")
         if name not in known:
             stand_in = StandIn(name)
@@ -253,6 +261,7 @@ def _correspondent(reading, writing):
         except Exception as error: send("raise", type(error) if id(type(error)) in marks or hasattr(builtins, type(error).__name__) else RuntimeError, list(error.args))
 
     def do(operation, *parts, **named):
+        looked_up[0] = parts[0] if operation == "name" else None
         send("do", operation, list(parts), named)
         while True:
             kind, *rest = receive()
@@ -311,7 +320,7 @@ def judge(
     except Exception as error:
         print(f"the tests do not compile: {error}", file=sys.stderr)
         return "bad-tests"
-    do, send, receive = _correspondent(reading, writing)
+    do, send, receive = _correspondent(reading, writing, tests)
     try:
         send(code, "solution" if tests.strip() else "__main__")
         status = receive()[1]

@@ -26,7 +26,7 @@ from .study import Benchmark, Generation, InputError, Preset, parse_model, write
 
 # %% ../nbs/12d_stages.ipynb #9edf8a38
 def training_rows(
-    source: str, # where the rows come from
+    source: str | list, # where the rows come from: one source, or sources as a preset has them
     shape: str, # "text" or "messages"
     rows: int | None, # rows to draw from an embedded corpus
     held_out: int, # rows to keep back at most
@@ -36,12 +36,12 @@ def training_rows(
 ) -> tuple[list[dict], list[dict], dict]: # training rows, held-out rows, the loader's report
     "Training and held-out rows of one source; raises `InputError` where none is usable."
     from compassion_repro import data
-    if source.startswith("world:"):
+    if isinstance(source, str) and source.startswith("world:"):
         corpus = data.load(source, shape, limit=rows, seed=seed)
         return corpus.rows, data.load(source, shape, limit=held_out, seed=seed, held_out=True).rows, corpus.report.as_dict()
     if limit: held_out = min(held_out, max(1, limit // 9))
     corpus = data.load(source, shape, limit=limit and limit + held_out, seed=seed, **fit)
-    if len(corpus.rows) < 2: raise InputError(f"{source} has {len(corpus.rows)} usable row: at least 2 are needed, one to train on and one to measure on ({corpus.report})")
+    if len(corpus.rows) < 2: raise InputError(f"{corpus.report.source} has {len(corpus.rows)} usable row: at least 2 are needed, one to train on and one to measure on ({corpus.report})")
     train, kept = data.train_held_out(corpus.rows, min(held_out, max(1, len(corpus.rows) // 10)), seed)
     return train[:limit], kept, corpus.report.as_dict()
 
@@ -154,12 +154,22 @@ def _reward(work: Work) -> tuple[callable, dict]:
     return rewards.code_reward(weights, run=partial(sandbox.run_many, allow_unsafe=work.unsafe)), {"weights": weights, "jail": sandbox.describe_level()}
 
 
+def _with_sound_tests(work: Work, rows: list[dict], told: dict) -> list[dict]:
+    "Prompts of a code arm without the tests that any program passes; what is left out is reported and kept in the manifest."
+    from compassion_repro import rewards, sandbox
+    rows, lines = rewards.leave_out_tests(rows, partial(sandbox.run_many, allow_unsafe=work.unsafe))
+    if lines: told.setdefault("tests", []).extend(lines)
+    for line in lines: work.report(line)
+    return rows
+
+
 def _run_grpo(work: Work) -> dict:
     from compassion_repro import grpo
     preset, seed, rows = work.preset, work.stage.seed, parse_model(work.stage.model).rows
     prompts, held_out, report = training_rows(preset.data.source(rows), "prompts", preset.grpo.rows, preset.grpo.held_out, seed, preset.grpo.limit)
-    _save_rows(work, prompts, held_out)
     reward, told = _reward(work)
+    if work.stage.config["reward"] == "code": prompts, held_out = (_with_sound_tests(work, side, told) for side in (prompts, held_out))
+    _save_rows(work, prompts, held_out)
     return {**grpo.grpo(work.input(), prompts, held_out, work.out, preset.grpo, seed, preset.lora, reward, work.report, work.stage.model, _checkpoints(work), **_held(work)), **told, "data": report}
 
 
