@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'Preflight', 'before_training', 'embedded', 'check_machine', 'look_at_model', 'check_models',
-           'check_rewards', 'row_sources', 'check_rows', 'check_tests', 'look_at_judge', 'judge_here',
-           'check_benchmarks', 'at_hand', 'tell_benchmark', 'check_judges', 'preflight', 'check_before_training']
+           'check_rewards', 'row_sources', 'at_place', 'check_rows', 'look_at_rows', 'check_tests', 'look_at_judge',
+           'judge_here', 'check_benchmarks', 'at_hand', 'tell_benchmark', 'check_judges', 'preflight',
+           'check_before_training']
 
 # %% ../nbs/12g_preflight.ipynb #f90f8cb0
 import json
@@ -19,7 +20,7 @@ from .graph import is_local
 from .prices import judge_names
 from .stages import prepare, study_tasks, training_rows
 from .store import Study, writable
-from .study import InputError, Preset
+from .study import InputError, Preset, data_parts
 
 # %% ../nbs/12g_preflight.ipynb #5fa72ecb
 @dataclass
@@ -146,11 +147,12 @@ def check_rewards(flight: Preflight):
     if arms:
         from compassion_repro import rewards
     for arm in arms:
-        pair = preset.data.source(arm.rows), reward if arm.reward == "help" else rewards.CODE_REWARD
-        with flight.trying():
-            rewards.refuse_pair(*pair)
-        if told := rewards.remark_pair(*pair):
-            flight.say(f"warning: {arm.model}: {told}")
+        for part in data_parts(preset.data.source(arm.rows)):
+            pair = part.path, reward if arm.reward == "help" else rewards.CODE_REWARD
+            with flight.trying():
+                rewards.refuse_pair(*pair)
+            if told := rewards.remark_pair(*pair):
+                flight.say(f"warning: {arm.model}: {told}")
     if not embedded(reward) and any(arm.reward == "help" for arm in arms):
         with flight.trying():
             if place := flight.find(reward, "model"):
@@ -160,7 +162,7 @@ def check_rewards(flight: Preflight):
 # %% ../nbs/12g_preflight.ipynb #4857fcef
 def row_sources(
     preset: Preset,  # the study
-) -> dict[str, tuple[str, str]]:  # dotted name of the setting -> source, and the shape that it is read in
+) -> dict[str, tuple]:  # dotted name of the setting -> sources as the preset has them, and the shape that they are read in
     "Every corpus that a study trains on."
     shapes = {"sft": "messages", "grpo": "prompts"}
     used = {f"data.{arm.rows}": (preset.data.source(arm.rows), shapes[arm.paradigm]) for arm in preset.trained_arms}
@@ -174,18 +176,39 @@ def row_sources(
     return used
 
 
+def at_place(
+    flight: Preflight,
+    spec,  # sources of one corpus, as the preset has them
+):
+    "The same sources where they can be opened now; None where one of them cannot."
+    if isinstance(spec, str):
+        return flight.find(spec, "dataset")
+    places = [flight.find(part.path, "dataset") for part in data_parts(spec)]
+    if None in places:
+        return None
+    return [part.model_copy(update={"path": place}) for part, place in zip(data_parts(spec), places)]
+
+
 @before_training
 def check_rows(flight: Preflight):
     "The rows of every corpus that is not embedded."
-    sources = row_sources(flight.preset)
-    for source, shape in sorted({pair for pair in sources.values() if not embedded(pair[0])}):
+    seen = []
+    for spec, shape in row_sources(flight.preset).values():
+        if (spec, shape) in seen or isinstance(spec, str) and embedded(spec):
+            continue
+        seen.append((spec, shape))
         with flight.trying():
-            if place := flight.find(source, "dataset"):
+            if place := at_place(flight, spec):
                 flight.libraries()
-                from compassion_repro import data
+                look_at_rows(flight, place, shape)
 
-                training_rows(place, shape, None, 1, 1)
-                flight.say(str(data.load(place, shape).report))
+
+def look_at_rows(flight: Preflight, place, shape: str):
+    "Load a corpus as its stage will, and say what became of its rows."
+    from compassion_repro import data
+
+    training_rows(place, shape, None, 1, 1)
+    flight.say(str(data.load(place, shape).report))
 
 # %% ../nbs/12g_preflight.ipynb #7c458dd4
 @before_training

@@ -25,7 +25,7 @@ from .study import Benchmark, Generation, InputError, Preset, parse_model, write
 
 # %% ../nbs/12d_stages.ipynb #9edf8a38
 def training_rows(
-    source: str, # where the rows come from
+    source: str | list, # where the rows come from: one source, or sources as a preset has them
     shape: str, # "text" or "messages"
     rows: int | None, # rows to draw from an embedded corpus
     held_out: int, # rows to keep back at most
@@ -35,12 +35,12 @@ def training_rows(
 ) -> tuple[list[dict], list[dict], dict]: # training rows, held-out rows, the loader's report
     "Training and held-out rows of one source; raises `InputError` where none is usable."
     from compassion_repro import data
-    if source.startswith("world:"):
+    if isinstance(source, str) and source.startswith("world:"):
         corpus = data.load(source, shape, limit=rows, seed=seed)
         return corpus.rows, data.load(source, shape, limit=held_out, seed=seed, held_out=True).rows, corpus.report.as_dict()
     if limit: held_out = min(held_out, max(1, limit // 9))
     corpus = data.load(source, shape, limit=limit and limit + held_out, seed=seed, **fit)
-    if len(corpus.rows) < 2: raise InputError(f"{source} has {len(corpus.rows)} usable row: at least 2 are needed, one to train on and one to measure on ({corpus.report})")
+    if len(corpus.rows) < 2: raise InputError(f"{corpus.report.source} has {len(corpus.rows)} usable row: at least 2 are needed, one to train on and one to measure on ({corpus.report})")
     train, kept = data.train_held_out(corpus.rows, min(held_out, max(1, len(corpus.rows) // 10)), seed)
     return train[:limit], kept, corpus.report.as_dict()
 

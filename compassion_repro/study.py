@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['STARTS', 'PARADIGMS', 'DOMAINS', 'ARMS', 'CROSSED', 'MANY', 'EMBEDDED_ROWS', 'Count', 'Source', 'DEEPSEEKMATH',
-           'TRL_DEFAULT', 'GRPO_SETTINGS', 'PAPER', 'KINDS', 'CLAIMS', 'FAMILIES', 'FIDELITY', 'InputError', 'Notice',
-           'send_again', 'flush_path', 'write_atomically', 'Arm', 'parse_model', 'Section', 'Lora', 'Training',
-           'Generation', 'settings_markdown', 'Grpo', 'Models', 'Compute', 'Benchmark', 'Statistics', 'Margin', 'Data',
-           'Preset', 'presets', 'build_preset', 'load_preset', 'with_settings', 'PaperFigure', 'paper_percent', 'Cell',
-           'Reading', 'Claim', 'readings', 'claim_readings', 'family_of', 'Fidelity', 'fidelity_markdown']
+           'TRL_DEFAULT', 'GRPO_SETTINGS', 'DataSpec', 'PAPER', 'KINDS', 'CLAIMS', 'FAMILIES', 'FIDELITY', 'InputError',
+           'Notice', 'send_again', 'flush_path', 'write_atomically', 'Arm', 'parse_model', 'Section', 'Lora',
+           'Training', 'Generation', 'settings_markdown', 'Grpo', 'Models', 'Compute', 'Benchmark', 'Statistics',
+           'Margin', 'DataSource', 'data_parts', 'data_label', 'Data', 'Preset', 'presets', 'build_preset',
+           'load_preset', 'with_settings', 'PaperFigure', 'paper_percent', 'Cell', 'Reading', 'Claim', 'readings',
+           'claim_readings', 'family_of', 'Fidelity', 'fidelity_markdown']
 
 # %% ../nbs/00_study.ipynb #f57099b7
 import _thread
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
 # %% ../nbs/00_study.ipynb #ba6437bd
 class InputError(ValueError):
@@ -370,18 +371,82 @@ class Margin(Section):
     batch_tokens: int = Field(8192, ge=64, le=MANY) # tokens a padded batch holds at most
 
 
-class Data(Section):
-    "Where every corpus comes from: `world:<name>`, a path, or a hub id with @revision."
-    documents: Source # mid-training documents
-    control: Source = "world:control" # matched neutral documents, for `mid-control`
-    replay: Source = "world:base-documents" # documents replayed during mid-training
-    sft_help: Source = Field(alias="sft-help") # supervised helpfulness rows
-    sft_code: Source = Field(alias="sft-code") # supervised coding rows
-    grpo_help: Source = Field("world:help", alias="grpo-help") # helpfulness prompts
-    grpo_code: Source = Field("world:code", alias="grpo-code") # coding prompts; a column `tests` makes them verifiable
+class DataSource(Section):
+    "A corpus whose place alone does not say enough: which split, which columns, how much of it."
+    path: Source # `world:<name>`, a path, or a hub id with @revision
+    split: str | None = None # of a folder or a hub data set; None: train
+    config: str | None = None # configuration of a folder or a hub data set
+    columns: dict[str, str] = {} # what the loader calls a column -> what the source calls it: {instruction: problem, response: solution}
+    limit: int | None = Field(None, ge=1, le=MANY) # most rows of it
+    share: float | None = Field(None, gt=0, le=1) # in a list of sources: share of the rows
 
-    def source(self, rows: str) -> str:
-        "Source of an arm's rows, by their name: `sft-help`, `grpo-code`."
+    @model_serializer
+    def _changed(self) -> dict[str, Any]:
+        "Only what is set, as a user would write it."
+        return {name: value for name in type(self).model_fields if (value := getattr(self, name)) not in (None, {})}
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{name} {value}" for name, value in self._changed().items() if name in ("split", "config", "limit"))
+        return self.path + (f" ({options})" if options else "")
+
+
+def _data_source(value: Any) -> DataSource:
+    "One source of a preset, written as text or as a mapping."
+    if isinstance(value, DataSource): return value
+    if not isinstance(value, str | dict): raise ValueError("give a path, a hub id, world:<name>, a mapping with `path`, or a list of these")
+    try: return DataSource.model_validate({"path": value} if isinstance(value, str) else value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        known = f" (known: {', '.join(DataSource.model_fields)})" if first["type"] == "extra_forbidden" else ""
+        raise ValueError(f"{key}: {first['msg'].removeprefix('Value error, ')}{known}") from None
+
+
+def _data_spec(value: Any) -> "str | DataSource | tuple[DataSource, ...]":
+    "The sources of one corpus: text where its place says all, a mapping, or several in a list."
+    parts = tuple(map(_data_source, value)) if isinstance(value, list | tuple) else (_data_source(value),)
+    if not parts: raise ValueError("an empty list names no source")
+    shares = [part.share for part in parts if part.share is not None]
+    if len(parts) == 1:
+        part = parts[0].model_copy(update={"share": None})
+        return part.path if part == DataSource(path=part.path) else part
+    if shares and len(shares) < len(parts): raise ValueError("some sources have a share and some have none: give all of them one, or none")
+    if shares and abs(sum(shares) - 1) > 1e-3: raise ValueError(f"the shares add up to {sum(shares):g}: let them add up to 1")
+    return parts
+
+
+DataSpec = Annotated[Any, BeforeValidator(_data_spec)] # `Source`, or a `DataSource`, or several: in YAML a text, a mapping, a list
+
+
+def data_parts(
+    spec: "str | Path | dict | list | DataSource | tuple[DataSource, ...]", # sources of one corpus, as in a preset
+) -> tuple[DataSource, ...]: # one or more
+    "The sources of a corpus; raises `InputError` where they are not well formed."
+    try: found = _data_spec(str(spec) if isinstance(spec, Path) else spec)
+    except ValueError as error: raise InputError(f"{spec}: {error}") from None
+    return found if isinstance(found, tuple) else (_data_source(found),)
+
+
+def data_label(
+    spec: "str | DataSource | tuple[DataSource, ...]", # sources of one corpus
+) -> str: # for accounts, cards and messages
+    "What to call the sources of a corpus."
+    if isinstance(spec, str | Path): return str(spec)
+    return " + ".join(f"{part.share:.0%} of {part}" if part.share else str(part) for part in data_parts(spec))
+
+
+class Data(Section):
+    "Where every corpus comes from: `world:<name>`, a path, or a hub id with @revision; or a mapping or a list of mappings, see `DataSource`."
+    documents: DataSpec # mid-training documents
+    control: DataSpec = "world:control" # matched neutral documents, for `mid-control`
+    replay: DataSpec = "world:base-documents" # documents replayed during mid-training
+    sft_help: DataSpec = Field(alias="sft-help") # supervised helpfulness rows
+    sft_code: DataSpec = Field(alias="sft-code") # supervised coding rows
+    grpo_help: DataSpec = Field("world:help", alias="grpo-help") # helpfulness prompts
+    grpo_code: DataSpec = Field("world:code", alias="grpo-code") # coding prompts; a column `tests` makes them verifiable
+
+    def source(self, rows: str) -> str | DataSource | tuple[DataSource, ...]:
+        "Sources of an arm's rows, by their name: `sft-help`, `grpo-code`."
         return getattr(self, rows.replace("-", "_"))
 
 # %% ../nbs/00_study.ipynb #cbe9bb8e
@@ -453,6 +518,8 @@ def presets() -> list[str]:
 def _merge(low: dict, high: dict) -> dict:
     "`low` with the values of `high` laid over it, section by section."
     both = low.keys() & high.keys()
+    placed = {k: {"path": low[k]} for k in both if isinstance(low[k], str) and isinstance(high[k], dict) and "path" not in high[k]}
+    low = {**low, **placed} # `data.sft-help.limit=9` on a source that is a text so far
     return {**low, **high, **{k: _merge(low[k], high[k]) for k in both if isinstance(low[k], dict) and isinstance(high[k], dict)}}
 
 
