@@ -89,7 +89,15 @@ def _print(*things):
 def _study_folder(args, preset) -> Path:
     "`--out`, or studies/<preset>, with a short hash where `--set` changed the preset."
     from compassion_repro.store import study_name
-    return Path(args.out) if args.out else Path("studies") / study_name(preset, load_preset(args.preset))
+    return Path(args.out) if args.out else Path("studies") / study_name(preset, load_preset(args.preset or "tiny"))
+
+
+def _preset(args):
+    "The preset that is named; where only `--out` is, that of the study in it; else `tiny`. `--set` is laid over it."
+    if args.preset or not args.out or not (Path(args.out) / "study.yaml").is_file(): return load_preset(args.preset or "tiny", args.set)
+    from compassion_repro.store import Study
+    from compassion_repro.study import with_settings
+    return with_settings(Study(args.out).preset, args.set)
 
 
 def _asking(report=None):
@@ -122,7 +130,7 @@ def _agree_to_judges(args, preset, folder: Path):
 
 def run(args) -> int:
     "Run the study, or carry on with it, and print the claims."
-    preset = load_preset(args.preset, args.set)
+    preset = _preset(args)
     folder = _study_folder(args, preset)
     from compassion_repro import pipeline
     preset = pipeline.settle_template(preset)
@@ -135,10 +143,12 @@ def run(args) -> int:
 
 def plan(args) -> int:
     "Print what a run would do, then check everything that it names; trains nothing. Status 2 where a run would refuse."
-    preset, refused = load_preset(args.preset, args.set), []
-    try: _print_plan(args, preset)
+    preset, refused, summary = _preset(args), [], None
+    try: summary = _print_plan(args, preset)
     except InputError as error: refused.append(str(error))
-    return _print_preflight(preset, refused)
+    status = _print_preflight(preset, refused)
+    if summary: print(f"\n{summary}\nstudy folder: {_study_folder(args, preset)}")
+    return status
 
 
 def _print_preflight(preset, refused: list[str]) -> int:
@@ -156,8 +166,8 @@ def _print_preflight(preset, refused: list[str]) -> int:
     return 2 if problems else 0
 
 
-def _print_plan(args, preset):
-    "The values of a preset, and what a run of it would do, as tables."
+def _print_plan(args, preset) -> str:
+    "Print the values of a preset, and what a run of it would do, as tables; the sums in a line."
     import yaml
     from compassion_repro import planning, prices
     records = planning.plan(preset, args.seeds, prices.load_prices(args.prices))
@@ -166,7 +176,8 @@ def _print_plan(args, preset):
     for line in planning.footnotes(preset, records): print(textwrap.fill(line, 100, break_long_words=False))
     known = {c: [r[c] for r in records if r[c] is not None] for c in ("tokens", "answers", "judge_calls")}
     dollars = sum(r["cost"] or 0 for r in records)
-    print(f"\n{len(records)} stages; " + "; ".join(f"{sum(v):,} {c.replace('_', ' ')}" for c, v in known.items() if v) + (f"; about ${dollars:,.2f} for the judge" if dollars else "") + f"\nstudy folder: {_study_folder(args, preset)}")
+    priced = f"; about ${dollars:,.2f} for the judge" if dollars else ""
+    return f"{len(records)} stages; " + "; ".join(f"{sum(v):,} {c.replace('_', ' ')}" for c, v in known.items() if v) + priced
 
 
 def print_claims(folder: Path):
@@ -237,12 +248,12 @@ def _heavy():
 def evaluate(args) -> int:
     "Evaluate any models on any benchmarks, or carry on, and print the scores."
     from compassion_repro import evaluation
-    from compassion_repro.study import Generation
+    from compassion_repro.study import Generation, problem_words
     from pydantic import ValidationError
     for name in ("epochs", "limit", "max_tokens", "batch_size"):
         if (value := getattr(args, name)) is not None and value < 1: raise InputError(f"--{name.replace('_', '-')} wants a number of at least 1, got {value}")
     try: generation = Generation(template=args.template, max_new_tokens=args.max_tokens, temperature=args.temperature, batch_size=args.batch_size, engine="vllm" if args.vllm else "transformers")
-    except ValidationError as error: raise InputError(f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}, got {str(error.errors()[0]['input'])[:60]!r}") from None
+    except ValidationError as error: raise InputError("; ".join(problem_words(item) for item in error.errors())) from None
     _heavy()
     languages = args.languages and [word.strip() for word in args.languages.split(",")]
     with talking() as (say, report):
@@ -294,6 +305,12 @@ def _try_judges(text: str) -> int:
     return 0
 
 
+def _gpu_rows(here) -> list[list[str]]:
+    "A row for each GPU; what there is instead, where there is none."
+    if len(here.gpus) < 2: return [["GPU", here.graphics]]
+    return [[f"GPU {number}", words] for number, words in enumerate(here.gpus)]
+
+
 def doctor(args) -> int:
     "Print what this machine has, and for each preset whether it fits and what to change; with `--judge`, whether a judge answers."
     if args.judge: return _try_judges(args.judge)
@@ -303,7 +320,7 @@ def doctor(args) -> int:
     if args.set and not args.preset: raise InputError("--set changes one preset: name it with --preset")
     here = machine.this_machine()
     verdicts = [machine.verdict(load_preset(args.preset, args.set), here)] if args.preset else machine.verdicts(here)
-    facts = [["python", platform.python_version()], ["processors", str(os.cpu_count())], ["memory", f"{here.memory_gb:.0f} GB"], ["free disk here", f"{here.disk_gb:.0f} GB"], ["GPU", here.graphics], ["jail for model-written code", sandbox.describe_level()]]
+    facts = [["python", platform.python_version()], ["processors", str(os.cpu_count())], ["memory", f"{here.memory_gb:.0f} GB"], ["free disk here", f"{here.disk_gb:.0f} GB"], *_gpu_rows(here), ["jail for model-written code", sandbox.describe_level()]]
     facts += [[name, found or "missing: pip install -c constraints.txt ."] for name, found in provenance()["packages"].items()]
     facts += [[token, "set" if token in here.tokens else "not set"] for token in machine.TOKENS]
     _print(_table(["what", "found"], facts), "\ndoes this machine fit?")
@@ -376,7 +393,7 @@ EPILOG = """examples:
 
 
 def _study_options(parser: argparse.ArgumentParser):
-    parser.add_argument("--preset", default="tiny", help=f"one of {', '.join(presets())} (default tiny), or a .yaml file of your own")
+    parser.add_argument("--preset", help=f"one of {', '.join(presets())}, or a .yaml file of your own (default: that of the study in --out, else tiny)")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="how many seeds, counted from 1 (default 1); more extend a study")
     parser.add_argument("--out", metavar="STUDY", help="study folder (default studies/<preset>)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any value of the preset by its dotted name; may be repeated")
@@ -406,7 +423,7 @@ def _evaluation_commands(command):
     _judge_options(p)
     for name, kind, default, text in (("languages", str, None, "only questions in these languages, with commas"), ("epochs", int, None, "answers a question (default: the benchmark's own)"), ("limit", int, None, "only the first questions of a benchmark"),
                                       ("seed", int, 1, "of the draws"), ("temperature", float, 1.0, "of the answers; 0 takes the most likely token"), ("max-tokens", int, 1024, "tokens an answer may have"),
-                                      ("batch-size", int, 64, "questions a batch"), ("template", str, "plain", "how a question becomes a prompt"), ("vllm", str, None, "have vLLM answer: the Python of the environment that it lives in")):
+                                      ("batch-size", int, 64, "questions a batch"), ("template", str, "auto", "form of the questions: plain (ours), own (the model's chat template), raw, user; auto takes own where the model has one, else plain"), ("vllm", str, None, "have vLLM answer: the Python of the environment that it lives in")):
         p.add_argument(f"--{name}", type=kind, default=default, metavar="N" if kind is not str else "NAME", help=text + ("" if default is None else f" (default {default})"))
     p = command("judge", judge, "have the answers of a study or an evaluation judged again", ["compassion-repro judge studies/tiny --judge strict", "compassion-repro judge evals/mine --judge hf/Qwen/Qwen3-4B,google/gemini-2.5-flash-lite --yes"])
     p.add_argument("study", metavar="STUDY", help="study or evaluation folder")

@@ -137,6 +137,7 @@ def generate(
     "Have every model answer what it has not answered yet."
     from compassion_repro import evaluate
     from compassion_repro.runner import with_prompts
+    from compassion_repro.stages import silence_alarm
     for model in models:
         files = {name: folder / "answers" / slug(model) / f"{slug(name)}.parquet" for name in tasks}
         missing, opened = [name for name, file in files.items() if not file.is_file()], None
@@ -153,6 +154,7 @@ def generate(
             shutil.rmtree(parts, ignore_errors=True)
             empty = f"; {answers['empty'].mean():.0%} are empty" if answers["empty"].any() else ""
             say(f"{model}, {name}: {len(answers):,} answers{empty}")
+            for line in silence_alarm(answers["empty"].mean(), setup.generation.template): say(f"warning: {model}, {name}: {line} (--template)")
 
 
 def collect_answers(
