@@ -274,6 +274,6 @@ def test_formulas_in_a_sheet_are_text(tmp_path):
     for file in (tmp_path / "sheet.csv", tmp_path / "sheet.key.csv"):
         cells = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig").to_numpy().ravel()
         assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@", "\t", "\r"))]
-    sheet.assign(grade=1).to_csv(tmp_path / "sheet.csv", index=False)
+    sheet.assign(grade=1).to_csv(tmp_path / "sheet.csv", index=False, quoting=1)
     read = agreement.read_sheet(tmp_path / "sheet.csv")
     assert read.model.str.strip().tolist() == [text.strip() for text in texts] and (read.grade == 1).all()
