@@ -53,7 +53,7 @@ def flat(values: dict, prefix: str = "") -> dict:
     return {k: v for name, value in values.items() for k, v in (flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}).items()}
 
 
-_FREE = ("compute.", "generation.templates", "generation.cut_off_alarm") # what may change in a study: how the machine is used, what else is asked and told
+_FREE = ("scope", "compute.", "generation.templates", "generation.cut_off_alarm") # what may change in a study: how the machine is used, what else is asked and told
 
 
 def study_name(preset: Preset, default: Preset) -> str:
