@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'MANY_PASSES', 'Preflight', 'before_training', 'embedded', 'check_machine', 'look_at_model', 'check_models',
-           'check_rewards', 'row_sources', 'at_place', 'check_rows', 'look_at_rows', 'expected_passes', 'check_tests',
-           'look_at_judge', 'judge_here', 'check_benchmarks', 'at_hand', 'tell_benchmark', 'check_judges', 'preflight',
-           'check_before_training']
+           'check_rewards', 'all_embedded', 'world_settings', 'idle_settings', 'check_settings', 'row_sources',
+           'at_place', 'check_rows', 'look_at_rows', 'expected_passes', 'check_tests', 'look_at_judge', 'judge_here',
+           'check_benchmarks', 'at_hand', 'tell_benchmark', 'check_judges', 'preflight', 'check_before_training']
 
 # %% ../nbs/12g_preflight.ipynb #f90f8cb0
 import json
@@ -21,7 +21,7 @@ from .graph import is_local
 from .prices import judge_names
 from .stages import prepare, study_tasks, training_rows
 from .store import Study, writable
-from .study import InputError, Preset, data_parts
+from .study import InputError, Preset, data_label, data_parts, load_preset
 
 # %% ../nbs/12g_preflight.ipynb #5fa72ecb
 @dataclass
@@ -159,6 +159,80 @@ def check_rewards(flight: Preflight):
             if place := flight.find(reward, "model"):
                 flight.libraries()
                 rewards.load_reward_model(place)
+
+# %% ../nbs/12g_preflight.ipynb #275e9e11
+def all_embedded(source) -> bool:  # a source of the preset's data, in any of its forms
+    "Whether every part of a corpus ships with the package."
+    return all(embedded(part.path) for part in data_parts(source))
+
+
+def world_settings(
+    preset: Preset,  # with a base model of the user's
+) -> list[str]:  # `setting=value`
+    "What a study on another model still takes from the embedded world."
+    found = [f"{name}={source}" for name, (source, _) in row_sources(preset).items() if all_embedded(source)]
+    if any(arm.reward == "help" for arm in preset.trained_arms) and embedded(preset.models.reward):
+        found.append(f"models.reward={preset.models.reward}")
+    tiny = load_preset("tiny")
+    if preset.trained and preset.midtrain.learning_rate == tiny.midtrain.learning_rate:
+        found.append(f"midtrain.learning_rate={preset.midtrain.learning_rate}")
+    arms = {arm.paradigm for arm in preset.trained_arms}
+    if "grpo" in arms and preset.grpo.learning_rate == tiny.grpo.learning_rate:
+        found.append(f"grpo.learning_rate={preset.grpo.learning_rate}")
+    if "world" in preset.margin.pairs:
+        found.append("margin.pairs=[world]")
+    return found + [
+        f"benchmarks.{name}.data={section.data}"
+        for name, section in preset.benchmarks.items()
+        if section.data and embedded(section.data)
+    ]
+
+
+def idle_settings(
+    preset: Preset,  # the study
+) -> list[str]:  # one line each
+    "Settings that have no effect on what the study names."
+    found = []
+    for setting, (source, _) in row_sources(preset).items():
+        section = {"sft": "sft", "grpo": "grpo"}.get(setting.partition(".")[2].partition("-")[0], "midtrain")
+        rows = getattr(preset, section)
+        own = not any(embedded(part.path) or part.limit or part.share for part in data_parts(source))
+        if setting != "data.replay" and own and rows.rows and rows.limit is None:
+            found.append(
+                f"{section}.rows={rows.rows} sizes embedded corpora only, so {data_label(source)} is taken whole: "
+                f"{section}.limit takes fewer rows of it"
+            )
+    for name, section in preset.benchmarks.items():
+        if section.size and not embedded(section.data):
+            found.append(
+                f"benchmarks.{name}.size sizes embedded benchmarks only, so {section.data} is asked whole "
+                f"(benchmarks.{name}.size=null says so)"
+            )
+    return found
+
+
+@before_training
+def check_settings(flight: Preflight):
+    "Name what is left of the embedded world, what has no effect, and a chat template that would go unused."
+    preset = flight.preset
+    for line in dict.fromkeys(idle_settings(preset)):
+        flight.say(f"note: {line}")
+    base = preset.models.base
+    if embedded(base):
+        return
+    if left := world_settings(preset):
+        flight.say(
+            f"warning: settings of the miniature world are used on {base}: {', '.join(left)}; "
+            "set them for your model, or start from --preset colab or paper"
+        )
+    with suppress(InputError):  # the check of the models says it better
+        place = flight.find(base, "model") if preset.generation.template in ("plain", "raw", "user") else None
+        if place and hub.has_template(place):
+            flight.say(
+                f"warning: {base} has its own chat template and generation.template={preset.generation.template} "
+                "asks without it: an instruct model may answer with nothing, which scores 0; "
+                "--set generation.template=own uses it, in training too"
+            )
 
 # %% ../nbs/12g_preflight.ipynb #4857fcef
 def row_sources(
