@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['CHECKS', 'MANY_PASSES', 'Preflight', 'before_training', 'embedded', 'check_machine', 'look_at_model', 'check_models',
            'check_rewards', 'all_embedded', 'world_settings', 'idle_settings', 'check_settings', 'row_sources',
-           'at_place', 'check_rows', 'look_at_rows', 'expected_passes', 'check_tests', 'look_at_judge', 'judge_here',
-           'check_benchmarks', 'at_hand', 'tell_benchmark', 'check_judges', 'preflight', 'check_before_training']
+           'at_place', 'check_rows', 'look_at_rows', 'expected_passes', 'check_tests', 'look_at_tests', 'look_at_judge',
+           'judge_here', 'check_benchmarks', 'at_hand', 'tell_benchmark', 'check_judges', 'preflight',
+           'check_before_training']
 
 # %% ../nbs/12g_preflight.ipynb #f90f8cb0
 import json
@@ -314,20 +315,27 @@ def expected_passes(
 @before_training
 def check_tests(flight: Preflight):
     "The unit tests of the code arms' own prompts: those that anything passes are named."
-    preset = flight.preset
-    sources = {preset.data.source(arm.rows) for arm in preset.trained_arms if arm.reward == "code"}
-    own = sorted(source for source in sources if not embedded(source))
-    if own:
-        flight.libraries()
-        from compassion_repro import data, rewards, sandbox
-    for source in own:
+    preset, seen = flight.preset, []
+    for arm in preset.trained_arms:
+        spec = preset.data.source(arm.rows)
+        if arm.reward != "code" or spec in seen or isinstance(spec, str) and embedded(spec):
+            continue
+        seen.append(spec)
         with flight.trying():
-            place = flight.find(source, "dataset")
-            if not place or sandbox.level() == "none":
-                continue
-            _, lines = rewards.leave_out_tests(data.load(place, "prompts").rows, sandbox.run_many)
-            for line in lines:
-                flight.say(f"warning: {source}: {line}")
+            if place := at_place(flight, spec):
+                flight.libraries()
+                look_at_tests(flight, place)
+
+
+def look_at_tests(flight: Preflight, place):
+    "Say which tests of a corpus decide nothing; raises `InputError` where that leaves no row."
+    from compassion_repro import data, rewards, sandbox
+
+    if sandbox.level() == "none":
+        return
+    corpus = data.load(place, "prompts")
+    for line in rewards.leave_out_tests(corpus.rows, sandbox.run_many)[1]:
+        flight.say(f"warning: {corpus.report.source}: {line}")
 
 # %% ../nbs/12g_preflight.ipynb #19696d62
 def look_at_judge(
@@ -390,6 +398,9 @@ def tell_benchmark(flight: Preflight, name: str, task, judge: str, first: bool):
     if first and (left := task.provenance.get("left_out")):
         shown = ", ".join(map(str, left[:5])) + (" and others" if len(left) > 5 else "")
         flight.say(f"warning: the official task leaves out {len(left)} questions of {name}: {shown}")
+    for remark in task.remarks if first else ():
+        if not remark.startswith("the official task leaves out"):
+            flight.say(f"warning: {name}: {remark}")
     if not task.judge_valid and judge in judge_names(flight.preset.judge):
         flight.say(
             f"warning: the {judge} judge cannot read the indicators of {name}, "
@@ -402,6 +413,8 @@ def check_judges(flight: Preflight):
     "In `plan`: judges whose package or key is missing here. (`run` opens them with the benchmarks.)"
     if flight.fetch:
         return
+    for line in machine.blind_judges(flight.preset):
+        flight.say(f"warning: {line}")
     for judge in judge_names(flight.preset.judge):
         if not judge_here(judge):
             lacking = machine.judge_problems(judge)
