@@ -32,7 +32,7 @@ def training_rows(
     held_out: int, # rows to keep back at most
     seed: int, # study seed
     limit: int | None = None, # most rows to train on of any other corpus; None takes it whole
-    **fit, # how long a row may be, for `data.load`: `max_length`, `measure`
+    **fit, # how long a row may be, for `data.load`: `max_length`, `measure`; `check`, the last look at a row
 ) -> tuple[list[dict], list[dict], dict]: # training rows, held-out rows, the loader's report
     "Training and held-out rows of one source; raises `InputError` where none is usable."
     from compassion_repro import data
@@ -124,12 +124,13 @@ def _run_midtrain(work: Work) -> dict:
 
 
 def _run_sft(work: Work) -> dict:
-    from compassion_repro import sft, tokens
+    from compassion_repro import models, sft, tokens
     preset, seed, name = work.preset, work.stage.seed, parse_model(work.stage.model).name
     names = dict.fromkeys(arm.rows for arm in preset.trained_arms if arm.paradigm == "sft")
     template = preset.generation.training_template
     fit = sft.longest_answer(work.input(), preset.sft, template)
-    rows = {n: training_rows(preset.data.source(n), "messages", preset.sft.rows, preset.sft.held_out, seed, preset.sft.limit, **fit) for n in names}
+    check = partial(models.check_row, tokenizer=models.load_tokenizer(work.input(), template))
+    rows = {n: training_rows(preset.data.source(n), "messages", preset.sft.rows, preset.sft.held_out, seed, preset.sft.limit, check=check, **fit) for n in names}
     train, held_out, report = rows[name]
     _save_rows(work, train, held_out)
     account = tokens.stage_account(train, work.input(), preset.sft.length, template, preset.data.source(name), seed, report.get("truncated", 0), **fit)
@@ -164,9 +165,10 @@ def _with_sound_tests(work: Work, rows: list[dict], told: dict) -> list[dict]:
 
 
 def _run_grpo(work: Work) -> dict:
-    from compassion_repro import grpo
+    from compassion_repro import grpo, models
     preset, seed, rows = work.preset, work.stage.seed, parse_model(work.stage.model).rows
-    prompts, held_out, report = training_rows(preset.data.source(rows), "prompts", preset.grpo.rows, preset.grpo.held_out, seed, preset.grpo.limit)
+    check = partial(models.check_row, tokenizer=models.load_tokenizer(work.input(), preset.generation.training_template))
+    prompts, held_out, report = training_rows(preset.data.source(rows), "prompts", preset.grpo.rows, preset.grpo.held_out, seed, preset.grpo.limit, check=check)
     reward, told = _reward(work)
     if work.stage.config["reward"] == "code": prompts, held_out = (_with_sound_tests(work, side, told) for side in (prompts, held_out))
     _save_rows(work, prompts, held_out)
