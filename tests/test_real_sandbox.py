@@ -1,8 +1,10 @@
 """Real cases of the jail and the code reward: verdicts won without the task, answers with several blocks, calls and disk."""
+from types import SimpleNamespace
+
 import pytest
 from cases import Case, check, table
 
-from compassion_repro import preflight, rewards, sandbox, walls
+from compassion_repro import preflight, rewards, sandbox, stages, walls
 from compassion_repro.rewards import find_code
 from compassion_repro.study import load_preset
 
@@ -50,6 +52,17 @@ CASES = [
     Case("a module of the name that the tests use", "ok: ok", verdict("import math\ndef f(): return 1.0", "assert math.isclose(f(), 1)")),
     Case("a number with its own equality", "ok: failed",
          verdict("class A(float):\n    __eq__ = lambda *rest: True\n    __hash__ = None\ndef f(): return A(1)", "assert f() == 2")),
+    # numbers and times of the library
+    Case("a decimal", "ok: ok", verdict("from decimal import Decimal\ndef f(x): return x / 2", "from decimal import Decimal as D\nassert f(D(1)) == D('0.5')")),
+    Case("a wrong decimal", "ok: failed",
+         verdict("from decimal import Decimal\ndef f(): return Decimal('0.4')", "from decimal import Decimal\nassert f() == Decimal('0.5')")),
+    Case("fractions in a list", "ok: ok",
+         verdict("from fractions import Fraction as F\ndef f(): return [F(1, 3)]", "from fractions import Fraction\nassert f() == [Fraction(1, 3)]")),
+    Case("dates", "ok: ok", verdict("import datetime\ndef f(day): return day + datetime.timedelta(1)",
+         "from datetime import date\nassert f(date(2026, 1, 31)) == date(2026, 2, 1) and f(date(2026, 1, 1)).year == 2026")),
+    Case("a decimal with its own equality", "ok: failed",
+         verdict("import decimal\nclass Decimal(decimal.Decimal):\n    __eq__ = lambda *rest: True\nDecimal.__module__ = 'decimal'\n"
+                 "def f(): return Decimal(3)", "from decimal import Decimal\nassert f() == Decimal(5)")),
     # tests that decide nothing
     Case("rows of nothing zipped", "ok: passed by", reason("for a, b in zip(rows(), [1, 2]): assert a == b")),
     Case("rows of nothing in all", "ok: passed by", reason("assert all(x > 0 for x in rows())")),
@@ -114,6 +127,15 @@ def test_weak_tests_are_told_before_stage_1(tmp_path):
     preset = load_preset("tiny", [f"data.grpo-code={tmp_path / 'rows.jsonl'}", "arms=[grpo-code]"])
     preflight.check_tests(preflight.Preflight(preset, tmp_path, said.append))
     assert len(said) == 1 and "the tests of 3 of 8 rows decide nothing" in said[0] and "constant True (3)" in said[0]
+
+
+@pytest.mark.skipif(NONE, reason="this machine offers no jail (install bubblewrap)")
+def test_a_stage_leaves_weak_tests_out_and_keeps_the_line():
+    said, told = [], {"weights": {}}
+    work = SimpleNamespace(unsafe=False, report=said.append)
+    sound, weak = {"messages": [], "tests": "assert f(1) == 2"}, {"messages": [], "tests": "assert f(1)"}
+    assert stages._with_sound_tests(work, [sound], told) == [sound] and told == {"weights": {}}
+    assert stages._with_sound_tests(work, [sound, weak], told) == [sound] and told["tests"] == said and len(said) == 1
 
 
 @pytest.mark.skipif(NONE, reason="this machine offers no jail (install bubblewrap)")
