@@ -52,9 +52,11 @@ def attach(
     base: PreTrainedModel,  # the model it belongs to, changed in place
     folder: str | Path,  # adapter folder
     name: str | None = None,  # what the user called it
+    called: str = "",  # what the user called the base; default: its path
 ) -> PeftModel:  # the base with the adapter, every weight of which came from the file
     "Put an adapter on its base; raises `InputError` unless all its weights have a place and are numbers."
     name, config = name or str(folder), read_adapter(folder, name)
+    called = called or base.name_or_path or "(the given model)"
     weights = headers(folder)
     _grow(base, weights)
     config.inference_mode = True
@@ -63,11 +65,11 @@ def attach(
         found = model.load_adapter(str(folder), "default", torch_device="cpu")
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
-        raise InputError(f"the adapter {name} does not fit its base {_called(base)}: {lines[0][:200] if lines else _line(error)}") from None
+        raise InputError(f"the adapter {name} does not fit {called}: {lines[0][:200] if lines else _line(error)}") from None
     missing, unused = list(found.missing_keys), list(found.unexpected_keys)
     if missing or unused:
         first = (missing or unused)[0]
-        raise InputError(f"the adapter {name} does not fit its base {_called(base)}: {len(missing)} of its weights are missing from "
+        raise InputError(f"the adapter {name} does not fit {called}: {len(missing)} of its weights are missing from "
                          f"its file and {len(unused)} of the {len(weights)} in the file are unused (such as {first}); "
                          "give the adapter with the base that it was trained on")
     for file in sorted(Path(folder).glob("*.safetensors")):
@@ -75,10 +77,6 @@ def attach(
             if not torch.isfinite(weight.float()).all():
                 raise InputError(f"the adapter {name} holds weights that are no numbers ({key}): its training diverged; give another")
     return model.eval()
-
-
-def _called(base: PreTrainedModel) -> str:
-    return base.name_or_path or "(the given model)"
 
 
 def _grow(base: PreTrainedModel, weights: dict[str, dict]):
@@ -117,6 +115,7 @@ def open_adapter(
     name: str,  # what the user called it
     device: str | None = None,  # default: what the machine has
     base: Path | None = None,  # folder of the base; default: the one that the adapter names
+    called: str = "",  # what the user called the base
     depth: int = 0,  # how many adapters are on top of this one
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # plain model and its tokenizer
     "Open an adapter merged into its base, which may itself be an adapter; raises `InputError` where they do not belong together."
@@ -124,7 +123,7 @@ def open_adapter(
         raise InputError(f"the adapter {name} stands on more than four other adapters: give a whole model")
     read_adapter(folder, name)
     if base is None:
-        named = adapter_base(folder, name)
+        named = called = adapter_base(folder, name)
         try:
             base = find_model(named)
         except InputError as error:
@@ -133,7 +132,7 @@ def open_adapter(
         network, tokenizer = open_adapter(base, str(base), device, depth=depth + 1)
     else:
         network, tokenizer = load_model(base, device), None
-    network = merged(attach(network, folder, name), name)
+    network = merged(attach(network, folder, name, called), name)
     check_numbers(network, name)
     own = any((folder / file).is_file() for file in ("tokenizer_config.json", "tokenizer.json"))
     tokenizer = load_tokenizer(folder) if own else tokenizer or load_tokenizer(base)
@@ -160,9 +159,10 @@ def check_adapter(
     folder: Path,  # adapter folder
     name: str,  # what the user called it
     base: Path,  # folder of its base
+    called: str = "",  # what the user called the base
 ):
     "Raise `InputError` where an adapter does not fit its base, told from shapes alone: no weight of the base is read."
     if hub.is_adapter(base):
         read_adapter(folder, name)
         return
-    attach(load_model(base, "meta"), folder, name)
+    attach(load_model(base, "meta"), folder, name, called)

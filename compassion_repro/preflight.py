@@ -147,10 +147,11 @@ def look_at_adapter(flight: Preflight, name: str, folder: Path):
 
     given = flight.preset.models
     adapters.read_adapter(folder, given.given[name])
-    if place := flight.find(adapters.given_base(given, name, folder), "model"):
+    source = adapters.given_base(given, name, folder)
+    if place := flight.find(source, "model"):
         base = models.find_model(place)
         if not model_files.check_quantised(base):
-            adapters.check_adapter(folder, given.given[name], base)
+            adapters.check_adapter(folder, given.given[name], base, source)
 
 
 @before_training

@@ -79,7 +79,7 @@ def _merge_given(work: Work, adapter: Path) -> dict:
     given, name = work.preset.models, work.stage.model
     source = adapters.given_base(given, name, adapter)
     base = work.input() if source == given.base else models.find_model(source)
-    model, tokenizer = adapters.open_adapter(adapter, given.given[name], base=base)
+    model, tokenizer = adapters.open_adapter(adapter, given.given[name], base=base, called=source)
     models.save_model(model, tokenizer, work.out)
     return {"merge": f"adapter merged into {str(model.dtype).removeprefix('torch.')} weights of {source}"}
 

@@ -188,14 +188,12 @@ def test_want_of_memory_outside_of_training_is_one_line(kind, words):
 
 # --- broken models and presets --------------------------------------------------------------------------------------------------------------------
 
-def test_a_tokenizer_without_padding_and_a_reward_model_without_a_head(capsys, tmp_path):
+def test_a_tokenizer_without_end_and_a_reward_model_without_a_head(capsys, tmp_path):
     def run(*words): return refused(capsys, "run", "--preset", "smoke", "--out", str(tmp_path / "study"), *settings(*words))
     bare = shutil.copytree(BASE, tmp_path / "bare")
-    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        if (bare / file).is_file(): (bare / file).write_text((bare / file).read_text().replace("<|finetune_right_pad_id|>", "<|somewhat_else|>"))
     config = json.loads((bare / "tokenizer_config.json").read_text())
-    (bare / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": config["eos_token"]}))
-    assert "has no padding token of its own" in run(f"models.base={bare}")
+    (bare / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": None}))
+    assert "has no end token" in run(f"models.base={bare}")
     assert "would be random numbers" in run(f"models.reward={BASE}", "arms=[grpo-help]", "data.grpo-help=" + str(prompts(tmp_path)))
 
 
