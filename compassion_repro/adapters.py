@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from . import hub
 from .model_files import adapter_base, headers, same_source
 from .models import check_fits, check_numbers, find_model, load_model, load_tokenizer, merge
-from .study import InputError, Models
+from .study import InputError, Models, first_line
 
 # %% ../nbs/03a_adapters.ipynb #124a8df6
 _PARTIAL = {"alora_invocation_tokens": "acts only after certain tokens", "arrow_config": "routes between adapters",
@@ -33,7 +33,7 @@ def read_adapter(
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # unknown kinds and damaged files raise errors of many classes
-        raise InputError(f"the settings of the adapter {name} cannot be read: {_line(error)}") from None
+        raise InputError(f"the settings of the adapter {name} cannot be read: {first_line(error)}") from None
     kind = getattr(config.peft_type, "value", config.peft_type)
     if config.is_prompt_learning or config.is_adaption_prompt or kind in ("XLORA", "POLY"):
         raise InputError(f"the adapter {name} is of the kind {kind}, which changes no weights and cannot be merged: "
@@ -42,10 +42,6 @@ def read_adapter(
         if getattr(config, setting, None):
             raise InputError(f"the adapter {name} {what} ({setting}), so it cannot be merged: give a whole model")
     return config
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 # %% ../nbs/03a_adapters.ipynb #caeb7b22
 def attach(
@@ -65,7 +61,7 @@ def attach(
         found = model.load_adapter(str(folder), "default", torch_device="cpu")
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
-        raise InputError(f"the adapter {name} does not fit {called}: {lines[0][:200] if lines else _line(error)}") from None
+        raise InputError(f"the adapter {name} does not fit {called}: {lines[0][:200] if lines else first_line(error)}") from None
     missing, unused = list(found.missing_keys), list(found.unexpected_keys)
     if missing or unused:
         first = (missing or unused)[0]
@@ -102,7 +98,7 @@ def merged(
     try:
         plain = merge(model).eval()
     except (ValueError, RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
-        raise InputError(f"the adapter {name} cannot be merged: {_line(error)}") from None
+        raise InputError(f"the adapter {name} cannot be merged: {first_line(error)}") from None
     after = plain(ids).logits.float().log_softmax(-1)
     drift = (before.exp() * (before - after)).sum(-1).mean().item()
     if not drift < _DRIFT:

@@ -31,7 +31,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from . import hub
 from .model_files import check_formats, check_quantised, read_json
 from .sources import BadRow
-from .study import InputError, Lora
+from .study import InputError, Lora, first_line
 from .world import assets
 
 # %% ../nbs/03_models.ipynb #31965bae
@@ -109,7 +109,7 @@ def load_tokenizer(
     try: tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error: # a damaged tokenizer file raises whatever its first broken part does
         if "trust_remote_code" in str(error): raise InputError(needs_code(source, "tokenizer")) from None
-        raise InputError(f"no tokenizer in {source}: {_first_line(error)}") from None
+        raise InputError(f"no tokenizer in {source}: {first_line(error)}") from None
     if tokenizer.eos_token_id is None: raise InputError(f"the tokenizer in {source} has no end token, so no answer would ever end: give a model whose tokenizer has one")
     tokenizer.padding_choice = pick_padding(tokenizer)
     tokenizer.own_template = tokenizer.chat_template
@@ -131,9 +131,6 @@ def with_template(
 def needs_code(source: str | Path, part: str = "model") -> str:
     "The line for a folder that only opens by running a program that lies in it."
     return f"the {part} in {source} opens only by running code that its folder or repository holds, which is never done: give a {part} of a kind that transformers knows itself"
-
-
-def _first_line(error: Exception) -> str: return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 # %% ../nbs/03_models.ipynb #e0220f3a
 IGNORE = -100 # label of a token without loss
@@ -179,7 +176,7 @@ def _rendered(messages: list[dict], tokenizer, **options) -> str:
     "The turns under the tokenizer's template, on `DAY`; raises `InputError` where it refuses them."
     try: return tokenizer.apply_chat_template(messages, tokenize=False, chat_template=on_one_day(tokenizer.chat_template), **options)
     except Exception as error: # a template may raise whatever its author wrote, and a broken one what Jinja does
-        raise InputError(f"the tokenizer's chat template refuses these turns ({_first_line(error)}): set generation.template=plain") from None
+        raise InputError(f"the tokenizer's chat template refuses these turns ({first_line(error)}): set generation.template=plain") from None
 
 
 def _texts(messages: list[dict], tokenizer) -> tuple[str, str]:
@@ -311,7 +308,7 @@ def load_model(
     try: model, found = AutoModelForCausalLM.from_pretrained(source, **settings, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError, TypeError, AttributeError) as error:
         if "trust_remote_code" in str(error): raise InputError(needs_code(source)) from None
-        raise InputError(f"no causal language model in {source}: {_first_line(error)}") from None
+        raise InputError(f"no causal language model in {source}: {first_line(error)}") from None
     _check_whole(source, found)
     if packed and "quantization_config" not in options: model = _dequantised(model)
     return (model if "device_map" in options else model.to(device)).eval()
