@@ -275,6 +275,18 @@ def _run_probe(work: Work) -> dict:
     return result
 
 
+def _noting_template(run: callable) -> callable:
+    "The same stage, with what the chat template says by itself in its manifest."
+    @wraps(run)
+    def noting(work: Work) -> dict:
+        done, own = run(work), work.stage.config.get("generation", {}).get("template")
+        template = own or work.preset.generation.training_template
+        if template in ("plain", "raw", "user"): return done
+        from compassion_repro import models
+        return {**done, **models.template_account(models.load_tokenizer(work.input(), template))}
+    return noting
+
+
 LESS = {"answers": "lower generation.batch_size", "probe": "lower margin.batch_tokens", "grpo": "lower grpo.samples or grpo.max_new_tokens"} # what a stage that ran out of memory is told, beside a larger device
 
 
@@ -289,7 +301,7 @@ def _told(run: callable) -> callable:
     return told
 
 
-RUN = {kind: _told(run) for kind, run in {"base": _run_base, "midtrain": _run_midtrain, "reward": _run_reward, "sft": _run_sft, "grpo": _run_grpo, "answers": _run_answers, "eval": _run_eval, "probe": _run_probe}.items()}
+RUN = {kind: _told(run) for kind, run in {"base": _run_base, "midtrain": _run_midtrain, "reward": _run_reward, "sft": _noting_template(_run_sft), "grpo": _noting_template(_run_grpo), "answers": _noting_template(_run_answers), "eval": _run_eval, "probe": _run_probe}.items()}
 
 # %% ../nbs/12d_stages.ipynb #27918ad9
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
