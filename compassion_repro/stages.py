@@ -31,13 +31,13 @@ def training_rows(
     rows: int | None, # rows to draw from an embedded corpus
     held_out: int, # rows to keep back at most
     seed: int, # study seed
-    limit: int | None = None, # most rows to train on of any other corpus; None takes it whole
+    limit: int | None = None, # most rows to train on; None takes the corpus whole
     **fit, # how long a row may be, for `data.load`: `max_length`, `measure`; `check`, the last look at a row
 ) -> tuple[list[dict], list[dict], dict]: # training rows, held-out rows, the loader's report
     "Training and held-out rows of one source; raises `InputError` where none is usable."
     from compassion_repro import data
     if isinstance(source, str) and source.startswith("world:"):
-        corpus = data.load(source, shape, limit=rows, seed=seed)
+        corpus = data.load(source, shape, limit=min(filter(None, (rows, limit)), default=None), seed=seed)
         return corpus.rows, data.load(source, shape, limit=held_out, seed=seed, held_out=True).rows, corpus.report.as_dict()
     if limit: held_out = min(held_out, max(1, limit // 9))
     corpus = data.load(source, shape, limit=limit and limit + held_out, seed=seed, **fit)
