@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from . import hub
 from .sources import BadRow
-from .study import InputError, Lora
+from .study import InputError, Lora, first_line
 from .world import assets
 
 # %% ../nbs/03_models.ipynb #31965bae
@@ -89,7 +89,7 @@ def _rendered(messages: list[dict], tokenizer, **options) -> str:
     "The turns under the tokenizer's template, on `DAY`; raises `InputError` where it refuses them."
     try: return tokenizer.apply_chat_template(messages, tokenize=False, chat_template=on_one_day(tokenizer.get_chat_template()), **options)
     except Exception as error: # a template may raise whatever its author wrote, and a broken one what Jinja does
-        raise InputError(f"the tokenizer's chat template refuses these turns ({_first_line(error)}): set generation.template=plain") from None
+        raise InputError(f"the tokenizer's chat template refuses these turns ({first_line(error)}): set generation.template=plain") from None
 
 
 def check_template(
@@ -103,7 +103,7 @@ def check_template(
     except Exception as error: # whatever Jinja or the template's author raises
         line = f", line {error.lineno}" if getattr(error, "lineno", None) else ""
         what = "refuses a plain question" if type(error).__name__ == "TemplateError" else "is broken"
-        raise InputError(f"{place} {what} ({_first_line(error)}{line}): mend it, or set generation.template=plain") from None
+        raise InputError(f"{place} {what} ({first_line(error)}{line}): mend it, or set generation.template=plain") from None
     if question not in told: raise InputError(f"{place} does not show the question that it is given: mend it, or set generation.template=plain")
 
 # %% ../nbs/03_models.ipynb #98c94338
@@ -114,7 +114,7 @@ def load_tokenizer(
     "Open a tokenizer and make it safe to train with; raises `InputError` where it lacks an end token, a padding token or the template that is asked for."
     try: tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error: # a damaged tokenizer file raises whatever its first broken part does
-        raise InputError(f"no tokenizer in {source}: {_first_line(error)}") from None
+        raise InputError(f"no tokenizer in {source}: {first_line(error)}") from None
     if tokenizer.eos_token_id is None: raise InputError(f"the tokenizer in {source} has no end token: set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         if PAD not in tokenizer.get_vocab(): raise InputError(f"the tokenizer in {source} has no padding token of its own: set pad_token to an unused token in its tokenizer_config.json")
@@ -135,9 +135,6 @@ def with_template(
     tokenizer.chat_template = TEMPLATES.get(template, own)
     check_template(tokenizer)
     return tokenizer
-
-
-def _first_line(error: Exception) -> str: return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 # %% ../nbs/03_models.ipynb #e0220f3a
 IGNORE = -100 # label of a token without loss
@@ -335,7 +332,7 @@ def load_model(
     device = device or pick_device()
     check_architecture(source)
     try: model, found = AutoModelForCausalLM.from_pretrained(source, **{"dtype": pick_dtype(device), **options}, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error: raise InputError(f"no causal language model in {source}: {_first_line(error)}") from None
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error: raise InputError(f"no causal language model in {source}: {first_line(error)}") from None
     if wrong := sorted(found["missing_keys"]) + [str(key[0]) for key in found["mismatched_keys"]]:
         raise InputError(f"the weights in {source} do not fit its config.json: {wrong[0]} and {len(wrong) - 1} more would be random numbers")
     return (model if "device_map" in options else model.to(device)).eval()

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CHECKS', 'MANY_PASSES', 'Preflight', 'before_training', 'embedded', 'check_machine', 'look_at_model', 'check_models',
            'check_templates', 'tell_template', 'check_rewards', 'all_embedded', 'world_settings', 'idle_settings',
-           'check_settings', 'row_sources', 'at_place', 'check_rows', 'look_at_rows', 'expected_passes', 'check_tests',
-           'look_at_tests', 'look_at_judge', 'judge_here', 'check_benchmarks', 'at_hand', 'tell_benchmark',
-           'check_judges', 'preflight', 'check_before_training']
+           'unused_sources', 'check_settings', 'row_sources', 'at_place', 'check_rows', 'look_at_rows',
+           'expected_passes', 'check_tests', 'look_at_tests', 'look_at_judge', 'judge_here', 'check_benchmarks',
+           'at_hand', 'tell_benchmark', 'check_judges', 'preflight', 'check_before_training']
 
 # %% ../nbs/12g_preflight.ipynb #f90f8cb0
 import json
@@ -22,7 +22,7 @@ from .graph import is_local
 from .prices import judge_names
 from .stages import prepare, study_tasks, training_rows
 from .store import Study, writable
-from .study import InputError, Preset, data_label, data_parts, load_preset
+from .study import InputError, Preset, data_label, data_parts, load_preset, presets
 
 # %% ../nbs/12g_preflight.ipynb #5fa72ecb
 @dataclass
@@ -236,6 +236,21 @@ def idle_settings(
                 f"benchmarks.{name}.size sizes embedded benchmarks only, so {section.data} is asked whole "
                 f"(benchmarks.{name}.size=null says so)"
             )
+    return found + unused_sources(preset)
+
+
+def unused_sources(
+    preset: Preset,  # the study
+) -> list[str]:  # one line each
+    "Sources that you name and that no stage reads; what the package's own presets name is not told."
+    ours, used, found = [load_preset(name) for name in presets()], row_sources(preset), []
+    for name, field in type(preset.data).model_fields.items():
+        setting, source = f"data.{field.alias or name}", getattr(preset.data, name)
+        if setting not in used and not any(source == getattr(other.data, name) for other in ours):
+            found.append(f"{setting}={data_label(source)} is not read: nothing that this study trains takes its rows")
+    reward = preset.models.reward
+    if not any(arm.reward == "help" for arm in preset.trained_arms) and reward not in {other.models.reward for other in ours}:
+        found.append(f"models.reward={reward} is not used: this study trains no GRPO arm with that reward")
     return found
 
 
