@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 HEAVY_LIBRARIES = ["torch", "transformers", "trl", "datasets", "inspect_ai"]
-HEAVY = {"sources", "lengths", "data", "models", "midtrain", "training", "sft", "tokens", "grpo", "benchmarks", "runner", "evaluate", "judges", "judge", "margin", "speed", "checkpoints", "processes"}
+HEAVY = {"sources", "lengths", "data", "models", "midtrain", "training", "sft", "tokens", "grpo", "benchmarks", "runner", "evaluate", "judges", "judge", "margin", "speed", "checkpoints", "processes", "merging"}
 
 
 def exporting() -> list[str]:
