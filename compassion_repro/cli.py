@@ -106,9 +106,31 @@ def run(args) -> int:
 
 
 def plan(args) -> int:
-    "Print what a run would do; loads no model."
+    "Print what a run would do, then check everything that it names; trains nothing. Status 2 where a run would refuse."
+    preset, refused = load_preset(args.preset, args.set), []
+    try: _print_plan(args, preset)
+    except InputError as error: refused.append(str(error))
+    return _print_preflight(preset, refused)
+
+
+def _print_preflight(preset, refused: list[str]) -> int:
+    "Open what a preset names, and print what was found: a line for each problem."
+    import tempfile
+    from compassion_repro.preflight import preflight
+    def said(line): print(textwrap.fill(redact(line), 100, break_long_words=False, break_on_hyphens=False))
+    with tempfile.TemporaryDirectory() as folder: found = preflight(preset, Path(folder) / "study", said, fetch=False)
+    for line in found.lacks: said(f"this machine lacks something: {line}")
+    unseen = ", ".join(source.partition("@")[0] for source in found.unseen)
+    if unseen: said(f"not looked at, since it is on the hub: {unseen} (`run` looks before it trains)")
+    problems = list(dict.fromkeys([*refused, *found.problems]))
+    for line in problems: print(f"compassion-repro: {redact(line)}", file=sys.stderr)
+    if not problems: print("checked: everything that can be opened here is in order")
+    return 2 if problems else 0
+
+
+def _print_plan(args, preset):
+    "The values of a preset, and what a run of it would do, as tables."
     import yaml
-    preset = load_preset(args.preset, args.set)
     from compassion_repro import planning, prices
     records = planning.plan(preset, args.seeds, prices.load_prices(args.prices))
     print(yaml.safe_dump(preset.resolved(), sort_keys=False, allow_unicode=True, width=100))
@@ -117,7 +139,6 @@ def plan(args) -> int:
     known = {c: [r[c] for r in records if r[c] is not None] for c in ("tokens", "answers", "judge_calls")}
     dollars = sum(r["cost"] or 0 for r in records)
     print(f"\n{len(records)} stages; " + "; ".join(f"{sum(v):,} {c.replace('_', ' ')}" for c, v in known.items() if v) + (f"; about ${dollars:,.2f} for the judge" if dollars else "") + f"\nstudy folder: {_study_folder(args, preset)}")
-    return 0
 
 
 def print_claims(folder: Path):

@@ -114,11 +114,13 @@ def load_setup(
     return {name: load(name, section) for name, section in setup.benchmarks.items()}
 
 # %% ../nbs/13b_evaluation.ipynb #47027c8b
-def _weights(model: str) -> str:
-    "Identity of a model's weights; raises `InputError` where there is no such model."
+def _weights(model: str, template: str = "plain") -> str:
+    "Identity of a model's weights; raises `InputError` where there is no such model, or it cannot be opened."
     from compassion_repro.evaluate import find_local, is_hosted
+    from compassion_repro.preflight import look_at_model
     if is_hosted(model): return "hosted"
     folder = find_local(model)
+    look_at_model(str(folder), template)
     check_artifact(folder)
     return path_digest(folder)
 
@@ -324,6 +326,7 @@ def evaluate_models(
     "Evaluate models on benchmarks under judges, or carry on; raises `InputError` in one line for anything wrong."
     from compassion_repro.benchmarks import language_code, load_named_task, named_benchmark
     from compassion_repro.judges import judge_model
+    from compassion_repro.preflight import look_at_judge
     from compassion_repro.runner import temporary_folder
     folder = Path(out)
     for judge in [*judge_names(judges), *filter(None, [judging.get("substitute")])]: judge_model(judge)
@@ -333,8 +336,10 @@ def evaluate_models(
         name, section = named_benchmark(word, epochs) or (load_named_task(word, epochs).name, None)
         if name in sections: raise InputError(f"benchmark {name!r} stands twice: give each folder of a benchmark an --out of its own")
         sections[name], words[name] = section, word
+    if any(sections.values()):
+        for judge in [*judge_names(judges), *filter(None, [judging.get("substitute")])]: look_at_judge(judge)
     codes = languages and tuple(language_code(word) for word in languages)
-    setup = Setup(sections, words, generation, seed, codes, limit, epochs, {model: _weights(model) for model in models})
+    setup = Setup(sections, words, generation, seed, codes, limit, epochs, {model: _weights(model, generation.template) for model in models})
     tasks = load_setup(setup, temporary_folder() / "benchmarks") # bad data and unknown languages come to light before anything is written
     with Study(folder).lock("eval", say):
         setup = settle(folder, setup)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'FILE_ENDINGS', 'PROJECT', 'MODEL_FILES', 'Published', 'split_source', 'is_pinned', 'published_rows',
            'page', 'instead', 'explain', 'file_problem', 'damaged_files', 'is_adapter', 'check_folder', 'Snapshot',
-           'snapshot', 'pin', 'small_file', 'has_template']
+           'snapshot', 'cached', 'pin', 'small_file', 'has_template']
 
 # %% ../nbs/01b_hub.ipynb #ed6f2efe
 import errno, json, os, re
@@ -263,6 +263,18 @@ def snapshot(
             for part in (folder / file).resolve(), folder / file: part.unlink(missing_ok=True)
         folder = fetch(name, kind, revision)
     return Snapshot(check_folder(folder, kind, f"{name} in the hub's cache"), folder.name)
+
+
+def cached(
+    source: str, # a hub source
+    kind: str, # "model" or "dataset"
+) -> Path | None: # its folder in the hub's cache; None where it is not there, or only a part of it
+    "A repository as far as it is on this machine, without asking the network; raises `InputError` for what is no hub id."
+    from huggingface_hub import snapshot_download
+    name, revision = split_source(source)
+    patterns = {"allow_patterns": list(MODEL_FILES), "ignore_patterns": ["*/*"]} if kind == "model" else {}
+    try: return Path(snapshot_download(name, repo_type=kind, revision=revision, local_files_only=True, **patterns))
+    except Exception: return None # not there, cut off, or a cache that cannot be read: `snapshot` says it better
 
 # %% ../nbs/01b_hub.ipynb #9e437892
 def pin(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOKENS', 'CLIENTS', 'SMALL_BASE', 'SMALL_REWARD', 'SMALLER', 'OTHER', 'SYSTEM_GB', 'FEWER', 'Machine', 'this_machine',
-           'largest_stage', 'as_words', 'gpu_problems', 'room_problems', 'key_problems', 'Verdict', 'verdict',
-           'verdicts']
+           'largest_stage', 'as_words', 'gpu_problems', 'room_problems', 'key_problems', 'provider_missing',
+           'judge_problems', 'Verdict', 'verdict', 'verdicts']
 
 # %% ../nbs/12f_machine.ipynb #f3658bec
 import importlib.util
@@ -141,10 +141,31 @@ def key_problems(
     if known and known.gated and "HF_TOKEN" not in machine.tokens:
         found.append(f"no HF_TOKEN for the gated {preset.models.base.partition('@')[0]}: set it, or --set models.base={known.copy}, a copy made by others")
     for judge in prices.judge_names(preset.judge):
-        provider = judge.partition("/")[0]
-        key = next((name for name, theirs in TOKENS.items() if theirs == provider), None)
-        if provider in CLIENTS and provider in machine.missing: found.append(f"no client for the judge {judge}: pip install '.[judge]'" if provider == "google" else f"no client for the judge {judge}: pip install {provider}")
-        if key and key not in machine.tokens: found.append(f"no {key} for the judge {judge}: set it, or --set judge=hf/Qwen/Qwen3-4B, a judge on this machine")
+        found += judge_problems(judge, provider_missing(judge, machine.missing), machine.tokens)
+    return found
+
+
+def provider_missing(judge: str, missing: tuple[str, ...] | None = None) -> bool:
+    "Whether the package that speaks to a judge is not installed."
+    provider = judge.partition("/")[0]
+    return provider in CLIENTS and (not _has(CLIENTS[provider]) if missing is None else provider in missing)
+
+
+def judge_problems(
+    judge: str, # one judge
+    lacking: bool | None = None, # its client is not installed; default: look
+    tokens: frozenset | None = None, # of TOKENS, those that are set; default: look
+) -> list[str]: # one line each
+    "What a judge needs and this machine does not have: a package, a key."
+    lacking = provider_missing(judge) if lacking is None else lacking
+    tokens = {name for name in TOKENS if os.environ.get(name)} if tokens is None else tokens
+    provider, found = judge.partition("/")[0], []
+    key = next((name for name, theirs in TOKENS.items() if theirs == provider), None)
+    if lacking:
+        package = "'.[judge]'" if provider == "google" else provider
+        found.append(f"no client for the judge {judge}: pip install {package}")
+    if key and key not in tokens:
+        found.append(f"no {key} for the judge {judge}: set it, or --set judge=hf/Qwen/Qwen3-4B, a judge on this machine")
     return found
 
 # %% ../nbs/12f_machine.ipynb #13b85e26

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import assert_one_line, settings
 
-from compassion_repro import cli, machine, memory, pipeline, planning, stages, world
+from compassion_repro import cli, machine, memory, pipeline, planning, preflight, stages, world
 from compassion_repro.graph import graph
 from compassion_repro.store import Study
 from compassion_repro.study import InputError, build_preset, load_preset, with_settings
@@ -167,7 +167,7 @@ def test_a_gpu_that_is_too_small_is_told_before_anything_is_fetched(monkeypatch,
     monkeypatch.setattr("compassion_repro.processes.check", lambda preset: None)                # as if there were a GPU
     said, study = [], Study.create(tmp_path / "study", preset := load_preset("smoke", ["compute.device=cuda", "models.base=nobody/nothing here"]))
     monkeypatch.setattr(planning, "shapes", lambda preset: (memory.read_shape(BASE), None))
-    with pytest.raises(InputError, match="nothing here"): pipeline.check_inputs(study, preset, said.append)
+    with pytest.raises(InputError, match="nothing here"): preflight.check_before_training(study, preset, said.append)
     assert len(said) == 1 and said[0].startswith("warning: by the plan's estimate, the stage ") and "the GPU has 0" in said[0]
 
 

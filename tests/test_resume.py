@@ -252,6 +252,6 @@ def test_lines_worth_keeping_are_said(cut, finished, monkeypatch, tmp_path):
         shutil.copytree(finished / stage.place, study.folder / stage.place)
         return study.manifest(stage)
     monkeypatch.setattr(engines, "run_stage", run_stage)
-    monkeypatch.setattr(pipeline, "check_inputs", lambda *args: None)
+    monkeypatch.setattr(pipeline, "check_before_training", lambda *args: None)
     pipeline.run(load_preset("smoke", list(CRASH_SIZE)), study.folder, say=said.append, report=passed.append, page=False)
     assert any("probe-mid: carrying on from step 2 of 9" in line for line in said) and any("probe-mid: step 3" in line for line in passed)
