@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SETTLED', 'MANIFEST', 'LARGEST', 'RECORD', 'write_json', 'what_takes_room', 'writable', 'file_hash', 'artifact_files',
            'file_records', 'file_damage', 'find_damage', 'write_sealed', 'read_sealed', 'read_record', 'add_to_record',
-           'write_recorded', 'recorded_damage', 'flush', 'hidden', 'remove', 'put_in_place', 'is_whole', 'settle']
+           'write_recorded', 'recorded_damage', 'foreign_files', 'flush', 'hidden', 'remove', 'put_in_place',
+           'is_whole', 'settle']
 
 # %% ../nbs/12b_artifact.ipynb #98ec0e7a
 import errno
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ def writable(
         code = getattr(error, "errno", None) or (told and int(told[1]))
         if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise InputError(f"no room left to write in {folder} ({os.strerror(code)}): free some space and run the same command again, what is finished is kept; there are {what_takes_room(folder)}") from None
-        if code in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR) or new and code == errno.ENOENT:
+        if code in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EIO) or new and code == errno.ENOENT:
             raise InputError(f"cannot write in {folder} ({os.strerror(code)}): choose another folder with --out") from None
         raise
 
@@ -174,6 +176,16 @@ def recorded_damage(
     "What is wrong with a file of the study itself."
     found = [file_damage(folder / name, name, version) for version in read_record(folder).get("files", {}).get(name, [])]
     return found[0] if found and all(found) else None
+
+# %% ../nbs/12b_artifact.ipynb #5d1e8a02
+def foreign_files(
+    folder: Path, # that is to become a study or an evaluation; it need not exist
+    own: tuple[str, ...], # names of the files that a start writes first, or patterns of them
+) -> list[Path]: # by name
+    "What a folder holds beside the files that a start of ours leaves when it is cut off, whole or half written."
+    ours = (*own, *(f".{name}.partial" for name in own))
+    def is_ours(path): return path.is_file() and any(fnmatchcase(path.name, name) for name in ours)
+    return sorted(path for path in folder.glob("*") if not is_ours(path))
 
 # %% ../nbs/12b_artifact.ipynb #576a1037
 def flush(folder: Path):

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import yaml
 
-from .artifact import recorded_damage, write_recorded, write_json
+from .artifact import foreign_files, recorded_damage, write_recorded, write_json
 from .agreement import HUMAN, UNIT, agreement, lay_together, read_sheet, sample_units, write_sheet
 from .graph import path_digest
-from .lock import LOCK, locked
+from .lock import LOCK_FILES, locked
 from .store import Study, check_artifact, check_passes, writable
 from .prices import Estimate, ask, check_judge, is_free, judge_names, load_prices
 from .study import Benchmark, Generation, InputError, write_atomically
@@ -75,7 +75,7 @@ def settle(
     "Write or extend `eval.yaml`; raises `InputError` where the folder's answers were made otherwise."
     if (folder / "study.yaml").is_file(): raise InputError(f"{folder} is a study: judge it again with `compassion-repro judge {folder} --judge ID`, or choose another --out")
     old = read_setup(folder)
-    if old is None and folder.is_dir() and any(not p.name.startswith(LOCK) for p in folder.iterdir()): raise InputError(f"{folder} is not empty and holds no evaluation: choose another --out")
+    if old is None and foreign_files(folder, ("eval.yaml", LOCK_FILES)): raise InputError(f"{folder} is not empty and holds no evaluation: choose another --out")
     if old is not None:
         new, there = setup.plain(), old.plain()
         differ = [f"{k}: {there[k]} there, {new[k]} here" for k in ("generation", "seed", "languages", "limit", "epochs") if there[k] != new[k]]
@@ -137,6 +137,7 @@ def generate(
     "Have every model answer what it has not answered yet."
     from compassion_repro import evaluate
     from compassion_repro.runner import with_prompts
+    from compassion_repro.stages import silence_alarm
     for model in models:
         files = {name: folder / "answers" / slug(model) / f"{slug(name)}.parquet" for name in tasks}
         missing, opened = [name for name, file in files.items() if not file.is_file()], None
@@ -153,6 +154,7 @@ def generate(
             shutil.rmtree(parts, ignore_errors=True)
             empty = f"; {answers['empty'].mean():.0%} are empty" if answers["empty"].any() else ""
             say(f"{model}, {name}: {len(answers):,} answers{empty}")
+            for line in silence_alarm(answers["empty"].mean(), setup.generation.template): say(f"warning: {model}, {name}: {line} (--template)")
 
 
 def collect_answers(

@@ -72,11 +72,30 @@ def channel(
     return send, receive
 
 # %% ../nbs/06a_harness.ipynb #3a750348
+def _library_value(value):
+    "A number or a time of the library's as the plain data that make it again; None for anything else."
+    module, name = type(value).__module__, type(value).__qualname__
+    if (module, name) == ("decimal", "Decimal"): parts = (str(value),)
+    elif (module, name) == ("fractions", "Fraction"): parts = (value.numerator, value.denominator)
+    elif module == "datetime" and name in ("date", "time", "datetime", "timedelta"): parts = value.__reduce__()[1]
+    else: return None
+    return ("made", module, name, parts) if all(type(part) in (int, str, bytes) for part in parts) else None
+
+
+def _made(module, name, parts):
+    "What `_library_value` described, made of our own library; raises ValueError for anything else."
+    known = {"decimal": ("Decimal",), "fractions": ("Fraction",), "datetime": ("date", "time", "datetime", "timedelta")}
+    if name not in known.get(module, ()) or not all(type(part) in (int, str, bytes) for part in parts):
+        raise ValueError(f"a {module}.{name} cannot be made of {parts!r}")
+    return getattr(__import__(module), name)(*parts)
+
+
 def _describe(value, number):
     "How the program names a value that must stay where it is: a tuple of plain data; `number(value)` gives a number."
     import builtins
     import sys
     if isinstance(value, type(sys)): return "module", value.__name__
+    if plain := _library_value(value): return plain
     if isinstance(value, type):
         if getattr(builtins, value.__name__, None) is value: return "builtin", value.__name__
         if issubclass(value, BaseException):
@@ -133,7 +152,8 @@ def run_program(
             objects.append(value)
         return numbers[id(value)]
 
-    def resolve(kind, name):
+    def resolve(kind, name, *rest):
+        if kind == "made": return _made(name, *rest)
         if kind == "object": return lambda *parts, **named: ask(name, parts, named)
         return objects[name] if kind == "mine" else sys.modules[name] if kind == "module" else getattr(builtins, name)
 
@@ -220,25 +240,35 @@ def _write_back(mine, theirs):
         before.extend(after) if type(before) in (list, bytearray) else before.update(after)
 
 # %% ../nbs/06a_harness.ipynb #4e030d52
-def _correspondent(reading, writing):
-    "The judge's end of the pipe: do(operation, *parts) gives plain data or stand-ins back; beside it send and receive."
+def _correspondent(reading, writing, tests):
+    "The judge's end of the pipe: do(operation, *parts) gives plain data or stand-ins back; with it send and receive."
     import builtins
     import sys
     exported, known, marks = [], {}, {}
+    written = set("".join(letter if letter.isalnum() or letter == "_" else " " for letter in tests).split())
+    looked_up = [None]
+
+    def may_name(kind, name):
+        if kind == "module": return name == looked_up[0] and name in sys.stdlib_module_names
+        value = getattr(builtins, name, None)
+        return isinstance(value, type) and (name in written or issubclass(value, BaseException))
 
     def refer(value):
         if type(value) is StandIn: return "mine", object.__getattribute__(value, "number")
         if id(value) in marks: return "mine", marks[id(value)]
         if isinstance(value, type) and getattr(builtins, value.__name__, None) is value: return "builtin", value.__name__
         if isinstance(value, type(sys)): return "module", value.__name__
+        if plain := _library_value(value): return plain
         if not callable(value): raise TypeError(f"the tests hand a {type(value).__name__} to the program; only plain data and functions can be handed over")
         exported.append(value)
         return "object", len(exported) - 1
 
     def resolve(kind, name, *rest):
         if kind == "mine": return exported[name]
-        if kind == "builtin" and isinstance(getattr(builtins, name), type): return getattr(builtins, name)
-        if kind == "module" and name.split(".")[0] in sys.stdlib_module_names: return __import__(name, fromlist=["here"])
+        if kind == "made": return _made(name, *rest)
+        if kind in ("builtin", "module") and not may_name(kind, name): raise ValueError(f"the program names a {kind} {name!r}")
+        if kind == "builtin": return getattr(builtins, name)
+        if kind == "module": return __import__(name)
         if kind not in ("object", "error", "copy"): raise ValueError(f"the program names a {kind} {name!r}")
         if name not in known:
             stand_in = StandIn(name)
@@ -253,6 +283,7 @@ def _correspondent(reading, writing):
         except Exception as error: send("raise", type(error) if id(type(error)) in marks or hasattr(builtins, type(error).__name__) else RuntimeError, list(error.args))
 
     def do(operation, *parts, **named):
+        looked_up[0] = parts[0] if operation == "name" else None
         send("do", operation, list(parts), named)
         while True:
             kind, *rest = receive()
@@ -311,7 +342,7 @@ def judge(
     except Exception as error:
         print(f"the tests do not compile: {error}", file=sys.stderr)
         return "bad-tests"
-    do, send, receive = _correspondent(reading, writing)
+    do, send, receive = _correspondent(reading, writing, tests)
     try:
         send(code, "solution" if tests.strip() else "__main__")
         status = receive()[1]
@@ -331,5 +362,5 @@ def judge(
     finally: sys.stdout.flush()
 
 # %% ../nbs/06a_harness.ipynb #d096ee3b
-HARNESS = (codec, channel, run_program, _describe, _execute, _own_operations, # the program's side
+HARNESS = (codec, channel, run_program, _library_value, _made, _describe, _execute, _own_operations, # the program's side
            judge, _correspondent, _stand_in_class, _raised, _make_class, _write_back, _names_under_test, _tests_namespace) # the judge's side

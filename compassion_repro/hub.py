@@ -48,7 +48,7 @@ PUBLISHED = {
 }
 
 # %% ../nbs/01b_hub.ipynb #a0308889
-FILE_ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zip", ".yaml", ".safetensors")
+FILE_ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zst", ".bz2", ".lz4", ".arrow", ".zip", ".yaml", ".safetensors")
 
 
 def split_source(

@@ -15,22 +15,23 @@ from . import hub
 from .artifact import write_recorded
 from .engine import interruptible
 from .engines import pick_engine, run_stages
-from .graph import Stage, is_local
+from .graph import Stage, data_settings, is_local, source_settings
 from .lock import locked
 from .preflight import check_before_training
 from .stages import without_jail
-from .store import Study, check_for_report, check_passes, flat, note_laid_together, take_stock, writable
+from .store import Study, check_for_report, check_passes, note_laid_together, take_stock, writable
 from .study import InputError, Preset, build_preset
 
 # %% ../nbs/13_pipeline.ipynb #b7c17035
 def _used_sources(preset: Preset) -> dict[str, str]:
     "Dotted names of the sources that the study will fetch as models and corpora, with their kinds."
     arms, midtrained = preset.trained_arms, {"mid", "mid-control"}.intersection(preset.trained)
-    used = {"models.base": "model"} | {f"models.given.{name}": "model" for name in preset.models.given} | {f"data.{arm.rows}": "dataset" for arm in arms}
+    used, corpora = {"models.base": "model"} | {f"models.given.{name}": "model" for name in preset.models.given}, [arm.rows for arm in arms]
     if any(arm.reward == "help" for arm in arms): used["models.reward"] = "model"
     for name, wanted in (("documents", "mid" in midtrained), ("control", "mid-control" in midtrained), ("replay", midtrained and preset.midtrain.replay)):
-        if wanted: used[f"data.{name}"] = "dataset"
-    return used
+        if wanted: corpora.append(name)
+    values = preset.resolved()["data"]
+    return used | {key: "dataset" for name in corpora for key in data_settings(f"data.{name}", values[name])}
 
 
 def pin_sources(
@@ -39,15 +40,16 @@ def pin_sources(
 ) -> Preset: # with a commit for everything that comes from the hub
     "Fix every branch of the hub to the commit it stands for, the one that the study began with; raises `InputError` where the hub cannot tell."
     values, before, known = preset.resolved(), {}, Study(folder).sources
-    with suppress(InputError): before = flat(Study(folder).preset.resolved())
+    with suppress(InputError): before = source_settings(Study(folder).preset)
     for key, kind in _used_sources(preset).items():
-        section, *path = key.split(".", 2)
-        place = values[section] if len(path) == 1 else values[section][path[0]]
-        source = place[path[-1]]
+        *path, last = key.split(".", 2) if key.startswith("models.") else [int(part) if part.isdigit() else part for part in key.split(".")]
+        place = values
+        for part in path: place = place[part]
+        source = place[last]
         if source.startswith("world:") or is_local(source) or source in known or hub.is_pinned(source) and "@" in source: continue
         kept = before.get(key, "")
         same = kept.partition("@")[0] == source.partition("@")[0] and "@" in kept and hub.is_pinned(kept)
-        place[path[-1]] = kept if same else hub.pin(source, kind)
+        place[last] = kept if same else hub.pin(source, kind)
     return build_preset(values)
 
 

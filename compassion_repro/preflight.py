@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'Preflight', 'before_training', 'embedded', 'check_machine', 'look_at_model', 'check_models',
-           'check_rewards', 'row_sources', 'check_rows', 'look_at_judge', 'judge_here', 'check_benchmarks', 'at_hand',
-           'tell_benchmark', 'check_judges', 'preflight', 'check_before_training']
+           'check_rewards', 'all_embedded', 'world_settings', 'idle_settings', 'check_settings', 'row_sources',
+           'at_place', 'check_rows', 'look_at_rows', 'check_tests', 'look_at_tests', 'look_at_judge', 'judge_here',
+           'check_benchmarks', 'at_hand', 'tell_benchmark', 'check_judges', 'preflight', 'check_before_training']
 
 # %% ../nbs/12g_preflight.ipynb #f90f8cb0
 import json
@@ -19,7 +20,7 @@ from .graph import is_local
 from .prices import judge_names
 from .stages import prepare, study_tasks, training_rows
 from .store import Study, writable
-from .study import InputError, Preset
+from .study import InputError, Preset, data_label, data_parts, load_preset
 
 # %% ../nbs/12g_preflight.ipynb #5fa72ecb
 @dataclass
@@ -146,21 +147,96 @@ def check_rewards(flight: Preflight):
     if arms:
         from compassion_repro import rewards
     for arm in arms:
-        pair = preset.data.source(arm.rows), reward if arm.reward == "help" else rewards.CODE_REWARD
-        with flight.trying():
-            rewards.refuse_pair(*pair)
-        if told := rewards.remark_pair(*pair):
-            flight.say(f"warning: {arm.model}: {told}")
+        for part in data_parts(preset.data.source(arm.rows)):
+            pair = part.path, reward if arm.reward == "help" else rewards.CODE_REWARD
+            with flight.trying():
+                rewards.refuse_pair(*pair)
+            if told := rewards.remark_pair(*pair):
+                flight.say(f"warning: {arm.model}: {told}")
     if not embedded(reward) and any(arm.reward == "help" for arm in arms):
         with flight.trying():
             if place := flight.find(reward, "model"):
                 flight.libraries()
                 rewards.load_reward_model(place)
 
+# %% ../nbs/12g_preflight.ipynb #275e9e11
+def all_embedded(source) -> bool:  # a source of the preset's data, in any of its forms
+    "Whether every part of a corpus ships with the package."
+    return all(embedded(part.path) for part in data_parts(source))
+
+
+def world_settings(
+    preset: Preset,  # with a base model of the user's
+) -> list[str]:  # `setting=value`
+    "What a study on another model still takes from the embedded world."
+    found = [f"{name}={source}" for name, (source, _) in row_sources(preset).items() if all_embedded(source)]
+    if any(arm.reward == "help" for arm in preset.trained_arms) and embedded(preset.models.reward):
+        found.append(f"models.reward={preset.models.reward}")
+    tiny = load_preset("tiny")
+    if preset.trained and preset.midtrain.learning_rate == tiny.midtrain.learning_rate:
+        found.append(f"midtrain.learning_rate={preset.midtrain.learning_rate}")
+    arms = {arm.paradigm for arm in preset.trained_arms}
+    if "grpo" in arms and preset.grpo.learning_rate == tiny.grpo.learning_rate:
+        found.append(f"grpo.learning_rate={preset.grpo.learning_rate}")
+    if "world" in preset.margin.pairs:
+        found.append("margin.pairs=[world]")
+    return found + [
+        f"benchmarks.{name}.data={section.data}"
+        for name, section in preset.benchmarks.items()
+        if section.data and embedded(section.data)
+    ]
+
+
+def idle_settings(
+    preset: Preset,  # the study
+) -> list[str]:  # one line each
+    "Settings that have no effect on what the study names."
+    found = []
+    for setting, (source, _) in row_sources(preset).items():
+        section = {"sft": "sft", "grpo": "grpo"}.get(setting.partition(".")[2].partition("-")[0], "midtrain")
+        rows = getattr(preset, section)
+        own = not any(embedded(part.path) or part.limit or part.share for part in data_parts(source))
+        if setting != "data.replay" and own and rows.rows and rows.limit is None:
+            found.append(
+                f"{section}.rows={rows.rows} sizes embedded corpora only, so {data_label(source)} is taken whole: "
+                f"{section}.limit takes fewer rows of it"
+            )
+    for name, section in preset.benchmarks.items():
+        if section.size and not embedded(section.data):
+            found.append(
+                f"benchmarks.{name}.size sizes embedded benchmarks only, so {section.data} is asked whole "
+                f"(benchmarks.{name}.size=null says so)"
+            )
+    return found
+
+
+@before_training
+def check_settings(flight: Preflight):
+    "Name what is left of the embedded world, what has no effect, and a chat template that would go unused."
+    preset = flight.preset
+    for line in dict.fromkeys(idle_settings(preset)):
+        flight.say(f"note: {line}")
+    base = preset.models.base
+    if embedded(base):
+        return
+    if left := world_settings(preset):
+        flight.say(
+            f"warning: settings of the miniature world are used on {base}: {', '.join(left)}; "
+            "set them for your model, or start from --preset colab or paper"
+        )
+    with suppress(InputError):  # the check of the models says it better
+        place = flight.find(base, "model") if preset.generation.template in ("plain", "raw", "user") else None
+        if place and hub.has_template(place):
+            flight.say(
+                f"warning: {base} has its own chat template and generation.template={preset.generation.template} "
+                "asks without it: an instruct model may answer with nothing, which scores 0; "
+                "--set generation.template=own uses it, in training too"
+            )
+
 # %% ../nbs/12g_preflight.ipynb #4857fcef
 def row_sources(
     preset: Preset,  # the study
-) -> dict[str, tuple[str, str]]:  # dotted name of the setting -> source, and the shape that it is read in
+) -> dict[str, tuple]:  # dotted name of the setting -> sources as the preset has them, and the shape that they are read in
     "Every corpus that a study trains on."
     shapes = {"sft": "messages", "grpo": "prompts"}
     used = {f"data.{arm.rows}": (preset.data.source(arm.rows), shapes[arm.paradigm]) for arm in preset.trained_arms}
@@ -174,18 +250,65 @@ def row_sources(
     return used
 
 
+def at_place(
+    flight: Preflight,
+    spec,  # sources of one corpus, as the preset has them
+):
+    "The same sources where they can be opened now; None where one of them cannot."
+    if isinstance(spec, str):
+        return flight.find(spec, "dataset")
+    places = [flight.find(part.path, "dataset") for part in data_parts(spec)]
+    if None in places:
+        return None
+    return [part.model_copy(update={"path": place}) for part, place in zip(data_parts(spec), places)]
+
+
 @before_training
 def check_rows(flight: Preflight):
     "The rows of every corpus that is not embedded."
-    sources = row_sources(flight.preset)
-    for source, shape in sorted({pair for pair in sources.values() if not embedded(pair[0])}):
+    seen = []
+    for spec, shape in row_sources(flight.preset).values():
+        if (spec, shape) in seen or isinstance(spec, str) and embedded(spec):
+            continue
+        seen.append((spec, shape))
         with flight.trying():
-            if place := flight.find(source, "dataset"):
+            if place := at_place(flight, spec):
                 flight.libraries()
-                from compassion_repro import data
+                look_at_rows(flight, place, shape)
 
-                training_rows(place, shape, None, 1, 1)
-                flight.say(str(data.load(place, shape).report))
+
+def look_at_rows(flight: Preflight, place, shape: str):
+    "Load a corpus as its stage will, and say what became of its rows."
+    from compassion_repro import data
+
+    training_rows(place, shape, None, 1, 1)
+    flight.say(str(data.load(place, shape).report))
+
+# %% ../nbs/12g_preflight.ipynb #7c458dd4
+@before_training
+def check_tests(flight: Preflight):
+    "The unit tests of the code arms' own prompts: those that anything passes are named."
+    preset, seen = flight.preset, []
+    for arm in preset.trained_arms:
+        spec = preset.data.source(arm.rows)
+        if arm.reward != "code" or spec in seen or isinstance(spec, str) and embedded(spec):
+            continue
+        seen.append(spec)
+        with flight.trying():
+            if place := at_place(flight, spec):
+                flight.libraries()
+                look_at_tests(flight, place)
+
+
+def look_at_tests(flight: Preflight, place):
+    "Say which tests of a corpus decide nothing; raises `InputError` where that leaves no row."
+    from compassion_repro import data, rewards, sandbox
+
+    if sandbox.level() == "none":
+        return
+    corpus = data.load(place, "prompts")
+    for line in rewards.leave_out_tests(corpus.rows, sandbox.run_many)[1]:
+        flight.say(f"warning: {corpus.report.source}: {line}")
 
 # %% ../nbs/12g_preflight.ipynb #19696d62
 def look_at_judge(

@@ -5,21 +5,25 @@
 # %% auto #0
 __all__ = ['LONGEST_PROGRAM', 'WEIGHTS', 'PARTS', 'FAULTS', 'WORLD_REWARD', 'CODE_REWARD', 'answer_text', 'prompt_messages',
            'finite', 'apply_reward', 'weighted_mean', 'Program', 'find_code', 'parse', 'block', 'parses', 'resembles',
-           'code_reward', 'preference_pairs', 'load_reward_model', 'helpfulness_reward', 'encode_conversation',
-           'train_reward_model', 'measure_reward_model', 'refuse_pair', 'remark_pair']
+           'code_reward', 'weak_tests', 'leave_out_tests', 'preference_pairs', 'load_reward_model',
+           'helpfulness_reward', 'encode_conversation', 'train_reward_model', 'measure_reward_model', 'refuse_pair',
+           'remark_pair']
 
 # %% ../nbs/07_rewards.ipynb #b7b8e574
 import ast
 import difflib
 import functools
+import inspect
+import json
 import math
 import random
 import re
 import tempfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from textwrap import dedent
 from zlib import crc32
@@ -72,7 +76,7 @@ def weighted_mean(
     return sum(weight * parts[name] for name, weight in applies.items()) / sum(applies.values()) if applies else None
 
 # %% ../nbs/07_rewards.ipynb #1560ff55
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.S | re.M)
+_FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})[ \t]*([^\s`{]*)[^`]*$")
 _BARE = re.compile(r"^(?:(?:async )?def \w+\s*\(|class \w+\s*[(:]|import \w+|from [\w.]+ import |@\w+)", re.M)
 _NAMES = {"py": "python", "python3": "python", "js": "javascript", "c++": "cpp", "c#": "csharp", "sh": "bash"}
 
@@ -84,14 +88,39 @@ class Program:
     language: str = "" # what its fence says, in lower case; empty where nothing says it
 
 
+def _ends(line: str, mark: str, indent: int) -> bool:
+    "Whether a line closes the block that `mark`, indented so far, opened."
+    bare = line.strip()
+    far = len(line) - len(line.lstrip())
+    return len(bare) >= len(mark) and set(bare) == {mark[0]} and far <= indent + 3
+
+
+def _blocks(
+    answer: str, # a whole answer, or the inside of a block
+    depth: int = 3, # so many wrappers around each other are opened
+) -> list[tuple[str, str]]: # (language, text) of each fenced block; wrappers are opened
+    "Fenced blocks in their order, by the rule above."
+    blocks, lines = [], iter(answer.replace("\r\n", "\n").split("\n"))
+    for line in lines:
+        if not (opened := _FENCE.match(line)): continue
+        indent, mark, tag = len(opened[1]), opened[2], opened[3].lower()
+        inside = list(takewhile(lambda inner: not _ends(inner, mark, indent), lines))
+        nested = (_FENCE.match(inner) for inner in inside)
+        if depth and any(inner and inner[3] and len(inner[1]) <= indent + 3 for inner in nested): blocks += _blocks("\n".join(inside), depth - 1)
+        else: blocks.append((_NAMES.get(tag, tag), dedent("\n".join(inside)).strip("\n")))
+    return [block for block in blocks if block[1].strip()]
+
+
 def find_code(
     answer: str, # a whole answer
-) -> Program: # its fenced blocks laid together, or the bare code it begins or ends with
-    "Find the code in an answer; of several fenced languages the first one counts."
-    blocks = [(_NAMES.get(tag.lower(), tag.lower()), dedent(text).strip("\n")) for tag, text in _FENCE.findall(answer)]
+    wanted: str = "", # language that is preferred where the answer has several
+) -> Program: # the blocks that count, laid together, or the bare code that the answer ends with
+    "Find the one program in an answer, by the rule above."
+    blocks = _blocks(answer)
     if blocks:
-        language = next((tag for tag, _ in blocks if tag), "")
-        return Program("\n".join(text for tag, text in blocks if tag in ("", language)), language)
+        tags = [tag for tag, _ in blocks if tag]
+        language = wanted if wanted in tags else next(iter(tags), "")
+        return Program("\n".join(text for tag, text in blocks if tag == language), language)
     bare = _BARE.search(answer)
     return Program(answer[bare.start():].strip() if bare else "")
 
@@ -234,7 +263,7 @@ def code_reward(
     def code(prompts, completions, tests=None, reference=None, **columns):
         blank = [None] * len(prompts)
         columns_of_rows = zip(completions, tests or blank, reference or blank)
-        cases = [_Case(find_code(answer_text(answer)), find_code(model or ""), test if isinstance(test, str) else "\n".join(test or [])) for answer, test, model in columns_of_rows]
+        cases = [_case(answer_text(answer), test, find_code(model or "")) for answer, test, model in columns_of_rows]
         chosen = [weights["tested" if case.tests else "graded"] for case in cases]
         results = jail([program for case, weight in zip(cases, chosen) for program in case.programs(weight)])
         failed = [any(results[program].passed is None for program in case.programs(weight)) for case, weight in zip(cases, chosen)]
@@ -246,6 +275,12 @@ def code_reward(
     code.parts, code.weights, code.refuses = [], weights, functools.partial(_refuses_code, weights)
     code.remark, code.recipe = _remark_code, functools.partial(code_reward, weights, run)
     return code
+
+
+def _case(answer: str, tests: str | list[str] | None, reference: Program) -> _Case:
+    "One answer beside what its row brings; the row's language chooses among the answer's blocks."
+    tests = tests if isinstance(tests, str) else "\n".join(tests or [])
+    return _Case(find_code(answer, reference.language or ("python" if tests else "")), reference, tests)
 
 
 def _check_weights(weights: dict):
@@ -282,6 +317,114 @@ def _tell(columns: dict, parts: list[dict], cases: list[_Case], failed: list[boo
 def _said(case: _Case, parts: dict) -> str:
     told = ", ".join(f"{name} {value:.2g}" for name, value in parts.items() if value is not None)
     return told if case.language == "python" else f"{case.language}, scored by what applies: {told}"
+
+# %% ../nbs/07_rewards.ipynb #8c78c228
+def _easy_programs(stand_in_class) -> dict: # name -> what each name of the program's gives
+    "Programs that do no task; `stand_in_class` is the judge's, see `harness`."
+    class Fails(ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, NotImplementedError): pass
+    def fail(*parts, **named): raise Fails("no")
+    def gives(make): return lambda *parts, **named: make()
+    def obliging(yes):
+        answers = {"bool": yes, "eq": yes, "lt": yes, "le": yes, "gt": yes, "ge": yes, "isinstance": yes, "issubclass": yes,
+                   "len": int(yes), "str": "", "repr": "", "copy": [], "setattr": None, "setitem": None, "delitem": None}
+        def do(operation, *parts, **named):
+            if operation == "next": raise StopIteration
+            return answers[operation] if operation in answers else thing
+        thing = stand_in_class(do)(0)
+        return thing
+    constants = {"None": None, "True": True, "False": False, "0": 0, "1": 1, "-1": -1, "''": "", "()": ()}
+    programs = {f"the constant {name}": gives(lambda value=value: value) for name, value in constants.items()}
+    programs |= {f"the constant {name}": gives(make) for name, make in (("[]", list), ("{}", dict), ("set()", set))}
+    programs |= {"an empty generator": gives(lambda: iter(())), "an error": fail}
+    programs |= {f"the value {value!r} in place of a function": value for value in (None, True, 0, "", [])}
+    return programs | {"an object that says yes": obliging(True), "an object that says no": obliging(False)}
+
+
+def _passes(compiled, namespace, seconds: float) -> bool:
+    "Whether tests reach their end in so many seconds."
+    import signal
+    class Late(BaseException): pass
+    def late(*rest): raise Late
+    signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+    try:
+        exec(compiled, namespace)
+        return True
+    except BaseException: return False
+    finally: signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _easily_passed(tests: str, easy: dict, names_under_test, tests_namespace) -> str: # "" where nothing passes
+    "Why some tests decide nothing: the first easy program that passes them."
+    import symtable
+    try: compiled = compile(tests, "<tests>", "exec", dont_inherit=True)
+    except Exception: return "do not compile"
+    names = {symbol.get_name() for symbol in symtable.symtable(tests, "<tests>", "exec").get_symbols()}
+    def every_name(part): return {*part.get_identifiers()}.union(*map(every_name, part.get_children()))
+    try: taken = names_under_test(tests, names | every_name(symtable.symtable(tests, "<tests>", "exec")))
+    except NameError: return "" # they use no name of the program's: nothing passes them
+    for title, value in easy.items():
+        if _passes(compiled, tests_namespace(taken, lambda operation, name: value), .1): return f"passed by {title}"
+    return ""
+
+# %% ../nbs/07_rewards.ipynb #2c4da18d
+def _check_program(batch: list[str]) -> str: # its source
+    "A program for the jail that prints, for each of these tests, which easy program passes them."
+    from compassion_repro import harness
+    functions = (harness._stand_in_class, harness._names_under_test, harness._tests_namespace, _easy_programs, _passes, _easily_passed)
+    sources = "\n\n".join(inspect.getsource(function) for function in functions)
+    return f"""{sources}
+import io, json, sys
+out, sys.stdout = sys.stdout, io.StringIO()
+sys.stderr = io.StringIO()
+easy = _easy_programs(_stand_in_class)
+found = [_easily_passed(tests, easy, _names_under_test, _tests_namespace) for tests in {batch!r}]
+print(json.dumps(found), file=out, flush=True)
+"""
+
+
+_CHECKED: dict[str, str] = {} # tests -> why they decide nothing, for as long as this process lives
+
+
+def weak_tests(
+    tests: list[str], # test sources
+    run: Callable, # runs programs in the jail, see `code_reward`
+    batch: int = 200, # tests checked in one program
+) -> dict[str, str]: # tests -> why they decide nothing; "" where they decide
+    "Which tests decide nothing; each different one is checked once a process."
+    waiting = [test for test in dict.fromkeys(tests) if test not in _CHECKED]
+    batches = [waiting[at:at + batch] for at in range(0, len(waiting), batch)]
+    while batches:
+        results = run([(_check_program(part), "") for part in batches])
+        broken = []
+        for part, result in zip(batches, results):
+            if result.status == "ok": _CHECKED.update(zip(part, json.loads(result.stdout.splitlines()[-1])))
+            elif result.passed is None: continue # the jail itself failed: not checked, and not kept
+            elif len(part) > 1: broken += [part[:len(part) // 2], part[len(part) // 2:]]
+            else: _CHECKED[part[0]] = "" # they end or hang even this check, and will end or hang the jail
+        batches = broken
+    return {test: _CHECKED.get(test, "") for test in tests}
+
+
+def leave_out_tests(
+    rows: list[dict], # prompts of a code arm
+    run: Callable, # runs programs in the jail, see `code_reward`
+) -> tuple[list[dict], list[str]]: # the rows to train on, and lines that say what was left out and why
+    """Rows without the tests that decide nothing; a row that has nothing else to be scored by is left out as a whole.
+
+    Raises `InputError` where no row is left."""
+    sources = ["\n".join(row["tests"]) if isinstance(row.get("tests"), list) else row.get("tests") or "" for row in rows]
+    found = weak_tests([source for source in sources if source.strip()], run)
+    why = [found.get(source, "") for source in sources]
+    graded = [bool(find_code(row.get("reference") or "").text) for row in rows]
+    kept = [{name: value for name, value in row.items() if name != "tests"} if weak else row
+            for row, weak, other in zip(rows, why, graded) if other or not weak]
+    if not any(why): return rows, []
+    reasons = ", ".join(f"{reason} ({count})" for reason, count in Counter(filter(None, why)).most_common())
+    line = f"the tests of {sum(map(bool, why))} of {len(rows)} rows decide nothing and are left out: {reasons}"
+    if lost := len(rows) - len(kept): line += f"; {lost} of these rows have no reference answer with code and are left out as a whole"
+    if not kept: raise InputError(f"{line}; add tests that a constant, an empty or an erring program fails")
+    return kept, [line]
 
 # %% ../nbs/07_rewards.ipynb #ced9a54a
 _STATEMENTS = world.texts("statements")

@@ -26,7 +26,8 @@ from functools import cache, partial
 
 from .harness import codec
 from .study import InputError
-from .walls import BOOT, FLAGS, FOLDER_LIMIT, MEGABYTE, USERS, remove_folder, bubblewrap_command, closed_to_others, interpreter_files, jailed_code, landlock_ruleset, limits, system_call_filter
+from .walls import BOOT, FILE_LIMIT, FLAGS, FOLDER_LIMIT, MEGABYTE, USERS, bubblewrap_command, closed_to_others
+from .walls import creation_quota, interpreter_files, jailed_code, landlock_ruleset, limits, remove_folder, system_call_filter
 
 # %% ../nbs/06c_sandbox.ipynb #45cb9af4
 STATUSES = ("ok", "failed", "syntax", "timeout", "memory", "killed", "sandbox-error")
@@ -127,7 +128,7 @@ def _read_verdict(said, secret, flooded):
     if verdict in ("ok", "failed", "syntax", "memory"): return verdict, ""
     if reason == "timeout" or -signal.SIGXCPU in (int(program), int(judging)): return "timeout", ""
     if reason in ("lost", "abandoned"): return "sandbox-error", "the supervisor was ended from outside"
-    return ("killed", "") if reason == "full" or int(program) < 0 else ("failed", "")
+    return ("killed", "") if int(program) < 0 else ("failed", "")
 
 # %% ../nbs/06c_sandbox.ipynb #e7e85da7
 def _pipes(stack: ExitStack) -> tuple[list, list]: # our ends, the program's ends
@@ -142,8 +143,12 @@ def _pipes(stack: ExitStack) -> tuple[list, list]: # our ends, the program's end
 
 def _settings(jail: Jail, timeout_s: float, memory_mb: int, folder: str | None) -> dict:
     "What the jail is told of one program."
-    return {"timeout_s": timeout_s, "limits": limits(timeout_s, memory_mb), "filter": jail.filter, "user": next(USERS) if jail.root else None, "folder": folder or "/jail",
-            "own_view": 0 if folder else FOLDER_LIMIT, "watch": folder and FOLDER_LIMIT, "keep_reading": jail.root and jail.where == "landlock" and closed_to_others()}
+    quota = creation_quota() if jail.where == "landlock" else None
+    smaller = {"RLIMIT_FSIZE": FILE_LIMIT} if quota else {}
+    return {"timeout_s": timeout_s, "limits": limits(timeout_s, memory_mb) | smaller, "filter": jail.filter, "quota": quota,
+            "user": next(USERS) if jail.root else None, "folder": folder or "/jail", "remove": bool(folder),
+            "own_view": 0 if folder else FOLDER_LIMIT,
+            "keep_reading": jail.root and jail.where == "landlock" and closed_to_others()}
 
 
 def _launch(jail: Jail, code: str, tests: str, timeout_s: float, memory_mb: int) -> tuple[str, bytes, bytes, str]:
@@ -226,6 +231,9 @@ def succeeds(action, *parts):
     return True
 def fork():
     if os.fork() == 0: os._exit(0)
+def keep_a_file():
+    with open('mine', 'w') as file: file.write('x')
+    return open('mine').read()
 def escapes(path): return [name for name, action, *parts in (("file", open, path), ("socket", socket.socket), ("process", fork)) if succeeds(action, *parts)]
 """
 
@@ -237,7 +245,7 @@ def probe(
     "Tries a level for real, once in a process."
     with tempfile.NamedTemporaryFile() as file:
         os.chmod(file.name, 0o644)
-        found = run_code(PROBE, f"assert escapes({file.name!r}) == []", using=where, timeout_s=20)
+        found = run_code(PROBE, f"assert keep_a_file() == 'x'\nassert escapes({file.name!r}) == []", using=where, timeout_s=20)
     return "" if found.passed else (found.stderr.strip().splitlines() or [found.status])[-1].removeprefix("sandbox: ").removeprefix("FileNotFoundError: ").removeprefix("RuntimeError: ")
 
 

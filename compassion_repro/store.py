@@ -22,9 +22,9 @@ from pathlib import Path
 
 import yaml
 
-from .artifact import MANIFEST, RECORD, add_to_record, file_damage, find_damage, read_record, read_sealed, recorded_damage, remove, settle, writable, write_recorded
+from .artifact import MANIFEST, RECORD, add_to_record, file_damage, find_damage, foreign_files, read_record, read_sealed, recorded_damage, remove, settle, writable, write_recorded
 from .graph import Stage, digest, graph, is_local, source_digest, source_settings
-from .lock import LOCK, hold
+from .lock import LOCK_FILES, hold
 from .study import InputError, Preset, build_preset
 
 # %% ../nbs/12b_store.ipynb #530d3ae8
@@ -53,7 +53,7 @@ def flat(values: dict, prefix: str = "") -> dict:
     return {k: v for name, value in values.items() for k, v in (flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}).items()}
 
 
-_FREE = ("compute.", "generation.templates", "generation.cut_off_alarm", "models.merge_tolerance") # what may change in a study: how the machine is used, what else is asked and told
+_FREE = ("scope", "compute.", "generation.templates", "generation.cut_off_alarm", "models.merge_tolerance") # what may change in a study: how the machine is used, what else is asked and told
 
 
 def study_name(preset: Preset, default: Preset) -> str:
@@ -83,7 +83,7 @@ class Study:
     def _configured(self, preset: Preset, say: Callable[[str], None]) -> Preset | None:
         "The configuration that is there, None for none; raises `InputError` where what is there belongs to another."
         file, begun = self.folder / "study.yaml", any(self.folder.glob("seed-*/[!.]*"))
-        if not file.exists() and not begun and self.folder.is_dir() and any(not p.name.startswith((LOCK, RECORD)) for p in self.folder.iterdir()):
+        if not file.exists() and not begun and foreign_files(self.folder, (file.name, RECORD, LOCK_FILES)):
             raise InputError(f"{self.folder} is not empty and holds no study: choose another folder with --out")
         try: there = self.preset
         except InputError:

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['STARTS', 'PARADIGMS', 'DOMAINS', 'ARMS', 'CROSSED', 'MANY', 'EMBEDDED_ROWS', 'Count', 'Source', 'DEEPSEEKMATH',
-           'TRL_DEFAULT', 'GRPO_SETTINGS', 'PAPER', 'KINDS', 'CLAIMS', 'FAMILIES', 'FIDELITY', 'InputError', 'Notice',
-           'send_again', 'flush_path', 'write_atomically', 'Arm', 'parse_model', 'Section', 'Lora', 'Training',
-           'Generation', 'settings_markdown', 'Grpo', 'Models', 'Compute', 'Benchmark', 'Statistics', 'Margin', 'Data',
-           'Preset', 'presets', 'build_preset', 'load_preset', 'with_settings', 'PaperFigure', 'paper_percent', 'Cell',
+           'TRL_DEFAULT', 'GRPO_SETTINGS', 'DataSpec', 'NAMED', 'PAPER', 'KINDS', 'CLAIMS', 'FAMILIES', 'FIDELITY',
+           'InputError', 'shorten', 'first_line', 'Notice', 'send_again', 'flush_path', 'write_atomically', 'Arm',
+           'parse_model', 'Section', 'Lora', 'Training', 'Generation', 'settings_markdown', 'Grpo', 'Models', 'Compute',
+           'Benchmark', 'Statistics', 'Margin', 'DataSource', 'data_parts', 'data_label', 'Data', 'Preset', 'presets',
+           'problem_words', 'build_preset', 'load_preset', 'with_settings', 'PaperFigure', 'paper_percent', 'Cell',
            'Reading', 'Claim', 'readings', 'claim_readings', 'family_of', 'Fidelity', 'fidelity_markdown']
 
 # %% ../nbs/00_study.ipynb #f57099b7
 import _thread
 import contextlib
+import difflib
 import os
 import re
 import signal
@@ -24,11 +26,31 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
 # %% ../nbs/00_study.ipynb #ba6437bd
 class InputError(ValueError):
     "Bad input from the user: one line that says what is wrong and what to do (exit status 2 on the command line)."
+
+
+def shorten(
+    text: str, # of any length
+    limit: int = 300, # most characters that are kept
+) -> str: # on one line
+    "A text whole, or cut between two words with an ellipsis that says how long it was."
+    line = " ".join(text.split())
+    if len(line) <= limit: return line
+    head = line[:limit].rpartition(" ")[0] or line[:limit]
+    return f"{head} ... ({len(line):,} characters in all)"
+
+
+def first_line(
+    error: Exception, # of any library
+    limit: int = 300, # most characters that are kept
+) -> str: # its class where it has no words
+    "The first line of an error, for a message of ours."
+    lines = str(error).strip().splitlines()
+    return shorten(lines[0], limit) if lines and lines[0].strip() else type(error).__name__
 
 # %% ../nbs/00_study.ipynb #576ed3dc
 class Notice(str):
@@ -370,18 +392,82 @@ class Margin(Section):
     batch_tokens: int = Field(8192, ge=64, le=MANY) # tokens a padded batch holds at most
 
 
-class Data(Section):
-    "Where every corpus comes from: `world:<name>`, a path, or a hub id with @revision."
-    documents: Source # mid-training documents
-    control: Source = "world:control" # matched neutral documents, for `mid-control`
-    replay: Source = "world:base-documents" # documents replayed during mid-training
-    sft_help: Source = Field(alias="sft-help") # supervised helpfulness rows
-    sft_code: Source = Field(alias="sft-code") # supervised coding rows
-    grpo_help: Source = Field("world:help", alias="grpo-help") # helpfulness prompts
-    grpo_code: Source = Field("world:code", alias="grpo-code") # coding prompts; a column `tests` makes them verifiable
+class DataSource(Section):
+    "A corpus whose place alone does not say enough: which split, which columns, how much of it."
+    path: Source # `world:<name>`, a path, or a hub id with @revision
+    split: str | None = None # of a folder or a hub data set; None: train
+    config: str | None = None # configuration of a folder or a hub data set
+    columns: dict[str, str] = {} # what the loader calls a column -> what the source calls it: {instruction: problem, response: solution}
+    limit: int | None = Field(None, ge=1, le=MANY) # most rows of it
+    share: float | None = Field(None, gt=0, le=1) # in a list of sources: share of the rows
 
-    def source(self, rows: str) -> str:
-        "Source of an arm's rows, by their name: `sft-help`, `grpo-code`."
+    @model_serializer
+    def _changed(self) -> dict[str, Any]:
+        "Only what is set, as a user would write it."
+        return {name: value for name in type(self).model_fields if (value := getattr(self, name)) not in (None, {})}
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{name} {value}" for name, value in self._changed().items() if name in ("split", "config", "limit"))
+        return self.path + (f" ({options})" if options else "")
+
+
+def _data_source(value: Any) -> DataSource:
+    "One source of a preset, written as text or as a mapping."
+    if isinstance(value, DataSource): return value
+    if not isinstance(value, str | dict): raise ValueError("give a path, a hub id, world:<name>, a mapping with `path`, or a list of these")
+    try: return DataSource.model_validate({"path": value} if isinstance(value, str) else value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        known = f" (known: {', '.join(DataSource.model_fields)})" if first["type"] == "extra_forbidden" else ""
+        raise ValueError(f"{key}: {first['msg'].removeprefix('Value error, ')}{known}") from None
+
+
+def _data_spec(value: Any) -> "str | DataSource | tuple[DataSource, ...]":
+    "The sources of one corpus: text where its place says all, a mapping, or several in a list."
+    parts = tuple(map(_data_source, value)) if isinstance(value, list | tuple) else (_data_source(value),)
+    if not parts: raise ValueError("an empty list names no source")
+    shares = [part.share for part in parts if part.share is not None]
+    if len(parts) == 1:
+        part = parts[0].model_copy(update={"share": None})
+        return part.path if part == DataSource(path=part.path) else part
+    if shares and len(shares) < len(parts): raise ValueError("some sources have a share and some have none: give all of them one, or none")
+    if shares and abs(sum(shares) - 1) > 1e-3: raise ValueError(f"the shares add up to {sum(shares):g}: let them add up to 1")
+    return parts
+
+
+DataSpec = Annotated[Any, BeforeValidator(_data_spec)] # `Source`, or a `DataSource`, or several: in YAML a text, a mapping, a list
+
+
+def data_parts(
+    spec: "str | Path | dict | list | DataSource | tuple[DataSource, ...]", # sources of one corpus, as in a preset
+) -> tuple[DataSource, ...]: # one or more
+    "The sources of a corpus; raises `InputError` where they are not well formed."
+    try: found = _data_spec(str(spec) if isinstance(spec, Path) else spec)
+    except ValueError as error: raise InputError(f"{spec}: {error}") from None
+    return found if isinstance(found, tuple) else (_data_source(found),)
+
+
+def data_label(
+    spec: "str | DataSource | tuple[DataSource, ...]", # sources of one corpus
+) -> str: # for accounts, cards and messages
+    "What to call the sources of a corpus."
+    if isinstance(spec, str | Path): return str(spec)
+    return " + ".join(f"{part.share:.0%} of {part}" if part.share else str(part) for part in data_parts(spec))
+
+
+class Data(Section):
+    "Where every corpus comes from: `world:<name>`, a path, or a hub id with @revision; or a mapping or a list of mappings, see `DataSource`."
+    documents: DataSpec # mid-training documents
+    control: DataSpec = "world:control" # matched neutral documents, for `mid-control`
+    replay: DataSpec = "world:base-documents" # documents replayed during mid-training
+    sft_help: DataSpec = Field(alias="sft-help") # supervised helpfulness rows
+    sft_code: DataSpec = Field(alias="sft-code") # supervised coding rows
+    grpo_help: DataSpec = Field("world:help", alias="grpo-help") # helpfulness prompts
+    grpo_code: DataSpec = Field("world:code", alias="grpo-code") # coding prompts; a column `tests` makes them verifiable
+
+    def source(self, rows: str) -> str | DataSource | tuple[DataSource, ...]:
+        "Sources of an arm's rows, by their name: `sft-help`, `grpo-code`."
         return getattr(self, rows.replace("-", "_"))
 
 # %% ../nbs/00_study.ipynb #cbe9bb8e
@@ -415,7 +501,14 @@ class Preset(Section):
 
     @model_validator(mode="after")
     def _one_is_judged(self):
-        if not any(benchmark.judged for benchmark in self.benchmarks.values()): raise ValueError("benchmarks: at least one must be of task anima or moru")
+        if not any(benchmark.judged for benchmark in self.benchmarks.values()):
+            raise ValueError("benchmarks: a study needs at least one of task anima or moru, since its claims are read on them: "
+                             "keep one (benchmarks.moru=null leaves out moru alone)")
+        return self
+
+    @model_validator(mode="after")
+    def _replay_is_of_midtraining(self):
+        if self.sft.replay: raise ValueError("sft.replay does nothing, only mid-training mixes in documents of the base: leave it out, or set midtrain.replay")
         return self
 
     @model_validator(mode="after")
@@ -450,10 +543,52 @@ def presets() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in (files("compassion_repro") / "assets" / "presets").iterdir() if p.name.endswith(".yaml"))
 
 
-def _merge(low: dict, high: dict) -> dict:
-    "`low` with the values of `high` laid over it, section by section."
-    both = low.keys() & high.keys()
-    return {**low, **high, **{k: _merge(low[k], high[k]) for k in both if isinstance(low[k], dict) and isinstance(high[k], dict)}}
+NAMED = (("benchmarks",), ("benchmarks", "*", "size"), ("models", "given"), ("code_reward",), ("code_reward", "*")) # mappings whose keys are names, not settings
+
+
+def _is_named(path: tuple[str, ...]) -> bool:
+    "Whether a place in a preset holds names that can be left out."
+    return any(len(path) == len(one) and all(want in ("*", got) for want, got in zip(one, path)) for one in NAMED)
+
+
+def _key(path: tuple[str, ...], key: Any) -> Any:
+    "The name of a corpus is written with a hyphen; an underscore means the same."
+    return key.replace("_", "-") if path == ("data",) and isinstance(key, str) else key
+
+
+def _merge(
+    low: dict, # values of the preset below
+    high: dict, # laid over them; null leaves out a name of `NAMED`
+    path: tuple[str, ...] = (), # where they are in the preset
+    whole: bool = False, # the names that `high` gives are all the names (a mapping given by --set)
+) -> dict:
+    "`low` with the values of `high` laid over it, section by section; raises `InputError` for what would change nothing."
+    merged, named, place = dict(low), _is_named(path), ".".join(path)
+    for key, value in high.items():
+        key = _key(path, key)
+        below = (*path, str(key))
+        if named and value is None:
+            if key not in low: raise InputError(f"{place}.{key}=null leaves out nothing: {place} has {', '.join(map(str, low)) or 'no entry'}")
+            del merged[key]
+        elif isinstance(value, dict) and isinstance(low.get(key), str) and "path" not in value:
+            merged[key] = {"path": low[key], **value} # `data.sft-help.limit=9` on a source that is a text so far
+        elif path == ("data",) and isinstance(value, dict) and "path" in value: merged[key] = value # another source, with its own columns
+        elif isinstance(value, dict) and isinstance(low.get(key), dict):
+            if not value and low[key] and (named or whole or _is_named(below)) and not (whole and (named or _is_named(below))):
+                raise InputError(f"{'.'.join(below)}={{}} changes nothing: " + _say_it(below))
+            merged[key] = _merge(low[key], value, below, whole)
+        else: merged[key] = value
+    if whole and named and (not high or any(value is not None for value in high.values())):
+        merged = {key: value for key, value in merged.items() if key in {_key(path, name) for name in high}}
+    return merged
+
+
+def _say_it(path: tuple[str, ...]) -> str:
+    "How to leave out a name, or to set one value of a section."
+    place = ".".join(path)
+    if _is_named(path[:-1]): return f"{place}=null leaves it out, {place}.<key>=<value> sets one of its values"
+    if _is_named(path): return f"{place}.<name>=null leaves one of them out"
+    return f"{place}.<key>=<value> sets one of its values"
 
 
 def _own_file(name: str) -> bool:
@@ -470,25 +605,62 @@ def _preset_text(name: str) -> str:
     return (files("compassion_repro") / "assets" / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def _preset_values(name: str, children: tuple[str, ...] = ()) -> dict:
-    "The values of a preset laid over those of the one it extends."
+def _preset_values(name: str, children: tuple[str, ...] = ()) -> tuple[dict, dict]:
+    "The values of a preset laid over those of the one it extends; and what the user's own files say of it."
     if name in children: raise InputError(f"preset {name!r} extends itself ({' -> '.join([*children, name])}): let it extend one of {', '.join(presets())}")
     try: values = yaml.safe_load(_preset_text(name))
     except yaml.YAMLError as error: raise InputError(f"preset {name!r} is not valid YAML{f' at line {error.problem_mark.line + 1}' if getattr(error, 'problem_mark', None) else ''}: mend it") from None
-    if not isinstance(values, dict) or not isinstance(values.get("extends", ""), str): raise InputError(f"preset {name!r} is no list of `key: value` lines: mend it, or start it with `extends: tiny`")
+    if not isinstance(values, dict) or not isinstance(values.get("extends") or "", str): raise InputError(f"preset {name!r} is no list of `key: value` lines: mend it, or start it with `extends: tiny`")
     parent = values.pop("extends", None)
-    return _merge(_preset_values(parent, (*children, name)), values) if parent else values
+    if not parent: return values, values if _own_file(name) else {}
+    if _own_file(name) and _own_file(parent) and not Path(parent).expanduser().is_file(): # next to the file that names it
+        parent = str(Path(name).expanduser().parent / parent)
+    low, own = _preset_values(parent, (*children, name))
+    try: return _merge(low, values), _merge(own, _without_null(values)) if _own_file(name) else {}
+    except InputError as error: raise InputError(f"preset {name!r}: {error}") from None
 
 
-def _override(setting: str) -> dict:
-    "`a.b=1` as `{'a': {'b': 1}}`; the value is read as YAML."
+def _without_null(values: dict) -> dict:
+    "Values without what they leave out."
+    return {key: _without_null(value) if isinstance(value, dict) else value for key, value in values.items() if value is not None}
+
+
+def _override(setting: str) -> tuple[list[str], Any]:
+    "`a.b=1` as `['a', 'b']` and `1`; the value is read as YAML."
     key, equals, value = setting.partition("=")
-    if not equals or not key.strip(): raise InputError(f"--set wants key=value, got {setting!r}")
+    if not equals or not key.strip(): raise InputError(f"--set wants key=value, got {setting!r}; quote it where it has spaces, as in --set 'arms=[sft-help, sft-code]'")
     try: parsed = yaml.safe_load(value)
-    except yaml.YAMLError: parsed = value
-    parsed = _exponent(parsed)
-    for part in reversed(key.strip().split(".")): parsed = {part: parsed}
-    return parsed
+    except yaml.YAMLError:
+        if value.strip()[:1] in "[{": raise InputError(f"--set {key}: {value} is not closed or not valid YAML; quote it whole, as in --set '{key}=[a, b]'") from None
+        parsed = value
+    return key.strip().split("."), _exponent(parsed)
+
+
+def _set(
+    values: dict, # plain values of a preset
+    setting: str, # `key=value`
+) -> dict: # with that setting laid over them
+    "One `--set`; a mapping given for names (`benchmarks={anima: {epochs: 2}}`) says which names there are."
+    path, value = _override(setting)
+    def lay(low, keys, done):
+        key = _key(done, keys[0])
+        if len(keys) == 1: return _merge(low, {key: value}, done, whole=isinstance(value, dict) and not _is_named(done)) if not (isinstance(value, dict) and _is_named(done)) else _one_of(low, key, value, done)
+        inner = low.get(key)
+        if inner is None and isinstance(low, dict): inner = {}
+        if not isinstance(inner, dict): return _merge(low, {key: _nested(keys[1:], value)}, done)
+        return {**low, key: lay(inner, keys[1:], (*done, key))}
+    return lay(values, path, ())
+
+
+def _one_of(low: dict, key: str, value: dict, path: tuple[str, ...]) -> dict:
+    "A mapping set for one of the names: its own values are laid over, the other names stay."
+    if not value and low.get(key): raise InputError(f"{'.'.join((*path, key))}={{}} changes nothing: {_say_it((*path, key))}")
+    return {**low, key: _merge(low[key], value, (*path, key), whole=True) if isinstance(low.get(key), dict) else value}
+
+
+def _nested(keys: list[str], value: Any) -> Any:
+    for key in reversed(keys): value = {key: value}
+    return value
 
 
 def _exponent(value: Any) -> Any:
@@ -496,24 +668,82 @@ def _exponent(value: Any) -> Any:
     return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value) else value
 
 # %% ../nbs/00_study.ipynb #487bdba5
-def _one_line(error: ValidationError, name: str) -> str:
-    "The first problem of a preset, in one line."
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        message = f"unknown key {key!r}"
-    elif first["type"] == "missing": message = f"{key!r} is missing"
-    else: message = f"{key!r}: {first['msg'].removeprefix('Value error, ')}, got {str(first['input'])[:60]!r}"
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"preset {name!r}: {message}{more}; `compassion-repro plan --preset {name}` prints every key"
+_WORDS = { # pydantic's kinds of error -> what the value should be
+    "tuple_type": "should be a list, such as [sft-help, sft-code]", "list_type": "should be a list, such as [a, b]",
+    "int_parsing": "should be a whole number", "int_type": "should be a whole number", "int_from_float": "should be a whole number",
+    "float_parsing": "should be a number", "float_type": "should be a number", "finite_number": "should be a finite number",
+    "bool_parsing": "should be true or false", "bool_type": "should be true or false",
+    "string_type": "should be text: quote it, as in '\"3\"', where YAML reads a number",
+    "model_type": "should be a section of `key: value` lines", "model_attributes_type": "should be a section of `key: value` lines",
+    "dict_type": "should be a section of `name: value` lines",
+}
+_JUDGE = "should be indicator, strict, a model folder, or an Inspect model id such as google/gemini-2.5-flash-lite, several with commas"
+
+
+def _leaves(section: type[BaseModel] | None = None, prefix: str = "") -> list[str]:
+    "Dotted names of all settings; a name that the user chooses is `*`."
+    found = []
+    for name, field in (section or Preset).model_fields.items():
+        name, kind = f"{prefix}{field.alias or name}", field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel): found += _leaves(kind, f"{name}.")
+        elif "Benchmark" in str(kind): found += _leaves(Benchmark, f"{name}.*.")
+        else: found.append(name)
+    return found
+
+
+def _nearest(key: str) -> str:
+    "Known settings that a mistyped one may mean, as a question; empty where none is near."
+    *path, last = key.split(".")
+    known = [name.replace("*", path[1]) if "*" in name and len(path) > 1 else name for name in _leaves()]
+    sections = [name.rpartition(".")[0].removesuffix(".*") for name in known if "." in name]
+    elsewhere = [name for name in known if name.rpartition(".")[2] == last]
+    near = elsewhere or difflib.get_close_matches(key, [*known, *dict.fromkeys(sections)], n=2, cutoff=0.75)
+    return f" (did you mean {' or '.join(near[:3])}?)" if near else ""
+
+
+def problem_words(item: dict) -> str:
+    "One problem of a preset, in plain words."
+    key, kind, message = ".".join(str(part) for part in item["loc"]), item["type"], item["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden": return f"unknown key {key!r}{_nearest(key)}"
+    if kind == "missing": return f"{key!r} is missing"
+    if kind == "literal_error": message = f"should be one of {item['ctx']['expected']}"
+    if kind == "string_pattern_mismatch": message = _JUDGE if key == "judge" else "should be a plain name, of letters, digits, dots and hyphens"
+    message = _WORDS.get(kind, message).replace("Input should", "should").replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
+    if not key: return message
+    if item["input"] is None: return f"{key!r} needs a value, got none"
+    if kind == "value_error" and isinstance(item["input"], dict): return f"{key!r}: {message}"
+    return f"{key!r}: {message}, got {shorten(repr(item['input']), 200)}"
+
+
+def _one_line(error: ValidationError, name: str, file: str | None = None) -> str:
+    "The problems of a preset, in one line: every missing key, and up to three others."
+    items = error.errors()
+    missing = [".".join(map(str, item["loc"])) for item in items if item["type"] == "missing"]
+    found = list(dict.fromkeys(problem_words(item) for item in items if item["type"] != "missing"))
+    if missing: found.append(f"{', '.join(map(repr, missing))} {'is' if len(missing) == 1 else 'are'} missing")
+    more = f" (and {len(found) - 4} more)" if len(found) > 4 else ""
+    packaged = name if name in presets() and not file else "tiny"
+    advice = f"`compassion-repro plan --preset {packaged}` prints every key"
+    if file and missing: advice = f"`extends: {packaged}` as its first line takes from that preset what the file leaves out, and {advice}"
+    return f"preset {f'file {file}' if file else repr(name)}: {'; '.join(found[:4])}{more}; {advice}"
 
 
 def build_preset(
     values: dict, # every section, as read from YAML
+    file: str | None = None, # the user's own file that they come from, for messages
 ) -> Preset: # validated
-    "Check plain values; raises `InputError` with the first problem in one line."
+    "Check plain values; raises `InputError` with the problems in one line."
     try: return Preset.model_validate(values)
-    except ValidationError as error: raise InputError(_one_line(error, str(values.get("name", "?")))) from None
+    except ValidationError as error: raise InputError(_one_line(error, str(values.get("name", "?")), file)) from None
+
+
+def _own_scope(values: dict, low: dict, own: dict) -> dict:
+    "Values whose verdicts are about the user's model, where a preset's scope names another: a scope that was only inherited follows the base."
+    from compassion_repro.hub import PUBLISHED
+    base, before = (str((v.get("models") or {}).get("base", "")).partition("@")[0] if isinstance(v.get("models"), dict) else "" for v in (values, low))
+    copy = PUBLISHED[before].copy if before in PUBLISHED else None
+    if "scope" in own or not base or base in (before, copy) or base.startswith("world:"): return values
+    return {**values, "scope": f"about {Path(base).name if len(base) > 60 else base} as trained here"}
 
 
 def load_preset(
@@ -521,9 +751,22 @@ def load_preset(
     overrides: tuple[str, ...] | list[str] = (), # `key=value` by dotted name, later ones win
 ) -> Preset: # validated and complete
     "The preset with the user's settings laid over it; raises `InputError` in one line for anything unknown or mistyped."
-    values = {"name": re.sub(r"[^\w.-]", "-", Path(name).stem) if _own_file(name) else name, **_preset_values(name)}
-    for setting in overrides: values = _merge(values, _override(setting))
-    return build_preset(values)
+    values, own = _preset_values(name)
+    low = _preset_values(_packaged(name))[0]
+    values = {"name": re.sub(r"[^\w.-]", "-", Path(name).stem) if _own_file(name) else name, **values}
+    for setting in overrides: values = _set(values, setting)
+    said = {_override(setting)[0][0] for setting in overrides}
+    return build_preset(_own_scope(values, low, {**own, **dict.fromkeys(said)}), name if _own_file(name) else None)
+
+
+def _packaged(name: str) -> str:
+    "The preset of the package that a user's file goes back to; the file itself where it extends none."
+    while _own_file(name):
+        parent = (yaml.safe_load(_preset_text(name)) or {}).get("extends")
+        if not parent: return name
+        beside = Path(name).expanduser().parent / parent
+        name = str(beside) if _own_file(parent) and not Path(parent).expanduser().is_file() else parent
+    return name
 
 
 def with_settings(
@@ -532,7 +775,7 @@ def with_settings(
 ) -> Preset: # validated
     "A preset with some values changed; raises `InputError` as `load_preset` does."
     values = preset.resolved()
-    for setting in overrides: values = _merge(values, _override(setting))
+    for setting in overrides: values = _set(values, setting)
     return build_preset(values)
 
 # %% ../nbs/00_study.ipynb #d5f1a049

@@ -18,7 +18,7 @@ from .lengths import fit
 from .midtrain import pack
 from .models import IGNORE, encode_row, load_tokenizer
 from .sources import BadRow
-from .study import InputError
+from .study import InputError, data_label
 
 # %% ../nbs/05b_tokens.ipynb #edb42dfa
 @dataclass
@@ -105,7 +105,7 @@ def corpus_account(
     "The account of a source's rows and of their tokens."
     corpus = data.load(source, shape, limit=limit)
     measure = lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return account_tokens(corpus.rows, tokenizer, length, max_length, measure, str(source)), corpus.report
+    return account_tokens(corpus.rows, tokenizer, length, max_length, measure, data_label(source)), corpus.report
 
 # %% ../nbs/05b_tokens.ipynb #b224ec47
 def _uncut(rows: list[dict], source: str, seed: int, max_length: int, measure) -> list[dict]:
@@ -130,4 +130,4 @@ def stage_account(
 ) -> dict: # for the stage's manifest
     "What became of the tokens of a stage's rows in one pass; raises `InputError` where one is not accounted for."
     whole, fitted = (_uncut(rows, source, seed, **fitted), fitted) if truncated else (rows, {})
-    return account_tokens(whole, load_tokenizer(start, template), length, source=source, seed=seed, **fitted).as_dict()
+    return account_tokens(whole, load_tokenizer(start, template), length, source=data_label(source), seed=seed, **fitted).as_dict()

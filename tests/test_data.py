@@ -74,7 +74,7 @@ def test_rlhflow_rows_are_prompts(tmp_path):
     assert [turn["role"] for turn in rows[0]["messages"]] == ["user", "assistant", "user"] and rows[0]["id"] == 12
     assert rows[1]["messages"] == [{"role": "user", "content": "Hi"}]  # the last answer is taken off
     report = load(path, "messages").report
-    assert report.dropped == {"the conversation does not end with the assistant": 1}
+    assert report.dropped == {"the conversation does not end with the assistant, but with the user": 1}
 
 
 def test_code_rows_serve_as_prompts_and_keep_their_tests(tmp_path):
@@ -107,9 +107,9 @@ def test_mixed_schemas_are_read_row_by_row(tmp_path):
 
 
 def test_unknown_schema_names_the_columns(tmp_path):
-    path = write(tmp_path / "other.jsonl", [{"question": "A?", "answer": "B."}] * 3)
-    assert_refused(lambda: load(path, "messages"), "answer, question", "instruction + response", "text")
-    assert_refused(lambda: load(write(tmp_path / "half.jsonl", [{"instruction": "A?"}] * 3), "messages"), "(instruction)")
+    path = write(tmp_path / "other.jsonl", [{"frage": "A?", "antwort": "B."}] * 3)
+    assert_refused(lambda: load(path, "messages"), "antwort, frage", "instruction", "response", "text")
+    assert_refused(lambda: load(write(tmp_path / "half.jsonl", [{"instruction": "A?"}] * 3), "messages"), "no answer beside instruction: 3")
     assert_refused(lambda: load(write(tmp_path / "lines.jsonl", [{"a\nb": 1}]), "messages"), "a b")
 
 
@@ -127,9 +127,9 @@ BAD = {
     "content is not text": {"messages": [{"role": "user", "content": 3}]},
     "empty messages": {"messages": []},
     "messages is not a list of turns": {"messages": "A?"},
-    "messages has a turn without a known role": {"messages": [{"role": "oracle", "content": "A?"}]},
+    "messages has a turn without a known role ('oracle')": {"messages": [{"role": "oracle", "content": "A?"}]},
     "no question in the conversation": {"messages": [{"role": "assistant", "content": "B."}]},
-    "the conversation does not end with the assistant": chat_row("A?"),
+    "the conversation does not end with the assistant, but with the user": chat_row("A?"),
     "a document where a conversation is wanted": {"text": "A memo."},
     "id, tests or reference cannot be written as JSON text": CODE | {"tests": "\udc00"},
     "not a JSON object": [1, 2],

@@ -2,8 +2,11 @@
 import json
 import random
 import shutil
+import subprocess
+import sys
 import urllib.request
 from collections import Counter
+from pathlib import Path
 
 import damage
 import pandas as pd
@@ -18,6 +21,13 @@ def test_killed_twice_a_study_ends_as_if_nothing_had_happened(study_copy, finish
     with PaidJudge() as judge: record = killed_study(0, study_copy, [rng.uniform(4, 9), rng.uniform(5, 9)], contents(finished), judge, more=())
     assert not isinstance(record, float), f"it had ended, after {record} s, before it was killed"
     assert record.good and len(record.phases) == 2 and min(record.whole) >= 20, record
+
+
+def test_killed_or_failing_at_any_file_operation_a_study_is_made_by_the_next_start():
+    walk = [sys.executable, Path(__file__).with_name("walk.py"), "creation", "--sample", "--workers", "2"]
+    done = subprocess.run(walk, capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    assert not found["bad"] and found["operations"] >= 20 and found["struck"] == 2 * found["operations"], found
 
 
 CASES = {"weights": ("zeros", "gone"), "answers": ("flip", "other"), "grades and scores": ("empty",), "manifests": ("digit", "utf-16"), "tables": ("cut", "other"), "claims": ("digit", "garbage"), "study.yaml": ("garbage",),
@@ -81,7 +91,7 @@ def test_a_call_for_a_reply_that_was_kept_counts_as_paid_twice(study_copy, finis
         urllib.request.urlopen(os.environ["STANDIN_BASE_URL"] + "/chat/completions", b'{"messages": [{"content": "May I?"}]}').read()
         time.sleep(60 * (len(sys.argv) > 1 and "/0/v1" in os.environ["STANDIN_BASE_URL"]))
     """
-    import subprocess, sys, os
+    import os
     monkeypatch.setattr(kills, "start", lambda out, *more, environment: subprocess.Popen([sys.executable, "-c", script, "x"], env=os.environ | environment, start_new_session=True))
     monkeypatch.setattr(kills, "kept_replies", lambda file: {reference(b'{"messages": [{"content": "May I?"}]}')})
     with PaidJudge(latency=0) as judge: record = killed_study(0, study_copy, [1.5], contents(finished), judge, more=())

@@ -168,7 +168,7 @@ def test_a_gpu_that_is_too_small_is_told_before_anything_is_fetched(monkeypatch,
     said, study = [], Study.create(tmp_path / "study", preset := load_preset("smoke", ["compute.device=cuda", "models.base=nobody/nothing here"]))
     monkeypatch.setattr(planning, "shapes", lambda preset: (memory.read_shape(BASE), None))
     with pytest.raises(InputError, match="nothing here"): preflight.check_before_training(study, preset, said.append)
-    assert len(said) == 1 and said[0].startswith("warning: by the plan's estimate, the stage ") and "the GPU has 0" in said[0]
+    assert len(said) == 2 and said[0].startswith("warning: by the plan's estimate, the stage ") and "the GPU has 0" in said[0]
 
 
 def test_no_gpu_for_a_preset_that_demands_one(capsys, tmp_path):
@@ -220,7 +220,7 @@ def prompts(folder):
     ("extends: paper\ncompute: {device: gpu}", "'compute.device'"),
     ("extends: paper\nquantize: nf4", "unknown key 'quantize'"),
     ("extends: papers", "unknown preset 'papers'"),
-    ("models: {base: world:base}", "is missing"),
+    ("models: {base: world:base}", "are missing"),
     ("extends: [paper]", "no list of"),
     ("sft: {steps: 3", "not valid YAML"),
     ("", "no list of"),

@@ -3,6 +3,7 @@
 Where a test says that something is denied, a control runs the same program without walls and must succeed, so that no test passes because the attempt was broken. Started by root, the whole file runs once more as an ordinary user.
 """
 import os
+import platform
 import re
 import shutil
 import socket
@@ -17,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from compassion_repro import sandbox
+from compassion_repro import sandbox, walls
 from compassion_repro.sandbox import LEVELS, benchmark, level, probe, run_code, run_many
 from compassion_repro.study import InputError
 
@@ -160,7 +161,7 @@ def batch(marked_jails):
     def results(table, where, run):
         if (id(table), where) not in found:
             with sandbox.Jail(where) as jail, ThreadPoolExecutor(8) as pool:
-                in_jail = lambda code, tests, timeout_s=10: sandbox._run_in(jail, (code, tests), timeout_s, 512)
+                in_jail = lambda code, tests, timeout_s=40: sandbox._run_in(jail, (code, tests), timeout_s, 512)
                 found[id(table), where] = dict(zip(table, pool.map(lambda name: run(*table[name], in_jail), table)))
         return found[id(table), where]
     return results
@@ -168,7 +169,7 @@ def batch(marked_jails):
 
 def run_hostile(code, tests, allowed, in_jail):
     "A hostile program, then a healthy one in the same jail."
-    return in_jail(code, tests, 0.5 if "timeout" in allowed else 10), in_jail(ADD, ADD_TESTS)
+    return in_jail(code, tests, 0.5 if "timeout" in allowed else 40), in_jail(ADD, ADD_TESTS)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -176,7 +177,7 @@ def test_hostile_program(name, where, batch):
     result, following = batch(HOSTILE, where, run_hostile)[name]
     assert result.status in HOSTILE[name][2].split(), result
     assert result.passed is (result.status == "ok")
-    assert len(result.stdout) <= sandbox.OUTPUT_LIMIT and len(result.stderr) <= sandbox.OUTPUT_LIMIT + 200 and result.seconds < 15
+    assert len(result.stdout) <= sandbox.OUTPUT_LIMIT and len(result.stderr) <= sandbox.OUTPUT_LIMIT + 200 and result.seconds < 60 # on a busy machine
     assert following.passed, "the next program is affected"
 
 
@@ -358,6 +359,120 @@ def test_attempts_on_the_host(where, host):
     assert again.status == "failed" and again.stdout == "[]\n"
 
 
+# Calls that a program must not make, by the numbers of x86-64; each plainly and with upper bits that the kernel ignores.
+FORBIDDEN_CALLS = """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+def call(number, *parts): return libc.syscall(ctypes.c_long(number), *(ctypes.c_ulong(part) for part in parts))
+NAME = ctypes.create_string_buffer(b".")
+CALLS = {
+    "a file's owner": lambda high: call(72, 1, 8 | high, 0), # fcntl F_SETOWN
+    "a file's signal": lambda high: call(72, 1, 10 | high, 10), # F_SETSIG
+    "a folder's changes": lambda high: call(72, os.open(".", 0), 1026 | high, 1), # F_NOTIFY
+    "the size of a pipe": lambda high: call(72, 1, 1031 | high, 1 << 17), # F_SETPIPE_SZ
+    "outlive the supervisor": lambda high: call(157, 1 | high, 0), # prctl PR_SET_PDEATHSIG
+    "memory dumps": lambda high: call(157, 4 | high, 1), # PR_SET_DUMPABLE
+    "adopt others' children": lambda high: call(157, 36 | high, 1), # PR_SET_CHILD_SUBREAPER
+    "the timers' slack": lambda high: call(157, 29 | high, 1), # PR_SET_TIMERSLACK
+    "another personality": lambda high: call(135, 0x40000),
+    "a local datagram pair": lambda high: call(53, 1 | high, 2 | high, 0, ctypes.addressof((ctypes.c_int * 2)())),
+    "a process": lambda high: call(56, 17 | high, 0, 0, 0, 0) or os._exit(0), # clone
+    "reserve disk": lambda high: call(285, os.open("reserved", os.O_CREAT | os.O_RDWR), 1, 0, 1 << 24), # fallocate, past the file's end
+    "a file without a name": lambda high: call(257, -100 % 2**64, ctypes.addressof(NAME), 0x410002 | high, 0o600), # O_TMPFILE
+    "a file in memory": lambda high: call(319, ctypes.addressof(NAME), 0),
+    "a message with descriptors": lambda high: call(46, 1, 0, 0) if not high else -1, # sendmsg
+    "a system call of next year": lambda high: call(700),
+}
+def worked(): return [(name, high) for name, attempt in CALLS.items() for high in (0, 1 << 32, 1 << 63) if attempt(high) != -1]
+def denied(): return [ctypes.get_errno() for attempt in CALLS.values() if attempt(0) == -1]
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the numbers are those of x86-64")
+def test_a_call_is_denied_whatever_its_upper_bits(where):
+    "The kernel reads 32 bits of most arguments; a filter that compares 64 lets the others through."
+    result = run_code(FORBIDDEN_CALLS, "assert worked() == [], worked()\nassert set(denied()) == {1}", using=where)
+    assert result.passed, result
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the numbers are those of x86-64")
+def test_without_walls_these_calls_work():
+    "The control: the kernel takes most of them with the upper bits set."
+    with pytest.warns(RuntimeWarning, match="WITHOUT any isolation"):
+        result = run_code(FORBIDDEN_CALLS, "print(len([name for name, high in worked() if high]))\nassert len(worked()) > 25", using="none", allow_unsafe=True)
+    assert result.passed and int(result.stdout) > 15, result
+
+
+# Programs that hold as much disk as they can where no count of their folder finds it; `held()` is what they got.
+HOARDERS = {
+    "unlinked, mapped": "with open('f', 'w+b') as file:\n    fill(file)\n    keep.append(mmap.mmap(file.fileno(), 4096))\nos.unlink('f')",
+    "unlinked, open": "file = open('f', 'w+b')\nkeep.append(file)\nos.unlink('f')\nfill(file)",
+    "in a folder that cannot be listed": "os.makedirs('d', 0o300, True)\nfill(open(f'd/{len(made)}', 'wb'))",
+    "in folders that cannot be entered": "os.mkdir(f'd{len(made)}')\nfill(open(f'd{len(made)}/f', 'wb'))\nos.rename(f'd{len(made)}', f'e{len(made)}')",
+    "under one name": "os.path.exists('f') and os.unlink('f')\nfile = open('f', 'w+b')\nfill(file)\nkeep.append(mmap.mmap(file.fileno(), 4096))",
+}
+HOARD = """
+import mmap, os
+keep, made, failed = [], [], 0
+def fill(file):
+    made.append(0)
+    try:
+        while True: made[-1] += os.write(file.fileno(), b"x" * 65536)
+    except OSError as error:
+        if error.errno != 27: raise # the file is full
+def hoard():
+{body}
+while failed < 50 and len(made) < 4096:
+    try: hoard()
+    except OSError: failed += 1
+def held(): return sum(made), len(made)
+"""
+
+
+@pytest.mark.parametrize("name", HOARDERS)
+def test_disk_has_a_bound_that_nothing_hides_from(name, where):
+    body = "".join(f"    {line}\n" for line in HOARDERS[name].splitlines())
+    bound = (walls.FOLDER_LIMIT, 16384) if where == "bubblewrap" else (walls.QUOTA // walls.FILE_COST * walls.FILE_LIMIT, 512)
+    result = run_code(HOARD.format(body=body), f"print(held())\nassert 2**20 < held()[0] <= {bound[0]} and held()[1] <= {bound[1]}", using=where, timeout_s=20)
+    assert result.passed, result
+
+
+INODES = """
+import os
+def count(make):
+    try:
+        for number in range(100_000): make(number)
+    except OSError: return number
+def made():
+    return [count(lambda n: os.mkdir(f"folder{n}")), count(lambda n: os.symlink("x" * 200, f"link{n}")), count(lambda n: os.close(os.open(f"file{n}", os.O_CREAT)))]
+"""
+
+
+def test_inodes_have_a_bound(where, monkeypatch):
+    "Folders, links and files together; with Landlock by a quota of 200, since making and removing 4,096 takes seconds."
+    monkeypatch.setattr(sandbox, "creation_quota", lambda: {**walls.creation_quota(), "left": 200})
+    most = 16384 if where == "bubblewrap" else 200
+    result = run_code(INODES, f"assert {most} - 9 < sum(made()) <= {most}", using=where, timeout_s=20)
+    assert result.passed, result
+
+
+def test_files_of_an_ordinary_size_are_no_matter(where):
+    "A log that is opened 400 times, a database, a temporary file, a file of 200 KB: what honest programs do."
+    code = """
+import os, sqlite3, tempfile
+def work():
+    for number in range(400):
+        with open("log", "a") as file: file.write(f"{number}\\n")
+    with sqlite3.connect("base.db") as base: base.execute("create table t (x)").execute("insert into t values (5)")
+    with tempfile.TemporaryFile() as file:
+        file.write(b"x" * 200_000)
+        size = file.tell()
+    with tempfile.TemporaryDirectory() as folder: open(os.path.join(folder, "a"), "w").close()
+    return len(open("log").readlines()), base.execute("select x from t").fetchone(), size"""
+    result = run_code(code, "assert work() == (400, (5,), 200_000)", using=where)
+    assert result.passed, result
+
+
 LEAVES = """import builtins, ctypes, gc, os, signal, sys, threading
 open('left', 'w').write('x')
 os.mkdir('folder')
@@ -473,7 +588,7 @@ def test_five_hundred_programs_leave_nothing(where):
     rate = len(results) / (time.monotonic() - began)
     assert [result.status for result in results] == [kind[2] for kind in kinds * rounds]
     assert traces() == before
-    assert rate > 15, f"{rate:.0f} programs a second"
+    assert rate > 2, f"{rate:.0f} programs a second" # an idle machine runs a hundred, a busy one ten
 
 
 def test_a_host_that_dies_takes_the_jail_along(where, tmp_path):

@@ -1,0 +1,119 @@
+"""Presets as people write them: things left out, mistakes in keys and values, a model of their own with the rest left as it was."""
+from pathlib import Path
+
+import pytest
+import yaml
+from cases import Case, check, table
+
+from compassion_repro import cli, preflight, study
+from compassion_repro.study import load_preset
+
+
+def with_sets(*settings: str, show=lambda preset: "", name: str = "tiny"):
+    "A preset with settings, and what is to be seen of it."
+    return lambda folder: show(load_preset(name, settings))
+
+
+def own_file(text: str, show=lambda preset: ""):
+    "A preset file of a user's."
+    def act(folder: Path):
+        file = folder / "animaonly.yaml"
+        file.write_text(text)
+        return show(load_preset(str(file)))
+    return act
+
+
+def benchmarks(preset) -> str:
+    return ", ".join(preset.benchmarks)
+
+
+def sizes(preset) -> str:
+    return str(preset.benchmarks["anima"].size)
+
+
+def flown(*settings: str):
+    "What the preflight says of a preset without a network."
+    def act(folder: Path):
+        said = []
+        found = preflight.preflight(load_preset("tiny", settings), folder, said.append, fetch=False)
+        return f"{len(found.problems)} problems: {'; '.join(found.problems + found.unseen)} | {' | '.join(said)}"
+    return act
+
+
+CASES = [
+    Case("null leaves out a benchmark", "ok: anima, leak$", with_sets("benchmarks.moru=null", show=benchmarks)),
+    Case("null leaves out two", "ok: anima$", with_sets("benchmarks.moru=null", "benchmarks.leak=null", show=benchmarks)),
+    Case("null for a benchmark in a mapping", "ok: anima, leak$", with_sets("benchmarks={moru: null}", show=benchmarks)),
+    Case("null for a language", r"ok: \{'en': 32, 'ms': 16\}", with_sets("benchmarks.anima.size.es=null", show=sizes)),
+    Case("null for a name that is not there", "refused: .*has anima, moru, leak", with_sets("benchmarks.muro=null")),
+    Case("null for a corpus", "refused: .*'data.control' needs a value", with_sets("data.control=null")),
+    Case("null for all benchmarks", "refused: .*'benchmarks' needs a value", with_sets("benchmarks=null")),
+    Case("empty benchmarks", "refused: .*at least one of task anima or moru", with_sets("benchmarks={}")),
+    Case("an empty benchmark", "refused: .*changes nothing: benchmarks.moru=null", with_sets("benchmarks.moru={}")),
+    Case("an empty section", "refused: lora=.* changes nothing", with_sets("lora={}")),
+    Case("a mapping names all benchmarks", "ok: anima$", with_sets("benchmarks={anima: {epochs: 2}}", show=benchmarks)),
+    Case("a mapping of empty names", "ok: moru$", with_sets("benchmarks={moru: {}}", show=benchmarks)),
+    Case("a mapping names all languages", r"ok: \{'en': 4\}", with_sets("benchmarks.anima.size={en: 4}", show=sizes)),
+    Case("one value of a benchmark", "ok: anima, moru, leak$", with_sets("benchmarks.anima.epochs=2", show=benchmarks)),
+    Case("no arms", r"ok: \('base', 'mid'\)", with_sets("arms=[]", show=lambda p: p.models_compared)),
+    Case("an underscore in a corpus", "ok: x.jsonl$", with_sets("data.sft_help=x.jsonl", show=lambda p: p.data.sft_help)),
+    Case("own file drops a benchmark", "ok: anima$", own_file("extends: tiny\nbenchmarks: {moru: null, leak: }\n", benchmarks)),
+    Case("own file drops a language", "ok: .*'en': 32, 'ms': 16", own_file("extends: tiny\nbenchmarks:\n  anima: {size: {es: }}\n", sizes)),
+    Case("own file drops arms", r"ok: \('sft-help',\)", own_file("extends: smoke\narms: [sft-help]\n", lambda p: p.arms)),
+    Case("own file with an empty benchmark", "refused: .*changes nothing", own_file("extends: tiny\nbenchmarks: {moru: {}}\n")),
+    Case("own file without extends", "refused: preset file .*animaonly.yaml: 'scope', 'data', 'benchmarks', 'judge' are missing; `extends: tiny`",
+         own_file("models: {base: world:base}\narms: [sft-help]\n")),
+    Case("own file, advice works", "refused: .*plan --preset tiny`", own_file("models: {base: world:base}\n")),
+    Case("words for a list", r"refused: .*'arms': should be a list, such as \[sft-help, sft-code\], got 'sft-help'", with_sets("arms=sft-help")),
+    Case("words for a number", "refused: .*'sft.steps': should be a whole number, got 'many'", with_sets("sft.steps=many")),
+    Case("words for a section", "refused: .*'lora': should be a section", with_sets("lora=32")),
+    Case("words for a judge", "refused: .*should be indicator, strict, a model folder", with_sets("judge=nobody")),
+    Case("a key near another", "refused: .*did you mean sft.learning_rate", with_sets("sft.learing_rate=1")),
+    Case("a key of another section", "refused: .*did you mean models.quantize", with_sets("quantize=nf4")),
+    Case("a section near another", r"refused: .*did you mean benchmarks\?", with_sets("benchmark.moru=null")),
+    Case("a list that is not closed", "refused: --set arms: .*quote it whole", with_sets("arms=[sft-help")),
+    Case("two mistakes at once", "refused: .*'lora.rank'.*'sft.steps'", with_sets("sft.steps=x", "lora.rank=0")),
+    Case("replay in post-training", "refused: .*sft.replay does nothing", with_sets("sft.replay=0.1")),
+    Case("a long value is cut between words", r"refused: .*word \.\.\. \([\d,]+ characters in all\)", with_sets("judge=" + "word " * 200)),
+    Case("scope follows the base", "ok: about my/model as trained here", with_sets("models.base=my/model", show=lambda p: p.scope)),
+    Case("scope follows the base of paper", "ok: about Qwen/Qwen2.5-7B", with_sets("models.base=Qwen/Qwen2.5-7B", name="paper", show=lambda p: p.scope)),
+    Case("scope of an ungated copy", "ok: about Llama 3.1 8B", with_sets("models.base=unsloth/Meta-Llama-3.1-8B", name="paper", show=lambda p: p.scope)),
+    Case("scope in the user's words", "ok: about mine", with_sets("models.base=my/model", "scope=about mine", show=lambda p: p.scope)),
+    Case("preflight finds all", r"ok: 2 problems: (?=.*nowhere.jsonl: )(?=.*nothing.jsonl: )", flown("data.sft-help=nowhere.jsonl", "data.sft-code=nothing.jsonl")),
+    Case("preflight of the embedded world", r"ok: 0 problems:  \| $", flown()),
+    Case("preflight asks no network", r"ok: 0 problems: my/model \| warning: settings of the miniature world are used on my/model: .*data.documents=",
+         flown("models.base=my/model")),
+    Case("preflight names what has no effect", "ok: .*sft.rows=950 sizes embedded corpora only", flown("data.sft-help=nowhere.jsonl")),
+]
+
+
+@pytest.mark.parametrize(**table(CASES))
+def test_real_preset(case, tmp_path):
+    check(case, tmp_path)
+
+
+def test_every_setting_is_read_somewhere():
+    "A setting that no module reads does nothing, whatever its value."
+    package = Path(study.__file__).parent
+    text = "\n".join(file.read_text() for file in package.glob("*.py") if file.name not in ("_modidx.py", "fidelity.py"))
+    head, tail = text.split("class Section(BaseModel)")[0], text.split("def presets()")[1]
+    for name in study._leaves():
+        last = name.rpartition(".")[2].replace("-", "_")
+        used = f".{last}" in head + tail or f'"{last}"' in head + tail or f'"{last}", ' in text
+        assert used or f"self.{last}" in text or last in ("sft_help", "sft_code", "grpo_help", "grpo_code"), name
+
+
+def test_plan_lists_every_problem_and_ends_with_two(capsys):
+    status = cli.main(["plan", "--set", "data.sft-help=nowhere.jsonl", "--set", "data.sft-code=nothing.jsonl"])
+    lines = capsys.readouterr().err.splitlines()
+    assert status == 2 and {line.split()[1] for line in lines} == {"nowhere.jsonl:", "nothing.jsonl:"}, lines
+
+
+def test_the_preset_of_a_study_is_that_of_its_folder(tmp_path, capsys):
+    preset = load_preset("smoke", ["arms=[]", "benchmarks.moru=null"])
+    study_folder = tmp_path / "mine"
+    study_folder.mkdir()
+    (study_folder / "study.yaml").write_text(yaml.safe_dump(preset.resolved(), sort_keys=False))
+    assert cli.main(["plan", "--out", str(study_folder)]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out.partition("\nstages:")[0])
+    assert study.build_preset(printed) == preset
