@@ -171,7 +171,7 @@ def test_a_model_of_another_architecture_and_a_tokenizer_without_an_end(capsys, 
 
 
 def test_the_fresh_process_tells_its_fault_in_one_line(tmp_path):
-    done = subprocess.run([training.sys.executable, "-m", "compassion_repro.merging", str(tmp_path), str(tmp_path), str(tmp_path / "out"), "cpu", "float32"], capture_output=True, text=True)
+    done = subprocess.run([merging.sys.executable, "-m", "compassion_repro.merging", str(tmp_path), str(tmp_path), str(tmp_path / "out"), "cpu", "float32"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].endswith("is not a model folder: it has no config.json")
 
 
