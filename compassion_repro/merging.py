@@ -245,6 +245,7 @@ def _clear(out: Path):
 
 def _write(way, model, tokenizer, adapter, start, out, how):
     "Write a trained model in one of the ways, and give the memory of the live one back."
+    if way == "own": _clear(out)
     if way == "own" and (adapter is None or how.quantize == "none"): save_model(_in_own_format(model, how), tokenizer, out)
     _release(model)
     if adapter and (way != "own" or how.quantize == "nf4"): _write_from_disk(way, adapter, start, out, how)
