@@ -7,6 +7,7 @@ __all__ = ['UNIT', 'HUMAN', 'unit_sums', 'krippendorff_alpha', 'side_by_side', '
            'write_sheet', 'read_sheet', 'lay_together']
 
 # %% ../nbs/09c_agreement.ipynb #095d9fe8
+import csv
 import hashlib
 import json
 from collections.abc import Sequence
@@ -133,6 +134,19 @@ def sample_units(
     return drawn.assign(id=[hashlib.sha256(json.dumps([seed, *map(str, row)]).encode()).hexdigest()[:10] for row in drawn[UNIT].itertuples(index=False)])
 
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "'") # starts that a spreadsheet acts on; the last is our own mark
+
+
+def _as_text(value: object) -> object:
+    "A cell that a spreadsheet shows and does not run: an apostrophe before what begins like a formula."
+    return f"'{value}" if isinstance(value, str) and value.lstrip(" ").startswith(_FORMULA) else value
+
+
+def _from_text(value: object) -> object:
+    "A cell without the apostrophe of `_as_text`."
+    return value[1:] if isinstance(value, str) and value[:1] == "'" and value[1:].lstrip(" ").startswith(_FORMULA) else value
+
+
 def _key_file(sheet: Path) -> Path: return sheet.with_name(f"{sheet.stem}.key.csv")
 
 
@@ -145,8 +159,8 @@ def write_sheet(
     for file in (sheet, _key_file(sheet)):
         if file.exists(): raise InputError(f"{file} is there already: choose another --out, grades that people gave are not written over")
     try:
-        write_atomically(_key_file(sheet), lambda partial: units[["id", *UNIT, "item_id", "language"]].to_csv(partial, index=False))
-        write_atomically(sheet, lambda partial: units.assign(grade="")[_SHEET].to_csv(partial, index=False, encoding="utf-8-sig"))
+        write_atomically(_key_file(sheet), lambda partial: units[["id", *UNIT, "item_id", "language"]].map(_as_text).to_csv(partial, index=False, quoting=csv.QUOTE_ALL))
+        write_atomically(sheet, lambda partial: units.assign(grade="")[_SHEET].map(_as_text).to_csv(partial, index=False, encoding="utf-8-sig", quoting=csv.QUOTE_ALL))
     except OSError as error: raise InputError(f"{sheet} cannot be written ({error.strerror}): choose another --out") from None
     return _key_file(sheet)
 
@@ -160,6 +174,7 @@ def read_sheet(
     try: filled, known = (pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig") for file in (sheet, key))
     except FileNotFoundError as error: raise InputError(f"{error.filename} is not there: a sheet and its key file are made together by `compassion-repro annotate STUDY --sample 50 --out sheet.csv`") from None
     except (OSError, ValueError) as error: raise InputError(f"{sheet} or its key file cannot be read ({type(error).__name__}): save it as CSV in UTF-8") from None
+    filled, known = filled.map(_from_text), known.map(_from_text)
     if not {"id", "grade"} <= set(filled.columns) or not {"id", *UNIT} <= set(known.columns): raise InputError(f"{sheet} is no sheet: it needs the columns id and grade, as it was written")
     filled = filled[filled["grade"].str.strip() != ""]
     if filled.empty: raise InputError(f"{sheet} holds no grades yet: write 1 or 0 into the column grade")

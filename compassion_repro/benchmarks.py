@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL', 'OLD_NAMES', 'language_code', 'content_hash', 'LoadedTask', 'one_line', 'load_benchmark',
-           'named_benchmark', 'narrowed', 'load_named_task']
+           'named_benchmark', 'narrowed', 'not_text', 'load_named_task']
 
 # %% ../nbs/08b_benchmarks.ipynb #852b8fbc
 import contextlib
@@ -18,7 +18,6 @@ import os
 import re
 import shutil
 import tempfile
-import textwrap
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -31,7 +30,8 @@ import pandas as pd
 import yaml
 from babel import Locale
 from inspect_ai import Task
-from inspect_ai._eval.loader import load_tasks
+from inspect_ai._eval.loader import create_file_tasks, load_file_tasks
+from inspect_ai._util.decorator import parse_decorators
 from inspect_ai.dataset import MemoryDataset
 from inspect_ai.model import Model
 from inspect_evals.anima import anima
@@ -39,12 +39,12 @@ from inspect_evals.anima import dataset as anima_data
 from inspect_evals.moru import dataset as moru_data
 from inspect_evals.moru import moru
 
-from . import hub, world
-from .study import Benchmark, InputError
+from . import hub, questions, world
+from .study import Benchmark, InputError, shorten
 
 # %% ../nbs/08b_benchmarks.ipynb #e4b3b4e2
 _LANGUAGE_NAMES = {name.lower(): code for code, name in Locale("en").languages.items()}
-_LANGUAGE_NAMES |= {"bengali": "bn", "farsi": "fa", "mandarin": "zh", "malaysian": "ms", "oriya": "or", "kiswahili": "sw"}
+_LANGUAGE_NAMES |= {"bengali": "bn", "punjab": "pa", "panjabi": "pa", "farsi": "fa", "mandarin": "zh", "malaysian": "ms", "oriya": "or", "kiswahili": "sw"}
 
 
 def language_code(
@@ -121,7 +121,7 @@ def _problem(row: dict, kind: str) -> str:
 
 def _json_rows(file: Path) -> list[dict]:
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1): # not splitlines, which also cuts at U+2028
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1): # not splitlines, which also cuts at U+2028
         if not line.strip(): continue
         try: rows.append(json.loads(line))
         except json.JSONDecodeError: raise InputError(f"benchmark file {file}: line {number} is not JSON; one object a line is wanted") from None
@@ -153,7 +153,7 @@ def _check_readme(folder: Path) -> None:
     want = "README.md with front matter that names the configurations 'questions' and 'dimensions'"
     if not readme.is_file(): raise InputError(f"benchmark folder {folder} has no README.md: the official layout wants a {want}")
     try:
-        configs = yaml.safe_load(readme.read_text(encoding="utf-8").split("---")[1])["configs"]
+        configs = yaml.safe_load(readme.read_text(encoding="utf-8-sig").split("---")[1])["configs"]
         names = [c.get("config_name") for c in configs if isinstance(c, dict)]
     except (OSError, UnicodeDecodeError): raise InputError(f"benchmark file {readme} cannot be read: save it as UTF-8 text") from None
     except (LookupError, TypeError, ValueError, yaml.YAMLError): names = []
@@ -164,22 +164,34 @@ def _check_readme(folder: Path) -> None:
 def _read_benchmark(
     task: str, # "anima" or "moru"
     places: list[tuple[Path, str]], # folders and revisions, from `_locate`
-) -> tuple[dict[str, str], dict[str, str]]: # question by sample id, indicators by dimension; empty for data of the hub
+) -> tuple[dict[str, str], dict[str, str], list[str]]: # question by sample id, indicators by dimension, what the user should know of the rows; empty for data of the hub
     "Read and check what is local of a benchmark; raises `InputError`."
     (folder, _), (dimensions, _) = places[0], places[-1]
     if task == "anima" and places[0][1] == "local": _check_readme(folder)
     tables = (folder / "questions", folder / "dimensions") if task == "anima" else (folder, dimensions)
     local = [places[0][1] == "local", places[-1][1] == "local"]
-    questions, dims = (_read_rows(t, f"{task} {kind}") if mine else [] for t, kind, mine in zip(tables, ("questions", "dimensions"), local))
-    ids = [str(r["id"]) if task == "anima" else f"{r['id']}_{r['language']}" for r in questions]
+    rows, dims = (_read_rows(t, f"{task} {kind}") if mine else [] for t, kind, mine in zip(tables, ("questions", "dimensions"), local))
+    ids = [str(r["id"]) if task == "anima" else f"{r['id']}_{r['language']}" for r in rows]
+    remarks = _check_rows(task, rows, dims, tables) if local[0] else []
     if task == "anima" and (twice := [i for i, n in Counter(ids).items() if n > 1]):
         raise InputError(f"benchmark folder {tables[0]}: id {twice[0]!r} stands twice; every question needs an id of its own")
     first = {}
-    for row, key in zip(questions, ids):
+    for row, key in zip(rows, ids):
         if first.setdefault(key, row["question"]) != row["question"]:
             raise InputError(f"benchmark folder {tables[0]}: id {row['id']!r} stands twice in language {row['language']!r}, with different questions; every question needs an id of its own")
     known = {str(d["dimension"]).strip().lower(): d["observable_indicators"] or "" for d in dims}
-    return first, known
+    return first, known, remarks
+
+
+def _check_rows(task: str, rows: list[dict], dims: list[dict], folders: tuple[Path, Path]) -> list[str]:
+    "What the user should know of the rows of a folder; raises `InputError` for what is surely a mistake."
+    questions.check_dimensions(dims, folders[1])
+    questions.check_texts(task, rows, language_code, folders[0])
+    remarks = questions.strange_languages(rows, language_code, _LANGUAGE_NAMES)
+    if not dims: return remarks # of the hub
+    names = [row["dimension"] if task == "anima" else row["dimension"].strip().lower() for row in dims]
+    remarks += questions.check_tags(task, rows, names, folders[0])
+    return remarks + (questions.check_variables(rows, dims) if task == "anima" else [])
 
 # %% ../nbs/08b_benchmarks.ipynb #77e5a1db
 _BENCHMARK_FILES = {".md", ".jsonl", ".parquet"}
@@ -197,6 +209,19 @@ def _literal(cache: Path) -> Path:
     return Path(_temporary().name) / "cache" if _is_pattern(cache) else cache
 
 
+def _without_mark(content: bytes) -> bytes:
+    "A text without the byte order mark that some editors put before it; the official loader stumbles over it."
+    return content.removeprefix(b"\xef\xbb\xbf")
+
+
+def _copy_file(source: str, target: str):
+    "Copy a file of a benchmark, texts without their byte order mark."
+    if Path(source).suffix == ".parquet":
+        shutil.copyfile(source, target)
+    else:
+        Path(target).write_bytes(_without_mark(Path(source).read_bytes()))
+
+
 def content_hash(
     folder: Path, # benchmark folder
 ) -> str: # 64 hexadecimal characters
@@ -205,7 +230,7 @@ def content_hash(
     files = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file() and f.suffix in _BENCHMARK_FILES}
     for name, file in sorted(files.items()):
         if name.startswith(".") or "/." in name: continue
-        content = file.read_bytes()
+        content = _without_mark(file.read_bytes())
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
 
@@ -219,7 +244,7 @@ def _own_copy(folder: Path, cache: Path) -> Path:
     skip = lambda place, names: [n for n in names if n.startswith(".") or (Path(place, n).is_file() and Path(n).suffix not in _BENCHMARK_FILES)]
     try:
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(folder, part, ignore=skip, dirs_exist_ok=True)
+        shutil.copytree(folder, part, ignore=skip, copy_function=_copy_file, dirs_exist_ok=True)
         part.replace(target)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
@@ -241,12 +266,13 @@ class LoadedTask:
     judge_valid: bool = True # False where a deterministic judge meets indicators that it cannot read
     settings: dict = field(default_factory=dict) # judge's generation settings
     own: bool = False # the task scores by rules of its own and needs no judge
+    remarks: list[str] = field(default_factory=list) # what the user should know of the rows, a sentence each
 
 
 def one_line(error: Exception) -> str:
     "What an error says, in one line, without the markup that Inspect writes for a terminal."
     words = re.sub(r"\[/?(?:bold|italic|dim|red|blue)\b[^]]*\]", "", str(error)).removeprefix("ERROR: ")
-    return textwrap.shorten(words, 300, placeholder=" ...") or type(error).__name__
+    return shorten(words) or type(error).__name__
 
 
 def _question_records(name: str, task_name: str, task: Task, epochs: int, strip_suffix: str = "") -> list[dict]:
@@ -303,7 +329,7 @@ def load_benchmark(
     cache = Path(cache)
     if not benchmark.judged: return _own_task(name, benchmark)
     places = _locate(name, benchmark, cache)
-    expected, indicators = _read_benchmark(benchmark.task, places)
+    expected, indicators, remarks = _read_benchmark(benchmark.task, places)
     cache = _literal(cache)
     places = [(_own_copy(folder, cache) if revision == "local" or _is_pattern(folder) else folder, revision) for folder, revision in places]
     where = {f"{kind}_{key}": str(value) for kind, place in zip(("dataset", "dimensions"), places) for key, value in zip(("repo_id", "revision"), place)}
@@ -317,12 +343,14 @@ def load_benchmark(
             task, expected = load()
     except Exception as error:
         raise InputError(f"benchmark {name} from {benchmark.data} with judge {str(grader)!r} cannot be loaded: {one_line(error)}") from error
-    questions = _question_records(name, benchmark.task, task, benchmark.epochs, benchmark.strip_suffix)
-    left_out = _left_out(name, places[0][0], questions, expected) if expected else []
+    records = _question_records(name, benchmark.task, task, benchmark.epochs, benchmark.strip_suffix)
+    left_out = _left_out(name, places[0][0], records, expected) if expected else []
+    if left_out: remarks = [*remarks, f"the official task leaves out {len(left_out)} questions (no text, or no known dimension): {', '.join(map(str, left_out[:5]))}"]
     used = {tag.strip().lower() for sample in task.dataset for tag in json.loads(sample.target)["tags"]}
     hashes = [content_hash(folder) for folder, _ in places]
-    provenance = dict(source=benchmark.data, revision=places[0][1], rows=len(questions), left_out=left_out, content=" ".join(hashes), task_version=task.version)
-    return LoadedTask(name, task, questions, places[0][0], provenance, {tag: indicators.get(tag, "") for tag in used}, grader if isinstance(grader, Model) else None)
+    provenance = dict(source=benchmark.data, revision=places[0][1], rows=len(records), left_out=left_out, content=" ".join(hashes), task_version=task.version)
+    asked = {tag: indicators.get(tag, "") for tag in used}
+    return LoadedTask(name, task, records, places[0][0], provenance, asked, grader if isinstance(grader, Model) else None, remarks=remarks)
 
 # %% ../nbs/08b_benchmarks.ipynb #fea5b8ca
 OFFICIAL = {"anima": anima_data.DATASET_REPO_ID, "moru": moru_data.DATASET_REPO_ID} # hub ids of the official data
@@ -362,22 +390,63 @@ def narrowed(
     task.dataset = MemoryDataset(samples, name=loaded.task.dataset.name, location=loaded.task.dataset.location)
     return replace(loaded, task=task, questions=questions, provenance=loaded.provenance | {"rows": len(questions)})
 
+# %% ../nbs/08b_benchmarks.ipynb #d13e1eea
+def _task_of_inspect(name: str) -> Task:
+    "A task of `inspect_evals`; raises `InputError` where there is none."
+    unknown = InputError(f"unknown benchmark {name!r}: use anima, moru, world:<name>, anima=FOLDER, the name of a task of inspect_evals, or file.py@task")
+    if not re.fullmatch(r"\w+", name): raise unknown
+    try: return getattr(importlib.import_module(f"inspect_evals.{name}"), name)()
+    except (ModuleNotFoundError, AttributeError) as error:
+        missing = getattr(error, "name", "") or name
+        if missing.startswith("inspect_evals") or missing == name or isinstance(error, AttributeError): raise unknown from None
+        raise InputError(f"benchmark {name} needs the package {missing}: pip install {missing}") from None
+    except Exception as error: raise InputError(f"benchmark {name} cannot be loaded: {one_line(error)}") from None
+
+
+def _task_of_a_file(
+    name: str, # `file.py`, or `file.py@task`
+) -> Task:
+    "The task in a user's file; raises `InputError` where the file is not there, fails, or does not hold exactly one of that name."
+    file, _, wanted = name.partition("@")
+    path = Path(file).expanduser().absolute()
+    if not path.is_file(): raise InputError(f"benchmark {name!r}: there is no file {file}")
+    try:
+        compile(path.read_bytes(), str(path), "exec") # Inspect finds no task in what is no Python
+        load_file_tasks(path) # anew: Inspect would take a task of this name from a file that it read before
+        names = [found for found, *_ in parse_decorators(path, "task")]
+        tasks = create_file_tasks(path, [wanted] if wanted in names else names if len(names) == 1 and not wanted else [])
+    except ModuleNotFoundError as error: raise InputError(f"benchmark {name} needs the package {error.name}: pip install {error.name}") from None
+    except (Exception, SystemExit) as error: raise InputError(f"benchmark {name} cannot be loaded ({type(error).__name__}): {one_line(error)}") from None
+    if not names: raise InputError(f"benchmark {name!r}: {file} has no task: a task is a function with @task that returns a Task")
+    if wanted and not tasks: raise InputError(f"benchmark {name!r}: {file} has no task called {wanted}: it has {', '.join(names)}")
+    if not tasks: raise InputError(f"benchmark {name!r}: {file} has {len(names)} tasks ({', '.join(names)}): name one, as {file}@{names[0]}")
+    return tasks[0]
+
+
+def not_text(content: object) -> str: # empty where all is text
+    "The first kind of content of a message that is no text: image, audio, video, ..."
+    parts = content if isinstance(content, list) else []
+    return next((str(getattr(part, "type", "")) for part in parts if getattr(part, "type", "text") not in ("text", "reasoning")), "")
+
+
+def _check_task(name: str, task: Task):
+    "Raise `InputError` for a task that cannot be run on saved answers."
+    samples = list(task.dataset)
+    if len(samples) == 1 and samples[0].input == "prompt" and not samples[0].target: raise InputError(f"benchmark {name} has no dataset: give its Task one")
+    if not task.scorer: raise InputError(f"benchmark {name} has no scorer: it would give no scores; give its Task one, such as inspect_ai.scorer.match()")
+    if task.sandbox or any(sample.sandbox for sample in samples): raise InputError(f"benchmark {name} needs a sandbox for its model: only tasks that ask once, in text, can be run")
+    for number, sample in enumerate(samples, 1):
+        kinds = [not_text(message.content) for message in sample.input] if isinstance(sample.input, list) else []
+        if kind := next(filter(None, kinds), ""): raise InputError(f"benchmark {name}: question {sample.id or number} has content of the kind {kind!r}: models are asked in text alone")
+
 # %% ../nbs/08b_benchmarks.ipynb #b521e8b5
 def load_named_task(
     name: str, # task of `inspect_evals`, or `file.py@task`
     epochs: int | None = None, # answers a question; default: the task's own
 ) -> LoadedTask: # scored by its own rules
     "A task that needs no judge, by its name; raises `InputError` where there is none, or its data cannot be had."
-    try:
-        if ".py" in name: [task] = load_tasks([name])
-        elif not re.fullmatch(r"\w+", name): raise ModuleNotFoundError(name)
-        else: task = getattr(importlib.import_module(f"inspect_evals.{name}"), name)()
-    except (ModuleNotFoundError, AttributeError) as error:
-        missing = getattr(error, "name", "") or name
-        if missing.startswith("inspect_evals") or missing == name or isinstance(error, AttributeError):
-            raise InputError(f"unknown benchmark {name!r}: use anima, moru, world:<name>, anima=FOLDER, or the name of a task of inspect_evals") from None
-        raise InputError(f"benchmark {name} needs the package {missing}: pip install {missing}") from None
-    except Exception as error: raise InputError(f"benchmark {name} cannot be loaded: {one_line(error)}") from None
+    task = _task_of_a_file(name) if ".py" in name else _task_of_inspect(name)
+    _check_task(name, task)
     asked = epochs or (task.epochs if isinstance(task.epochs, int) else 1) or 1
     name, records = name.split("@")[-1].removesuffix(".py").split("/")[-1], []
     for number, sample in enumerate(task.dataset, 1):
@@ -385,6 +454,8 @@ def load_named_task(
         text = sample.input if isinstance(sample.input, str) else sample.input[-1].text
         records.append(dict(benchmark=name, language="en", item_id=str(sample.id), question_id=str(sample.id), question=text, epochs=asked))
     if not records: raise InputError(f"benchmark {name} has no questions")
+    counts = Counter(record["question_id"] for record in records)
+    if twice := [i for i, count in counts.items() if count > 1]: raise InputError(f"benchmark {name}: {counts[twice[0]]} of its questions have the id {twice[0]!r}: every question needs an id of its own")
     return LoadedTask(name, task, records, provenance=dict(source=name, revision="as the task has it", rows=len(records), left_out=[], task_version=task.version), own=True)
 
 

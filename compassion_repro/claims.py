@@ -208,10 +208,16 @@ def _reach(record: ClaimRecord) -> str:
     return "" if record.smallest_margin is None else f"; the smallest margin it could have established is {record.smallest_margin:.1f}"
 
 
+def _untrained(model: str, found: Mapping) -> str:
+    "Why a model cannot speak for its training."
+    if not found.get("known", True): return f"it is not known whether {model} was trained: {found['reason']}"
+    return f"{model} was not trained: {found.get('reason') or 'no gain in its own domain'}"
+
+
 def _ruled_out(record: ClaimRecord, own: pd.DataFrame, training: Mapping[str, Mapping]) -> str:
     "Why the scores cannot speak to a reading at all."
     untrained = [model for model in record.models if not training.get(model, {}).get("trained", True)]
-    if untrained: return "; ".join(f"{model} was not trained: {training[model].get('reason') or 'no gain in its own domain'}" for model in untrained)
+    if untrained: return "; ".join(_untrained(model, training[model]) for model in untrained)
     if "judge_valid" in own and not own["judge_valid"].all(): return f"the judge {record.judge!r} cannot read the indicators of {record.benchmark}: its scores mean nothing"
     return ""
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Setup', 'slug', 'read_setup', 'settle', 'setup_of', 'load_setup', 'generate', 'collect_answers', 'pending',
-           'save_pass', 'judge_folder', 'evaluate_models', 'summary', 'make_sheet', 'add_sheet']
+           'save_pass', 'judge_folder', 'evaluate_models', 'summary', 'without_scores', 'make_sheet', 'add_sheet']
 
 # %% ../nbs/13b_evaluation.ipynb #27578620
 import contextlib
@@ -24,7 +24,7 @@ from .graph import path_digest
 from .lock import LOCK_FILES, locked
 from .store import Study, check_artifact, check_passes, writable
 from .prices import Estimate, ask, check_judge, is_free, judge_names, load_prices
-from .study import Benchmark, Generation, InputError, write_atomically
+from .study import Benchmark, Generation, InputError, write_atomically, first_line
 
 # %% ../nbs/13b_evaluation.ipynb #537a381c
 @dataclass(frozen=True)
@@ -154,7 +154,9 @@ def generate(
             shutil.rmtree(parts, ignore_errors=True)
             empty = f"; {answers['empty'].mean():.0%} are empty" if answers["empty"].any() else ""
             say(f"{model}, {name}: {len(answers):,} answers{empty}")
-            for line in silence_alarm(answers["empty"].mean(), setup.generation.template): say(f"warning: {model}, {name}: {line} (--template)")
+            tokenizer = opened[1] if isinstance(opened, tuple) else opened
+            for line in silence_alarm(answers["empty"].mean(), setup.generation.template, tokenizer):
+                say(f"warning: {model}, {name}: {line} (--template)")
 
 
 def collect_answers(
@@ -166,7 +168,7 @@ def collect_answers(
     if not files: raise InputError(f"{folder} holds no answers yet: finish it with `compassion-repro eval MODEL ... --out {folder}`")
     wrong = next(filter(None, (recorded_damage(folder, str(file.relative_to(folder))) for file in files)), None)
     try: table = None if wrong else pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
-    except (OSError, ValueError) as error: wrong = (str(error).splitlines() or [""])[0][:80]
+    except (OSError, ValueError) as error: wrong = first_line(error)
     if wrong: raise InputError(f"a file in {folder / 'answers'} is damaged ({wrong}): delete that folder and run the same command again")
     with writable(folder): write_recorded(folder, "answers.parquet", table.to_parquet)
     return table
@@ -329,7 +331,7 @@ def evaluate_models(
     from compassion_repro.benchmarks import language_code, load_named_task, named_benchmark
     from compassion_repro.judges import judge_model
     from compassion_repro.preflight import look_at_judge
-    from compassion_repro.runner import temporary_folder
+    from compassion_repro.runner import temporary_folder, with_prompts
     folder = Path(out)
     for judge in [*judge_names(judges), *filter(None, [judging.get("substitute")])]: judge_model(judge)
     if twice := [m for m in models if models.count(m) > 1]: raise InputError(f"model {twice[0]!r} stands twice: name it once")
@@ -343,6 +345,9 @@ def evaluate_models(
     codes = languages and tuple(language_code(word) for word in languages)
     setup = Setup(sections, words, generation, seed, codes, limit, epochs, {model: _weights(model, generation.template) for model in models})
     tasks = load_setup(setup, temporary_folder() / "benchmarks") # bad data and unknown languages come to light before anything is written
+    for name, task in tasks.items():
+        with_prompts(task, temporary_folder() / "prompts")  # and so do tasks that cannot be run on saved answers
+        for remark in task.remarks: say(f"warning: {name}: {remark}")
     with Study(folder).lock("eval", say):
         setup = settle(folder, setup)
         generate(folder, setup, models, {name: tasks[name] for name in sections}, say, report, python)
@@ -353,7 +358,7 @@ def evaluate_models(
 def summary(
     folder: str | Path, # study or evaluation folder
 ): # model, benchmark, judge, questions, score (percent), no_grade (percent of calls), empty (percent of answers), substitute_for
-    "Mean scores by model, benchmark and judge."
+    "Mean scores by model, benchmark and judge; null where the judge could not read the rubric or its replies held no grade."
     import pandas as pd
     study, keys = Study(folder), ["model", "benchmark", "judge"]
     scores, answers = study.table("scores"), study.table("answers")
@@ -361,11 +366,37 @@ def summary(
     items = overall.groupby([*keys, "seed", "question_id"], sort=False)["score"].mean().reset_index()
     table = items.groupby(keys, sort=False).agg(questions=("question_id", "nunique"), score=("score", "mean")).reset_index()
     table["score"] *= 100
+    table.loc[pd.MultiIndex.from_frame(table[keys]).isin(_blind(scores, keys)), "score"] = float("nan")
     grades = study.table("grades") if (study.folder / "grades.parquet").is_file() else None
     if grades is not None: table = table.merge(_lost(grades, keys), on=keys, how="left")
     table = table.merge(answers.groupby(["model", "benchmark"])["empty"].mean().mul(100).reset_index(), on=["model", "benchmark"], how="left")
     stand_in = scores.get("substitute_for", pd.Series(index=scores.index, dtype=object))
     return table.merge(scores.assign(substitute_for=stand_in).groupby(keys)["substitute_for"].first().reset_index(), on=keys, how="left")
+
+
+def _blind(scores, keys: list[str]) -> list[tuple]:
+    "Which groups of scores mean nothing, because a deterministic judge found nothing in the rubric to look for."
+    if "judge_valid" not in scores: return []
+    blind = scores[~scores["judge_valid"].astype(bool)]
+    return list(blind[keys].drop_duplicates().itertuples(index=False, name=None))
+
+
+def without_scores(
+    folder: str | Path, # study or evaluation folder
+    judges: str | None = None, # only these, with commas; None: all
+) -> list[str]: # a line each
+    "Judges that gave no usable score on a benchmark: why, and what to do."
+    from compassion_repro.judge import no_grade_line
+    study, lines = Study(folder), []
+    scores, names = study.table("scores"), judges and judge_names(judges)
+    for judge, benchmark in _blind(scores, ["judge", "benchmark"]):
+        if names is None or judge in names:
+            lines.append(f"{benchmark}: no score by {judge!r}, which looks for phrases that the rubric quotes, and this rubric quotes none; have a model judge: compassion-repro judge {folder} --judge ID")
+    grades = study.table("grades") if (study.folder / "grades.parquet").is_file() else None
+    if grades is None: return lines
+    for judge, own in grades.groupby("judge"):
+        if (names is None or judge in names) and (line := no_grade_line(own)): lines.append(line)
+    return lines
 
 
 def _lost(grades, keys):

@@ -24,7 +24,7 @@ from statistics import median
 from .checkpoints import Checkpoints, keep_part, kept_parts, own_folder, weights_digest
 from .data import rows_sha256
 from .memory import engine_memory, read_shape
-from .models import encode_prompt, load_model, load_tokenizer, lora_config, row_losses, weights_folder
+from .models import encode_prompt, load_model, load_tokenizer, lora_config, on_one_day, row_losses, weights_folder
 from .processes import count, is_first, on_one_gpu, share, spread, trainer_words
 from .rewards import answer_text, apply_reward, finite
 from .study import GRPO_SETTINGS, Grpo, InputError, Lora, settings_markdown, write_atomically
@@ -259,7 +259,7 @@ def make_trainer(
     disable_progress_bars()
     how = how or holding()
     tokenizer, model = load_tokenizer(start, template), load_held(start, how)
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side, tokenizer.chat_template = "left", on_one_day(tokenizer.chat_template)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     options = trainer_options(how, training, checkpointing) | engine_options(training, start, how)
     trainer = GRPOTrainer(model.train(), reward, _config(options, training, seed, folder, save), _as_dataset(prompts), processing_class=tokenizer, peft_config=lora and lora_config(lora), callbacks=list(callbacks))

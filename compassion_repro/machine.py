@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TOKENS', 'CLIENTS', 'SMALL_BASE', 'SMALL_REWARD', 'SMALLER', 'OTHER', 'SYSTEM_GB', 'FEWER', 'Machine', 'gpu_words',
            'this_machine', 'largest_stage', 'as_words', 'gpu_problems', 'room_problems', 'key_problems',
-           'provider_missing', 'judge_problems', 'Verdict', 'verdict', 'verdicts']
+           'provider_missing', 'judge_problems', 'Verdict', 'blind_judges', 'verdict', 'verdicts']
 
 # %% ../nbs/12f_machine.ipynb #f3658bec
 import importlib.util
@@ -206,6 +206,15 @@ def _hours(preset: Preset, machine: Machine) -> float | None:
     return found[known]["hours"] if known in found else None
 
 
+def blind_judges(
+    preset: Preset, # the study
+) -> list[str]: # a line each
+    "Judges that find nothing to look for on a benchmark of the hub: the published rubrics quote no phrases. (Those of a folder are read before a study starts.)"
+    blind = [judge for judge in prices.judge_names(preset.judge) if judge in prices.DETERMINISTIC]
+    away = [name for name, benchmark in preset.benchmarks.items() if benchmark.judged and not benchmark.data.startswith("world:") and not Path(benchmark.data).expanduser().exists()]
+    return [f"the {judge} judge looks for quoted phrases, which the published rubrics of {', '.join(away)} do not have, so there would be no score: name a model with --set judge=..." for judge in blind if away]
+
+
 def verdict(
     preset: Preset, # the study
     machine: Machine, # to run it on
@@ -213,7 +222,7 @@ def verdict(
     "Hold a preset against a machine."
     problems = [*gpu_problems(preset, machine), *room_problems(preset, machine), *key_problems(preset, machine)]
     needy = [arm.model for arm in preset.trained_arms if arm.reward == "code"]
-    remarks = [f"no jail for model-written code, so {', '.join(needy)} will be left out: install bubblewrap, or add --allow-unsafe-code"] if needy and machine.jail == "none" else []
+    remarks = blind_judges(preset) + [f"no jail for model-written code, so {', '.join(needy)} will be left out: install bubblewrap, or add --allow-unsafe-code"] if needy and machine.jail == "none" else []
     if not problems and (hours := _hours(preset, machine)): remarks.append(f"about {hours:.0f} hours by the plan's estimate" if hours > 3 else f"about {hours:.1f} hours by the plan's estimate")
     if preset.compute.device == "cuda" and machine.gpu and not machine.bfloat16 and preset.models.dtype == "auto": remarks.append("this GPU has no bfloat16, so float16 with scaled losses is used")
     return Verdict(preset.name, tuple(problems), tuple(remarks))

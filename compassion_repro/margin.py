@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import world
 from .behaviour import count_words, sentences, welfare_pattern
-from .models import encode_prompt, load_model, load_tokenizer
+from .models import encode_prompt, load_model, load_tokenizer, text_ids
 from .study import InputError, Margin
 
 # %% ../nbs/09d_margin.ipynb #fc7f0054
@@ -130,7 +130,7 @@ def encode_continuation(
     tokenizer: PreTrainedTokenizerBase, # from `load_tokenizer`
 ) -> Encoded: # context, continuation
     "A context and its continuation as tokens."
-    def ids(words): return tokenizer(f" {words}", add_special_tokens=False)["input_ids"]
+    def ids(words): return text_ids(f" {words}", tokenizer)
     return encode_prompt([{"role": "user", "content": pair.question}], tokenizer) + ids(pair.opening), ids(text)
 
 
@@ -208,7 +208,7 @@ def encode_answer(
     tokenizer: PreTrainedTokenizerBase, # from `load_tokenizer`
 ) -> Encoded: # prompt, answer with its end token
     "A saved answer as tokens."
-    ids = tokenizer(f" {text}", add_special_tokens=False)["input_ids"] if text else []
+    ids = text_ids(f" {text}", tokenizer) if text else []
     return tokenizer(prompt, add_special_tokens=False)["input_ids"], ids + [tokenizer.eos_token_id] * ended
 
 

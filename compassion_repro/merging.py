@@ -35,7 +35,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .checkpoints import is_whole, seal
 from .memory import read_shape
 from .models import MERGE, is_unmerged, load_model, load_tokenizer, merge, row_losses, save_model, weights_folder
-from .study import InputError, Notice, write_atomically
+from .study import InputError, Notice, first_line, shorten, write_atomically
 from .training import Holding, held_as, load_held
 
 
@@ -89,7 +89,7 @@ def _merge_apart(adapter: Path, base: str | Path, out: str | Path, how: Holding,
     done = subprocess.run(words, capture_output=True, text=True)
     if not done.returncode: return
     last = (done.stderr.strip().splitlines() or [f"the process ended with status {done.returncode}"])[-1]
-    raise InputError(f"merging failed: {last[:300]}")
+    raise InputError(f"merging failed: {shorten(last)}")
 
 
 def main(
@@ -103,7 +103,7 @@ def main(
     how = Holding(_roomy(args.base, args.device, args.way), getattr(torch, args.dtype), "nf4")
     try: write_merged(args.adapter, args.base, args.out, how, args.way)
     except (InputError, OSError, ValueError, SafetensorError, torch.OutOfMemoryError) as error:
-        print((str(error).strip().splitlines() or [type(error).__name__])[0], file=sys.stderr)
+        print(first_line(error), file=sys.stderr)
         return 2
     return 0
 
@@ -148,8 +148,7 @@ def _keep(place: Path, model: PeftModel, told: dict[str, Any], report: Callable,
         seal(place)
     except Exception as error: # a full disk has many ways to say so
         shutil.rmtree(place, ignore_errors=True)
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        report(Notice(f"{label}: the trained adapter could not be kept before the merge ({why})"))
+        report(Notice(f"{label}: the trained adapter could not be kept before the merge ({first_line(error)})"))
 
 
 def _told(place: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from inspect_ai.model._providers import providers as _providers # every provider
 from inspect_ai.solver._task_state import sample_state
 from rich.console import Console
 
-from .benchmarks import LoadedTask, load_named_task, one_line
+from .benchmarks import LoadedTask, load_named_task, not_text, one_line
 from .redact import redact
 from .study import InputError
 
@@ -113,7 +113,7 @@ class Book:
         self,
         answers: dict[tuple[str, int], str] | None = None, # answer by question id and epoch; None notes the prompts alone
     ):
-        self.answers, self.prompts, self.again = answers, {}, set()
+        self.answers, self.prompts, self.again, self.tools, self.kinds = answers, {}, set(), set(), set()
 
     def play(self, question_id: str, epoch: int, messages: list[dict]) -> str:
         "Note what is asked and hand out the answer."
@@ -130,6 +130,8 @@ class BookModel(ModelAPI):
     async def generate(self, input, tools, tool_choice, config) -> ModelOutput:
         "The answer of the sample at hand."
         state = sample_state()
+        self.book.tools |= {tool.name for tool in tools}
+        self.book.kinds |= {not_text(message.content) for message in input} - {""}
         output = ModelOutput.from_content(self.model_name, self.book.play(str(state.sample_id), state.epoch, [{"role": m.role, "content": m.text} for m in input]))
         output.usage = ModelUsage()
         return output
@@ -148,11 +150,13 @@ def play(
     epochs: int = 1, # how often every sample is asked
     name: str = "book", # model name, for the log
 ) -> EvalLog:
-    "Run a task against a book; raises `InputError` where its solver asks more than once, or fails."
+    "Run a task against a book; raises `InputError` where its solver asks more than once, gives tools, asks in more than text, or fails."
     model = get_model(f"book/{name}", memoize=False)
     model.api.book = book
     task = task_with(copy.copy(loaded.task), epochs=Epochs(epochs), name=loaded.name)
     [log] = run_inspect([task], log_dir, model=model, score=book.answers is not None)
+    if book.tools: raise InputError(f"benchmark {loaded.name} gives its model tools ({', '.join(sorted(book.tools))}), and without them an answer would score 0: only tasks without tools can be run")
+    if book.kinds: raise InputError(f"benchmark {loaded.name} asks with content of the kind {sorted(book.kinds)[0]!r}: models are asked in text alone")
     if book.again: raise InputError(f"benchmark {loaded.name} asks its model more than once a sample: only tasks that ask once can be run")
     if log.status != "success": raise InputError(f"benchmark {loaded.name} failed: {one_line(ValueError(log.error.message if log.error else log.status))}")
     return log

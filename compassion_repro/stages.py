@@ -22,7 +22,7 @@ from .artifact import hidden
 from .graph import WHOLE, Stage
 from .prices import DETERMINISTIC, judge_names
 from .store import Study
-from .study import Benchmark, Generation, InputError, Preset, parse_model, write_atomically
+from .study import Benchmark, Generation, InputError, Preset, parse_model, write_atomically, first_line
 
 # %% ../nbs/12d_stages.ipynb #9edf8a38
 def training_rows(
@@ -32,7 +32,7 @@ def training_rows(
     held_out: int, # rows to keep back at most
     seed: int, # study seed
     limit: int | None = None, # most rows to train on of any other corpus; None takes it whole
-    **fit, # how long a row may be, for `data.load`: `max_length`, `measure`
+    **fit, # how long a row may be, for `data.load`: `max_length`, `measure`; `check`, the last look at a row
 ) -> tuple[list[dict], list[dict], dict]: # training rows, held-out rows, the loader's report
     "Training and held-out rows of one source; raises `InputError` where none is usable."
     from compassion_repro import data
@@ -79,7 +79,7 @@ def _merge_given(work: Work, adapter: Path) -> dict:
     from peft import PeftModel
     base = models.load_model(work.input())
     try: model = models.merge(PeftModel.from_pretrained(base, adapter))
-    except (ValueError, RuntimeError, KeyError, TypeError) as error: raise InputError(f"the adapter {work.preset.models.given[work.stage.model]} does not fit {work.preset.models.base}: {(str(error).strip().splitlines() or [''])[0][:120]}") from None
+    except (ValueError, RuntimeError, KeyError, TypeError) as error: raise InputError(f"the adapter {work.preset.models.given[work.stage.model]} does not fit {work.preset.models.base}: {first_line(error)}") from None
     models.save_model(model, models.load_tokenizer(adapter if (adapter / "tokenizer.json").is_file() else work.input()), work.out)
     return {"merge": f"LoRA merged into {str(model.dtype).removeprefix('torch.')} weights"}
 
@@ -124,12 +124,13 @@ def _run_midtrain(work: Work) -> dict:
 
 
 def _run_sft(work: Work) -> dict:
-    from compassion_repro import sft, tokens
+    from compassion_repro import models, sft, tokens
     preset, seed, name = work.preset, work.stage.seed, parse_model(work.stage.model).name
     names = dict.fromkeys(arm.rows for arm in preset.trained_arms if arm.paradigm == "sft")
     template = preset.generation.training_template
     fit = sft.longest_answer(work.input(), preset.sft, template)
-    rows = {n: training_rows(preset.data.source(n), "messages", preset.sft.rows, preset.sft.held_out, seed, preset.sft.limit, **fit) for n in names}
+    check = partial(models.check_row, tokenizer=models.load_tokenizer(work.input(), template))
+    rows = {n: training_rows(preset.data.source(n), "messages", preset.sft.rows, preset.sft.held_out, seed, preset.sft.limit, check=check, **fit) for n in names}
     train, held_out, report = rows[name]
     _save_rows(work, train, held_out)
     account = tokens.stage_account(train, work.input(), preset.sft.length, template, preset.data.source(name), seed, report.get("truncated", 0), **fit)
@@ -164,9 +165,10 @@ def _with_sound_tests(work: Work, rows: list[dict], told: dict) -> list[dict]:
 
 
 def _run_grpo(work: Work) -> dict:
-    from compassion_repro import grpo
+    from compassion_repro import grpo, models
     preset, seed, rows = work.preset, work.stage.seed, parse_model(work.stage.model).rows
-    prompts, held_out, report = training_rows(preset.data.source(rows), "prompts", preset.grpo.rows, preset.grpo.held_out, seed, preset.grpo.limit)
+    check = partial(models.check_row, tokenizer=models.load_tokenizer(work.input(), preset.generation.training_template))
+    prompts, held_out, report = training_rows(preset.data.source(rows), "prompts", preset.grpo.rows, preset.grpo.held_out, seed, preset.grpo.limit, check=check)
     reward, told = _reward(work)
     if work.stage.config["reward"] == "code": prompts, held_out = (_with_sound_tests(work, side, told) for side in (prompts, held_out))
     _save_rows(work, prompts, held_out)
@@ -220,7 +222,7 @@ def _run_answers(work: Work) -> dict:
     answers = evaluate.generate_answers(work.input(), work.stage.model, questions, work.stage.seed, generation, report=work.report, python=work.preset.compute.vllm_python, checkpoints=_checkpoints(work))
     write_atomically(work.out / "answers.parquet", answers.to_parquet)
     cut_off = float((answers.stop_reason == "length").mean())
-    return {"answers": len(answers), "tokens": int(answers.tokens.sum()), "cut_off": cut_off, "warnings": [*cut_off_alarm(cut_off, work.preset.generation), *silence_alarm(answers["empty"].mean(), work.preset.generation.template)], **answers.attrs}
+    return {"answers": len(answers), "tokens": int(answers.tokens.sum()), "cut_off": cut_off, "warnings": [*cut_off_alarm(cut_off, work.preset.generation), *silence_alarm(answers["empty"].mean(), generation.template, work.input())], **answers.attrs}
 
 
 def cut_off_alarm(
@@ -238,11 +240,20 @@ SILENT = 0.2 # share of empty answers from which it is told
 def silence_alarm(
     empty: float, # share of answers that are empty
     template: str, # form of the questions
+    model: object = None, # tokenizer, or folder with one; None for a hosted model
 ) -> list[str]: # one line, or none
-    "An alarm where a model answers with nothing: an instruct model that is asked in another form than its own often ends at once, and scores 0."
+    "An alarm where a model answers with nothing, with the template to try: an instruct model often ends at once in another form than its own."
     if empty < SILENT: return []
-    other = "own (the model's chat template), if it has one" if template in ("plain", "raw", "user") else "plain"
-    return [f"{empty:.0%} of the answers are empty under the template {template}, and an empty answer scores 0: try the template {other}"]
+    said = f"{empty:.0%} of the answers are empty"
+    if model is None: return [f"{said}, and an empty answer scores 0: read what the model's server sent in the logs"]
+    from compassion_repro.models import TEMPLATES, load_tokenizer
+    own = getattr(model if hasattr(model, "own_template") else load_tokenizer(model), "own_template", None)
+    known = bool(own) and own not in TEMPLATES.values()
+    asked = ("own" if known else "plain") if template in ("auto", "each") else template
+    advice = "try the template own, the model's chat template"
+    if asked == "own": advice = "try the template plain"
+    elif not known: advice = "the model has no chat template to try, so check its end token (eos_token in tokenizer_config.json)"
+    return [f"{said} under the template {asked}, and an empty answer scores 0: {advice}"]
 
 
 def _run_eval(work: Work) -> dict:

@@ -25,7 +25,7 @@ import yaml
 from .artifact import MANIFEST, RECORD, add_to_record, file_damage, find_damage, foreign_files, read_record, read_sealed, recorded_damage, remove, settle, writable, write_recorded
 from .graph import Stage, digest, graph, is_local, source_digest, source_settings
 from .lock import LOCK_FILES, hold
-from .study import InputError, Preset, build_preset
+from .study import InputError, Preset, build_preset, first_line
 
 # %% ../nbs/12b_store.ipynb #530d3ae8
 PACKAGES = ("compassion_repro", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "inspect_ai", "inspect_evals", "scipy", "statsmodels")
@@ -183,7 +183,7 @@ class Study:
         if not file.exists(): raise InputError(f"{self.folder} has no {name}.parquet: finish it with `compassion-repro run --out {self.folder}`")
         table, wrong = None, recorded_damage(self.folder, file.name)
         try: table = None if wrong else pd.read_parquet(file)
-        except Exception as error: wrong = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}" # whatever a damaged file makes of its reader
+        except Exception as error: wrong = f"{type(error).__name__}: {first_line(error, 120)}" # whatever a damaged file makes of its reader
         if wrong: raise InputError(f"{file} is damaged ({wrong}): run the study again, that lays its tables together anew; finished stages are kept")
         return table
 

@@ -47,10 +47,12 @@ def shorten(
 def first_line(
     error: Exception, # of any library
     limit: int = 300, # most characters that are kept
-) -> str: # its class where it has no words
+) -> str: # without a full stop; the error's class where it has no words
     "The first line of an error, for a message of ours."
-    lines = str(error).strip().splitlines()
-    return shorten(lines[0], limit) if lines and lines[0].strip() else type(error).__name__
+    said, kind = str(error).strip(), type(error).__name__
+    if not said: return kind
+    line = shorten(said.splitlines()[0], limit).rstrip(".")
+    return f"{kind}: {line}" if isinstance(error, KeyError) else line
 
 # %% ../nbs/00_study.ipynb #576ed3dc
 class Notice(str):

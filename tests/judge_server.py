@@ -33,18 +33,21 @@ class Handler(BaseHTTPRequestHandler):
         judge, ref, who = self.server.judge, reference(body), tuple(self.path.strip("/").split("/")[:2])
         judge.asked[who].append(ref)
         time.sleep(judge.latency * (0.5 + int(ref[:4], 16) / 65536))        # some replies take thrice as long as others
+        if judge.body is not None: return self.send_bytes(200, judge.body)
         if judge.refusal: return self.send(*judge.refusal)
         grade = "C" if int(ref[-1], 16) % 2 else "I"
-        text = f"Ref {ref}.\n\nGRADE: {grade}"
+        text = f"Ref {ref}.\n\nGRADE: {grade}" if judge.text is None else judge.text
         message = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
         self.send(200, {"id": f"chatcmpl-{ref}", "object": "chat.completion", "created": 1, "model": "judge", "choices": [message], "usage": {"prompt_tokens": 9, "completion_tokens": 5, "total_tokens": 14}})
         judge.answered[who].append(ref)
 
-    def send(self, status, content):
-        text = json.dumps(content).encode()
+    def send(self, status, content): self.send_bytes(status, json.dumps(content).encode())
+
+    def send_bytes(self, status, text):
         try:
             self.send_response(status)
-            for name, value in (("Content-Type", "application/json"), ("Content-Length", str(len(text)))): self.send_header(name, value)
+            common = {"Content-Type": "application/json", "Content-Length": str(len(text))}
+            for name, value in (common | self.server.judge.headers).items(): self.send_header(name, value)
             self.end_headers()
             self.wfile.write(text)
         except OSError: self.close_connection = True                        # the caller was killed
@@ -59,7 +62,15 @@ class Server(ThreadingHTTPServer):
 class PaidJudge:
     "The server and its book: `asked` and `answered` hold, for each (run, process), the requests in order."
 
-    def __init__(self, latency: float = 0.03, refusal: tuple[int, dict] | None = None):
+    def __init__(
+        self,
+        latency: float = 0.03,  # seconds a call
+        refusal: tuple[int, dict] | None = None,  # status and JSON of every answer
+        body: bytes | None = None,  # of every answer, with status 200
+        text: str | None = None,  # what it says to every question
+        headers: dict[str, str] | None = None,  # sent with every answer
+    ):
+        self.body, self.text, self.headers = body, text, headers or {}
         self.latency, self.refusal, self.asked, self.answered = latency, refusal, defaultdict(list), defaultdict(list)
 
     def __enter__(self):

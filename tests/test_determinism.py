@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_study
+from conftest import copy_study, run_study
 
 from compassion_repro import pipeline
 from compassion_repro.store import Study
@@ -56,7 +56,7 @@ def test_the_report_says_the_same(finished, again):
 
 
 def test_statistics_repeat_under_the_same_seed(finished, tmp_path):
-    study = Study(shutil.copytree(finished, tmp_path / "study", ignore=shutil.ignore_patterns("seed-*", "logs")))
+    study = Study(copy_study(finished, tmp_path / "study", "seed-*", "logs"))
     shutil.copytree(finished / "seed-1", tmp_path / "study" / "seed-1", ignore=shutil.ignore_patterns("*.safetensors", "*.parquet", "logs"))
     (study.folder / "claims.json").unlink()
     pipeline.analyse(study, page=False)

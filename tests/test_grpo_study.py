@@ -5,7 +5,7 @@ from functools import partial
 
 import pandas as pd
 import pytest
-from conftest import CRASH_SIZE
+from conftest import CRASH_SIZE, copy_study
 
 from compassion_repro import engine, graph, pipeline, rewards, sandbox, stages, store
 from compassion_repro.claims import read_claims
@@ -59,7 +59,7 @@ def grpo_stage():
 def test_a_stage_cut_off_carries_on_and_ends_the_same(finished, tmp_path):
     ends = {}
     for name in ("whole", "cut"):
-        study = Study(shutil.copytree(finished, tmp_path / name))
+        study = Study(copy_study(finished, tmp_path / name))
         preset, stage = grpo_stage()
         place, told = study.folder / stage.place, []
         hidden = place.with_name(f".{place.name}.checkpoints")

@@ -176,7 +176,7 @@ def test_busy_judges_are_waited_for(folder):
 
 def test_impatience_has_an_end(folder):
     with pytest.raises(InputError) as error: judge(folder, "paid/busy", settings={"max_retries": 1})
-    assert_one_line(error, "again and again", "429 too many requests", "check the judge")
+    assert_one_line(error, "again and again", "429 too many requests", "wait, and run the same command again")
 
 
 # ---- judges that do not do their work
@@ -197,7 +197,7 @@ def test_a_judge_that_is_gone_and_its_substitute(folder):
 
 def test_a_judge_that_times_out(folder):
     with pytest.raises(InputError) as error: judge(folder, "paid/slow", settings={"attempt_timeout": 1, "max_retries": 0, "max_connections": 200})
-    assert_one_line(error, "judging", "again and again", "check the judge")
+    assert_one_line(error, "judging", "again and again", "wait, and run the same command again")
 
 
 @pytest.mark.parametrize("name, stored, column", [("nothing", False, "empty"), ("refuses", True, "no_grade")])

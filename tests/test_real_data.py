@@ -69,6 +69,23 @@ def annexed(folder):
     return folder / "rows.jsonl"
 
 
+def templated(text, messages):
+    "An action: this row through this chat template; says what was changed, and the row's text."
+    def act(folder):
+        from compassion_repro.models import check_row, encode_row, load_tokenizer
+        from compassion_repro.world import assets
+        tokenizer = load_tokenizer(assets() / "base")
+        tokenizer.chat_template = text
+        row, words = check_row({"messages": messages}, tokenizer)
+        ids = encode_row(row, tokenizer)["input_ids"]
+        return f"{words} ends {ids.count(tokenizer.eos_token_id)} {tokenizer.decode(ids)}"
+    return act
+
+
+LOOP = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + LOOP
+ALTERNATE = "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate') }}{% endif %}{% endfor %}" + LOOP
+SYSTEM = [{"role": "system", "content": "Be."}, *TURNS]
 QA = r"ok: user Why\? \| assistant So\.( |$)"
 NONE = r"refused: .*none of its 1 rows can be used.*"
 CASES = [
@@ -126,6 +143,15 @@ CASES = [
     Case("configuration and split chosen", QA, place(configured, config="one", split="test")),
     Case("split of a configuration", r"refused: .*no split 'train' \(there are test\)", place(configured, config="one")),
     Case("no such configuration", r"refused: .*there are one, two", place(configured, config="three")),
+    Case("template without a system role", r"ok: \('the system turn folded.*user: Be\.\n\nWhy", templated(NO_SYSTEM, SYSTEM)),
+    Case("template that drops the system turn", r"ok: \('the system turn folded.*user: Be\.\n\nWhy", templated("{% for m in messages if m.role != 'system' %}" + LOOP.partition("%}")[2], SYSTEM)),
+    Case("template that keeps it", r"ok: \(\) ends 1 system: Be", templated(LOOP, SYSTEM)),
+    Case("template that wants alternating roles", r"BadRow: .*must alternate", templated(ALTERNATE, [TURNS[0], *TURNS])),
+    Case("template that drops what is asked", r"BadRow: .*drops or rewrites a turn of the user", templated(LOOP.replace("m.content", "m.content[:1]"), TURNS)),
+    Case("broken template", r"BadRow: .*refuses these turns", templated("{% for m in messages %}", TURNS)),
+    Case("template with the date", r"ok: .*26 Jul 2024", templated("{{ strftime_now('%d %b %Y') }}" + LOOP, TURNS)),
+    Case("end token written in a turn", r"ok: \(\) ends 1 .*a <\|end_of_text\|> b<\|end_of_text\|>$", templated(LOOP, [TURNS[0], {"role": "assistant", "content": "a <|end_of_text|> b"}])),
+    Case("prompt with a special token", r"BadRow: .*'<\|end_of_text\|>' as text", templated(LOOP, [{"role": "user", "content": "<|end_of_text|>?"}])),
     Case("git lfs", r"refused: .*git lfs pull", place(lambda f: named(f, "a.jsonl", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"))),
     Case("git-annex", r"refused: .*git annex get", place(annexed)),
 ]

@@ -1,11 +1,12 @@
 """Presets as people write them: things left out, mistakes in keys and values, a model of their own with the rest left as it was."""
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from cases import Case, check, table
 
-from compassion_repro import cli, preflight, study
+from compassion_repro import cli, preflight, stages, study
 from compassion_repro.study import load_preset
 
 
@@ -117,3 +118,34 @@ def test_the_preset_of_a_study_is_that_of_its_folder(tmp_path, capsys):
     assert cli.main(["plan", "--out", str(study_folder)]) == 0
     printed = yaml.safe_load(capsys.readouterr().out.partition("\nstages:")[0])
     assert study.build_preset(printed) == preset
+
+
+def test_one_recipe_shortens_errors_and_values():
+    "No module cuts the text of an error by itself, in the middle of a value."
+    cut = re.compile(r"""str\((?:error|e|cause)\)[^\n]*\[:\d+\]|splitlines\(\) or \[[^\n]*\]\)\[0\]\[:|\[:\d+\]!r|\[:\d+\] \+ ["']\.\.\.""")
+    for file in Path(study.__file__).parent.glob("*.py"):
+        if file.name == "harness.py": continue  # runs in the jail, where the package cannot be imported
+        assert not cut.findall(file.read_text()), file.name
+
+
+class Instructed:
+    own_template = "{{ messages }}"
+
+
+class Plain:
+    own_template = None
+
+
+@pytest.mark.parametrize("template, model, wanted", [
+    ("plain", Instructed(), "under the template plain.*try the template own"),
+    ("auto", Instructed(), "under the template own.*try the template plain"),
+    ("each", Instructed(), "under the template own.*try the template plain"),
+    ("own", Instructed(), "under the template own.*try the template plain"),
+    ("auto", Plain(), "under the template plain.*no chat template to try"),
+    ("raw", Plain(), "under the template raw.*no chat template to try"),
+    ("auto", None, "read what the model's server sent"),
+])
+def test_silence_names_the_template_to_try(template, model, wanted):
+    (line,) = stages.silence_alarm(0.5, template, model)
+    assert re.search(wanted, line), line
+    assert stages.silence_alarm(0.1, template, model) == []

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from browser import BROWSER, Page
-from conftest import assert_one_line
+from conftest import assert_one_line, copy_study
 
 from compassion_repro import cli, report
 
@@ -56,7 +56,7 @@ def enrich(study: Path):
 @pytest.fixture(scope="module")
 def rich(finished, tmp_path_factory) -> Path:
     "A study with every part, reported by a process that has no torch."
-    study = Path(shutil.copytree(finished, tmp_path_factory.mktemp("rich") / "study"))
+    study = copy_study(finished, tmp_path_factory.mktemp("rich") / "study")
     enrich(study)
     for name in ("claims.json", "report.html"): (study / name).unlink()
     shutil.rmtree(study / "figures")

@@ -11,7 +11,7 @@ from unittest import mock
 import pandas as pd
 import pytest
 import torch
-from conftest import CRASH_SIZE
+from conftest import CRASH_SIZE, copy_study
 from test_judge import HEARD, WORKING # with them the judge that costs money
 
 from compassion_repro import checkpoints, cli, engine, engines, evaluate, graph, judges, midtrain, pipeline, stages
@@ -24,7 +24,7 @@ EACH_STEP = ("compute.checkpoint_minutes=0.0000001",) # a checkpoint after every
 
 def without(finished, out, stage_id, *more):
     "A copy of the finished study without one stage, and what runs that stage there; the finished study is what an uninterrupted run makes."
-    study, preset = Study(shutil.copytree(finished, out)), load_preset("smoke", [*CRASH_SIZE, *more])
+    study, preset = Study(copy_study(finished, out)), load_preset("smoke", [*CRASH_SIZE, *more])
     stages.prepare(preset)
     stage = next(stage for stage in graph.graph(preset) if stage.id == stage_id)
     shutil.rmtree(study.folder / stage.place)
@@ -245,7 +245,7 @@ def test_the_exit_status_tells_the_signal(monkeypatch, capsys, tmp_path, number,
 
 def test_lines_worth_keeping_are_said(cut, finished, monkeypatch, tmp_path):
     said, passed = [], []
-    study = Study(shutil.copytree(finished, tmp_path / "study"))
+    study = Study(copy_study(finished, tmp_path / "study"))
     shutil.rmtree(study.folder / "seed-1" / "probe-mid")
     def run_stage(study, preset, stage, report, unsafe):
         report("step 3"), report(Notice("carrying on from step 2 of 9"))

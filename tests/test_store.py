@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import CRASH_SIZE, command, settings
+from conftest import CRASH_SIZE, command, copy_study, settings
 
 from compassion_repro import artifact, cli, pipeline, store
 from compassion_repro.store import Study
@@ -99,7 +99,7 @@ def test_two_runs_at_once_and_one_that_was_killed(study_copy, finished, capsys):
 
 
 def test_a_study_goes_on_where_it_is_taken(finished, tmp_path):
-    there = Path(shutil.copytree(finished, tmp_path / "elsewhere" / "renamed"))
+    there = copy_study(finished, tmp_path / "elsewhere" / "renamed")
     with pytest.raises(InputError, match="belongs to the study"): pipeline.analyse(Study(there), page=False)
     assert any("24 done, 0 to run" in line for line in carry_on(there))
     assert set(pd.read_parquet(there / "scores.parquet").study) == {"renamed"} and same_scores(finished, there)
@@ -109,7 +109,7 @@ def test_rows_that_stayed_behind(finished, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"instruction": f"Question {n}?", "response": f"Answer {n}."}) + "\n" for n in range(12)))
     own = load_preset("smoke", [*CRASH_SIZE, f"data.sft-help={rows}"])
-    study = Study(shutil.copytree(finished, tmp_path / "study"))
+    study = Study(copy_study(finished, tmp_path / "study"))
     (study.folder / "study.yaml").unlink()
     for stage in study.stages(own):                              # as if it had been trained on them
         file = study.folder / stage.place / "manifest.json"
