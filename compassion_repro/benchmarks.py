@@ -18,7 +18,6 @@ import os
 import re
 import shutil
 import tempfile
-import textwrap
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -41,7 +40,7 @@ from inspect_evals.moru import dataset as moru_data
 from inspect_evals.moru import moru
 
 from . import hub, questions, world
-from .study import Benchmark, InputError
+from .study import Benchmark, InputError, shorten
 
 # %% ../nbs/08b_benchmarks.ipynb #e4b3b4e2
 _LANGUAGE_NAMES = {name.lower(): code for code, name in Locale("en").languages.items()}
@@ -273,7 +272,7 @@ class LoadedTask:
 def one_line(error: Exception) -> str:
     "What an error says, in one line, without the markup that Inspect writes for a terminal."
     words = re.sub(r"\[/?(?:bold|italic|dim|red|blue)\b[^]]*\]", "", str(error)).removeprefix("ERROR: ")
-    return textwrap.shorten(words, 300, placeholder=" ...") or type(error).__name__
+    return shorten(words) or type(error).__name__
 
 
 def _question_records(name: str, task_name: str, task: Task, epochs: int, strip_suffix: str = "") -> list[dict]:

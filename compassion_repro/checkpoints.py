@@ -25,7 +25,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
-from .study import Compute, Notice, flush_path, send_again, write_atomically
+from .study import Compute, Notice, flush_path, send_again, write_atomically, first_line
 
 # %% ../nbs/03d_checkpoints.ipynb #c7903aa0
 def weights_digest(
@@ -264,7 +264,7 @@ class Checkpoints(TrainerCallback):
             seal(place)
         except Exception as error:
             shutil.rmtree(place, ignore_errors=True)
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+            why = first_line(error)
             return self._note(f"the checkpoint of step {_step(place)} could not be written ({why}), so training goes on without it; {shutil.disk_usage(self.folder).free / 2**30:.1f} GB are free there")
         for old in _checkpoints(self.folder)[self.compute.checkpoints_kept:]: shutil.rmtree(old, ignore_errors=True)
 

@@ -45,7 +45,7 @@ if _is_program(): _answer(dict.fromkeys(SIGNALS, _leave_at_once))
 # %% ../nbs/14_cli.ipynb #7e51a103
 from . import __version__
 from .redact import redact, redact_error, visible
-from .study import InputError, load_preset, presets
+from .study import InputError, load_preset, presets, shorten
 
 # %% ../nbs/14_cli.ipynb #06e8bdc2
 def print(
@@ -317,7 +317,7 @@ def _try_judges(text: str) -> int:
     for name in prices.judge_names(text):
         reply = " ".join(judges.try_judge(name).split())
         cost = "free" if prices.is_free(name) else "price: ${:g} / ${:g} a million tokens".format(*table[name]) if name in table else "no price in the table"
-        rows.append([name, cost, reply if len(reply) < 80 else f"{reply[:38]} ... {reply[-38:]}"])
+        rows.append([name, cost, shorten(reply, 80)])
     _print(_table(["judge", "cost", "its reply"], rows))
     return 0
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .lengths import LONG_PROMPTS, fit
 from .sources import BadRow, json_lines, read_source
-from .study import DataSource, InputError, data_label, data_parts, write_atomically
+from .study import DataSource, InputError, data_label, data_parts, write_atomically, shorten
 
 # %% ../nbs/02_data.ipynb #6a8f3b8e
 @dataclass
@@ -121,14 +121,14 @@ def _role_of(turn, name):
     "The role of a turn, by whatever name; raises `BadRow` for a role that is not known."
     said = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
     role = NAMED_ROLES.get(said.strip().lower()) if isinstance(said, str) else None
-    if role is None: raise BadRow(f"{name} has a turn without a known role ({str(said)[:30]!r})" if said else f"{name} has a turn without a known role")
+    if role is None: raise BadRow(f"{name} has a turn without a known role ({shorten(str(said), 60)!r})" if said else f"{name} has a turn without a known role")
     return role
 
 def _part_text(part, name):
     "The text of a part of a content; raises `BadRow` for a picture and the like."
     if isinstance(part, str): return part
     kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-    if kind not in ("text", "input_text", "output_text"): raise BadRow(f"{name} has a part of type {str(kind)[:30]!r}, which is no text")
+    if kind not in ("text", "input_text", "output_text"): raise BadRow(f"{name} has a part of type {shorten(str(kind), 60)!r}, which is no text")
     return _text_of(part, "text")
 
 def _content_of(turn, name):
@@ -221,9 +221,20 @@ class Schema:
     needs: tuple[str, ...]  # the columns that tell it
     adapt: Callable[[dict], dict]  # a row of the data set -> {"text"} or {"messages"}; raises `BadRow`
 
+def _with_context(row, turns):
+    "The turns with a column of context folded into the only question; raises `BadRow` where there are several."
+    for name in CONTEXTS:
+        if name == "input" or not _filled(row, name): continue
+        said = _text_of(row, name)
+        asked = [at for at, turn in enumerate(turns) if turn["role"] == "user"]
+        if any(said in turn["content"] for turn in turns): continue
+        if len(asked) != 1: raise BadRow(f"a column {name} beside {len(asked)} questions; write it into the one that it belongs to")
+        turns = [{**turn, "content": f"{turn['content']}\n\n{said}"} if at in asked else turn for at, turn in enumerate(turns)]
+    return turns
+
 def _conversation(name):
     "An adapter for rows that hold their conversation as turns."
-    return lambda row: {"messages": _with_system(row, [*_before(row), *_turns_of(row, name)])}
+    return lambda row: {"messages": _with_system(row, [*_before(row), *_with_context(row, _turns_of(row, name))])}
 
 def _pair(row):
     "A preference pair: the turns that both answers follow, and the two answers."
@@ -372,7 +383,7 @@ def _check_columns(source, rows, columns):
 
 def _no_schema(source, rows):
     "The refusal of rows that fit no schema."
-    names = sorted({" ".join(str(name).split())[:40] for row in rows for name in row})
+    names = sorted({shorten(str(name), 60) for row in rows for name in row})
     raise InputError(f"{source}: its columns ({', '.join(names[:20])}) fit no known schema; give messages, text, or a question ({', '.join(QUESTIONS)}) "
                      f"with an answer ({', '.join(ANSWERS)}), or map yours: {{path: ..., columns: {{instruction: ..., response: ...}}}}")
 
@@ -386,7 +397,7 @@ def _count_unused(report, row, original, columns):
     "Count the columns of a good row that nothing was made of."
     read = {columns.get(name, name) for name in row.seen}
     for name in original:
-        if name not in read and _filled(original, name): report.unused[str(name)[:40]] = report.unused.get(str(name)[:40], 0) + 1
+        if name not in read and _filled(original, name): report.unused[shorten(str(name), 60)] = report.unused.get(shorten(str(name), 60), 0) + 1
 
 def _good_rows(records, report, shape, schema, columns, check=None):
     "The rows that can be used, in shape, with their places; the others go into the report."

@@ -28,7 +28,7 @@ from .prices import DETERMINISTIC, is_free, judge_names
 from .progress import Progress
 from .stages import prepare
 from .store import Study
-from .study import InputError, Notice, Preset
+from .study import InputError, Notice, Preset, first_line
 
 # %% ../nbs/12f_engines.ipynb #72594a13
 def run_here(
@@ -161,7 +161,7 @@ def connected(
             ray.init(**places, log_to_driver=False, logging_level=logging.ERROR)
         except SystemExit: raise KeyboardInterrupt(signal.SIGTERM) from None # Ray's own answer to a SIGTERM
         except (OSError, OverflowError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            raise InputError(f"no Ray could be had at {places['address']} ({(str(error).strip().splitlines() or [''])[0][:160]}): start one with `ray start --head`, or use --engine ray without an address and without RAY_ADDRESS") from None
+            raise InputError(f"no Ray could be had at {places['address']} ({first_line(error)}): start one with `ray start --head`, or use --engine ray without an address and without RAY_ADDRESS") from None
         finally:
             if main: signal.signal(signal.SIGTERM, before)
         yield ray

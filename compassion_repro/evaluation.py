@@ -24,7 +24,7 @@ from .graph import path_digest
 from .lock import LOCK_FILES, locked
 from .store import Study, check_artifact, check_passes, writable
 from .prices import Estimate, ask, check_judge, is_free, judge_names, load_prices
-from .study import Benchmark, Generation, InputError, write_atomically
+from .study import Benchmark, Generation, InputError, write_atomically, first_line
 
 # %% ../nbs/13b_evaluation.ipynb #537a381c
 @dataclass(frozen=True)
@@ -154,7 +154,9 @@ def generate(
             shutil.rmtree(parts, ignore_errors=True)
             empty = f"; {answers['empty'].mean():.0%} are empty" if answers["empty"].any() else ""
             say(f"{model}, {name}: {len(answers):,} answers{empty}")
-            for line in silence_alarm(answers["empty"].mean(), setup.generation.template): say(f"warning: {model}, {name}: {line} (--template)")
+            tokenizer = opened[1] if isinstance(opened, tuple) else opened
+            for line in silence_alarm(answers["empty"].mean(), setup.generation.template, tokenizer):
+                say(f"warning: {model}, {name}: {line} (--template)")
 
 
 def collect_answers(
@@ -166,7 +168,7 @@ def collect_answers(
     if not files: raise InputError(f"{folder} holds no answers yet: finish it with `compassion-repro eval MODEL ... --out {folder}`")
     wrong = next(filter(None, (recorded_damage(folder, str(file.relative_to(folder))) for file in files)), None)
     try: table = None if wrong else pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
-    except (OSError, ValueError) as error: wrong = (str(error).splitlines() or [""])[0][:80]
+    except (OSError, ValueError) as error: wrong = first_line(error)
     if wrong: raise InputError(f"a file in {folder / 'answers'} is damaged ({wrong}): delete that folder and run the same command again")
     with writable(folder): write_recorded(folder, "answers.parquet", table.to_parquet)
     return table

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .study import InputError
+from .study import InputError, first_line, shorten
 
 # %% ../nbs/01b_hub.ipynb #a722efb7
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def split_source(
     "Read a hub source; raises `InputError` for what is no hub id."
     name, _, revision = source.partition("@")
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or ".." in name or name.lower().endswith((".git", *FILE_ENDINGS)):
-        raise InputError(f"{source if len(source) < 300 else source[:300] + '...'}: no such file or folder, and not a hub id; give an existing path, world:<name>, or owner/name@revision")
+        raise InputError(f"{shorten(source)}: no such file or folder, and not a hub id; give an existing path, world:<name>, or owner/name@revision")
     return name, revision or (PUBLISHED[name].revision if name in PUBLISHED else None)
 
 
@@ -131,17 +131,12 @@ def _transport_problem(error: Exception, name: str, kind: str, revision: str | N
     if status == 429: return "the hub asks for patience (too many requests): wait some minutes, or set HF_TOKEN"
     if status: return f"the hub answers with error {status}: try again later"
     if isinstance(error, incomplete): return "the download stopped in the middle: check the network and run the same command again, finished files are kept"
-    return f"the hub cannot be reached ({_brief(cause)}): check the network and run the same command again, finished files are kept"
+    return f"the hub cannot be reached ({first_line(cause)}): check the network and run the same command again, finished files are kept"
 
 
 def _offline() -> bool:
     from huggingface_hub import constants
     return bool(constants.HF_HUB_OFFLINE)
-
-
-def _brief(error: Exception) -> str:
-    "The first line of an error, short."
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120].rstrip(".")
 
 
 def explain(

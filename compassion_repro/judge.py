@@ -13,7 +13,6 @@ import copy
 import json
 import re
 import statistics
-import textwrap
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,7 +33,7 @@ from .judges import GIVE_UP, Replies, Thrifty, advice, indicator_phrases, open_j
 from .prices import DETERMINISTIC, is_free
 from .redact import redact
 from .runner import Book, Progress, play, run_inspect
-from .study import Benchmark, InputError, parse_model
+from .study import Benchmark, InputError, parse_model, shorten
 
 # %% ../nbs/09b_judge.ipynb #456c413e
 def load_task(
@@ -205,7 +204,7 @@ def _check_log(log: EvalLog, said: str) -> int:
         if "NoReply" in message and said: message = said
         if "RetryError" in message: message = f"it was asked again and again, to no avail ({said or 'no answer in time'})"
         raise InputError(f"judging {log.eval.task} failed: {message}; {advice(message)}")
-    if failed: warnings.warn(f"judging {log.eval.task}: {len(failed)} of {len(log.samples)} answers could not be judged ({failed[0].splitlines()[-1][:100]})", stacklevel=3)
+    if failed: warnings.warn(f"judging {log.eval.task}: {len(failed)} of {len(log.samples)} answers could not be judged ({shorten(failed[0].splitlines()[-1])})", stacklevel=3)
     return len(failed)
 
 # %% ../nbs/09b_judge.ipynb #c7c5dd8f
@@ -254,7 +253,7 @@ def no_grade_line(
     asked = grades[grades["attempted"].astype(bool)]
     if asked.empty or asked["grade"].notna().any(): return ""
     replies = asked["reply"].fillna("").str.strip()
-    shown = next((textwrap.shorten(reply, 120, placeholder=" ...") for reply in replies if reply), "nothing at all")
+    shown = next((shorten(reply, 120) for reply in replies if reply), "nothing at all")
     return f"none of the {len(asked):,} replies of {asked['judge'].iloc[0]} holds a grade, so it gives no scores; it said, for example: {shown!r}: name a judge that ends its reply with GRADE: C or GRADE: I"
 
 

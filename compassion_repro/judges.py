@@ -17,7 +17,6 @@ import hashlib
 import json
 import re
 import sqlite3
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
@@ -32,7 +31,7 @@ from .benchmarks import one_line
 from .prices import DETERMINISTIC, check_judge
 from .redact import redact
 from .runner import about_tokens
-from .study import InputError
+from .study import InputError, shorten
 
 # %% ../nbs/09a_judges.ipynb #0011ecec
 _JUDGE_PROMPT = re.compile(r"\[Task\]: (?P<task>.*?)\n\*\*\*\n\[Submission\]: (?P<submission>.*)\n\*\*\*\n\[Criterion\]: (?P<dimension>.*?)\n\*\*\*\n"
@@ -290,7 +289,7 @@ def _came_back(error: Exception, response: object) -> Exception:
     body = getattr(sent, "text", "") or getattr(error, "doc", "") # `doc`: of an error of Python's JSON reader
     if isinstance(response, dict): response = {name: value for name, value in response.items() if value is not None}
     if response is not None: body = json.dumps(response, ensure_ascii=False, default=str)
-    shown = textwrap.shorten(str(readable(body)), 200, placeholder=" ...") or "nothing"
+    shown = shorten(str(readable(body)), 200) or "nothing"
     return NoReply(f"its server answered, but with no reply in it: {shown}")
 
 

@@ -46,7 +46,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, TrainingArguments
 
 from .models import IGNORE, load_model
-from .study import Grpo, InputError, Preset, Training
+from .study import Grpo, InputError, Preset, Training, first_line, shorten
 from .training import Holding, holding, load_held
 
 # %% ../nbs/03d_processes.ipynb #91b224e4
@@ -181,9 +181,9 @@ def _failure(folder: str, error: ChildFailedError, label: str) -> Exception:
     texts = sorted((entry["message"] for entry in told), key=lambda text: (not text.startswith("InputError"), not _is_memory(text)))
     rank, failed = error.get_first_failure()
     if texts and texts[0].startswith("InputError: "): return InputError(texts[0].removeprefix("InputError: "))
-    if texts and _is_memory(texts[0]): return torch.OutOfMemoryError(texts[0].splitlines()[0])
+    if texts and _is_memory(texts[0]): return torch.OutOfMemoryError(shorten(texts[0].splitlines()[0]))
     if failed.exitcode < 0: return InputError(f"{label}: process {rank} of the training was ended by {failed.signal_name()}, perhaps because the machine's memory ran out: lower compute.processes or micro_batch, and run the same command again")
-    why = RuntimeError(f"{label}: process {rank} of the training failed: {(texts or ['it wrote nothing down'])[0].splitlines()[0][:300]}")
+    why = RuntimeError(f"{label}: process {rank} of the training failed: {shorten((texts or ['it wrote nothing down'])[0].splitlines()[0])}")
     for entry in told: why.add_note(entry["extraInfo"]["py_callstack"])
     return why
 
@@ -248,4 +248,4 @@ def spread(
 
 def _sendable(run: Callable, label: str):
     try: pickle.dumps(run)
-    except (pickle.PicklingError, AttributeError, TypeError) as error: raise InputError(f"{label}: what it trains with cannot be given to another process ({(str(error).splitlines() or [''])[0][:120]}): define it at the top of a module, or set compute.processes=1") from None
+    except (pickle.PicklingError, AttributeError, TypeError) as error: raise InputError(f"{label}: what it trains with cannot be given to another process ({first_line(error)}): define it at the top of a module, or set compute.processes=1") from None

@@ -29,7 +29,7 @@ from textwrap import dedent
 from zlib import crc32
 
 from . import world
-from .study import InputError
+from .study import InputError, first_line
 
 # %% ../nbs/07_rewards.ipynb #6a13d217
 def answer_text(
@@ -499,7 +499,7 @@ def load_reward_model(
         with _quiet(): model, found = AutoModelForSequenceClassification.from_pretrained(folder, dtype=pick_dtype(device), output_loading_info=True, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error: raise InputError( # files that are missing, cut or of another kind raise errors of many classes
-        f"no reward model in {source}: {(str(error).splitlines() or [''])[0][:160]}") from None
+        f"no reward model in {source}: {first_line(error)}") from None
     if missing := sorted(found["missing_keys"]):
         raise InputError(f"{source} is no reward model: {missing[0]} is not in its files and would be random numbers; give a model that was saved with its score head")
     if model.config.num_labels != 1: raise InputError(f"{source} has {model.config.num_labels} outputs: a reward model has one score; give another model")
@@ -550,8 +550,9 @@ def encode_conversation(
     tokenizer, # with a chat template
     messages: list[dict], # ends with the answer
 ) -> list[int]: # token ids; the template alone decides about begin and end tokens
-    "A conversation as a reward model reads it."
-    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, tokenizer_kwargs={"verbose": False})["input_ids"]
+    "A conversation as a reward model reads it; a special token that an answer spells out is text, so no answer can end itself there."
+    from compassion_repro.models import conversation_ids
+    return conversation_ids(messages, tokenizer)
 
 
 def _scores(model, rows: list[list[int]], padding: int | None, batch_size: int) -> list[float | None]:

@@ -40,7 +40,7 @@ from .memory import Held, Shape, fit, read_shape, sampling_memory, total, traini
 from .midtrain import Progress, loss_log, pack, train
 from .models import encode_prompt, encode_row, load_model, load_tokenizer, lora_config, pick_device, pick_dtype
 from .store import provenance
-from .study import Compute, Generation, Grpo, Lora, Models, Training, write_atomically
+from .study import Compute, Generation, Grpo, Lora, Models, Training, write_atomically, first_line
 from .training import Holding, fitted, holding, load_held
 
 # %% ../nbs/16_speed.ipynb #7a1d4c0e
@@ -498,7 +498,7 @@ def measure(
 def _attempt(part: Callable) -> dict:
     try:
         with unpatched(): return part()
-    except Exception as error: return {"error": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"}
+    except Exception as error: return {"error": f"{type(error).__name__}: {first_line(error)}"}
     finally: _empty()
 
 

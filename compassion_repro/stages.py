@@ -22,7 +22,7 @@ from .artifact import hidden
 from .graph import WHOLE, Stage
 from .prices import DETERMINISTIC, judge_names
 from .store import Study
-from .study import Benchmark, Generation, InputError, Preset, parse_model, write_atomically
+from .study import Benchmark, Generation, InputError, Preset, parse_model, write_atomically, first_line
 
 # %% ../nbs/12d_stages.ipynb #9edf8a38
 def training_rows(
@@ -31,13 +31,13 @@ def training_rows(
     rows: int | None, # rows to draw from an embedded corpus
     held_out: int, # rows to keep back at most
     seed: int, # study seed
-    limit: int | None = None, # most rows to train on of any other corpus; None takes it whole
+    limit: int | None = None, # most rows to train on; None takes the corpus whole
     **fit, # how long a row may be, for `data.load`: `max_length`, `measure`; `check`, the last look at a row
 ) -> tuple[list[dict], list[dict], dict]: # training rows, held-out rows, the loader's report
     "Training and held-out rows of one source; raises `InputError` where none is usable."
     from compassion_repro import data
     if isinstance(source, str) and source.startswith("world:"):
-        corpus = data.load(source, shape, limit=rows, seed=seed)
+        corpus = data.load(source, shape, limit=min(filter(None, (rows, limit)), default=None), seed=seed)
         return corpus.rows, data.load(source, shape, limit=held_out, seed=seed, held_out=True).rows, corpus.report.as_dict()
     if limit: held_out = min(held_out, max(1, limit // 9))
     corpus = data.load(source, shape, limit=limit and limit + held_out, seed=seed, **fit)
@@ -79,7 +79,7 @@ def _merge_given(work: Work, adapter: Path) -> dict:
     from peft import PeftModel
     base = models.load_model(work.input())
     try: model = models.merge(PeftModel.from_pretrained(base, adapter))
-    except (ValueError, RuntimeError, KeyError, TypeError) as error: raise InputError(f"the adapter {work.preset.models.given[work.stage.model]} does not fit {work.preset.models.base}: {(str(error).strip().splitlines() or [''])[0][:120]}") from None
+    except (ValueError, RuntimeError, KeyError, TypeError) as error: raise InputError(f"the adapter {work.preset.models.given[work.stage.model]} does not fit {work.preset.models.base}: {first_line(error)}") from None
     models.save_model(model, models.load_tokenizer(adapter if (adapter / "tokenizer.json").is_file() else work.input()), work.out)
     return {"merge": f"LoRA merged into {str(model.dtype).removeprefix('torch.')} weights"}
 
@@ -222,7 +222,7 @@ def _run_answers(work: Work) -> dict:
     answers = evaluate.generate_answers(work.input(), work.stage.model, questions, work.stage.seed, generation, report=work.report, python=work.preset.compute.vllm_python, checkpoints=_checkpoints(work))
     write_atomically(work.out / "answers.parquet", answers.to_parquet)
     cut_off = float((answers.stop_reason == "length").mean())
-    return {"answers": len(answers), "tokens": int(answers.tokens.sum()), "cut_off": cut_off, "warnings": [*cut_off_alarm(cut_off, work.preset.generation), *silence_alarm(answers["empty"].mean(), work.preset.generation.template)], **answers.attrs}
+    return {"answers": len(answers), "tokens": int(answers.tokens.sum()), "cut_off": cut_off, "warnings": [*cut_off_alarm(cut_off, work.preset.generation), *silence_alarm(answers["empty"].mean(), generation.template, work.input())], **answers.attrs}
 
 
 def cut_off_alarm(
@@ -240,11 +240,20 @@ SILENT = 0.2 # share of empty answers from which it is told
 def silence_alarm(
     empty: float, # share of answers that are empty
     template: str, # form of the questions
+    model: object = None, # tokenizer, or folder with one; None for a hosted model
 ) -> list[str]: # one line, or none
-    "An alarm where a model answers with nothing: an instruct model that is asked in another form than its own often ends at once, and scores 0."
+    "An alarm where a model answers with nothing, with the template to try: an instruct model often ends at once in another form than its own."
     if empty < SILENT: return []
-    other = "own (the model's chat template), if it has one" if template in ("plain", "raw", "user") else "plain"
-    return [f"{empty:.0%} of the answers are empty under the template {template}, and an empty answer scores 0: try the template {other}"]
+    said = f"{empty:.0%} of the answers are empty"
+    if model is None: return [f"{said}, and an empty answer scores 0: read what the model's server sent in the logs"]
+    from compassion_repro.models import TEMPLATES, load_tokenizer
+    own = getattr(model if hasattr(model, "own_template") else load_tokenizer(model), "own_template", None)
+    known = bool(own) and own not in TEMPLATES.values()
+    asked = ("own" if known else "plain") if template in ("auto", "each") else template
+    advice = "try the template own, the model's chat template"
+    if asked == "own": advice = "try the template plain"
+    elif not known: advice = "the model has no chat template to try, so check its end token (eos_token in tokenizer_config.json)"
+    return [f"{said} under the template {asked}, and an empty answer scores 0: {advice}"]
 
 
 def _run_eval(work: Work) -> dict:
@@ -275,6 +284,18 @@ def _run_probe(work: Work) -> dict:
     return result
 
 
+def _noting_template(run: callable) -> callable:
+    "The same stage, with what the chat template says by itself in its manifest."
+    @wraps(run)
+    def noting(work: Work) -> dict:
+        done, own = run(work), work.stage.config.get("generation", {}).get("template")
+        template = own or work.preset.generation.training_template
+        if template in ("plain", "raw", "user"): return done
+        from compassion_repro import models
+        return {**done, **models.template_account(models.load_tokenizer(work.input(), template))}
+    return noting
+
+
 LESS = {"answers": "lower generation.batch_size", "probe": "lower margin.batch_tokens", "grpo": "lower grpo.samples or grpo.max_new_tokens"} # what a stage that ran out of memory is told, beside a larger device
 
 
@@ -289,7 +310,7 @@ def _told(run: callable) -> callable:
     return told
 
 
-RUN = {kind: _told(run) for kind, run in {"base": _run_base, "midtrain": _run_midtrain, "reward": _run_reward, "sft": _run_sft, "grpo": _run_grpo, "answers": _run_answers, "eval": _run_eval, "probe": _run_probe}.items()}
+RUN = {kind: _told(run) for kind, run in {"base": _run_base, "midtrain": _run_midtrain, "reward": _run_reward, "sft": _noting_template(_run_sft), "grpo": _noting_template(_run_grpo), "answers": _noting_template(_run_answers), "eval": _run_eval, "probe": _run_probe}.items()}
 
 # %% ../nbs/12d_stages.ipynb #27918ad9
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}

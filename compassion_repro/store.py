@@ -25,7 +25,7 @@ import yaml
 from .artifact import MANIFEST, RECORD, add_to_record, file_damage, find_damage, foreign_files, read_record, read_sealed, recorded_damage, remove, settle, writable, write_recorded
 from .graph import Stage, digest, graph, is_local, source_digest, source_settings
 from .lock import LOCK_FILES, hold
-from .study import InputError, Preset, build_preset
+from .study import InputError, Preset, build_preset, first_line
 
 # %% ../nbs/12b_store.ipynb #530d3ae8
 PACKAGES = ("compassion_repro", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "inspect_ai", "inspect_evals", "scipy", "statsmodels")
@@ -115,6 +115,8 @@ class Study:
     def _refuse_other(self, preset: Preset, there: Preset):
         ours, theirs, known = flat(preset.resolved()), flat(there.resolved()), self.sources
         def same(a, b):
+            if isinstance(a, list) and isinstance(b, list): return len(a) == len(b) and all(map(same, a, b))
+            if isinstance(a, dict) and isinstance(b, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
             named = isinstance(a, str) and isinstance(b, str) and all(is_local(x) or x in known for x in (a, b))
             return a == b or named and source_digest(a, known) == source_digest(b, known)
         differ = [f"{k}: {theirs.get(k)} there, {ours.get(k)} here" for k in {**theirs, **ours} if not k.startswith(_FREE) and not same(ours.get(k), theirs.get(k))]
@@ -183,7 +185,7 @@ class Study:
         if not file.exists(): raise InputError(f"{self.folder} has no {name}.parquet: finish it with `compassion-repro run --out {self.folder}`")
         table, wrong = None, recorded_damage(self.folder, file.name)
         try: table = None if wrong else pd.read_parquet(file)
-        except Exception as error: wrong = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}" # whatever a damaged file makes of its reader
+        except Exception as error: wrong = f"{type(error).__name__}: {first_line(error, 120)}" # whatever a damaged file makes of its reader
         if wrong: raise InputError(f"{file} is damaged ({wrong}): run the study again, that lays its tables together anew; finished stages are kept")
         return table
 

@@ -39,7 +39,7 @@ from transformers.masking_utils import sdpa_mask
 
 from .memory import Held, fit, read_shape
 from .models import load_model, load_tokenizer, merge, pick_device, pick_dtype, row_losses, save_model
-from .study import Compute, Grpo, InputError, Lora, Models, Training, write_atomically
+from .study import Compute, Grpo, InputError, Lora, Models, Training, write_atomically, first_line, shorten
 
 # %% ../nbs/03c_training.ipynb #29105b25
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def merge_dequantised(
 def _merge_apart(adapter: Path, base: str | Path, out: str | Path, how: Holding):
     words = [sys.executable, "-m", "compassion_repro.training", "merge", str(adapter), str(base), str(out), how.device, str(how.dtype).removeprefix("torch.")]
     done = subprocess.run(words, capture_output=True, text=True)
-    if done.returncode: raise InputError(f"merging failed: {(done.stderr.strip().splitlines() or [f'the process ended with status {done.returncode}'])[-1][:300]}")
+    if done.returncode: raise InputError(f"merging failed: {shorten((done.stderr.strip().splitlines() or [f'the process ended with status {done.returncode}'])[-1])}")
 
 
 def main(
@@ -270,7 +270,7 @@ def main(
     args = parser.parse_args(words)
     try: merge_dequantised(args.adapter, args.base, args.out, Holding(_roomy(args.base, args.device), getattr(torch, args.dtype), "nf4"))
     except (InputError, OSError, ValueError, torch.OutOfMemoryError) as error:
-        print((str(error).strip().splitlines() or [type(error).__name__])[0], file=sys.stderr)
+        print(first_line(error), file=sys.stderr)
         return 2
     return 0
 

@@ -108,7 +108,8 @@ def _cause(log: str) -> str:
     "What a log of vLLM says went wrong: the last error that does not only point at another."
     errors = re.findall(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception): \S.*)", log)
     errors = [e for e in errors if "ngine core" not in e] or errors or log.strip().splitlines()[-1:]
-    return errors[-1].strip()[:200] if errors else "it said nothing"
+    from compassion_repro.study import shorten
+    return shorten(errors[-1]) if errors else "it said nothing"
 
 
 @contextlib.contextmanager
