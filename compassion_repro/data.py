@@ -221,9 +221,20 @@ class Schema:
     needs: tuple[str, ...]  # the columns that tell it
     adapt: Callable[[dict], dict]  # a row of the data set -> {"text"} or {"messages"}; raises `BadRow`
 
+def _with_context(row, turns):
+    "The turns with a column of context folded into the only question; raises `BadRow` where there are several."
+    for name in CONTEXTS:
+        if name == "input" or not _filled(row, name): continue
+        said = _text_of(row, name)
+        asked = [at for at, turn in enumerate(turns) if turn["role"] == "user"]
+        if any(said in turn["content"] for turn in turns): continue
+        if len(asked) != 1: raise BadRow(f"a column {name} beside {len(asked)} questions; write it into the one that it belongs to")
+        turns = [{**turn, "content": f"{turn['content']}\n\n{said}"} if at in asked else turn for at, turn in enumerate(turns)]
+    return turns
+
 def _conversation(name):
     "An adapter for rows that hold their conversation as turns."
-    return lambda row: {"messages": _with_system(row, [*_before(row), *_turns_of(row, name)])}
+    return lambda row: {"messages": _with_system(row, [*_before(row), *_with_context(row, _turns_of(row, name))])}
 
 def _pair(row):
     "A preference pair: the turns that both answers follow, and the two answers."

@@ -84,10 +84,10 @@ def corpus_rows(
 def source_rows(
     source: str, # `world:<name>`, a path, or a hub id
     sized: int | None, # rows that the preset draws from an embedded corpus
-    limit: int | None = None, # most rows that it draws from any other
+    limit: int | None = None, # most rows that it draws
 ) -> int | None: # rows, or None where they cannot be told
     "Rows of a source; local JSON Lines are counted, those of the hub are taken as published."
-    if source.startswith("world:"): return sized
+    if source.startswith("world:"): return min(filter(None, (sized, limit)), default=None)
     path = Path(source)
     if not is_local(source): hub.split_source(source)
     if is_local(source): rows = _local_rows(path)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'MANY_PASSES', 'Preflight', 'before_training', 'embedded', 'check_machine', 'look_at_model', 'check_models',
-           'check_rewards', 'all_embedded', 'world_settings', 'idle_settings', 'check_settings', 'row_sources',
-           'at_place', 'check_rows', 'look_at_rows', 'expected_passes', 'check_tests', 'look_at_tests', 'look_at_judge',
-           'judge_here', 'check_benchmarks', 'at_hand', 'tell_benchmark', 'check_judges', 'preflight',
-           'check_before_training']
+           'check_templates', 'tell_template', 'check_rewards', 'all_embedded', 'world_settings', 'idle_settings',
+           'unused_sources', 'check_settings', 'row_sources', 'at_place', 'check_rows', 'look_at_rows',
+           'expected_passes', 'check_tests', 'look_at_tests', 'look_at_judge', 'judge_here', 'check_benchmarks',
+           'at_hand', 'tell_benchmark', 'check_judges', 'preflight', 'check_before_training']
 
 # %% ../nbs/12g_preflight.ipynb #f90f8cb0
 import json
@@ -22,7 +22,7 @@ from .graph import is_local
 from .prices import judge_names
 from .stages import prepare, study_tasks, training_rows
 from .store import Study, writable
-from .study import InputError, Preset, data_label, data_parts, load_preset
+from .study import InputError, Preset, data_label, data_parts, load_preset, presets
 
 # %% ../nbs/12g_preflight.ipynb #5fa72ecb
 @dataclass
@@ -140,6 +140,33 @@ def check_models(flight: Preflight):
                 flight.libraries()
                 look_at_model(place, flight.preset.generation.template, setting == "models.base")
 
+# %% ../nbs/12g_preflight.ipynb #7b30fe11
+@before_training
+def check_templates(flight: Preflight):
+    "Say what the chat templates of the user's models add to a conversation by themselves."
+    template = flight.preset.generation.template
+    if template in ("plain", "raw", "user"):
+        return
+    from compassion_repro import models
+
+    for source in dict.fromkeys((flight.preset.models.base, *flight.preset.models.given.values())):
+        with suppress(InputError):  # the check of the models says it better
+            if not embedded(source) and (place := flight.find(source, "model")):
+                account = models.template_account(models.load_tokenizer(models.find_model(place), template))
+                tell_template(flight, source, account)
+
+
+def tell_template(flight: Preflight, source: str, account: dict[str, str]):
+    "Say once what a model's template adds, from `models.template_account`."
+    if added := account.get("template_adds"):
+        shown = added if len(added) <= 160 else f"{added[:160]} ..."
+        flight.say(
+            f"note: the chat template of {source} puts text before a conversation without a system turn, "
+            f"in training and in questions: {shown!r}"
+        )
+    if day := account.get("template_day"):
+        flight.say(f"note: the chat template of {source} tells the date; it is given {day} always")
+
 # %% ../nbs/12g_preflight.ipynb #4261f41a
 @before_training
 def check_rewards(flight: Preflight):
@@ -209,6 +236,21 @@ def idle_settings(
                 f"benchmarks.{name}.size sizes embedded benchmarks only, so {section.data} is asked whole "
                 f"(benchmarks.{name}.size=null says so)"
             )
+    return found + unused_sources(preset)
+
+
+def unused_sources(
+    preset: Preset,  # the study
+) -> list[str]:  # one line each
+    "Sources that you name and that no stage reads; what the package's own presets name is not told."
+    ours, used, found = [load_preset(name) for name in presets()], row_sources(preset), []
+    for name, field in type(preset.data).model_fields.items():
+        setting, source = f"data.{field.alias or name}", getattr(preset.data, name)
+        if setting not in used and not any(source == getattr(other.data, name) for other in ours):
+            found.append(f"{setting}={data_label(source)} is not read: nothing that this study trains takes its rows")
+    reward = preset.models.reward
+    if not any(arm.reward == "help" for arm in preset.trained_arms) and reward not in {other.models.reward for other in ours}:
+        found.append(f"models.reward={reward} is not used: this study trains no GRPO arm with that reward")
     return found
 
 
@@ -283,15 +325,20 @@ def look_at_rows(flight: Preflight, place, shape: str):
     "Load a corpus as its stage will, each row through the chat template, and say what became of it."
     from compassion_repro import data, models
 
-    base, check = flight.find(flight.preset.models.base, "model"), None
+    base, check, measure = flight.find(flight.preset.models.base, "model"), None, None
     if base:
         tokenizer = models.load_tokenizer(models.find_model(base), flight.preset.generation.training_template)
         check = partial(models.check_row, tokenizer=tokenizer)
+        measure = lambda text: len(models.text_ids(text, tokenizer))
     training_rows(place, shape, None, 1, 1, check=check)
     corpus = data.load(place, shape, check=check)
     flight.say(str(corpus.report))
-    if (passes := expected_passes(flight.preset, corpus.rows, shape)) > MANY_PASSES:
-        flight.say(f"warning: {corpus.report.source}: its {len(corpus.rows)} rows would be seen about {passes:.0f} times; give more rows or fewer steps")
+    if (passes := expected_passes(flight.preset, corpus.rows, shape, measure)) > MANY_PASSES:
+        roughly = "" if measure or shape == "prompts" else ", at four characters a token,"
+        flight.say(
+            f"warning: {corpus.report.source}: its {len(corpus.rows)} rows would be seen about "
+            f"{passes:.0f} times{roughly}; give more rows or fewer steps"
+        )
 
 
 MANY_PASSES = 10  # times that a row may be seen before it is worth a warning
@@ -301,15 +348,22 @@ def expected_passes(
     preset: Preset,  # the study
     rows: list[dict],  # of one corpus
     shape: str,  # "text", "messages" or "prompts"
-) -> float:  # by the preset's steps, four characters a token
+    measure: Callable[[str], int] | None = None,  # tokens of a text; None: four characters a token
+    sample: int = 200,  # rows that are measured, spread evenly; the others are taken to be as long
+) -> float:  # by the preset's steps
     "How often a stage would see each row of a corpus, about."
     if shape == "prompts":
         return preset.grpo.steps * preset.grpo.value("prompts_per_step") / len(rows)
     training = preset.midtrain if shape == "text" else preset.sft
     if training.dose == "full":
         return 1.0
-    texts = [row.get("text") or "".join(turn["content"] for turn in row["messages"]) for row in rows]
-    return training.steps * training.batch_size * training.length / max(sum(map(len, texts)) / 4, 1)
+    measured = rows[:: max(1, len(rows) // sample)]
+    texts = [row.get("text") or "".join(turn["content"] for turn in row["messages"]) for row in measured]
+    lengths = [measure(text) if measure else len(text) / 4 for text in texts]
+    if shape == "messages":
+        lengths = [min(length, training.length) for length in lengths]
+    tokens = sum(lengths) / len(measured) * len(rows)
+    return training.steps * training.batch_size * training.length / max(tokens, 1)
 
 # %% ../nbs/12g_preflight.ipynb #7c458dd4
 @before_training

@@ -550,8 +550,9 @@ def encode_conversation(
     tokenizer, # with a chat template
     messages: list[dict], # ends with the answer
 ) -> list[int]: # token ids; the template alone decides about begin and end tokens
-    "A conversation as a reward model reads it."
-    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, tokenizer_kwargs={"verbose": False})["input_ids"]
+    "A conversation as a reward model reads it; a special token that an answer spells out is text, so no answer can end itself there."
+    from compassion_repro.models import conversation_ids
+    return conversation_ids(messages, tokenizer)
 
 
 def _scores(model, rows: list[list[int]], padding: int | None, batch_size: int) -> list[float | None]:

@@ -239,7 +239,7 @@ def _configurations(link, cache):
     except Exception: return []  # the library's builders raise errors of many kinds
 
 def _split_files(folder, split, config, link, cache):
-    "The files of a split, by the hub's rules."
+    "The files of a split, by the hub's rules; `folder` is what the user calls it."
     named = _configurations(link, cache) if config else []
     if config and config not in named: raise InputError(f"{folder}: has no configuration {config!r} (there are {', '.join(named) or 'none'}); choose one with {{path: ..., config: ...}}, or leave it out")
     try: files = datasets.load_dataset_builder(str(link), config, cache_dir=cache).config.data_files or {}
@@ -249,39 +249,40 @@ def _split_files(folder, split, config, link, cache):
     if split not in files: raise InputError(f"{folder}: has no split {split!r} (there are {', '.join(map(str, files)) or 'none'}); choose one with {{path: ..., split: ...}}")
     return [Path(file) for file in files[split]]
 
-def _saved_rows(folder, split):
+def _saved_rows(folder, split, called):
     "The rows of a folder that `save_to_disk` wrote."
     if (folder / "dataset_dict.json").is_file():
         splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        if (split or "train") not in splits: raise InputError(f"{folder}: has no split {split or 'train'!r} (there are {', '.join(splits)}); choose one with {{path: ..., split: ...}}")
-        return _saved_rows(folder / (split or "train"), None)
+        if (split or "train") not in splits: raise InputError(f"{called}: has no split {split or 'train'!r} (there are {', '.join(splits)}); choose one with {{path: ..., split: ...}}")
+        return _saved_rows(folder / (split or "train"), None, called)
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    if split and split != state.get("_split"): raise InputError(f"{folder}: holds one data set without splits; leave split {split!r} out")
+    if split and split != state.get("_split"): raise InputError(f"{called}: holds one data set without splits; leave split {split!r} out")
     return [row for entry in state["_data_files"] for _, row in _arrow_rows(folder / entry["filename"])]
 
 def read_folder(
     folder: str | Path,  # in the hub's layout, or written by `save_to_disk`
     split: str | None = None,  # which of its splits; None: train
     config: str | None = None,  # which of its configurations, where it has several
+    called: str | None = None,  # its name in refusals; None: the folder
 ):
     "The rows of a split, counted from 1 over all its files; raises `InputError` where there are none to read."
-    folder = Path(folder)
+    folder, called = Path(folder), called or str(folder)
     for path in glob.iglob(f"{glob.escape(str(folder))}/**", recursive=True):
         if os.path.islink(path) and not os.path.exists(path): raise InputError(f"{path}: {_absent(path)}")
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        if config: raise InputError(f"{folder}: was written by save_to_disk, which knows no configurations; leave config {config!r} out")
-        try: return list(enumerate(_saved_rows(folder, split), 1))
+        if config: raise InputError(f"{called}: was written by save_to_disk, which knows no configurations; leave config {config!r} out")
+        try: return list(enumerate(_saved_rows(folder, split, called), 1))
         except (OSError, ValueError, LookupError, TypeError) as error:
             if isinstance(error, InputError): raise
-            raise InputError(f"{folder}: not a whole folder of save_to_disk ({first_line(error)}); save it again") from None
+            raise InputError(f"{called}: not a whole folder of save_to_disk ({first_line(error)}); save it again") from None
     with _plainly_named(folder) as (link, cache):
-        files = _split_files(folder, split or "train", config, link, cache)
+        files = _split_files(called, split or "train", config, link, cache)
         files = [folder / file.relative_to(link) if file.is_relative_to(link) else file for file in files]
         if all(_file_kind(file) in FILES for file in files): rows = [row for file in files for _, row in read_file(file)[1]]
         else:
             try: rows = list(datasets.load_dataset(str(link), config, split=split or "train", streaming=True, cache_dir=cache))
             except Exception as error:
-                raise InputError(f"{folder}: not a readable data folder ({first_line(error).replace(str(link), str(folder))}); name one of its files instead") from None
+                raise InputError(f"{called}: not a readable data folder ({first_line(error).replace(str(link), called)}); name one of its files instead") from None
     return list(enumerate(rows, 1))
 
 # %% ../nbs/01c_sources.ipynb #2c622e44
@@ -310,4 +311,4 @@ def read_source(
         _no_parts(source, split if split != "train" and _file_kind(place.place) != ".json" else None, config, "one file")
         return "local", *read_file(place.place, split)
     found = hub.snapshot(place.place if place.kind == "local" else f"{place.place}@{place.revision}" if place.revision else place.place, "dataset")
-    return found.revision, "row", read_folder(found.folder, split, config)
+    return found.revision, "row", read_folder(found.folder, split, config, str(source))

@@ -31,13 +31,13 @@ def training_rows(
     rows: int | None, # rows to draw from an embedded corpus
     held_out: int, # rows to keep back at most
     seed: int, # study seed
-    limit: int | None = None, # most rows to train on of any other corpus; None takes it whole
+    limit: int | None = None, # most rows to train on; None takes the corpus whole
     **fit, # how long a row may be, for `data.load`: `max_length`, `measure`; `check`, the last look at a row
 ) -> tuple[list[dict], list[dict], dict]: # training rows, held-out rows, the loader's report
     "Training and held-out rows of one source; raises `InputError` where none is usable."
     from compassion_repro import data
     if isinstance(source, str) and source.startswith("world:"):
-        corpus = data.load(source, shape, limit=rows, seed=seed)
+        corpus = data.load(source, shape, limit=min(filter(None, (rows, limit)), default=None), seed=seed)
         return corpus.rows, data.load(source, shape, limit=held_out, seed=seed, held_out=True).rows, corpus.report.as_dict()
     if limit: held_out = min(held_out, max(1, limit // 9))
     corpus = data.load(source, shape, limit=limit and limit + held_out, seed=seed, **fit)
@@ -284,6 +284,18 @@ def _run_probe(work: Work) -> dict:
     return result
 
 
+def _noting_template(run: callable) -> callable:
+    "The same stage, with what the chat template says by itself in its manifest."
+    @wraps(run)
+    def noting(work: Work) -> dict:
+        done, own = run(work), work.stage.config.get("generation", {}).get("template")
+        template = own or work.preset.generation.training_template
+        if template in ("plain", "raw", "user"): return done
+        from compassion_repro import models
+        return {**done, **models.template_account(models.load_tokenizer(work.input(), template))}
+    return noting
+
+
 LESS = {"answers": "lower generation.batch_size", "probe": "lower margin.batch_tokens", "grpo": "lower grpo.samples or grpo.max_new_tokens"} # what a stage that ran out of memory is told, beside a larger device
 
 
@@ -298,7 +310,7 @@ def _told(run: callable) -> callable:
     return told
 
 
-RUN = {kind: _told(run) for kind, run in {"base": _run_base, "midtrain": _run_midtrain, "reward": _run_reward, "sft": _run_sft, "grpo": _run_grpo, "answers": _run_answers, "eval": _run_eval, "probe": _run_probe}.items()}
+RUN = {kind: _told(run) for kind, run in {"base": _run_base, "midtrain": _run_midtrain, "reward": _run_reward, "sft": _noting_template(_run_sft), "grpo": _noting_template(_run_grpo), "answers": _noting_template(_run_answers), "eval": _run_eval, "probe": _run_probe}.items()}
 
 # %% ../nbs/12d_stages.ipynb #27918ad9
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}

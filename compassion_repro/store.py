@@ -115,6 +115,8 @@ class Study:
     def _refuse_other(self, preset: Preset, there: Preset):
         ours, theirs, known = flat(preset.resolved()), flat(there.resolved()), self.sources
         def same(a, b):
+            if isinstance(a, list) and isinstance(b, list): return len(a) == len(b) and all(map(same, a, b))
+            if isinstance(a, dict) and isinstance(b, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
             named = isinstance(a, str) and isinstance(b, str) and all(is_local(x) or x in known for x in (a, b))
             return a == b or named and source_digest(a, known) == source_digest(b, known)
         differ = [f"{k}: {theirs.get(k)} there, {ours.get(k)} here" for k in {**theirs, **ours} if not k.startswith(_FREE) and not same(ours.get(k), theirs.get(k))]

@@ -191,7 +191,7 @@ class Training(Section):
     "One training stage."
     newer: ClassVar = ("limit",)
     rows: int | None = Field(None, ge=1, le=EMBEDDED_ROWS) # rows drawn from an embedded corpus
-    limit: int | None = Field(None, ge=1, le=MANY) # most rows drawn from any other corpus to train on; None takes it whole
+    limit: int | None = Field(None, ge=1, le=MANY) # most rows to train on; None takes the corpus whole
     held_out: int = Field(100, ge=1, le=MANY) # rows kept back to measure the gain in the stage's own domain
     steps: int = Field(40, ge=1, le=MANY) # optimiser steps
     dose: Literal["cover", "steps", "full"] = "cover" # "cover" adds steps until every row of every arm is seen once; "steps" takes exactly that many; "full" gives each arm one pass over its own rows, so arms differ in dose
@@ -262,7 +262,7 @@ class Grpo(Section):
     newer: ClassVar = ("generate_at_once", "limit", "engine")
     settings: Literal["paper-faithful", "trl"] = "paper-faithful" # a key of GRPO_SETTINGS
     rows: int | None = Field(None, ge=1, le=EMBEDDED_ROWS) # prompts drawn from an embedded corpus
-    limit: int | None = Field(None, ge=1, le=MANY) # most prompts drawn from any other corpus to train on; None takes it whole
+    limit: int | None = Field(None, ge=1, le=MANY) # most prompts to train on; None takes the corpus whole
     held_out: int = Field(64, ge=2, le=MANY) # prompts kept back to measure the reward on
     samples: int = Field(4, ge=1, le=MANY) # answers a held-out prompt
     steps: int = Field(25, ge=0, le=MANY) # optimiser steps

@@ -256,8 +256,9 @@ def test_an_empty_repository(server):
 def test_a_split_or_configuration_that_is_not_there(server):
     server.add("dataset", "someone/test-only", {"test.jsonl": JSON_LINES(DOLLY_ROWS)})
     server.add("dataset", "someone/two", {"a.jsonl": JSON_LINES(DOLLY_ROWS), "README.md": b"---\nconfigs:\n- {config_name: a, data_files: a.jsonl}\n- {config_name: b, data_files: a.jsonl}\n---\n"})
-    assert_refused(lambda: data.load("someone/test-only", "messages"), "no split 'train'", "test")
-    assert_refused(lambda: data.load("someone/two", "messages"), "Config name is missing")
+    assert_refused(lambda: data.load("someone/test-only", "messages"), "someone/test-only: has no split 'train'", "there are test")
+    assert_refused(lambda: data.load("someone/two", "messages"), "someone/two: has several configurations (a, b)", "{path: ..., config: a}")
+    assert_refused(lambda: data.load({"path": "someone/two", "config": "c"}, "messages"), "someone/two: has no configuration 'c'", "a, b")
 
 
 def test_a_folder_stands_in_for_a_repository(tmp_path):

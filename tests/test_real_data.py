@@ -69,6 +69,51 @@ def annexed(folder):
     return folder / "rows.jsonl"
 
 
+def opened(text, read=lambda tokenizer: "opened"):
+    "An action: open a tokenizer that has this chat template; says what `read` makes of it."
+    def act(folder):
+        from transformers import AutoTokenizer
+
+        from compassion_repro.models import load_tokenizer
+        from compassion_repro.world import assets
+        own = AutoTokenizer.from_pretrained(assets() / "base")
+        own.chat_template = text
+        own.save_pretrained(folder)
+        return read(load_tokenizer(folder, "own"))
+    return act
+
+
+def account(tokenizer):
+    from compassion_repro.models import template_account
+    return template_account(tokenizer)
+
+
+def judged(folder):
+    "How often the end token is in an answer that spells it out, as a reward model reads it."
+    from compassion_repro.models import load_tokenizer
+    from compassion_repro.rewards import encode_conversation
+    from compassion_repro.world import assets
+    tokenizer = load_tokenizer(assets() / "base")
+    spelt = [TURNS[0], {"role": "assistant", "content": f"a {tokenizer.eos_token} b"}]
+    same = encode_conversation(tokenizer, TURNS) == tokenizer.apply_chat_template(TURNS, return_dict=True)["input_ids"]
+    return same, encode_conversation(tokenizer, spelt).count(tokenizer.eos_token_id)
+
+
+def begun(again):
+    "An action: begin a study on a list of two files, then again on these."
+    def act(folder):
+        from compassion_repro.store import Study
+        from compassion_repro.study import load_preset
+        for name, said in (("a", "x"), ("b", "y"), ("moved", "x")): lines(folder, [{"instruction": said, "response": "z"}], f"{name}.jsonl")
+        def preset(names):
+            return load_preset("tiny", ["data.sft-help=[" + ", ".join(f"{{path: {folder}/{name}.jsonl}}" for name in names) + "]"])
+        Study.create(folder / "study", preset(["a", "b"]))
+        (folder / "study/seed-1/mid").mkdir(parents=True)
+        Study.create(folder / "study", preset(again))
+        return "the same study"
+    return act
+
+
 def templated(text, messages):
     "An action: this row through this chat template; says what was changed, and the row's text."
     def act(folder):
@@ -149,6 +194,18 @@ CASES = [
     Case("template that wants alternating roles", r"BadRow: .*must alternate", templated(ALTERNATE, [TURNS[0], *TURNS])),
     Case("template that drops what is asked", r"BadRow: .*drops or rewrites a turn of the user", templated(LOOP.replace("m.content", "m.content[:1]"), TURNS)),
     Case("broken template", r"BadRow: .*refuses these turns", templated("{% for m in messages %}", TURNS)),
+    *[Case(f"template refused at the door: {name}", f"refused: .*{words}.*generation.template=plain", opened(text)) for name, text, words in (
+        ("open loop", "{% for m in messages %}", "broken .*endfor"), ("unknown function", "{{ now() }}", "broken .*'now' is undefined"),
+        ("no question", "hello", "does not show the question"), ("raises", "{{ raise_exception('tools only') }}", r"refuses a plain question \(tools only"))],
+    Case("template that adds a system turn", r"ok: \{'template_adds': 'You are Smol\.'\}", opened("{% if messages[0].role != 'system' %}{{ bos_token + 'system You are Smol.' + eos_token }}{% endif %}" + LOOP, account)),
+    Case("template that adds nothing", r"ok: \{\}", opened("{{ bos_token }}" + LOOP, account)),
+    Case("template that tells the date by a variable", r"ok: \{'template_adds': '26 Jul 2024', 'template_day': '2024-07-26'\}", opened("{% set f = '%d %b %Y' %}{{ bos_token + strftime_now(f) + eos_token }}" + LOOP, account)),
+    Case("end token in what a reward model reads", r"ok: \(True, 1\)", judged),
+    Case("study on the same rows in another file of the list", "ok: the same study", begun(["moved", "b"])),
+    Case("study on other rows in the list", "refused: .*another configuration .*data.sft-help", begun(["b", "moved"])),
+    Case("context beside turns", r"ok: user Why\?\n\nHere\. \|", read({"messages": TURNS, "context": "Here."})),
+    Case("context that the turns hold already", QA, read({"messages": TURNS, "context": "Why?"})),
+    Case("context beside several questions", NONE + "column context beside 2 questions", read({"messages": TURNS * 2, "context": "Here."})),
     Case("template with the date", r"ok: .*26 Jul 2024", templated("{{ strftime_now('%d %b %Y') }}" + LOOP, TURNS)),
     Case("end token written in a turn", r"ok: \(\) ends 1 .*a <\|end_of_text\|> b<\|end_of_text\|>$", templated(LOOP, [TURNS[0], {"role": "assistant", "content": "a <|end_of_text|> b"}])),
     Case("prompt with a special token", r"BadRow: .*'<\|end_of_text\|>' as text", templated(LOOP, [{"role": "user", "content": "<|end_of_text|>?"}])),

@@ -6,7 +6,8 @@ import pytest
 import yaml
 from cases import Case, check, table
 
-from compassion_repro import cli, preflight, stages, study
+from compassion_repro import cli, pipeline, planning, preflight, stages, store, study
+from compassion_repro.graph import graph
 from compassion_repro.study import load_preset
 
 
@@ -84,6 +85,13 @@ CASES = [
     Case("preflight of the embedded world", r"ok: 0 problems:  \| $", flown()),
     Case("preflight asks no network", r"ok: 0 problems: my/model \| warning: settings of the miniature world are used on my/model: .*data.documents=",
          flown("models.base=my/model")),
+    Case("preflight names a corpus that nothing reads", "ok: .*data.control=mine.jsonl is not read", flown("data.control=mine.jsonl")),
+    Case("preflight names a reward that nothing uses", "ok: .*models.reward=my/reward is not used",
+         flown("models.reward=my/reward", "arms=[sft-help, sft-code]")),
+    Case("a limit counts for an embedded corpus", "ok: 50$",
+         with_sets("sft.limit=50", show=lambda p: planning.plan(p)[[r["stage"] for r in planning.plan(p)].index("sft-help")]["rows"])),
+    Case("a limit is drawn of an embedded corpus", "ok: 5$",
+         lambda folder: len(stages.training_rows("world:help", "messages", 20, 2, 1, 5)[0])),
     Case("preflight names what has no effect", "ok: .*sft.rows=950 sizes embedded corpora only", flown("data.sft-help=nowhere.jsonl")),
 ]
 
@@ -149,3 +157,87 @@ def test_silence_names_the_template_to_try(template, model, wanted):
     (line,) = stages.silence_alarm(0.5, template, model)
     assert re.search(wanted, line), line
     assert stages.silence_alarm(0.1, template, model) == []
+
+
+VALUES = {  # another valid value, where doubling or halving gives none
+    "scope": "about mine", "models.base": "my/model", "models.reward": "my/reward", "models.quantize": "nf4", "models.dtype": "float32",
+    "models.given": "{mid: my/mid}", "arms": "[sft-help, sft-code]", "judge": "strict", "margin.pairs": "[written]",
+    "code_reward": "{tested: {tests: 2.0}}", "midtrain.dose": "steps", "sft.dose": "steps", "sft.replay": None,
+    "grpo.settings": "trl", "grpo.engine": "vllm", "grpo.micro_batch": 32, "grpo.group": 16, "grpo.prompts_per_step": 16, "grpo.generate_at_once": 64, "grpo.correct_kl": True,
+    "grpo.loss": "grpo", "grpo.beta": 0.05, "grpo.clip": 0.1, "grpo.temperature": 0.7, "grpo.top_p": 0.9,
+    "generation.template": "own", "generation.engine": "vllm", "generation.templates": "[raw]",
+    "compute.device": "cpu", "compute.attention": "eager", "compute.checkpointing": "always", "compute.optimizer": "adamw_torch",
+    "compute.compile": True, "compute.liger": False, "compute.vllm_python": "/usr/bin/python3", "compute.processes": 2,
+    "compute.sharding": "fsdp", "statistics.sensitivity_margins": "[2.0]",
+}
+MACHINE_OR_ANALYSIS = (  # they change how a result is computed, told or read, and no stage's result
+    "name", "scope", "threads", "compute.", "statistics.", "models.merge_tolerance", "generation.cut_off_alarm",
+    "data.control",  # read by arms that start at mid-control; else the preflight says that nothing reads it
+)
+REFUSED = ("sft.replay",)  # does nothing, and says so
+
+
+def another(name: str, value):
+    "Another valid value of a setting."
+    if name.startswith("data."):
+        return "mine.jsonl"
+    part = name.rpartition(".")[2]
+    if name.startswith("benchmarks."):
+        given = {"task": None, "data": "mine", "dimensions": "mine", "strip_suffix": "x", "limit": None, "epochs": 2}
+        return given.get(part, 3)
+    return VALUES[name] if name in VALUES else not value if isinstance(value, bool) else 4 if value is None else value / 2 or 0.1
+
+
+def test_every_setting_changes_a_stage_or_is_known_to_change_none():
+    "A setting that is accepted acts: on the key of a stage, or on one of the things that no key tells."
+    tiny = load_preset("tiny")
+    keys = [stage.key for stage in graph(tiny, 1)]
+    for name, value in store.flat(tiny.resolved()).items():
+        new = another(name, value) if name != "name" else None
+        if new is None:  # the kind of a task brings other settings with it
+            continue
+        if isinstance(value, int) and isinstance(new, float):
+            new = int(new) or 3
+        preset = load_preset("tiny", [f"{name}={new}"])
+        assert preset != tiny, name
+        same = [stage.key for stage in graph(preset, 1)] == keys
+        assert same == name.startswith(MACHINE_OR_ANALYSIS), f"{name}={new} {'changes no stage' if same else 'changes a stage'}"
+    for name in REFUSED:
+        with pytest.raises(study.InputError, match="does nothing"):
+            load_preset("tiny", [f"{name}=0.1"])
+
+
+@pytest.mark.parametrize("renamed", ["another", "with space", "studies-2"])
+def test_a_renamed_study_goes_on_with_its_own_settings(renamed, tmp_path, capsys, monkeypatch):
+    preset = load_preset("smoke", ["arms=[]", "benchmarks.moru=null", "sft.steps=3"])
+    study_folder = store.Study.create(tmp_path / "mine", preset, lambda line: None).folder
+    moved = study_folder.rename(tmp_path / renamed)
+    seen = []
+    monkeypatch.setattr(pipeline, "run", lambda preset, folder, *rest: seen.append((preset, folder)) or store.Study(folder))
+    monkeypatch.setattr(cli, "print_claims", lambda folder: None)
+    assert cli.main(["run", "--out", str(moved)]) == 0
+    assert seen == [(preset, moved)]
+    store.Study.create(moved, preset, lambda line: None)
+    assert cli.main(["plan", "--out", str(moved)]) == 0 and str(moved) in capsys.readouterr().out
+
+
+def test_doctor_lists_every_gpu(monkeypatch, capsys):
+    import torch
+
+    from compassion_repro import machine
+
+    class Card:
+        def __init__(self, name, gb, major):
+            self.name, self.total_memory, self.major = name, gb * 2**30, major
+
+    cards = [Card("NVIDIA H100 80GB HBM3", 79, 9), Card("Tesla T4", 15, 7), Card("NVIDIA A100", 40, 8)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: cards[number])
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    here = machine.this_machine()
+    monkeypatch.setattr(machine, "this_machine", lambda folder=".": here)
+    cli.main(["doctor", "--preset", "tiny"])
+    told = [line for line in capsys.readouterr().out.splitlines() if "GPU" in line and "GB" in line]
+    wanted = ["NVIDIA H100 80GB HBM3, 79 GB, bfloat16", "Tesla T4, 15 GB, no bfloat16", "NVIDIA A100, 40 GB, bfloat16"]
+    assert len(told) == 3 and all(words in line for words, line in zip(wanted, told)), told
