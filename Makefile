@@ -33,8 +33,9 @@ test: check tests  ## everything that CI checks: notebooks in sync, every notebo
 tests: $(READY)  ## pytest in two workers: one item a notebook, and the end-to-end, crash and bad-input tests
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile tests
 
-check: $(READY)  ## exported modules, notebooks and README are in sync and clean
+check: $(READY)  ## exported modules, notebooks and README are in sync and clean; Colab keeps its torch
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/in_sync.py
+	$(BIN)/python tools/colab_check.py
 
 notebooks: $(READY)  ## only the notebooks' own tests, with nbdev
 	PATH="$(abspath $(BIN)):$$PATH" nbdev_test --n_workers 2

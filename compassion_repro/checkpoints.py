@@ -33,7 +33,7 @@ def weights_digest(
 ) -> str: # 16 hexadecimal characters
     "Identity of a model's weights wherever they lie: size and last megabyte of each file."
     digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    for path in sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("*/*.safetensors")): # an unmerged model's parts
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 2**20))

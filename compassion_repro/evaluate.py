@@ -36,7 +36,7 @@ from .checkpoints import keep_part, kept_parts, own_folder
 from .adapters import open_adapter
 from .hub import is_adapter
 from .model_files import check_quantised
-from .models import check_fits, check_numbers, encode_prompt, find_model, load_model, load_tokenizer, pick_device, pick_dtype, with_template
+from .models import PeftModel, check_fits, check_numbers, encode_prompt, find_model, is_unmerged, keeps_float32, load_model, load_tokenizer, pick_device, pick_dtype, with_template
 from .runner import Progress, run_inspect
 from .study import Benchmark, Generation, InputError, Notice
 from .vllm_engine import check_vllm, complete, engine_settings, request_seed, sampling
@@ -221,6 +221,12 @@ def _whole_model(source: str | Path):
         yield Path(merged)
 
 
+def _vllm_dtype(folder: Path) -> str:
+    "Number format for vLLM; raises `InputError` for a model that it cannot open."
+    if is_unmerged(folder): raise InputError(f"{folder} was not merged, which vLLM cannot open: set generation.engine=transformers")
+    return "float32" if keeps_float32(folder) else str(pick_dtype(pick_device())).removeprefix("torch.")
+
+
 def _free_share() -> float | None:
     "Share of the GPU's memory that another process may take now; None without a GPU."
     if not torch.cuda.is_available(): return None
@@ -241,7 +247,7 @@ def _generate_vllm(
         except OSError: config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         ends, work = _ends(config, tokenizer), _work(questions, tokenizer)
         requests = [(row["ids"], request_seed(seed, model, row["benchmark"], row["question_id"], row["epoch"])) for row in work]
-        engine = engine_settings(folder, max(len(ids) for ids, _ in requests), generation, str(pick_dtype(pick_device())).removeprefix("torch."), _free_share())
+        engine = engine_settings(folder, max(len(ids) for ids, _ in requests), generation, _vllm_dtype(folder), _free_share())
         answers, told = complete(requests, engine, sampling(generation, ends), python, Progress(report, len(work)).advance)
     records = [_record(row, model, seed, tokens, ends, tokenizer) for row, tokens in zip(work, answers, strict=True)]
     frame = pd.DataFrame(records).sort_values(["benchmark", "question_id", "epoch"], ignore_index=True)
@@ -285,7 +291,7 @@ def find_local(
     "Where a local model lies, fetched if need be; raises `InputError` in one line."
     place = Path(model).expanduser()
     if place.is_file(): raise InputError(f"model {model!r} is a file; give the folder that holds it")
-    if place.is_dir() and not any((place / name).is_file() for name in ("config.json", "adapter_config.json")):
+    if place.is_dir() and not any((place / name).is_file() for name in ("config.json", "adapter_config.json")) and not is_unmerged(place):
         raise InputError(f"{model} is not a model folder: it has neither config.json nor adapter_config.json")
     if not place.exists() and not model.startswith("world:") and not re.fullmatch(r"(hf/)?\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?", model):
         raise InputError(f"unknown model {model!r}: give a folder, a hub id owner/name, or an Inspect model id such as openai/gpt-4o-mini")

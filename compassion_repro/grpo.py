@@ -24,11 +24,12 @@ from statistics import median
 from .checkpoints import Checkpoints, keep_part, kept_parts, own_folder, weights_digest
 from .data import rows_sha256
 from .memory import engine_memory, read_shape
-from .models import encode_prompt, load_model, load_tokenizer, lora_config, on_one_day, row_losses
+from .models import encode_prompt, load_model, load_tokenizer, lora_config, on_one_day, row_losses, weights_folder
 from .processes import count, is_first, on_one_gpu, share, spread, trainer_words
 from .rewards import answer_text, apply_reward, finite
 from .study import GRPO_SETTINGS, Grpo, InputError, Lora, settings_markdown, write_atomically
-from .training import CHECKED, Holding, check_merge, fitted, holding, load_held, ready_adapter, save_trained, trainer_options, with_less_memory
+from .merging import CHECKED, save_trained, trained_once
+from .training import Holding, fitted, holding, load_held, number_bytes, ready_adapter, trainer_options, with_less_memory
 
 import pandas as pd
 import torch
@@ -297,9 +298,9 @@ def engine_options(
     "TRL's settings of the engine that samples; raises `InputError` where it cannot."
     check_engine(training, how)
     if training.engine == "transformers": return {}
-    shape, length = read_shape(start), training.max_prompt_tokens + training.value("max_new_tokens")
+    shape, length = read_shape(weights_folder(start)), training.max_prompt_tokens + training.value("max_new_tokens")
     if shape is None: raise InputError("the memory that vLLM needs for this model cannot be estimated (its config.json is not Llama-like): set grpo.engine=transformers")
-    share = engine_memory(shape, training.generate_at_once or training.completions, length, how.dtype.itemsize) / torch.cuda.get_device_properties(0).total_memory
+    share = engine_memory(shape, training.generate_at_once or training.completions, length, number_bytes(start, how)) / torch.cuda.get_device_properties(0).total_memory
     if share > 0.9: raise InputError(f"vLLM's share of this step would be {share:.0%} of the GPU's memory: lower grpo.generate_at_once, or set grpo.engine=transformers")
     return {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": round(share, 3), "vllm_max_model_length": length}
 
@@ -384,11 +385,14 @@ def grpo(
     for line in early: report(f"{label}: warning: {line}")
     part, again = fitted(share(training, how.compute.processes), start, lora, how)
     def attempt(part): return spread(partial(_train_with, _Given(reward), start, prompts, part, seed, lora, label=label, folder=folder, how=how, template=template, again=again), start, how, report, label)
-    ((model, log, completions, seconds), apart), fit = with_less_memory(attempt, part, report, label)
-    kept = _answered(held_out, answers_before)
+    def trained():
+        ((model, log, completions, seconds), apart), fit = with_less_memory(attempt, part, report, label)
+        return model, {"log": log, "completions": completions, "seconds": seconds, "fit": fit | apart}
+    model, told = trained_once(folder, trained, start, how, report, label)
+    kept, log, completions = _answered(held_out, answers_before), told["log"], told["completions"]
     live = row_losses(model, tokenizer, kept)
-    saved = save_trained(model, tokenizer, start, out, how)
-    check = check_merge(live, row_losses(load_model(out), tokenizer, kept), how.tolerance)
+    def measure(): return row_losses(load_model(out), tokenizer, kept)
+    saved, _ = save_trained(model, tokenizer, start, out, how, live, measure, report, label, folder)
     after, answers_after = held_out_rewards(load_model(out), tokenizer, held_out, reward, training, seed)
     late = warnings_of(log)
     for line in late: report(f"{label}: warning: {line}")
@@ -396,10 +400,10 @@ def grpo(
     answers = pd.concat([answers_before.assign(when="before"), answers_after.assign(when="after")], ignore_index=True)
     write_atomically(Path(out) / "held_out.parquet", answers.to_parquet)
     return {"rows": len(prompts), "steps": training.steps, "completions": training.steps * training.completions, "settings": {key: training.value(key) for key in GRPO_SETTINGS[training.settings]},
-            "reward": getattr(reward, "__name__", type(reward).__name__), "abstained": sum(record["abstained"] for record in log) / len(log) if log else 0., "abstained_held_out": float(answers_after.reward.isna().mean()), **reward_gain(before, after), **saved, **fit, **apart, "checkpointing": again,
+            "reward": getattr(reward, "__name__", type(reward).__name__), "abstained": sum(record["abstained"] for record in log) / len(log) if log else 0., "abstained_held_out": float(answers_after.reward.isna().mean()), **reward_gain(before, after), **saved, **told["fit"], "checkpointing": again,
             **({"engine": f"vllm {importlib.metadata.version('vllm')}"} if training.engine == "vllm" else {}),
-            "merge_check": check, "adapter": lora and lora.model_dump(), "reference": "the start, under the adapter" if lora else "a copy of the start",
-            "train_seconds": round(seconds, 2), "warnings": early + late, "log": log}
+            "adapter": lora and lora.model_dump(), "reference": "the start, under the adapter" if lora else "a copy of the start",
+            "train_seconds": round(told["seconds"], 2), "warnings": early + late, "log": log}
 
 
 def _answered(rows: list[dict], answers: pd.DataFrame) -> list[dict]:

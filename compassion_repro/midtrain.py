@@ -27,7 +27,8 @@ from .data import rows_sha256
 from .models import END, IGNORE, encode_row, load_model, load_tokenizer, lora_config, render, row_losses, save_model
 from .processes import count, laid_out, on_one_gpu, share, spread, trainer_words
 from .study import InputError, Lora, Training
-from .training import CHECKED, Holding, check_merge, fitted, holding, load_held, ready_adapter, save_trained, trainer_options, with_less_memory
+from .merging import CHECKED, save_trained, trained_once
+from .training import Holding, fitted, holding, load_held, ready_adapter, trainer_options, with_less_memory
 
 # %% ../nbs/04_midtrain.ipynb #f45d1853
 def pack(
@@ -157,12 +158,15 @@ def train_stage(
     before = torch.tensor(remembered(folder, "before", lambda: row_losses(load_model(start), tokenizer, held_out).tolist()))
     training, again = fitted(share(training, how.compute.processes), start, lora, how)
     def attempt(training): return spread(partial(_train_from, start, template, rows, training, steps, seed, lora, label=label, how=how, checkpointing=again, folder=folder), start, how, report, label)
-    ((model, done), apart), fit = with_less_memory(attempt, training, report, label)
+    def trained():
+        ((model, done), apart), fit = with_less_memory(attempt, training, report, label)
+        return model, {"done": done, "fit": fit | apart}
+    model, told = trained_once(folder, trained, start, how, report, label)
     live = row_losses(model, tokenizer, held_out[:CHECKED])
-    saved = save_trained(model, tokenizer, start, out, how)
-    after = row_losses(load_model(out), tokenizer, held_out)
+    def measure(): return row_losses(load_model(out), tokenizer, held_out)
+    saved, after = save_trained(model, tokenizer, start, out, how, live, measure, report, label, folder)
     gain = held_out_gain(before, after)
-    return {**done, **gain, **saved, **fit, **apart, "checkpointing": again, "merge_check": check_merge(live, after[:CHECKED], how.tolerance), "adapter": lora and lora.model_dump()}
+    return {**told["done"], **gain, **saved, **told["fit"], "checkpointing": again, "adapter": lora and lora.model_dump()}
 
 
 def _train_from(start, template, rows, training, steps, seed, lora, **words):

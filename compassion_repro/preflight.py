@@ -526,7 +526,7 @@ def check_before_training(
     say: Callable[[str], None] = print,  # called with each line worth keeping
 ):
     "Open everything that a user brings before the first stage runs; raises `InputError` with all that is wrong."
-    prepare(preset)
+    prepare(preset, say)
     flight = preflight(preset, study.folder, say)
     if wrong := [*flight.lacks, *flight.problems]:
         raise InputError("; also, ".join(wrong))

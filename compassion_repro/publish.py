@@ -210,6 +210,7 @@ def lay_out(
     "Put everything that is uploaded into a folder; raises `InputError` where no adapter was kept."
     source = made.folder / "adapter" if adapter else made.folder
     if adapter and not (source / "adapter_config.json").is_file(): raise InputError(f"{made.model} has no adapter of its own, it was merged: push the whole model, without --adapter")
+    if not adapter and not (made.folder / "config.json").is_file(): raise InputError(f"{made.model} was not merged, because the merged model was not the trained one: push its adapter alone, with --adapter")
     for pattern in ADAPTER if adapter else WEIGHTS:
         for file in source.glob(pattern):
             if file.suffix == ".json" and file.name != "tokenizer.json": (out / file.name).write_text(json.dumps(without_paths(json.loads(file.read_text(encoding="utf-8"))), indent=2), encoding="utf-8")

@@ -269,7 +269,7 @@ def benchmark(
     where = using or level()
     code, tests = "def add(x):\n    return x + 93", "assert add(92) == 185\nassert add(93) == 186"
     began = time.perf_counter()
-    results = run_many([(code, tests)] * programs, using=where)
+    results = run_many([(code, tests)] * programs, using=where, timeout_s=60)
     pooled = time.perf_counter() - began
     if not all(result.passed for result in results): raise InputError(f"the sandbox level {where} does not work on this machine: {results[0].stderr.strip()}")
     bare, jailed = [], []
@@ -277,7 +277,7 @@ def benchmark(
         began = time.perf_counter()
         subprocess.run([interpreter_files()[0], *FLAGS, "-c", f"{code}\n{tests}"], env={}, check=True)
         bare.append(time.perf_counter() - began)
-        jailed.append(run_code(code, tests, using=where).seconds)
+        jailed.append(run_code(code, tests, using=where, timeout_s=60).seconds)
     bare, jailed = sorted(bare)[len(bare) // 2], sorted(jailed)[len(jailed) // 2]
     return {"level": where, "programs_per_second": programs / pooled, "milliseconds_per_program": 1000 * jailed, "milliseconds_bare": 1000 * bare,
             "overhead_milliseconds": 1000 * (jailed - bare), "ratio_to_bare": jailed / bare}

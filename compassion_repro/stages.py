@@ -322,15 +322,20 @@ RUN = {kind: _told(run) for kind, run in {"base": _run_base, "midtrain": _run_mi
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
 
 
-def prepare(preset: Preset):
+def prepare(
+    preset: Preset, # the study
+    say: callable = print, # called with one line where the environment held another launcher's settings
+):
     "Settings that libraries read when they are imported: threads that wait without spinning (on a busy machine that doubled the speed of training), quiet, no telemetry."
     os.environ["OMP_NUM_THREADS"] = str(preset.threads)
     if preset.compute.device == "cpu": os.environ["CUDA_VISIBLE_DEVICES"] = ""
     for name, value in ENVIRONMENT.items(): os.environ.setdefault(name, value)
     import torch
     import warnings
+    from compassion_repro.processes import drop_launcher
     from datasets import disable_progress_bars
     from transformers.utils import logging
+    drop_launcher(say)
     torch.set_num_threads(preset.threads)
     getLogger("bitsandbytes").setLevel(ERROR) # it advises a package that is not wanted
     logging.disable_progress_bar(), disable_progress_bars()

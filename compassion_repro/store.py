@@ -53,7 +53,7 @@ def flat(values: dict, prefix: str = "") -> dict:
     return {k: v for name, value in values.items() for k, v in (flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}).items()}
 
 
-_FREE = ("scope", "compute.", "generation.templates", "generation.cut_off_alarm") # what may change in a study: how the machine is used, what else is asked and told
+_FREE = ("scope", "compute.", "generation.templates", "generation.cut_off_alarm", "models.merge_tolerance") # what may change in a study: how the machine is used, what else is asked and told
 
 
 def study_name(preset: Preset, default: Preset) -> str:
@@ -213,7 +213,8 @@ def stage_facts(manifest: dict) -> str:
     "What a stage did, in a few words."
     r = manifest["result"]
     cut = f" ({r['data']['truncated']} cut to fit a sequence{', {:,} tokens of those trained on lost'.format(r['account']['truncated']) if 'account' in r else ''})" if r.get("data", {}).get("truncated") else f" ({r['split_rows']} split over sequences)" if r.get("split_rows") else ""
-    untrained = ("" if r.get("trained", True) else " (not trained)") + (f"; out of memory, micro-batch lowered to {r['micro_batch']}" if r.get("out_of_memory") else "")
+    way = r.get("merge_check", {}).get("way", "own")
+    untrained = ("" if r.get("trained", True) else " (not trained)") + (f"; merge: {way}" if way != "own" else "") + (f"; out of memory, micro-batch lowered to {r['micro_batch']}" if r.get("out_of_memory") else "")
     if "margin_mean" in r: return f"{r['pairs']} pairs, margin {r['margin_mean']:+.3f} nats a token" + ("" if r["kl_mean"] is None else f"; KL from mid {r['kl_mean']:.4f}")
     if "reward_after" in r: return f"{r['rows']} prompts, {r['steps']} steps, {r['completions']:,} completions; held-out reward {_reward_facts(r, untrained)}"
     if "accuracy" in r: return f"{r['pairs']} pairs, {r['steps']} steps; {r['accuracy']:.1%} of held-out pairs right, correlation with length {r['length_correlation']:+.2f}"

@@ -1,4 +1,6 @@
 """What the end-to-end tests share: the smallest study, and a finished copy of it."""
+import atexit
+import json
 import os
 import re
 import shutil
@@ -6,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -15,11 +18,16 @@ from filelock import FileLock
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def remove_in(process: int, folder: Path):
+    "Remove a folder, where this is the process that made it and none of its forks."
+    if os.getpid() == process: shutil.rmtree(folder, ignore_errors=True)
+
 
 def hide_programs(names: list[str]):
     "Let this process and its children find every program of PATH but these: a machine that lacks them."
     folder = Path(tempfile.mkdtemp(prefix="path-"))
     folder.chmod(0o755)
+    atexit.register(remove_in, os.getpid(), folder)
     for place in filter(os.path.isdir, os.get_exec_path()):
         for program in os.scandir(place):
             if program.name not in names and not (folder / program.name).is_symlink():
@@ -60,6 +68,14 @@ def assert_one_line(done, *parts: str):
     for part in parts: assert part in done.stderr, done.stderr
 
 
+def wait_for(condition, process: subprocess.Popen | None = None, seconds: float = 600):
+    "Wait until something holds or a process has ended; what never comes fails, on however slow a machine."
+    end = time.monotonic() + seconds
+    while not condition() and (process is None or process.poll() is None):
+        assert time.monotonic() < end, f"waited for {seconds:.0f} s in vain"
+        time.sleep(0.01)
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, worker_id) -> Path:
     "A finished crash-test study, one for all workers; copy it before changing it."
@@ -69,8 +85,23 @@ def finished(tmp_path_factory, worker_id) -> Path:
         if not (out.parent / "stdout.txt").exists():
             done = run_study(out, report=True)
             assert done.returncode == 0, done.stderr[-3000:]
+            (shared / "finished.json").write_text(json.dumps(listing(out)))
             (out.parent / "stdout.txt").write_text(done.stdout)
     return out
+
+
+def listing(folder: Path) -> dict[str, list[int]]:
+    "Every file with its size and when it was written; locks come and go."
+    files = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith((".lock", "..lock")) and p.suffix != ".lock")
+    return {str(p.relative_to(folder)): [p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(files)}
+
+
+def written_to(config) -> list[str]:
+    "Files of the shared finished study that some test changed, added or removed; they would mislead the tests after it."
+    shared = getattr(getattr(config, "_tmp_path_factory", None), "_basetemp", None)
+    if not shared or not (shared / "finished.json").exists(): return []
+    before, now = json.loads((shared / "finished.json").read_text()), listing(shared / "finished" / "study")
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
 
 
 def copy_study(study: Path, to: Path, *leave_out: str) -> Path:
@@ -121,8 +152,8 @@ def missing_groups(config) -> dict[str, int]:
 
 
 def pytest_sessionfinish(session, exitstatus):
-    if not hasattr(session.config, "workerinput") and exitstatus == 0 and missing_groups(session.config):
-        session.exitstatus = 1
+    if hasattr(session.config, "workerinput") or exitstatus != 0: return
+    if missing_groups(session.config) or written_to(session.config): session.exitstatus = 1
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -133,3 +164,5 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.line(f"{count:4} skipped: {group}{command}")
     for group, count in missing_groups(config).items():
         terminalreporter.line(f"FAILED: {group} is required here (COMPASSION_REQUIRED_GROUPS), and {count} tests were skipped")
+    if not hasattr(config, "workerinput") and (names := written_to(config)):
+        terminalreporter.line(f"FAILED: a test wrote into the shared finished study: {', '.join(names[:8])}{' ...' * (len(names) > 8)}; let it take a copy (study_copy)")

@@ -20,10 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
-from conftest import settings
+from conftest import settings, wait_for
 from kills import contents, kill, start
 
-PATIENCE = 90                                               # seconds that a command may take; the smallest study takes 30
+PATIENCE = 240                                              # seconds of processor time that a command may take; the smallest study takes 30
 JUDGED = ["--judge", "purse/fine", "--yes"]
 
 
@@ -212,7 +212,7 @@ def make_half(folder: Path, study: Path):
     (folder / "contents.json").write_text(json.dumps(contents(study)))
     shutil.rmtree(folder / "study" / "seed-1" / "sft-help")
     process = start(folder / "study", "compute.checkpoint_minutes=0.0000001")
-    while process.poll() is None and not list(folder.glob("study/seed-1/.sft-help.checkpoints/checkpoint-*/seal.json")): time.sleep(0.01)
+    wait_for(lambda: list(folder.glob("study/seed-1/.sft-help.checkpoints/checkpoint-*/seal.json")), process)
     kill(process)
 
 
@@ -269,12 +269,15 @@ class Hung(BaseException):
 
 @contextlib.contextmanager
 def patience(seconds: float):
-    "An end to waiting, for what would go on for ever."
-    def give_up(number, frame): raise Hung(f"no end after {seconds:.0f} s")
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    "An end to what would go on for ever: after so much processor time, which other programs cannot use up, or ten times as much by the clock."
+    def give_up(number, frame): raise Hung(f"no end after {seconds:.0f} s of processor time or {10 * seconds:.0f} s in all")
+    timers = ((signal.SIGPROF, signal.ITIMER_PROF, seconds), (signal.SIGALRM, signal.ITIMER_REAL, 10 * seconds))
+    before = [signal.signal(number, give_up) for number, _, _ in timers]
+    for _, timer, limit in timers: signal.setitimer(timer, limit)
     try: yield
-    finally: signal.setitimer(signal.ITIMER_REAL, 0), signal.signal(signal.SIGALRM, before)
+    finally:
+        for _, timer, _ in timers: signal.setitimer(timer, 0)
+        for (number, _, _), handler in zip(timers, before): signal.signal(number, handler)
 
 
 class Accepted(Exception):

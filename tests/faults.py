@@ -1,7 +1,8 @@
-"""Fault injection: `make faults`, or `python tests/faults.py [--runs 100] [--pairs 5] [--no-ray] [--inputs N] [--seed 1] [--workers 4]`.
+"""Fault injection: `make faults`, or `python tests/faults.py [--runs 100] [--pairs 5] [--no-ray] [--inputs N] [--seed 1] [--workers 4] [--walk N] [--only PART ...]`.
 
-Studies are killed at random moments and started again; everything that the package reads is damaged in turn. One table is printed, and figures/faults.json keeps the counts
-with n, seed, machine and commit. Exit status 1 where anything was lost, repeated, half used, paid twice, or wrong.
+Studies are killed at random moments and started again; everything that the package reads is damaged in turn; a walk strikes at file operations (tests/walk.py), in a process that
+runs no threads. One table is printed, and figures/faults.json keeps the counts with n, seed, machine and commit; with --only, that of the parts that ran, each with its own machine and
+commit, beside the others as they were. Exit status 1 where anything was lost, repeated, half used, paid twice, or wrong.
 """
 import argparse
 import importlib.util
@@ -129,6 +130,40 @@ def damage_inputs(count: int, seed: int, workers: int, folder: Path, console: Co
     return {"seed": seed, "workers": workers, **damage.summary(sorted(results, key=lambda r: r["case"]))}
 
 
+WALK = """
+import json, sys
+from pathlib import Path
+from walk import walk_creation, walk_study
+which, folder, workers, most, out = sys.argv[1:]
+how = {"most": int(most)} if which == "study" else {}
+tell = lambda done, of: print(done, of, flush=True)
+found = {"creation": walk_creation, "study": walk_study}[which](Path(folder), int(workers), tell=tell, **how)
+Path(out).write_text(json.dumps(found))
+"""
+
+
+def walked(which: str, most: int, workers: int, folder: Path, console: Console) -> dict:
+    "Strike at the file operations of a study's creation (all, in every way) or of a whole study (a sample)."
+    place, out = folder / which, folder / f"{which}.json"
+    place.mkdir(parents=True)
+    words = [sys.executable, "-c", WALK, which, place, workers, most, out]
+    path = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    settings = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, text=True, env=settings) as walking, progress_bar(console) as progress:
+        bar = progress.add_task(f"file operations struck: {which}", total=None, bad="")
+        for line in walking.stdout:
+            done, of = map(int, line.split())
+            progress.update(bar, completed=done, total=of)
+    if walking.returncode: raise SystemExit(f"the walk through a {which} failed")
+    return json.loads(out.read_text())
+
+
+def walks(most: int, workers: int, folder: Path, console: Console) -> dict:
+    "Both walks; each process forks one attempt after another."
+    found = {which: walked(which, most, workers, folder / "walk", console) for which in ("creation", "study")}
+    return {"workers": workers, **found, "bad": [bad for walk in found.values() for bad in walk.pop("bad")]}
+
+
 def rows(found: dict) -> list[tuple[str, str]]:
     "The table's lines."
     lines = []
@@ -143,27 +178,44 @@ def rows(found: dict) -> list[tuple[str, str]]:
     if inputs := found.get("inputs"):
         lines += [("inputs damaged", f"{inputs['inputs']}, of {len(inputs['families'])} kinds"), ("refused in one line, repaired, or read in part and told", f"{inputs['refused']}, {inputs['repaired']}, {inputs['told']}"),
                   ("tracebacks, wrong results and other ends", f"{inputs['tracebacks']}, {len(inputs['bad']) - inputs['tracebacks']}")]
+    if walk := found.get("walk"):
+        creation, study = walk["creation"], walk["study"]
+        struck = creation["struck"] + study["struck"]
+        lines += [("file operations struck (SIGKILL, ENOSPC, EIO, EROFS), then started again", f"{struck}: {creation['struck']} of a study's creation ({creation['operations']} operations, each in every way), {study['struck']} of a whole study ({study['operations']} operations, a sample)"),
+                  ("ended as if nothing had happened", f"{creation['good'] + study['good']} of {struck}")]
     return lines
+
+
+def kept(file: Path, found: dict) -> dict:
+    "The file's figures with the parts that ran now laid over them; each of these says what it was measured on."
+    measured = {name: value for name, value in found.items() if name not in PARTS}
+    before = json.loads(file.read_text()) if file.exists() else {}
+    return before | {name: part | {"measured": measured} for name, part in found.items() if name in PARTS}
+
+
+PARTS = ("kills", "ray", "inputs", "walk")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Break the package on purpose and count what it loses.")
-    for name, default, text in (("runs", 100, "studies to kill"), ("pairs", 5, "times that two commands work on one study"), ("inputs", 10_000, "inputs to damage, at most"), ("seed", 1, "of the moments and of the damage"), ("workers", os.cpu_count(), "at once")):
+    for name, default, text in (("runs", 100, "studies to kill"), ("pairs", 5, "times that two commands work on one study"), ("inputs", 10_000, "inputs to damage, at most"), ("walk", 100, "file operations of a whole study to strike at"), ("seed", 1, "of the moments and of the damage"), ("workers", os.cpu_count(), "at once")):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default {'all' if default == 10_000 else default})")
     parser.add_argument("--no-ray", dest="ray", action="store_false", help="leave out the study on Ray")
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"only these parts ({', '.join(PARTS)}); the file's other figures stay")
     parser.add_argument("--out", type=Path, default=ROOT / "figures" / "faults.json", help="where the counts go (default figures/faults.json)")
     args = parser.parse_args()
     console, began = Console(), time.perf_counter()
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
-    found = machine()
-    if args.runs: found["kills"] = kill_runs(args.runs, args.pairs, args.seed, args.workers, folder, console)
-    if args.ray and (done := ray_run(args.seed, args.workers, folder, console)): found["ray"] = done | {"bad": [] if done["good"] else [done]}
-    if args.inputs: found["inputs"] = damage_inputs(args.inputs, args.seed, args.workers, folder, console)
+    found, todo = machine(), args.only or PARTS
+    if "kills" in todo and args.runs: found["kills"] = kill_runs(args.runs, args.pairs, args.seed, args.workers, folder, console)
+    if "ray" in todo and args.ray and (done := ray_run(args.seed, args.workers, folder, console)): found["ray"] = done | {"bad": [] if done["good"] else [done]}
+    if "inputs" in todo and args.inputs: found["inputs"] = damage_inputs(args.inputs, args.seed, args.workers, folder, console)
+    if "walk" in todo and args.walk: found["walk"] = walks(args.walk, args.workers, folder, console)
     found["seconds"] = round(time.perf_counter() - began)
     table = Table(title=f"faults injected, seed {args.seed}, {found['processors']} processors, commit {found['commit'][:12]}", title_justify="left", show_header=False)
     for row in rows(found): table.add_row(*row)
     console.print(table)
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    args.out.write_text(json.dumps(kept(args.out, found) if args.only else found, indent=1) + "\n")
     parts = [part for part in (*found.values(), found.get("kills", {}).get("two")) if isinstance(part, dict)]
     bad = sum(len(part.get("bad", [])) for part in parts)
     if bad: console.print(f"{bad} bad; their folders are kept in {folder}")

@@ -29,7 +29,7 @@ def cluster():
         assert signal.getsignal(signal.SIGTERM) is before
         yield connected
         started = psutil.Process().children(recursive=True)
-    assert started and not [p for p in psutil.wait_procs(started, timeout=30)[1] if p.status() != psutil.STATUS_ZOMBIE]
+    assert started and not [p for p in psutil.wait_procs(started, timeout=300)[1] if p.status() != psutil.STATUS_ZOMBIE]
 
 
 def without(study, *stages):
@@ -44,7 +44,7 @@ def running(stage: str) -> psutil.Process | None:
             if process.cmdline()[:1] == [f"ray::seed-1/{stage}"]: return process
 
 
-def strike(study, stage: str, how: int, whom: psutil.Process | None = None, seconds: float = 120):
+def strike(study, stage: str, how: int, whom: psutil.Process | None = None, seconds: float = 600):
     "Send a signal to the process that runs a stage, or to another, once the stage is at work."
     def wait(end=time.monotonic() + seconds):
         while not list(study.glob(f"seed-1/.{stage}.partial*")) and time.monotonic() < end: time.sleep(0.02)

@@ -1,5 +1,6 @@
 """A share of `make faults`, on copies of one finished study: killed at random moments, and read after damage. That the counting itself can fail is tested, too."""
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -11,14 +12,20 @@ from pathlib import Path
 import damage
 import pandas as pd
 import pytest
+from conftest import copy_study
 from judge_server import JUDGE, PaidJudge, kept_replies, reference
 from kills import contents, differences, is_whole, killed_study, manifests, phase
 
 
-def test_killed_twice_a_study_ends_as_if_nothing_had_happened(study_copy, finished):
-    for stage in ("mid", "sft-help", "eval-sft-code@base", "probe-base"): shutil.rmtree(study_copy / "seed-1" / stage)
+def test_killed_twice_a_study_ends_as_if_nothing_had_happened(finished, tmp_path):
     rng = random.Random(6)
-    with PaidJudge() as judge: record = killed_study(0, study_copy, [rng.uniform(4, 9), rng.uniform(5, 9)], contents(finished), judge, more=())
+    delays = [rng.uniform(4, 9), rng.uniform(5, 9)]
+    with PaidJudge() as judge:
+        for attempt in range(6):  # on a machine that is done before the kill, sooner
+            study = copy_study(finished, tmp_path / str(attempt) / "study")
+            for stage in ("mid", "sft-help", "eval-sft-code@base", "probe-base"): shutil.rmtree(study / "seed-1" / stage)
+            record = killed_study(0, study, [delay / 2**attempt for delay in delays], contents(finished), judge, more=())
+            if not isinstance(record, float): break
     assert not isinstance(record, float), f"it had ended, after {record} s, before it was killed"
     assert record.good and len(record.phases) == 2 and min(record.whole) >= 20, record
 
@@ -89,10 +96,14 @@ def test_a_call_for_a_reply_that_was_kept_counts_as_paid_twice(study_copy, finis
     script = """if True:
         import os, sys, time, urllib.request
         urllib.request.urlopen(os.environ["STANDIN_BASE_URL"] + "/chat/completions", b'{"messages": [{"content": "May I?"}]}').read()
-        time.sleep(60 * (len(sys.argv) > 1 and "/0/v1" in os.environ["STANDIN_BASE_URL"]))
+        print("asked", flush=True)
+        time.sleep(600 * ("/0/v1" in os.environ["STANDIN_BASE_URL"]))
     """
-    import os
-    monkeypatch.setattr(kills, "start", lambda out, *more, environment: subprocess.Popen([sys.executable, "-c", script, "x"], env=os.environ | environment, start_new_session=True))
+    def start(out, *more, environment):
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=os.environ | environment, start_new_session=True)
+        process.stdout.readline()  # however slow the machine is: it is killed after the call
+        return process
+    monkeypatch.setattr(kills, "start", start)
     monkeypatch.setattr(kills, "kept_replies", lambda file: {reference(b'{"messages": [{"content": "May I?"}]}')})
-    with PaidJudge(latency=0) as judge: record = killed_study(0, study_copy, [1.5], contents(finished), judge, more=())
+    with PaidJudge(latency=0) as judge: record = killed_study(0, study_copy, [0.1], contents(finished), judge, more=())
     assert record.paid == 2 and record.paid_twice == 1 and not record.good

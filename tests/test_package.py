@@ -1,4 +1,5 @@
 """The package itself: what a wheel holds, what a room imports, that the repository is in sync."""
+import importlib.util
 import json
 import re
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 HEAVY_LIBRARIES = ["torch", "transformers", "trl", "datasets", "inspect_ai"]
-HEAVY = {"sources", "lengths", "data", "models", "midtrain", "training", "sft", "tokens", "grpo", "benchmarks", "runner", "evaluate", "judges", "judge", "margin", "speed", "checkpoints", "processes"}
+HEAVY = {"sources", "lengths", "data", "models", "midtrain", "training", "sft", "tokens", "grpo", "benchmarks", "runner", "evaluate", "judges", "judge", "margin", "speed", "checkpoints", "processes", "merging"}
 
 
 def exporting() -> list[str]:
@@ -73,3 +74,30 @@ def test_the_wheel_works_outside_the_checkout(tmp_path):
 def test_constraints_pin_torch_without_a_local_suffix():
     pins = (ROOT / "constraints.txt").read_text().split()
     assert "torch==2.13.0" in pins and all("==" in pin and "+" not in pin for pin in pins)
+
+
+def colab_check():
+    "The tool, which belongs to no package."
+    spec = importlib.util.spec_from_file_location("colab_check", ROOT / "tools" / "colab_check.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
+
+
+def test_a_plain_install_keeps_what_colab_has():
+    assert colab_check().main([]) == 0
+
+
+@pytest.mark.parametrize("asked, needs, wrong", [
+    ("torch>=2.13", {}, "torch 2.11.0 would be replaced under a running session: compassion_repro requires torch>=2.13"),
+    ("trl", {"trl": ["numpy>=2.4"]}, "numpy 2.1.3 would be replaced under a running session: trl requires numpy>=2.4"),
+    ("trl", {"trl": ["nothing"], "nothing": ["pandas<2"]}, "pandas 2.2.3 would be replaced under a running session: nothing requires pandas<2"),
+    ("scipy>=1.17", {}, "scipy 1.16.3 would be replaced: compassion_repro requires scipy>=1.17: lower it or give a reason"),
+    ("datasets>=4.8.5", {}, None),
+    ("transformers>=5.15", {"transformers": ["numpy>=9"]}, None), # stays as it is, so what it requires is there
+])
+def test_colab_check_names_what_would_be_replaced(asked, needs, wrong):
+    tool = colab_check()
+    there, wanted = tool.colab_versions(), [tool.Requirement(asked)]
+    found = tool.replaced(wanted, there, lambda name: [tool.Requirement(line) for line in needs.get(name, [])])
+    assert tool.faults(found, there) == [wrong] * bool(wrong)

@@ -168,18 +168,18 @@ def test_weights_spread_over_two_processes_train_the_same_and_a_failure_in_one_e
 
 def waits(how, report):
     report(f"waiting {os.getpid()}")
-    time.sleep(60)
+    time.sleep(900)
 
 
 def test_ctrl_c_leaves_no_process_behind():
     from compassion_repro.engine import interruptible
     lines = []
     def report(line):
-        lines.append(line)
+        lines.append((line, time.perf_counter()))
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-    began = time.perf_counter()
     with pytest.raises(KeyboardInterrupt), interruptible(): spread(partial(waits, held(2)), BASE, held(2), report)
-    assert len(lines) == 1 and not psutil.pid_exists(int(lines[0].split()[1])) and time.perf_counter() - began < 60
+    [(line, began)] = lines
+    assert not psutil.pid_exists(int(line.split()[1])) and time.perf_counter() - began < 600  # it was not waited for
     assert no_process_left()
 
 

@@ -65,7 +65,8 @@ def test_rewards_have_the_names_that_the_log_shows():
     ("def twice(x):\n    return x + x\n" + "# padding\n" * 20_000, 0.0), # longer than what is parsed
 ])
 def test_unit_tests_decide_and_hostile_answers_get_nothing(answer, expected):
-    reward = rewards.code_reward(run=lambda programs: sandbox.run_many(programs, timeout_s=1))
+    limit = 60 if expected else 1  # a right answer has the time that a busy machine needs
+    reward = rewards.code_reward(run=lambda programs: sandbox.run_many(programs, timeout_s=limit))
     assert one(reward, answer, tests=TESTS) == expected
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import CRASH_SIZE, command, copy_study, settings
+from conftest import CRASH_SIZE, command, copy_study, settings, wait_for
 
 from compassion_repro import artifact, cli, pipeline, store
 from compassion_repro.store import Study
@@ -85,13 +85,13 @@ def test_a_report_does_not_mix_tables_and_stages(study_copy):
 def test_two_runs_at_once_and_one_that_was_killed(study_copy, finished, capsys):
     shutil.rmtree(study_copy / "seed-1" / "eval-mid")
     first = subprocess.Popen([*command(study_copy), *settings()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (study_copy / ".lock.holder").exists() and first.poll() is None: time.sleep(.01)
+    wait_for((study_copy / ".lock.holder").exists, first)
     for words in (["run", "--preset", "smoke", "--out", str(study_copy), *settings()], ["report", str(study_copy)]):
         assert cli.main(words) == 2
         told = capsys.readouterr().err
         assert told.count("\n") == 1 and f"is in use by `compassion-repro run`, process {first.pid} on " in told, told
     assert cli.main(["claims", str(study_copy)]) == 0            # who only reads does not wait
-    while not (study_copy / "seed-1" / ".eval-mid.partial").exists() and first.poll() is None: time.sleep(.01)
+    wait_for((study_copy / "seed-1" / ".eval-mid.partial").exists, first)
     first.send_signal(signal.SIGKILL), first.wait()
     said = carry_on(study_copy)
     assert any("took over the lock" in line for line in said) and any("1 half-written folders removed" in line for line in said) and any("23 done, 1 to run" in line for line in said)

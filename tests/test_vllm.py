@@ -81,7 +81,7 @@ def test_no_vllm_is_one_clear_line_before_any_training(tmp_path):
     assert not list(tmp_path.glob("study/seed-*/*"))
 
 
-def gone(pid: int, seconds: float = 20) -> bool:
+def gone(pid: int, seconds: float = 120) -> bool:
     "Whether a process ends in time; a dead one that nobody has waited for counts as gone."
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -5,7 +5,9 @@ added later. A walk forks one process for each attempt; it belongs in a process 
 `python tests/walk.py creation` walks through the making of a study, `python tests/walk.py study` through a whole one.
 """
 import argparse
+import contextlib
 import errno
+import importlib
 import io
 import json
 import os
@@ -15,7 +17,9 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -24,6 +28,7 @@ from conftest import CRASH_SIZE, settings  # noqa: E402
 WAYS = ("kill", "ENOSPC", "EIO", "EROFS")
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+SLOW = ("compassion_repro", "torch", "transformers", "datasets", "peft", "pandas", "scipy", "statsmodels")
 SMALLEST = ("arms=[]", "benchmarks={anima: {task: anima, data: 'world:anima', epochs: 1, size: {en: 2}}}")
 
 
@@ -81,7 +86,7 @@ def attempt(
     folder: Path,
     number: int | None = None,  # operation to strike at
     how: str = "kill",  # one of WAYS
-) -> tuple[int, str, list[str]]:  # exit status (negative: the signal), what was printed, the operations
+) -> tuple[int, str, dict]:  # exit status (negative: the signal), what was printed, operations and modules
     "Do it once, in a process of its own."
     operations, notes = Operations(folder, number, how), folder.parent / f"{folder.name}.operations"
     log = folder.parent / f"{folder.name}.log"
@@ -93,11 +98,11 @@ def attempt(
             operations.watch()
             status = act(folder)
             sys.stdout.flush(), sys.stderr.flush()
-            notes.write_text(json.dumps(operations.seen))
+            notes.write_text(json.dumps({"operations": operations.seen, "modules": sorted(sys.modules)}))
         finally:
             os._exit(status)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return status, log.read_text(errors="replace"), json.loads(notes.read_text()) if notes.exists() else []
+    return status, log.read_text(errors="replace"), json.loads(notes.read_text()) if notes.exists() else {}
 
 
 def fault(
@@ -121,6 +126,24 @@ def fault(
     return "" if state(folder) == wanted[1] else "started again, it ends with something else"
 
 
+def fault_at(act, state, wanted: tuple[int, object], folder: Path, point: tuple[int, str]) -> str:
+    "One attempt in a folder that goes again where all is well."
+    place = folder / f"{point[1]}-{point[0]}"
+    wrong = fault(act, state, wanted, place, *point)
+    if not wrong:
+        shutil.rmtree(place, ignore_errors=True)
+    return wrong
+
+
+def chosen(operations: int, ways: tuple[str, ...], sample: bool, most: int | None) -> list[tuple[int, str]]:
+    "Where to strike, and how: the numbers of operations with one of the ways."
+    errors = [how for how in ways if how != "kill"]
+    if most is None or most >= operations * len(ways):
+        return [(number, how) for number in range(operations) for how in ways
+                if not sample or how in ("kill", errors[number % len(errors)])]
+    return [(min(operations - 1, int((n + 0.5) * operations / most)), ways[n % len(ways)]) for n in range(most)]
+
+
 def walk(
     act: Callable[[Path], int],
     state: Callable[[Path], object],
@@ -128,25 +151,25 @@ def walk(
     ways: tuple[str, ...] = WAYS,
     workers: int = 1,
     sample: bool = False,  # kill at every operation, but let each fail in one way only
+    most: int | None = None,  # at so many operations only, evenly spread over the run, each in one way
+    tell: Callable[[int, int], None] = lambda done, of: None,  # called after each attempt
 ) -> dict:  # counts, and `bad`: what went wrong, by operation and way
     "Strike at every operation in every way."
-    status, said, operations = attempt(act, folder / "whole")
-    if status not in (0, 2) or not operations:
+    status, said, seen = attempt(act, folder / "whole")
+    if status not in (0, 2) or not seen:
         raise RuntimeError(f"the undisturbed run ended with {status}: {said[-500:]}")
-    wanted = status, state(folder / "whole")
-    errors = [how for how in ways if how != "kill"]
-    points = [(number, how) for number in range(len(operations)) for how in ways
-              if not sample or how in ("kill", errors[number % len(errors)])]
+    wanted, operations = (status, state(folder / "whole")), seen["operations"]
+    for module in seen["modules"]:  # once here, so that each attempt need not
+        if module.partition(".")[0] in SLOW:
+            with contextlib.suppress(Exception):
+                importlib.import_module(module)
+    points = chosen(len(operations), ways, sample, most)
 
-    def one(point: tuple[int, str]) -> str:
-        place = folder / f"{point[1]}-{point[0]}"
-        wrong = fault(act, state, wanted, place, *point)
-        if not wrong:
-            shutil.rmtree(place, ignore_errors=True)
-        return wrong
-
-    with ThreadPoolExecutor(workers) as pool:
-        found = list(pool.map(one, points))
+    found = []
+    with ProcessPoolExecutor(workers, get_context("fork")) as pool:  # a fork of a thread is another thing
+        for wrong in pool.map(partial(fault_at, act, state, wanted, folder), points):
+            found.append(wrong)
+            tell(len(found), len(points))
     bad = [{"operation": operations[n], "number": n, "way": how, "wrong": wrong}
            for (n, how), wrong in zip(points, found) if wrong]
     return {"operations": len(operations), "struck": len(points), "good": len(points) - len(bad), "bad": bad}
@@ -182,14 +205,11 @@ def begun(folder: Path) -> dict[str, str]:
 
 def walk_creation(folder: Path, workers: int = 1, **options) -> dict:
     "Through the making of a study."
-    from compassion_repro import store  # noqa: F401  so that each attempt need not import it
-
     return walk(create_study, begun, folder, workers=workers, **options)
 
 
 def walk_study(folder: Path, workers: int = 1, **options) -> dict:
     "Through a whole study."
-    from compassion_repro import cli, evaluate, pipeline, stages, training  # noqa: F401
     from kills import contents
 
     return walk(run_smallest, contents, folder, workers=workers, **options)
@@ -200,10 +220,11 @@ def main() -> int:
     parser.add_argument("which", choices=["creation", "study"], help="the making of a study, or a whole one")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="attempts at once (default 1)")
     parser.add_argument("--sample", action="store_true", help="let each operation fail in one way only")
+    parser.add_argument("--most", type=int, metavar="N", help="strike N times only, spread over the run")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="walk-"))
     walks = {"creation": walk_creation, "study": walk_study}
-    found = walks[args.which](folder, args.workers, sample=args.sample)
+    found = walks[args.which](folder, args.workers, sample=args.sample, most=args.most)
     print(json.dumps(found, indent=1))
     if not found["bad"]:
         shutil.rmtree(folder)
