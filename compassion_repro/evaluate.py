@@ -36,7 +36,7 @@ from .checkpoints import keep_part, kept_parts, own_folder
 from .adapters import open_adapter
 from .hub import is_adapter
 from .model_files import check_quantised
-from .models import PeftModel, check_fits, check_numbers, encode_prompt, find_model, is_unmerged, keeps_float32, load_model, load_tokenizer, pick_device, pick_dtype, with_template
+from .models import PeftModel, check_fits, check_numbers, encode_prompt, find_model, gguf_file, is_unmerged, keeps_float32, load_model, load_tokenizer, pick_device, pick_dtype, with_template
 from .runner import Progress, run_inspect
 from .study import Benchmark, Generation, InputError, Notice
 from .vllm_engine import check_vllm, complete, engine_settings, request_seed, sampling
@@ -290,6 +290,7 @@ def find_local(
 ) -> Path: # folder that holds it
     "Where a local model lies, fetched if need be; raises `InputError` in one line."
     place = Path(model).expanduser()
+    if gguf_file(place): return find_model(str(place))
     if place.is_file(): raise InputError(f"model {model!r} is a file; give the folder that holds it")
     if place.is_dir() and not any((place / name).is_file() for name in ("config.json", "adapter_config.json")) and not is_unmerged(place):
         raise InputError(f"{model} is not a model folder: it has neither config.json nor adapter_config.json")

@@ -89,7 +89,8 @@ def spec_digest(
 
 def model_digest(source: str, known: Mapping[str, str] = {}) -> str:
     "Like `source_digest`, for a model: a folder must be one before its files are read."
-    if is_local(source) and not (Path(source) / "config.json").is_file() and not hub.is_adapter(source): raise InputError(f"{source} is not a model folder: it has no config.json")
+    gguf = is_local(source) and (Path(source).suffix.lower() == ".gguf" or any(Path(source).glob("*.gguf")))
+    if is_local(source) and not (Path(source) / "config.json").is_file() and not hub.is_adapter(source) and not gguf: raise InputError(f"{source} is not a model folder: it has no config.json")
     return source_digest(source, known)
 
 # %% ../nbs/12a_graph.ipynb #0d471b35

@@ -8,7 +8,8 @@ __all__ = ['BEGIN', 'END', 'PAD', 'QUESTION', 'ANSWER', 'CHAT_TEMPLATE', 'TEMPLA
            'needs_code', 'takes_system', 'with_system_folded', 'conversation_ids', 'added_text', 'template_account',
            'text_ids', 'encode_prompt', 'encode_row', 'check_row', 'merge_note', 'is_unmerged', 'weights_folder',
            'keeps_float32', 'pick_device', 'pick_dtype', 'load_model', 'check_numbers', 'check_architecture',
-           'check_fits', 'save_model', 'attention_extras', 'find_model', 'lora_config', 'merge', 'row_losses']
+           'check_fits', 'save_model', 'attention_extras', 'gguf_file', 'open_gguf', 'find_model', 'lora_config',
+           'merge', 'row_losses']
 
 # %% ../nbs/03_models.ipynb #e235851a
 import logging
@@ -526,15 +527,77 @@ def _exact_attention(source: str | Path, options: dict) -> dict:
     except Exception: return {}  # `from_pretrained` says what is wrong with it
     return {"attn_implementation": "eager"} if "soft cap" in attention_extras(config) else {}
 
+# %% ../nbs/03_models.ipynb #7be1a0c4
+def gguf_file(
+    source: str | Path, # a .gguf file, or a folder with no model but one such file
+) -> Path | None: # the file; None where it is something else
+    "The GGUF file that is meant; raises `InputError` where a folder holds several."
+    place = Path(source).expanduser()
+    if place.is_file(): return place if place.suffix.lower() == ".gguf" else None
+    if not place.is_dir() or (place / "config.json").is_file() or (place / "adapter_config.json").is_file(): return None
+    found = sorted(place.glob("*.gguf"))
+    if len(found) > 1: raise InputError(f"{source} holds {len(found)} GGUF files: name one, such as {found[0]}")
+    return found[0] if found else None
+
+
+def _gguf_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, fields: dict):
+    "Set the special tokens that the file names, whatever the conversion made of them."
+    for kind, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
+        if (field := fields.get(f"tokenizer.ggml.{key}_token_id")) is None: continue
+        number = int(field.contents())
+        setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(number))
+        if kind != "unk":
+            for config in (model.config, model.generation_config): setattr(config, f"{kind}_token_id", number)
+    if template := fields.get("tokenizer.chat_template"): tokenizer.chat_template = template.contents()
+
+
+def _convert_gguf(file: Path, out: Path):
+    "Write the dequantised model of a GGUF file into a folder."
+    import transformers
+    from gguf import GGUFReader
+    options = {"gguf_file": file.name, "dtype": torch.float32, "trust_remote_code": False}
+    if hasattr(transformers, "GgufConfig"): options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, **options).to(torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    _gguf_ids(tokenizer, model, GGUFReader(file).fields)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def open_gguf(
+    file: Path, # GGUF file
+) -> Path: # folder of plain bfloat16 weights, made once a file content
+    "Dequantise a GGUF file into the cache, whole or not at all; raises `InputError` for one that cannot be opened."
+    import hashlib, importlib.util, shutil, tempfile
+    from huggingface_hub import constants
+    with file.open("rb") as read:
+        if read.read(4) != b"GGUF": raise InputError(f"{file} is no GGUF file: download it again")
+        read.seek(0)
+        key = hashlib.file_digest(read, "sha256").hexdigest()[:24]
+    home = Path(constants.HF_HOME) / "compassion_repro" / "gguf"
+    if (home / key / "config.json").is_file(): return home / key
+    if not importlib.util.find_spec("gguf"): raise InputError(f"{file} needs the gguf package: pip install --no-deps gguf")
+    home.mkdir(parents=True, exist_ok=True)
+    half = Path(tempfile.mkdtemp(dir=home, prefix=".half-"))
+    try:
+        _convert_gguf(file.absolute(), half)
+        if not (home / key).exists(): half.rename(home / key)
+    except Exception as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise InputError(f"{file} cannot be dequantised ({why}): download it again or give the 16-bit model") from None
+    finally: shutil.rmtree(half, ignore_errors=True)
+    return home / key
+
 # %% ../nbs/03_models.ipynb #9a9de21d
 def find_model(
-    source: str, # `world:base`, a folder, or a hub id with an optional @revision
+    source: str, # `world:base`, a folder, a .gguf file, or a hub id with an optional @revision
 ) -> Path: # local folder that holds the model
     "The folder of a base model, fetched from the hub if need be; raises `InputError` where there is none."
     if source.startswith("world:"):
         folder = assets() / source.removeprefix("world:")
         if not folder.is_dir(): raise InputError(f"unknown embedded model {source!r}: the package ships world:base")
         return folder
+    if file := gguf_file(source): return open_gguf(file)
     return hub.snapshot(source, "model").folder
 
 # %% ../nbs/03_models.ipynb #94640977
