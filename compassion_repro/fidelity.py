@@ -93,7 +93,7 @@ def set_values(
     from compassion_repro.study import _preset_values
     if name not in SCALE: raise InputError(f"preset {name!r} has no such table: choose one of {', '.join(SCALE)}")
     resolved = _leaves(load_preset(name).resolved())
-    return {key: resolved[key] for key in _leaves(_preset_values(name))}
+    return {key: resolved[key] for key in _leaves(_preset_values(name)[0])}
 
 
 def without_source() -> list[str]:

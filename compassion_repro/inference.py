@@ -106,8 +106,10 @@ def tail_probability(
     if half_width(spread, 0.025) < 1e-9: return 1.0 if distance <= 0 else float(max(1 - distance / room, 0) ** (spread[0][1] + 1))
     from scipy.optimize import brentq
     def gap(log_tail): return half_width(spread, np.exp(log_tail)) - abs(distance)
-    smallest = np.log(1e-9)
-    tail = 1e-9 if gap(smallest) < 0 else float(np.exp(brentq(gap, smallest, np.log(0.5))))
+    smallest, largest = np.log(1e-9), np.log(0.5)
+    if gap(smallest) < 0: tail = 1e-9
+    elif gap(largest) >= 0: tail = 0.5 # an estimate of 0, whose interval at one half has rounding for its width
+    else: tail = float(np.exp(brentq(gap, smallest, largest)))
     return tail if distance > 0 else 1 - tail
 
 

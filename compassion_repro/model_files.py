@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 
-from .study import InputError
+from .study import InputError, first_line, shorten
 
 # %% ../nbs/01e_model_files.ipynb #c7a32a97
 def read_json(
@@ -21,8 +21,7 @@ def read_json(
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        raise InputError(f"{file} cannot be read ({why}): download the model again") from None
+        raise InputError(f"{file} cannot be read ({shorten(first_line(error))}): download the model again") from None
     if not isinstance(found, dict):
         raise InputError(f"{file} holds no settings: download the model again")
     return found
@@ -125,7 +124,7 @@ def same_source(
     second: str,  # another
 ) -> bool:  # True where both are surely the same model
     "Whether two sources name one model: by the weights of folders, by the ids of the hub."
-    from compassion_repro.memory import COPIES
+    from compassion_repro.hub import COPIES
     if first == second:
         return True
     places = [_place(source) for source in (first, second)]

@@ -741,10 +741,9 @@ def build_preset(
 
 def _own_scope(values: dict, low: dict, own: dict) -> dict:
     "Values whose verdicts are about the user's model, where a preset's scope names another: a scope that was only inherited follows the base."
-    from compassion_repro.hub import PUBLISHED
     base, before = (str((v.get("models") or {}).get("base", "")).partition("@")[0] if isinstance(v.get("models"), dict) else "" for v in (values, low))
-    copy = PUBLISHED[before].copy if before in PUBLISHED else None
-    if "scope" in own or not base or base in (before, copy) or base.startswith("world:"): return values
+    def model_name(source): return Path(source).name.removeprefix("Meta-") # the same in the ungated copies that others publish
+    if "scope" in own or not base or model_name(base) == model_name(before) or base.startswith("world:"): return values
     return {**values, "scope": f"about {Path(base).name if len(base) > 60 else base} as trained here"}
 
 

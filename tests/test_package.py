@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 HEAVY_LIBRARIES = ["torch", "transformers", "trl", "datasets", "inspect_ai"]
-HEAVY = {"sources", "lengths", "data", "models", "midtrain", "training", "sft", "tokens", "grpo", "benchmarks", "runner", "evaluate", "judges", "judge", "margin", "speed", "checkpoints", "processes", "merging"}
+HEAVY = {"sources", "lengths", "data", "models", "adapters", "midtrain", "training", "sft", "tokens", "grpo", "benchmarks", "runner", "evaluate", "judges", "judge", "margin", "speed", "checkpoints", "processes", "merging"}
 
 
 def exporting() -> list[str]:

@@ -175,6 +175,7 @@ def test_ctrl_c_leaves_no_process_behind():
     from compassion_repro.engine import interruptible
     lines = []
     def report(line):
+        if not line.startswith("waiting"): return  # settings of a launcher that this machine has are named first
         lines.append((line, time.perf_counter()))
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt), interruptible(): spread(partial(waits, held(2)), BASE, held(2), report)
