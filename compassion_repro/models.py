@@ -583,7 +583,7 @@ def open_gguf(
         _convert_gguf(file.absolute(), half)
         if not (home / key).exists(): half.rename(home / key)
     except Exception as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        why = first_line(error)
         raise InputError(f"{file} cannot be dequantised ({why}): download it again or give the 16-bit model") from None
     finally: shutil.rmtree(half, ignore_errors=True)
     return home / key

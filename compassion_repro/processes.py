@@ -255,7 +255,7 @@ def spread(
 ) -> tuple[tuple, dict]: # what `run` gave, with the model opened in this process; and what to write into the manifest
     "Run a training in as many processes as the preset says. Raises what went wrong first in any of them, `InputError` or `torch.OutOfMemoryError` where it is one of these, and leaves no process behind."
     processes = how.compute.processes
-    drop_launcher(report)
+    drop_launcher(lambda line: None) # said when the study began; what is here now, earlier trainings of this process left
     if processes == 1: return run(report=report), {}
     _sendable(run, label)
     with tempfile.TemporaryDirectory() as folder, _relayed(report) as lines, _alone():
