@@ -331,7 +331,7 @@ def generate_hosted(
 # %% ../nbs/09_evaluate.ipynb #d8abeb5e
 def _inspect_rate(folder: Path, texts: list[str], new_tokens: int, batch_size: int) -> float:
     "Samples a second of Inspect's `hf/` provider, its model loaded and warm."
-    model = get_model(f"hf/{folder.absolute()}", tokenizer_call_args={"add_special_tokens": False}, memoize=False)
+    model = get_model(f"hf/{folder.absolute()}", tokenizer_call_args={"add_special_tokens": False}, trust_remote_code=False, memoize=False)
     model.api.model.generation_config.min_new_tokens = new_tokens
     def seconds(texts):
         with tempfile.TemporaryDirectory() as logs:

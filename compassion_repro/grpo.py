@@ -29,7 +29,7 @@ from .processes import count, is_first, on_one_gpu, share, spread, trainer_words
 from .rewards import answer_text, apply_reward, finite
 from .study import GRPO_SETTINGS, Grpo, InputError, Lora, settings_markdown, write_atomically
 from .merging import CHECKED, save_trained, trained_once
-from .training import Holding, fitted, holding, load_held, number_bytes, ready_adapter, trainer_options, with_less_memory
+from .training import Holding, fitted, holding, load_held, number_bytes, ready_adapter, trainer_options, warmup_steps, with_less_memory
 
 import pandas as pd
 import torch
@@ -273,7 +273,7 @@ def _config(options: dict, training: Grpo, seed: int, folder: str | Path, save: 
     at_once = (training.generate_at_once or training.completions) * count()
     return on_one_gpu(GRPOConfig(
         str(folder), **options, max_steps=training.steps, seed=seed, data_seed=seed, num_generations=training.value("group"), generation_batch_size=at_once,
-        learning_rate=training.value("learning_rate"), warmup_steps=training.warmup,
+        learning_rate=training.value("learning_rate"), warmup_steps=warmup_steps(training.warmup, training.steps),
         loss_type=training.value("loss"), beta=training.value("beta"), epsilon=training.value("clip"), use_bias_correction_kl=training.value("correct_kl"),
         temperature=training.value("temperature"), top_p=training.value("top_p"), top_k=0, max_completion_length=training.value("max_new_tokens"),
         logging_steps=1, save_strategy="steps" if save else "no", save_steps=training.save_every, report_to=[], disable_tqdm=True, **trainer_words()))

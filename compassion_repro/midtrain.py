@@ -28,7 +28,7 @@ from .models import END, IGNORE, encode_row, load_model, load_tokenizer, lora_co
 from .processes import count, laid_out, on_one_gpu, share, spread, trainer_words
 from .study import InputError, Lora, Training
 from .merging import CHECKED, save_trained, trained_once
-from .training import Holding, fitted, holding, load_held, ready_adapter, trainer_options, with_less_memory
+from .training import Holding, fitted, holding, load_held, ready_adapter, trainer_options, warmup_steps, with_less_memory
 
 # %% ../nbs/04_midtrain.ipynb #f45d1853
 def pack(
@@ -109,7 +109,7 @@ def train(
 def _config(options, training, steps, seed, folder):
     return on_one_gpu(SFTConfig(
         folder, **options, max_steps=steps, seed=seed, data_seed=seed,
-        learning_rate=training.learning_rate, lr_scheduler_type="cosine", warmup_steps=training.warmup,
+        learning_rate=training.learning_rate, lr_scheduler_type="cosine", warmup_steps=warmup_steps(training.warmup, steps),
         max_length=None, padding_free=True, dataset_kwargs={"skip_prepare_dataset": True}, train_sampling_strategy="sequential" if count() > 1 else "random", **trainer_words(),
         logging_steps=max(1, steps // 20), save_strategy="no", report_to=[], disable_tqdm=True))
 

@@ -587,7 +587,7 @@ def train_reward_model(
     start = start or world.assets() / "base"
     tokenizer = load_tokenizer(start)
     set_seed(seed)
-    with _quiet(): model = AutoModelForSequenceClassification.from_pretrained(start, num_labels=1, pad_token_id=tokenizer.pad_token_id).to(pick_device())
+    with _quiet(): model = AutoModelForSequenceClassification.from_pretrained(start, trust_remote_code=False, num_labels=1, pad_token_id=tokenizer.pad_token_id).to(pick_device())
     steps = _train_on_pairs(model, tokenizer, preference_pairs(pairs, seed), batch_size, learning_rate, seed)
     model.save_pretrained(out), tokenizer.save_pretrained(out)
     measured = measure_reward_model(helpfulness_reward(out), preference_pairs(held_out, seed, held_out=True))
@@ -597,14 +597,15 @@ def train_reward_model(
 
 def _train_on_pairs(model, tokenizer, pairs: list[dict], batch_size: int, learning_rate: float, seed: int) -> int:
     "One pass of TRL's `RewardTrainer` over the pairs; returns the steps taken."
+    from compassion_repro.training import warmup_steps
     from datasets import Dataset
     from transformers import PrinterCallback
     from trl import RewardConfig, RewardTrainer
     ids = [{f"{side}_ids": encode_conversation(tokenizer, [*pair["prompt"], *pair[side]]) for side in ("chosen", "rejected")} for pair in pairs]
-    on_cpu = model.device.type == "cpu"
+    on_cpu, warm = model.device.type == "cpu", warmup_steps(.1, math.ceil(len(pairs) / batch_size))
     with tempfile.TemporaryDirectory() as folder:
         trainer = RewardTrainer(model, RewardConfig(
-            folder, num_train_epochs=1, per_device_train_batch_size=batch_size, learning_rate=learning_rate, lr_scheduler_type="cosine", warmup_steps=.1,
+            folder, num_train_epochs=1, per_device_train_batch_size=batch_size, learning_rate=learning_rate, lr_scheduler_type="cosine", warmup_steps=warm,
             center_rewards_coefficient=.01, max_length=None, seed=seed, data_seed=seed, use_cpu=on_cpu, bf16=False, gradient_checkpointing=False,
             save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True),
             train_dataset=Dataset.from_list(ids), processing_class=tokenizer)

@@ -508,7 +508,6 @@ def tried(family, folder):
         micro_batch=2,
         length=128,
         learning_rate=1e-2,
-        warmup=0,
         held_out=2,
     )
     if family.package:  # a large vocabulary is slow to open again and again
@@ -652,7 +651,7 @@ def test_packed_rows_are_masked_by_position(name, tmp_path, monkeypatch):
             return loss
 
     monkeypatch.setattr(midtrain, "SFTTrainer", Kept)
-    stage = Training(steps=1, dose="steps", batch_size=2, micro_batch=2, length=128, warmup=0, held_out=2)
+    stage = Training(steps=1, dose="steps", batch_size=2, micro_batch=2, length=128, held_out=2)
     encoded = [models.encode_row(row, tokenizer) for row in ROWS]
     alone = models.row_losses(network, tokenizer, ROWS)  # the adapter starts at zero
     midtrain.train(network, tokenizer, ROWS, stage, 1, 0, LORA, lambda line: None)
