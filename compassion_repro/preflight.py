@@ -151,6 +151,9 @@ def look_at_adapter(flight: Preflight, name: str, folder: Path):
     source = adapters.given_base(given, name, folder)
     if place := flight.find(source, "model"):
         base = models.find_model(place)
+        if flight.preset.generation.template == "own":
+            own = any((folder / file).is_file() for file in ("tokenizer_config.json", "tokenizer.json"))
+            models.load_tokenizer(folder if own or hub.is_adapter(base) else base, "own")
         if not model_files.check_quantised(base):
             adapters.check_adapter(folder, given.given[name], base, source)
 
@@ -195,6 +198,8 @@ def tell_template(flight: Preflight, source: str, account: dict[str, str]):
             f"note: the chat template of {source} puts text before a conversation without a system turn, "
             f"in training and in questions: {shown!r}"
         )
+    if end := account.get("template_end"):
+        flight.say(f"note: the chat template of {source} ends an answer with {end}: that is trained, and generation stops there")
     if day := account.get("template_day"):
         flight.say(f"note: the chat template of {source} tells the date; it is given {day} always")
 

