@@ -8,8 +8,9 @@ __all__ = ['BEGIN', 'END', 'PAD', 'QUESTION', 'ANSWER', 'CHAT_TEMPLATE', 'TEMPLA
            'needs_code', 'takes_system', 'with_system_folded', 'answer_end', 'ended_with', 'end_ids',
            'conversation_ids', 'added_text', 'template_account', 'text_ids', 'encode_prompt', 'encode_row', 'check_row',
            'merge_note', 'is_unmerged', 'weights_folder', 'keeps_float32', 'pick_device', 'pick_dtype', 'load_model',
-           'check_numbers', 'check_architecture', 'check_fits', 'as_shipped', 'write_ends', 'save_model',
-           'attention_extras', 'gguf_file', 'open_gguf', 'find_model', 'lora_config', 'merge', 'row_losses']
+           'check_numbers', 'weight_files', 'check_weights', 'check_architecture', 'check_fits', 'as_shipped',
+           'write_ends', 'save_model', 'attention_extras', 'gguf_file', 'open_gguf', 'find_model', 'lora_config',
+           'merge', 'row_losses']
 
 # %% ../nbs/03_models.ipynb #e235851a
 import logging
@@ -26,7 +27,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -491,10 +492,45 @@ def check_numbers(
     source: str | Path, # what the user called it
 ):
     "Raise `InputError` where a weight is NaN or infinite."
-    for name, weight in model.named_parameters():
-        if weight.is_floating_point() and not torch.isfinite(weight).all():
-            count = int((~torch.isfinite(weight)).sum())
-            raise InputError(f"{source} holds weights that are no numbers ({name}: {count:,} of {weight.numel():,} are NaN or infinite): its training diverged or its file is damaged; give another")
+    for name, weight in model.named_parameters(): _check_tensor(name, weight.detach(), source)
+
+
+def _check_tensor(name: str, weight: torch.Tensor, source: str | Path):
+    "Raise `InputError` for a weight with NaN or infinite numbers; the extremes tell, thirty times as fast as asking each number."
+    if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64) or not weight.numel() or weight.is_meta: return
+    if not torch.isfinite(torch.stack(torch.aminmax(weight))).all():
+        count = int((~torch.isfinite(weight)).sum())
+        raise InputError(f"{source} holds weights that are no numbers ({name}: {count:,} of {weight.numel():,} are NaN or infinite): its training diverged or its file is damaged; give another")
+
+
+def weight_files(
+    folder: str | Path, # model or adapter folder
+) -> list[Path]: # the safetensors files that the library reads
+    "The one file, or those that the index names, or all that there are."
+    folder = Path(folder)
+    if (one := folder / "model.safetensors").is_file(): return [one]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file(): return sorted(folder.glob("*.safetensors"))
+    names = read_json(index).get("weight_map") or {}
+    return [folder / name for name in sorted(set(names.values())) if (folder / name).is_file()]
+
+
+def check_weights(
+    folder: str | Path, # model folder
+    source: str | None = None, # what the user called it; default: the folder
+) -> int: # bytes that were read
+    "Raise `InputError` where a weight in a folder's files is NaN or infinite; files are read one tensor at a time, no model is made."
+    read = 0
+    for file in weight_files(weights_folder(folder)):
+        try:
+            with safe_open(file, "pt") as weights:
+                for name in weights.keys():
+                    weight = weights.get_tensor(name)
+                    _check_tensor(name, weight, source or folder)
+                    read += weight.nbytes
+        except (OSError, SafetensorError, ValueError) as error:
+            raise InputError(f"no causal language model in {source or folder}: {file.name} cannot be read ({first_line(error)}); download it again") from None
+    return read
 
 
 def check_architecture(

@@ -112,7 +112,7 @@ def look_at_model(
     template: str,  # form of the questions, see `models.load_tokenizer`
     base: bool = False,  # it must be a whole model, not an adapter
 ) -> Path:  # its folder
-    "Open what can be opened of a model without its weights; raises `InputError` for what is none."
+    "Open a model without its weights, then read these for NaN and Inf; raises `InputError` for what is none."
     from compassion_repro import models
 
     folder = models.find_model(source)
@@ -127,6 +127,8 @@ def look_at_model(
     tokenizer = models.load_tokenizer(folder, template)
     if not model_files.check_quantised(folder):  # a quantised one is opened in stage 1
         models.check_fits(models.load_model(folder, "meta"), tokenizer, 1)
+    if not embedded(source):
+        models.check_weights(folder, source)
     return folder
 
 

@@ -491,7 +491,7 @@ def load_reward_model(
     device: str | None = None, # default: the GPU if there is one
 ) -> tuple: # model in evaluation mode, tokenizer
     "Open a reward model; raises `InputError` where a weight is missing, where it has more than one output, or where its tokenizer has no chat template. Remote code is never run."
-    from compassion_repro.models import find_model, pick_device, pick_dtype
+    from compassion_repro.models import check_numbers, find_model, pick_device, pick_dtype
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     if str(source).startswith("world:"): raise InputError(f"{source} is no reward model: give a folder or a hub id")
     folder, device = find_model(str(source)), device or pick_device()
@@ -502,6 +502,7 @@ def load_reward_model(
         f"no reward model in {source}: {first_line(error)}") from None
     if missing := sorted(found["missing_keys"]):
         raise InputError(f"{source} is no reward model: {missing[0]} is not in its files and would be random numbers; give a model that was saved with its score head")
+    check_numbers(model, str(source))
     if model.config.num_labels != 1: raise InputError(f"{source} has {model.config.num_labels} outputs: a reward model has one score; give another model")
     if not tokenizer.chat_template: raise InputError(f"the tokenizer of {source} has no chat template: a reward model is read through its own; add chat_template.jinja to its folder")
     return model.to(device).eval(), tokenizer

@@ -53,6 +53,21 @@ def spoiled(weights):
     return weights | {first: weights[first].clone().fill_(float("nan"))}
 
 
+def sharded(folder):
+    "Two shards, an infinite number in one, and a file of NaN that the index does not name."
+    place = copied(folder)
+    weights = load_file(place / "model.safetensors")
+    (place / "model.safetensors").unlink()
+    weights["model.norm.weight"][3] = -float("inf")
+    halves = {"model-00001-of-00002.safetensors": half(weights), "model-00002-of-00002.safetensors": {k: v for k, v in weights.items() if k not in half(weights)}}
+    for name, part in halves.items():
+        save_file(part, place / name, {"format": "pt"})
+    save_file({"other": torch.full((2,), float("nan"))}, place / "consolidated.safetensors")
+    index = {"metadata": {}, "weight_map": {key: name for name, part in halves.items() for key in part}}
+    (place / "model.safetensors.index.json").write_text(json.dumps(index))
+    return seen_before(place)
+
+
 def remote(folder):
     place = copied(folder, model_type="mymodel", architectures=["MyForCausalLM"], auto_map={"AutoConfig": "configuration_my.MyConfig"})
     (place / "configuration_my.py").write_text(f"import pathlib\npathlib.Path({str(folder / 'ran')!r}).touch()\n")
@@ -200,6 +215,8 @@ CASES = [
     Case("more layers than the files", "refused: .*random numbers", lambda f: seen_before(copied(f, num_hidden_layers=6))),
     Case("another width", "refused: ", lambda f: seen_before(copied(f, intermediate_size=300))),
     Case("weights NaN", "refused: .*no numbers", lambda f: opened(altered(f, spoiled))),
+    Case("weights NaN, before stage 1", "refused: .*no numbers", lambda f: seen_before(altered(f, spoiled))),
+    Case("one Inf in the second shard, before stage 1", r"refused: .*no numbers \(model.norm.weight: 1 of", sharded),
     Case("weights in integers", "refused: .*stored as I8", lambda f: seen_before(altered(f, lambda w: {k: v.to(torch.int8) for k, v in w.items()}))),
     Case("rotary tables left in the files", "ok: ", lambda f: opened(altered(f, lambda w: w | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}))),
     Case("code beside the weights", "refused: .*never done", remote),
