@@ -23,7 +23,7 @@ from .agreement import HUMAN, UNIT, agreement, lay_together, read_sheet, sample_
 from .graph import digest, path_digest
 from .hub import is_adapter
 from .lock import LOCK_FILES, locked
-from .model_files import adapter_base
+from .model_files import adapter_base, check_gguf, gguf_file, gguf_note
 from .store import Study, check_artifact, check_passes, writable
 from .prices import Estimate, ask, check_judge, is_free, judge_names, load_prices
 from .study import Benchmark, Generation, InputError, write_atomically, first_line
@@ -346,6 +346,8 @@ def evaluate_models(
     if any(sections.values()):
         for judge in [*judge_names(judges), *filter(None, [judging.get("substitute")])]: look_at_judge(judge)
     codes = languages and tuple(language_code(word) for word in languages)
+    for model in models:
+        if not model.startswith("world:") and (file := gguf_file(model)): check_gguf(file), say(gguf_note(file))
     setup = Setup(sections, words, generation, seed, codes, limit, epochs, {model: _weights(model, generation.template) for model in models})
     tasks = load_setup(setup, temporary_folder() / "benchmarks") # bad data and unknown languages come to light before anything is written
     for name, task in tasks.items():

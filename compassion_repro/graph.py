@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import hub, world
-from .model_files import adapter_base, same_source
+from .model_files import adapter_base, gguf_file, same_source
 from .prices import DETERMINISTIC, judge_names
 from .study import Benchmark, DataSource, InputError, Preset, data_parts, parse_model
 
@@ -88,9 +88,9 @@ def spec_digest(
 
 
 def model_digest(source: str, known: Mapping[str, str] = {}) -> str:
-    "Like `source_digest`, for a model: a folder must be one before its files are read."
-    gguf = is_local(source) and (Path(source).suffix.lower() == ".gguf" or any(Path(source).glob("*.gguf")))
-    if is_local(source) and not (Path(source) / "config.json").is_file() and not hub.is_adapter(source) and not gguf: raise InputError(f"{source} is not a model folder: it has no config.json")
+    "Like `source_digest`, for a model: a folder must be one before its files are read, and of a folder with a GGUF file that file counts."
+    if is_local(source) and (gguf := gguf_file(source)): return source_digest(str(gguf), known)
+    if is_local(source) and not (Path(source) / "config.json").is_file() and not hub.is_adapter(source): raise InputError(f"{source} is not a model folder: it has no config.json")
     return source_digest(source, known)
 
 # %% ../nbs/12a_graph.ipynb #0d471b35

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import hub
-from .study import Grpo, Preset, Training
+from .model_files import gguf_file, read_gguf
+from .study import Grpo, InputError, Preset, Training
 
 # %% ../nbs/03b_memory.ipynb #b087ca06
 @dataclass(frozen=True)
@@ -65,9 +66,10 @@ KNOWN = { # models of the hub that presets name, from their published config.jso
 
 # %% ../nbs/03b_memory.ipynb #70482364
 def read_shape(
-    source: str | Path, # model folder, or a hub id with an optional @revision
+    source: str | Path, # model folder, GGUF file, or a hub id with an optional @revision
 ) -> Shape | None: # None where the sizes are not at hand
-    "Shape of a model, from its config.json or the table of known ones."
+    "Shape of a model, from its config.json, the header of its GGUF file, or the table of known ones."
+    if gguf := gguf_file(source): return _gguf_shape(gguf)
     file = Path(source) / "config.json"
     name = str(source).partition("@")[0]
     if not file.is_file(): return KNOWN.get(hub.COPIES.get(name, name))
@@ -79,6 +81,19 @@ def read_shape(
     scores = any("SequenceClassification" in name for name in config.get("architectures") or [])
     return Shape(hidden, config["intermediate_size"], config["num_hidden_layers"], heads, config.get("num_key_value_heads") or heads,
                  config.get("head_dim") or hidden // heads, config["vocab_size"], config.get("tie_word_embeddings", False) or scores)
+
+
+def _gguf_shape(file: Path) -> Shape | None:
+    "Shape of a GGUF file; None where it cannot be read, or where its weights are not those of such a decoder."
+    try: found = read_gguf(file)
+    except InputError: return None # the checks before stage 1 say why
+    get, embedding = found.setting, found.tensors.get("token_embd.weight")
+    hidden, heads, inner, layers = (get(key) for key in ("embedding_length", "attention.head_count", "feed_forward_length", "block_count"))
+    if not (embedding and hidden and heads and inner and layers): return None
+    shape = Shape(hidden, inner, layers, heads, get("attention.head_count_kv") or heads, get("attention.key_length") or hidden // heads,
+                  embedding[0][-1], "output.weight" not in found.tensors)
+    return shape if abs(shape.parameters / found.parameters - 1) < 0.05 else None # experts, or two feed-forward maps
+
 
 # %% ../nbs/03b_memory.ipynb #c856d892
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256) # bytes of a weight in double-quantised NF4

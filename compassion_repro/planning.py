@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from . import hub, memory, world
+from . import hub, memory, model_files, world
 from .graph import Stage, graph, is_local
 from .prices import estimate_study, judge_names, load_prices
 from .study import Benchmark, DataSource, InputError, Preset, data_label, data_parts, parse_model
@@ -153,11 +153,17 @@ def _stage_disk(preset: Preset, record: dict, shape) -> float:
     return (weights + (4 * shape.adapter_parameters(how.rank) if how.quantize == "nf4" else 0)) / 2**30
 
 
+def _unpacked(source: str) -> float:
+    "GB of 2**30 bytes that a GGUF file takes in bfloat16; 0 for any other model, and for a file that the checks refuse."
+    try: return 2 * model_files.read_gguf(file).parameters / 2**30 if is_local(source) and (file := model_files.gguf_file(source)) else 0.0
+    except InputError: return 0.0
+
+
 def disk(
     preset: Preset, # the study
     records: list[dict], # from `plan`
     linked: bool = True, # the hub's cache and the study are on one disk
-) -> dict[str, float]: # GB of 2**30 bytes: downloads, copies of them, stages, checkpoints; their sum is the most that is needed at once
+) -> dict[str, float]: # GB of 2**30 bytes: downloads, dequantised GGUF files if there are any, copies of both, stages, checkpoints; their sum is the most that is needed at once
     "Disk that a study takes."
     shape, reward = shapes(preset)
     def from_hub(source): return source is not None and not source.startswith("world:") and not is_local(source)
@@ -165,11 +171,13 @@ def disk(
     models = [(preset.models.base, size(shape)), *((source, size(shape)) for source in preset.models.given.values())]
     if any(arm.reward == "help" for arm in preset.trained_arms): models.append((preset.models.reward, size(reward)))
     fetched = sum(gb for source, gb in models if from_hub(source))
+    unpacked = sum(map(_unpacked, {source for source, _ in models}))
     hub_data = any(from_hub(benchmark.data) for benchmark in preset.benchmarks.values())
     how, trained = memory.held(preset), any(r["kind"] in ("midtrain", "sft", "grpo") for r in records)
     checkpoints = 2 * (4 + how.moment_bytes) * shape.adapter_parameters(how.rank) / 2**30 if shape and trained else 0.0
     seeds = len({r["seed"] for r in records})
-    return {"downloads": fetched + DATA_GB * hub_data, "copies": 0.0 if linked else seeds * fetched, "stages": sum(r["disk_gb"] for r in records), "checkpoints": checkpoints}
+    dequantised = {"dequantised": unpacked} if unpacked else {}
+    return {"downloads": fetched + DATA_GB * hub_data, **dequantised, "copies": 0.0 if linked else seeds * (fetched + unpacked), "stages": sum(r["disk_gb"] for r in records), "checkpoints": checkpoints}
 
 # %% ../nbs/12c_planning.ipynb #e8000311
 def _training_record(preset: Preset, stage: Stage) -> dict:

@@ -100,6 +100,9 @@ def _run_base(work: Work) -> dict:
         if packed := model_files.check_quantised(folder):
             models.save_model(network, models.as_shipped(tokenizer), work.out)
             done["dequantised"] = f"{packed}, to {str(network.dtype).removeprefix('torch.')}"
+        elif file := model_files.gguf_file(source):
+            _copy_model(folder, work.out)
+            done["dequantised"] = model_files.gguf_note(file)
         else: _copy_model(folder, work.out)
     return {"source": source, "revision": folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else "embedded" if source.startswith("world:") else "local", **done}
 

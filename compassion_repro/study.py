@@ -744,7 +744,8 @@ def _own_scope(values: dict, low: dict, own: dict) -> dict:
     base, before = (str((v.get("models") or {}).get("base", "")).partition("@")[0] if isinstance(v.get("models"), dict) else "" for v in (values, low))
     def model_name(source): return Path(source).name.removeprefix("Meta-") # the same in the ungated copies that others publish
     if "scope" in own or not base or model_name(base) == model_name(before) or base.startswith("world:"): return values
-    return {**values, "scope": f"about {Path(base).name if len(base) > 60 else base} as trained here"}
+    path = len(base) > 60 or base.startswith(("/", "~", ".")) or base.lower().endswith(".gguf")
+    return {**values, "scope": f"about {Path(base).name if path else base} as trained here"}
 
 
 def load_preset(

@@ -265,19 +265,3 @@ def _more_tokens(place):
 @pytest.mark.parametrize(**table(CASES))
 def test_case(case, tmp_path):
     check(case, tmp_path)
-
-
-def test_gguf_files_are_found_and_bad_ones_refused(tmp_path, monkeypatch):
-    from compassion_repro import models
-    from compassion_repro.study import InputError
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
-    file = tmp_path / "one" / "a.gguf"
-    file.parent.mkdir()
-    file.write_bytes(b"no model")
-    assert models.gguf_file(file.parent) == models.gguf_file(file) == file
-    with pytest.raises(InputError, match="no GGUF file"): models.find_model(str(file))
-    file.write_bytes(b"GGUF" + b"\0" * 20)
-    with pytest.raises(InputError, match="cannot be dequantised"): models.find_model(str(file))
-    assert not list((tmp_path / "home" / "compassion_repro" / "gguf").iterdir())
-    (file.parent / "b.gguf").write_bytes(b"GGUF")
-    with pytest.raises(InputError, match="holds 2 GGUF files"): models.find_model(str(file.parent))
