@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'MANY_PASSES', 'Preflight', 'before_training', 'embedded', 'check_machine', 'look_at_model', 'look_at_gguf',
-           'tell_model', 'look_at_adapter', 'check_models', 'check_templates', 'tell_template', 'check_rewards',
-           'all_embedded', 'world_settings', 'idle_settings', 'unused_sources', 'check_settings', 'row_sources',
-           'at_place', 'check_rows', 'look_at_rows', 'expected_passes', 'check_tests', 'look_at_tests', 'look_at_judge',
-           'judge_here', 'check_benchmarks', 'at_hand', 'tell_benchmark', 'check_judges', 'preflight',
+           'tell_model', 'look_at_adapter', 'look_at_kernel', 'check_models', 'check_templates', 'tell_template',
+           'check_rewards', 'all_embedded', 'world_settings', 'idle_settings', 'unused_sources', 'check_settings',
+           'row_sources', 'at_place', 'check_rows', 'look_at_rows', 'expected_passes', 'check_tests', 'look_at_tests',
+           'look_at_judge', 'judge_here', 'check_benchmarks', 'at_hand', 'tell_benchmark', 'check_judges', 'preflight',
            'check_before_training']
 
 # %% ../nbs/12g_preflight.ipynb #f90f8cb0
@@ -172,6 +172,14 @@ def look_at_adapter(flight: Preflight, name: str, folder: Path):
             adapters.check_adapter(folder, given.given[name], base, source)
 
 
+def look_at_kernel(folder: Path, compute):
+    "Raise `InputError` where the attention kernel that the preset demands would leave out what the model has."
+    if compute.attention != "auto":
+        from compassion_repro import training
+
+        training.kernel(folder, training.Holding(compute=compute))
+
+
 @before_training
 def check_models(flight: Preflight):
     "The base model and the models that are given finished."
@@ -190,6 +198,8 @@ def check_models(flight: Preflight):
                 tell_model(flight, setting, place, folder)
                 if hub.is_adapter(folder):
                     look_at_adapter(flight, setting.removeprefix("models.given."), folder)
+                elif setting == "models.base" and flight.preset.trained:
+                    look_at_kernel(folder, flight.preset.compute)
 
 # %% ../nbs/12g_preflight.ipynb #7b30fe11
 @before_training

@@ -31,8 +31,8 @@ from transformers import (
 )
 from trl import GRPOTrainer, SFTTrainer
 
-from compassion_repro import evaluate, grpo, margin, merging, midtrain, models, sft, tokens
-from compassion_repro.study import Grpo, InputError, Lora, Training
+from compassion_repro import evaluate, grpo, margin, merging, midtrain, models, sft, tokens, training
+from compassion_repro.study import Compute, Grpo, InputError, Lora, Training
 from compassion_repro.training import Holding
 
 LORA = Lora(rank=4, alpha=8)
@@ -728,6 +728,49 @@ def test_packed_rows_are_masked_by_position(name, tmp_path, monkeypatch):
     counts = [sum(i >= 0 for i in label[1:]) for _, label in rows]
     wanted = sum(count * known[tuple(row)][1] for count, (row, _) in zip(counts, rows)) / sum(counts)
     assert loss == pytest.approx(wanted, abs=1e-4)
+
+
+SHARED = {  # architectures that cannot keep packed rows apart, in the shape of Pythia's tokenizer
+    "bloom": {"n_layer": 2, "n_head": 2},  # ALiBi
+    "mpt": {"d_model": 32, "n_heads": 2, "n_layers": 2, "max_seq_len": 512},  # ALiBi
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0},  # positions from the mask
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8, "router_aux_loss_coef": 0.0},  # sinks
+}
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_a_model_that_cannot_keep_packed_rows_apart_is_trained_on_padded_ones(kind, tmp_path, monkeypatch):
+    shape = replace(family("Pythia"), kind=kind, config=SHARED[kind])
+    network, tokenizer = evaluate.open_model(write_model(shape, tmp_path / "model"), "cpu")
+    assert not training.keeps_rows_apart(network) and not network.training
+    seen, said = [], []
+
+    class Kept(SFTTrainer):
+        def compute_loss(self, model, inputs, *words, **named):
+            loss = super().compute_loss(model, inputs, *words, **named)
+            seen.append((dict(inputs), float((loss[0] if isinstance(loss, tuple) else loss).detach())))
+            return loss
+
+    monkeypatch.setattr(midtrain, "SFTTrainer", Kept)
+    stage = Training(steps=1, dose="steps", batch_size=2, micro_batch=2, length=128, held_out=2)
+    alone = models.row_losses(network, tokenizer, ROWS, batch_size=1)
+    _, done = midtrain.train(network, tokenizer, ROWS, stage, 1, 0, LORA, said.append)
+    ((inputs, loss),) = seen
+    known = {tuple(row["input_ids"]): (row, float(value)) for row, value in zip([models.encode_row(row, tokenizer) for row in ROWS], alone)}
+    rows = [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
+    counts = [sum(i >= 0 for i in known[row][0]["labels"]) for row in rows]
+    assert len(rows) > 2 and sum(counts) == int((inputs["labels"] >= 0).sum())
+    assert loss == pytest.approx(sum(n * known[row][1] for n, row in zip(counts, rows)) / sum(counts), abs=1e-4)
+    assert done["padded"] and done["log"][0]["tokens"] == sum(map(len, rows)) and "padded side by side" in said[0]
+
+
+def test_a_kernel_that_drops_what_a_config_says_is_refused(tmp_path):
+    place = write_model(family("Gemma 2 base"), tmp_path / "model")
+    for attention in ("sdpa", "varlen"):
+        with pytest.raises(InputError, match=f"{attention} .compute.attention. does not compute a soft cap.*auto"):
+            training.kernel(place, Holding(compute=Compute(attention=attention)))
+    assert training.kernel(place, Holding(compute=Compute(attention="eager"))) == {"attn_implementation": "eager"}
+    assert training.kernel(place, Holding()) == {} and training.load_held(place, Holding()).config._attn_implementation == "eager"
 
 
 def as_markdown(rows):
