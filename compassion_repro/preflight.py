@@ -151,6 +151,8 @@ def tell_model(flight: Preflight, setting: str, source: str, folder: Path):
     if packed := model_files.check_quantised(folder):
         flight.say(f"{setting}: its weights ({packed}) are turned into 16 or 32 bits before anything is done with them")
     if not hub.is_adapter(folder):
+        if (size := sum(file.stat().st_size for file in models.weight_files(folder))) > 2**30:  # which took a while
+            flight.say(f"{setting}: {size / 2**30:.1f} GB of weights were read: none is NaN or infinite")
         tokenizer = models.load_tokenizer(folder)
         if tokenizer.padding_choice != "its own":
             flight.say(f"{setting}: shorter rows are padded with {models.padding_note(tokenizer)}; masks go by position")
