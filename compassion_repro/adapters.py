@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,6 +23,7 @@ from .study import InputError, Models, first_line
 # %% ../nbs/03a_adapters.ipynb #124a8df6
 _PARTIAL = {"alora_invocation_tokens": "acts only after certain tokens", "arrow_config": "routes between adapters",
             "layer_replication": "copies layers of its base", "use_qalora": "belongs to a quantised base"}
+_CHANGED = ("pissa_niter", "corda", "loftq", "lora_ga")  # beginnings of `init_lora_weights` that change the base and cannot be repeated
 
 
 def read_adapter(
@@ -41,6 +43,10 @@ def read_adapter(
     for setting, what in _PARTIAL.items():
         if getattr(config, setting, None):
             raise InputError(f"the adapter {name} {what} ({setting}), so it cannot be merged: give a whole model")
+    start = getattr(config, "init_lora_weights", None)
+    if isinstance(start, str) and start.startswith(_CHANGED):
+        raise InputError(f"the adapter {name} was trained next to a base that init_lora_weights={start} had changed, and that base is "
+                         "not in its files: save it with path_initial_model_for_weight_conversion, or give a whole model")
     return config
 
 # %% ../nbs/03a_adapters.ipynb #caeb7b22
@@ -56,13 +62,15 @@ def attach(
     weights = headers(folder)
     _grow(base, weights)
     config.inference_mode = True
+    if base.device.type == "meta" and isinstance(getattr(config, "init_lora_weights", None), str):
+        config.init_lora_weights = False  # a start that is computed from the base has the same shapes
     try:
         model = get_peft_model(base, config)
         found = model.load_adapter(str(folder), "default", torch_device="cpu")
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
+    except Exception as error:  # each kind of adapter raises what it likes
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         raise InputError(f"the adapter {name} does not fit {called}: {lines[0][:200] if lines else first_line(error)}") from None
-    missing, unused = list(found.missing_keys), list(found.unexpected_keys)
+    missing, unused = _still_missing(model, found.missing_keys), list(found.unexpected_keys)
     if missing or unused:
         first = (missing or unused)[0]
         raise InputError(f"the adapter {name} does not fit {called}: {len(missing)} of its weights are missing from "
@@ -72,7 +80,24 @@ def attach(
         for key, weight in load_file(file).items():
             if not torch.isfinite(weight.float()).all():
                 raise InputError(f"the adapter {name} holds weights that are no numbers ({key}): its training diverged; give another")
+    if getattr(config, "lora_bias", False):
+        _check_biases(model, name)
     return model.eval()
+
+
+def _still_missing(model: PeftModel, missing: list[str]) -> list[str]:
+    "Missing weights without those that are another name of a weight that was found."
+    every = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    found = {id(value) for key, value in every.items() if key not in missing}
+    return [key for key in missing if key not in every or id(every[key]) not in found]
+
+
+def _check_biases(model: PeftModel, name: str):
+    "Raise `InputError` where an adapter adds a bias to a layer that has none, so that it cannot be merged."
+    for place, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer) and getattr(layer.get_base_layer(), "bias", None) is None:
+            raise InputError(f"the adapter {name} adds a bias (lora_bias) to {place.removeprefix('base_model.model.')}, which has none in "
+                             "its base, so it cannot be merged: give a whole model")
 
 
 def _grow(base: PreTrainedModel, weights: dict[str, dict]):
@@ -85,6 +110,18 @@ def _grow(base: PreTrainedModel, weights: dict[str, dict]):
 _DRIFT = 0.05  # nats: Kullback-Leibler divergence that rounding in 16 bits stays far below
 
 
+def _untie(model: PeftModel):
+    "Give the output head its own weights where it shares them with an embedding and an adapter is on either."
+    base = model.get_base_model()
+    ends = base.get_input_embeddings(), base.get_output_embeddings()
+    if None in ends or not any(isinstance(end, BaseTunerLayer) for end in ends):
+        return
+    first, last = (end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends)
+    if getattr(first, "weight", None) is not None and first.weight is getattr(last, "weight", None):
+        last.weight = torch.nn.Parameter(last.weight.detach().clone(), requires_grad=False)
+        base.config.tie_word_embeddings = False
+
+
 @torch.no_grad()
 def merged(
     model: PeftModel,  # from `attach`
@@ -93,6 +130,7 @@ def merged(
     "Add an adapter into the weights; raises `InputError` where the plain model then answers otherwise."
     if not hasattr(model.base_model, "merge_and_unload"):
         raise InputError(f"the adapter {name} is of the kind {model.active_peft_config.peft_type.value}, which cannot be merged: give a LoRA adapter, or a whole model")
+    _untie(model)
     ids = torch.arange(7, 7 + 16, device=model.device)[None]
     before = model(ids).logits.float().log_softmax(-1)
     try:
@@ -157,8 +195,11 @@ def check_adapter(
     base: Path,  # folder of its base
     called: str = "",  # what the user called the base
 ):
-    "Raise `InputError` where an adapter does not fit its base, told from shapes alone: no weight of the base is read."
-    if hub.is_adapter(base):
-        read_adapter(folder, name)
-        return
-    attach(load_model(base, "meta"), folder, name, called)
+    """Raise `InputError` where an adapter does not fit its base.
+
+    For LoRA this is told from shapes alone; an adapter of another kind, or on top of another adapter, is merged for a trial."""
+    kind = getattr(read_adapter(folder, name).peft_type, "value", "")
+    if kind == "LORA" and not hub.is_adapter(base):
+        attach(load_model(base, "meta"), folder, name, called)
+    else:
+        open_adapter(folder, name, "cpu", base, called)

@@ -36,7 +36,8 @@ from .checkpoints import keep_part, kept_parts, own_folder
 from .adapters import open_adapter
 from .hub import is_adapter
 from .model_files import check_quantised
-from .models import PeftModel, check_fits, check_numbers, encode_prompt, find_model, gguf_file, is_unmerged, keeps_float32, load_model, load_tokenizer, pick_device, pick_dtype, with_template
+from .models import PeftModel, as_shipped, check_fits, check_numbers, encode_prompt, end_ids, find_model, gguf_file, is_unmerged, keeps_float32
+from .models import load_model, load_tokenizer, pick_device, pick_dtype, save_model, with_template
 from .runner import Progress, run_inspect
 from .study import Benchmark, Generation, InputError, Notice
 from .vllm_engine import check_vllm, complete, engine_settings, request_seed, sampling
@@ -77,9 +78,9 @@ def _processors(generation: Generation, uniforms: torch.Tensor, start: int) -> L
 
 
 def _ends(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    "Token ids that end an answer: those of the model's generation settings and the tokenizer's."
+    "Token ids that end an answer: those of the model's generation settings, the tokenizer's, and the chat template's."
     ends = config.eos_token_id
-    return sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
+    return sorted({*(ends if isinstance(ends, list) else [ends]), *end_ids(tokenizer)} - {None})
 
 
 def _settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **values) -> GenerationConfig:
@@ -174,7 +175,8 @@ def _generate(
     seed: int, generation: Generation, report: Callable[[str], None], checkpoints: str | Path | None = None, **settings,
 ) -> pd.DataFrame:
     "Answers of a loaded model; the seconds inside generation are in `.attrs`."
-    settings, tokenizer = _settings(network, tokenizer, max_new_tokens=generation.max_new_tokens, **settings), with_template(tokenizer, generation.template)
+    tokenizer = with_template(tokenizer, generation.template)
+    settings = _settings(network, tokenizer, max_new_tokens=generation.max_new_tokens, **settings)
     work, progress = _work(questions, tokenizer), Progress(report, sum(q["epochs"] for q in questions))
     folder = checkpoints and own_folder(checkpoints, model, seed, generation.model_dump(), [[r["benchmark"], r["question_id"], r["epoch"], r["ids"]] for r in work])
     with FinishedAnswers(folder) as finished:
@@ -217,7 +219,8 @@ def _whole_model(source: str | Path):
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="merged-") as merged:
-        for part in open_model(folder): part.save_pretrained(merged)
+        network, tokenizer = open_model(folder)
+        save_model(network, as_shipped(tokenizer), merged)
         yield Path(merged)
 
 
@@ -331,7 +334,7 @@ def generate_hosted(
 # %% ../nbs/09_evaluate.ipynb #d8abeb5e
 def _inspect_rate(folder: Path, texts: list[str], new_tokens: int, batch_size: int) -> float:
     "Samples a second of Inspect's `hf/` provider, its model loaded and warm."
-    model = get_model(f"hf/{folder.absolute()}", tokenizer_call_args={"add_special_tokens": False}, memoize=False)
+    model = get_model(f"hf/{folder.absolute()}", tokenizer_call_args={"add_special_tokens": False}, trust_remote_code=False, memoize=False)
     model.api.model.generation_config.min_new_tokens = new_tokens
     def seconds(texts):
         with tempfile.TemporaryDirectory() as logs:

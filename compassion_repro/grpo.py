@@ -24,12 +24,12 @@ from statistics import median
 from .checkpoints import Checkpoints, keep_part, kept_parts, own_folder, weights_digest
 from .data import rows_sha256
 from .memory import engine_memory, read_shape
-from .models import encode_prompt, load_model, load_tokenizer, lora_config, on_one_day, row_losses, weights_folder
+from .models import encode_prompt, end_ids, load_model, load_tokenizer, lora_config, on_one_day, row_losses, weights_folder
 from .processes import count, is_first, on_one_gpu, share, spread, trainer_words
 from .rewards import answer_text, apply_reward, finite
 from .study import GRPO_SETTINGS, Grpo, InputError, Lora, settings_markdown, write_atomically
 from .merging import CHECKED, save_trained, trained_once
-from .training import Holding, fitted, holding, load_held, number_bytes, ready_adapter, trainer_options, with_less_memory
+from .training import Holding, fitted, holding, load_held, number_bytes, ready_adapter, trainer_options, warmup_steps, with_less_memory
 
 import pandas as pd
 import torch
@@ -102,7 +102,7 @@ def sample_answers(
             ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in batch], device=model.device)
             mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch], device=model.device)
             out = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=training.value("temperature"), top_p=training.value("top_p"), top_k=0,
-                                 max_new_tokens=training.value("max_new_tokens"), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+                                 max_new_tokens=training.value("max_new_tokens"), eos_token_id=end_ids(tokenizer), pad_token_id=tokenizer.pad_token_id)
             answers += tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
     return answers
 
@@ -260,8 +260,9 @@ def make_trainer(
     how = how or holding()
     tokenizer, model = load_tokenizer(start, template), load_held(start, how)
     tokenizer.padding_side, tokenizer.chat_template = "left", on_one_day(tokenizer.chat_template)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.eos_token_id = end_ids(tokenizer)
     options = trainer_options(how, training, checkpointing) | engine_options(training, start, how)
+    if "use_vllm" in options: options["generation_kwargs"] = {"stop_token_ids": end_ids(tokenizer)}
     trainer = GRPOTrainer(model.train(), reward, _config(options, training, seed, folder, save), _as_dataset(prompts), processing_class=tokenizer, peft_config=lora and lora_config(lora), callbacks=list(callbacks))
     if training.engine == "vllm": set_seed(seed)
     ready_adapter(trainer.model, how, sampling=True)
@@ -273,7 +274,7 @@ def _config(options: dict, training: Grpo, seed: int, folder: str | Path, save: 
     at_once = (training.generate_at_once or training.completions) * count()
     return on_one_gpu(GRPOConfig(
         str(folder), **options, max_steps=training.steps, seed=seed, data_seed=seed, num_generations=training.value("group"), generation_batch_size=at_once,
-        learning_rate=training.value("learning_rate"), warmup_steps=training.warmup,
+        learning_rate=training.value("learning_rate"), warmup_steps=warmup_steps(training.warmup, training.steps),
         loss_type=training.value("loss"), beta=training.value("beta"), epsilon=training.value("clip"), use_bias_correction_kl=training.value("correct_kl"),
         temperature=training.value("temperature"), top_p=training.value("top_p"), top_k=0, max_completion_length=training.value("max_new_tokens"),
         logging_steps=1, save_strategy="steps" if save else "no", save_steps=training.save_every, report_to=[], disable_tqdm=True, **trainer_words()))

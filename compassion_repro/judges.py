@@ -394,7 +394,7 @@ def open_judge(
 ) -> Model: # with the role "grader"
     "Open a judge; raises `InputError` in one line where its name, its package or its key is missing."
     name, config = judge_model(judge), {} if judge in DETERMINISTIC else {**JUDGE_SETTINGS, **(settings or {})}
-    options = {"tokenizer_call_args": {"add_special_tokens": False}} if name.startswith("hf/") else {}
+    options = {"tokenizer_call_args": {"add_special_tokens": False}, "trust_remote_code": False} if name.startswith("hf/") else {}
     if options and config.get("temperature") == 0: config, options = {k: v for k, v in config.items() if k != "temperature"}, options | {"do_sample": False}
     try: model = get_model(name, role="grader", config=GenerateConfig(**config), memoize=False, **options)
     except Exception as error: raise InputError(f"judge {judge!r} cannot be opened: {one_line(error)}") from error

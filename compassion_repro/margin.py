@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import world
 from .behaviour import count_words, sentences, welfare_pattern
-from .models import encode_prompt, load_model, load_tokenizer, text_ids
+from .models import encode_prompt, ended_with, load_model, load_tokenizer, text_ids
 from .study import InputError, Margin
 
 # %% ../nbs/09d_margin.ipynb #fc7f0054
@@ -209,7 +209,7 @@ def encode_answer(
 ) -> Encoded: # prompt, answer with its end token
     "A saved answer as tokens."
     ids = text_ids(f" {text}", tokenizer) if text else []
-    return tokenizer(prompt, add_special_tokens=False)["input_ids"], ids + [tokenizer.eos_token_id] * ended
+    return tokenizer(prompt, add_special_tokens=False)["input_ids"], ids + [ended_with(prompt, tokenizer)] * ended
 
 
 @torch.inference_mode()

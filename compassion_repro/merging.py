@@ -34,7 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoints import is_whole, seal
 from .memory import read_shape
-from .models import MERGE, is_unmerged, load_model, load_tokenizer, merge, row_losses, save_model, weights_folder
+from .models import MERGE, is_unmerged, load_model, load_tokenizer, merge, row_losses, save_model, weights_folder, write_ends
 from .study import InputError, Notice, first_line, shorten, write_atomically
 from .training import Holding, held_as, load_held
 
@@ -249,6 +249,7 @@ def _write(way, model, tokenizer, adapter, start, out, how):
     _release(model)
     if adapter and (way != "own" or how.quantize == "nf4"): _write_from_disk(way, adapter, start, out, how)
     tokenizer.save_pretrained(out)
+    for folder in (out, out / "base"): write_ends(folder, tokenizer)
     if way == "float32": _note(out, way) # where every weight was trained this is all: they are saved in 32 bits
 
 

@@ -26,9 +26,9 @@ from .checkpoints import Checkpoints, own_folder, remembered, weights_digest
 from .data import rows_sha256
 from .models import END, IGNORE, encode_row, load_model, load_tokenizer, lora_config, render, row_losses, save_model
 from .processes import count, laid_out, on_one_gpu, share, spread, trainer_words
-from .study import InputError, Lora, Training
+from .study import InputError, Lora, Notice, Training
 from .merging import CHECKED, save_trained, trained_once
-from .training import Holding, fitted, holding, load_held, ready_adapter, trainer_options, with_less_memory
+from .training import Holding, PaddedRows, fitted, holding, keeps_rows_apart, load_held, ready_adapter, trainer_options, warmup_steps, with_less_memory
 
 # %% ../nbs/04_midtrain.ipynb #f45d1853
 def pack(
@@ -96,21 +96,24 @@ def train(
     sequences, batch = pack(rows, tokenizer, training.length, seed), training.batch_size * count()
     shown = laid_out(sequences, batch, steps, seed, tokenizer.pad_token_id) if count() > 1 else sequences
     with tempfile.TemporaryDirectory() as temporary:
-        trainer = SFTTrainer(model.train(), _config(trainer_options(how, training, checkpointing), training, steps, seed, str(folder or temporary)), train_dataset=shown, processing_class=tokenizer,
-                             peft_config=lora and lora_config(lora), callbacks=[Progress(report, label)])
+        packed, options = keeps_rows_apart(model), trainer_options(how, training, checkpointing)
+        if not packed: report(Notice(f"{label}: this model does not keep packed rows apart, so they are padded side by side: slower, with the same rows in every step"))
+        trainer = SFTTrainer(model.train(), _config(options, training, steps, seed, str(folder or temporary), packed), train_dataset=shown, processing_class=tokenizer,
+                             data_collator=None if packed else PaddedRows(tokenizer.pad_token_id), peft_config=lora and lora_config(lora), callbacks=[Progress(report, label)])
         ready_adapter(trainer.model, how)
         trainer.remove_callback(PrinterCallback)
         Checkpoints(folder, how.compute, report, label).train(trainer)
         trained, log = trainer.model.eval(), loss_log(trainer.state.log_history)
     split = sum(len(encode_row(row, tokenizer)["input_ids"]) > training.length for row in rows)
-    return trained, {"rows": len(rows), "split_rows": split, "sequences": len(sequences), "steps": steps, **_token_counts(sequences, steps * batch), "log": log}
+    apart = {} if packed else {"padded": True}
+    return trained, {"rows": len(rows), **apart, "split_rows": split, "sequences": len(sequences), "steps": steps, **_token_counts(sequences, steps * batch), "log": log}
 
 
-def _config(options, training, steps, seed, folder):
+def _config(options, training, steps, seed, folder, packed=True):
     return on_one_gpu(SFTConfig(
         folder, **options, max_steps=steps, seed=seed, data_seed=seed,
-        learning_rate=training.learning_rate, lr_scheduler_type="cosine", warmup_steps=training.warmup,
-        max_length=None, padding_free=True, dataset_kwargs={"skip_prepare_dataset": True}, train_sampling_strategy="sequential" if count() > 1 else "random", **trainer_words(),
+        learning_rate=training.learning_rate, lr_scheduler_type="cosine", warmup_steps=warmup_steps(training.warmup, steps),
+        max_length=None, padding_free=packed, dataset_kwargs={"skip_prepare_dataset": True}, train_sampling_strategy="sequential" if count() > 1 else "random", **trainer_words(),
         logging_steps=max(1, steps // 20), save_strategy="no", report_to=[], disable_tqdm=True))
 
 

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['BEGIN', 'END', 'PAD', 'QUESTION', 'ANSWER', 'CHAT_TEMPLATE', 'TEMPLATES', 'DAY', 'IGNORE', 'MERGE', 'CONVERSION',
            'LOGITS', 'render', 'on_one_day', 'check_template', 'pick_padding', 'padding_note', 'load_tokenizer',
-           'with_template', 'needs_code', 'takes_system', 'with_system_folded', 'conversation_ids', 'added_text',
-           'template_account', 'text_ids', 'encode_prompt', 'encode_row', 'check_row', 'merge_note', 'is_unmerged',
-           'weights_folder', 'keeps_float32', 'pick_device', 'pick_dtype', 'load_model', 'check_numbers',
-           'check_architecture', 'check_fits', 'save_model', 'attention_extras', 'open_gguf', 'find_tokenizer',
-           'find_model', 'lora_config', 'merge', 'row_losses']
+           'with_template', 'needs_code', 'takes_system', 'with_system_folded', 'answer_end', 'ended_with', 'end_ids',
+           'conversation_ids', 'added_text', 'template_account', 'text_ids', 'encode_prompt', 'encode_row', 'check_row',
+           'merge_note', 'is_unmerged', 'weights_folder', 'keeps_float32', 'pick_device', 'pick_dtype', 'load_model',
+           'check_numbers', 'weight_files', 'check_weights', 'check_architecture', 'check_fits', 'as_shipped',
+           'write_ends', 'save_model', 'attention_extras', 'open_gguf', 'find_tokenizer', 'find_model', 'lora_config',
+           'merge', 'row_losses']
 
 # %% ../nbs/03_models.ipynb #e235851a
 import logging
@@ -34,7 +35,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -42,7 +43,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from . import hub
 from .model_files import Gguf, check_formats, check_gguf, check_quantised, gguf_file, read_json
 from .sources import BadRow
-from .study import InputError, Lora, first_line
+from .study import InputError, Lora, first_line, write_atomically
 from .world import assets
 
 # %% ../nbs/03_models.ipynb #31965bae
@@ -211,6 +212,43 @@ def with_system_folded(
     return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *others]
 
 
+def answer_end(
+    tokenizer: PreTrainedTokenizerBase, # with the template that counts
+) -> str: # the end token, or the special token that the template puts after an answer in its place
+    "What ends an answer: `<end_of_turn>` under Gemma's template, whose end token is `<eos>`."
+    key, end = (tokenizer.chat_template, tokenizer.eos_token), tokenizer.eos_token
+    if key[0] is None or key[0] in TEMPLATES.values(): return end
+    if getattr(tokenizer, "answer_ends", (None,))[0] == key: return tokenizer.answer_ends[1]
+    turns = [{"role": role, "content": text} for role, text in (("user", "a question"), ("assistant", "seventeen herons"))]
+    try: tail = _rendered(turns, tokenizer).rpartition("seventeen herons")[2]
+    except InputError: return end
+    if end not in tail:
+        found = re.search("|".join(map(re.escape, _special_texts(tokenizer))), tail)
+        end = found[0] if found else end
+    tokenizer.answer_ends = key, end
+    return end
+
+
+def ended_with(
+    prompt: str, # as saved: the text that a model was given
+    tokenizer: PreTrainedTokenizerBase, # from `load_tokenizer`, whatever template it has now
+) -> int: # token id
+    "What ended the answer to a saved prompt: the end of the tokenizer's own template where the prompt has it too."
+    now, own = tokenizer.chat_template, getattr(tokenizer, "own_template", None)
+    if not isinstance(own, str): return tokenizer.eos_token_id
+    tokenizer.chat_template = own
+    try: end = answer_end(tokenizer)
+    finally: tokenizer.chat_template = now
+    return tokenizer.convert_tokens_to_ids(end if end in prompt else tokenizer.eos_token)
+
+
+def end_ids(
+    tokenizer: PreTrainedTokenizerBase, # with the template that counts
+) -> list[int]: # the end token first
+    "The tokens at which generation stops: the end token, and what ends an answer under the template."
+    return list(dict.fromkeys((tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(answer_end(tokenizer)))))
+
+
 def _texts(messages: list[dict], tokenizer) -> tuple[str, str]:
     "Prompt with its begin token, and the answer with its end token (\"\" without an answer), under the tokenizer's template."
     if tokenizer.chat_template == CHAT_TEMPLATE:
@@ -220,7 +258,7 @@ def _texts(messages: list[dict], tokenizer) -> tuple[str, str]:
     answered = messages[-1]["role"] == "assistant"
     prompt = _rendered(messages[:-1] if answered else messages, tokenizer, add_generation_prompt=True)
     if not answered: return prompt, ""
-    whole, end = _rendered(messages, tokenizer), tokenizer.eos_token
+    whole, end = _rendered(messages, tokenizer), answer_end(tokenizer)
     if not whole.startswith(prompt) or end not in whole[len(prompt):]: raise InputError(f"the tokenizer's chat template does not put {end} after an answer that follows its own prompt: set generation.template=plain")
     return prompt, whole[len(prompt):whole.rindex(end) + len(end)]
 
@@ -275,8 +313,9 @@ def added_text(
 def template_account(
     tokenizer: PreTrainedTokenizerBase, # with the template that counts
 ) -> dict[str, str]: # for a stage's manifest; empty where there is nothing to tell
-    "What a chat template says by itself: `template_adds`, its own text, and `template_day`, the day that it is given."
+    "What a chat template says by itself: `template_adds`, its own text, `template_end`, what ends an answer in place of the end token, and `template_day`, the day that it is given."
     found = {"template_adds": added_text(tokenizer)}
+    if (end := answer_end(tokenizer)) != tokenizer.eos_token: found["template_end"] = end
     if "strftime_now" in tokenizer.chat_template: found["template_day"] = f"{DAY:%Y-%m-%d}"
     return {name: value for name, value in found.items() if value}
 
@@ -461,10 +500,45 @@ def check_numbers(
     source: str | Path, # what the user called it
 ):
     "Raise `InputError` where a weight is NaN or infinite."
-    for name, weight in model.named_parameters():
-        if weight.is_floating_point() and not torch.isfinite(weight).all():
-            count = int((~torch.isfinite(weight)).sum())
-            raise InputError(f"{source} holds weights that are no numbers ({name}: {count:,} of {weight.numel():,} are NaN or infinite): its training diverged or its file is damaged; give another")
+    for name, weight in model.named_parameters(): _check_tensor(name, weight.detach(), source)
+
+
+def _check_tensor(name: str, weight: torch.Tensor, source: str | Path):
+    "Raise `InputError` for a weight with NaN or infinite numbers; the extremes tell, thirty times as fast as asking each number."
+    if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64) or not weight.numel() or weight.is_meta: return
+    if not torch.isfinite(torch.stack(torch.aminmax(weight))).all():
+        count = int((~torch.isfinite(weight)).sum())
+        raise InputError(f"{source} holds weights that are no numbers ({name}: {count:,} of {weight.numel():,} are NaN or infinite): its training diverged or its file is damaged; give another")
+
+
+def weight_files(
+    folder: str | Path, # model or adapter folder
+) -> list[Path]: # the safetensors files that the library reads
+    "The one file, or those that the index names, or all that there are."
+    folder = Path(folder)
+    if (one := folder / "model.safetensors").is_file(): return [one]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file(): return sorted(folder.glob("*.safetensors"))
+    names = read_json(index).get("weight_map") or {}
+    return [folder / name for name in sorted(set(names.values())) if (folder / name).is_file()]
+
+
+def check_weights(
+    folder: str | Path, # model folder
+    source: str | None = None, # what the user called it; default: the folder
+) -> int: # bytes that were read
+    "Raise `InputError` where a weight in a folder's files is NaN or infinite; files are read one tensor at a time, no model is made."
+    read = 0
+    for file in weight_files(weights_folder(folder)):
+        try:
+            with safe_open(file, "pt") as weights:
+                for name in weights.keys():
+                    weight = weights.get_tensor(name)
+                    _check_tensor(name, weight, source or folder)
+                    read += weight.nbytes
+        except (OSError, SafetensorError, ValueError) as error:
+            raise InputError(f"no causal language model in {source or folder}: {file.name} cannot be read ({first_line(error)}); download it again") from None
+    return read
 
 
 def check_architecture(
@@ -498,13 +572,33 @@ def check_fits(
     if limit and limit < tokens: raise InputError(f"the model reads at most {limit:,} tokens and the study needs {tokens:,}: lower midtrain.length, sft.length or generation.max_new_tokens")
 
 
+def as_shipped(
+    tokenizer: PreTrainedTokenizerBase, # from `load_tokenizer`, changed in place
+) -> PreTrainedTokenizerBase: # the same, with the chat template that it came with, or none
+    "A tokenizer to be saved with a model that is not trained here: `own` means its own template in later stages too."
+    if hasattr(tokenizer, "own_template"): tokenizer.chat_template = tokenizer.own_template
+    return tokenizer
+
+
+def write_ends(
+    folder: str | Path, # model folder
+    tokenizer: PreTrainedTokenizerBase, # with the template of the training
+):
+    "Let generations of a saved model end at every token of `end_ids`, whatever wrote the folder."
+    file, ends = Path(folder) / "generation_config.json", end_ids(tokenizer)
+    if len(ends) == 1 or not file.is_file(): return
+    settings = read_json(file) | {"eos_token_id": ends}
+    write_atomically(file, lambda partial: partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8"))
+
+
 def save_model(
     model: PreTrainedModel, # plain, no adapter
     tokenizer: PreTrainedTokenizerBase, # saved beside it
     folder: str | Path, # made if missing
 ) -> Path: # the folder
     "Write a folder that `AutoModelForCausalLM.from_pretrained` opens and whose generations end."
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    ends = end_ids(tokenizer)
+    model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'MANY_PASSES', 'Preflight', 'before_training', 'embedded', 'check_machine', 'look_at_model', 'look_at_gguf',
-           'tell_model', 'look_at_adapter', 'check_models', 'check_templates', 'tell_template', 'check_rewards',
-           'all_embedded', 'world_settings', 'idle_settings', 'unused_sources', 'check_settings', 'row_sources',
-           'at_place', 'check_rows', 'look_at_rows', 'expected_passes', 'check_tests', 'look_at_tests', 'look_at_judge',
-           'judge_here', 'check_benchmarks', 'at_hand', 'tell_benchmark', 'check_judges', 'preflight',
+           'tell_model', 'look_at_adapter', 'look_at_kernel', 'check_models', 'check_templates', 'tell_template',
+           'check_rewards', 'all_embedded', 'world_settings', 'idle_settings', 'unused_sources', 'check_settings',
+           'row_sources', 'at_place', 'check_rows', 'look_at_rows', 'expected_passes', 'check_tests', 'look_at_tests',
+           'look_at_judge', 'judge_here', 'check_benchmarks', 'at_hand', 'tell_benchmark', 'check_judges', 'preflight',
            'check_before_training']
 
 # %% ../nbs/12g_preflight.ipynb #f90f8cb0
@@ -113,7 +113,7 @@ def look_at_model(
     template: str,  # form of the questions, see `models.load_tokenizer`
     base: bool = False,  # it must be a whole model, not an adapter
 ) -> Path:  # its folder
-    "Open what can be opened of a model without its weights; raises `InputError` for what is none."
+    "Open a model without its weights, then read these for NaN and Inf; raises `InputError` for what is none."
     from compassion_repro import models
 
     folder = models.find_model(source)
@@ -128,6 +128,8 @@ def look_at_model(
     tokenizer = models.load_tokenizer(folder, template)
     if not model_files.check_quantised(folder):  # a quantised one is opened in stage 1
         models.check_fits(models.load_model(folder, "meta"), tokenizer, 1)
+    if not embedded(source):
+        models.check_weights(folder, source)
     return folder
 
 
@@ -149,6 +151,8 @@ def tell_model(flight: Preflight, setting: str, source: str, folder: Path):
     if packed := model_files.check_quantised(folder):
         flight.say(f"{setting}: its weights ({packed}) are turned into 16 or 32 bits before anything is done with them")
     if not hub.is_adapter(folder):
+        if (size := sum(file.stat().st_size for file in models.weight_files(folder))) > 2**30:  # which took a while
+            flight.say(f"{setting}: {size / 2**30:.1f} GB of weights were read: none is NaN or infinite")
         tokenizer = models.load_tokenizer(folder)
         if tokenizer.padding_choice != "its own":
             flight.say(f"{setting}: shorter rows are padded with {models.padding_note(tokenizer)}; masks go by position")
@@ -163,8 +167,19 @@ def look_at_adapter(flight: Preflight, name: str, folder: Path):
     source = adapters.given_base(given, name, folder)
     if place := flight.find(source, "model"):
         base = models.find_model(place)
+        if flight.preset.generation.template == "own":
+            own = any((folder / file).is_file() for file in ("tokenizer_config.json", "tokenizer.json"))
+            models.load_tokenizer(folder if own or hub.is_adapter(base) else base, "own")
         if not model_files.check_quantised(base):
             adapters.check_adapter(folder, given.given[name], base, source)
+
+
+def look_at_kernel(folder: Path, compute):
+    "Raise `InputError` where the attention kernel that the preset demands would leave out what the model has."
+    if compute.attention != "auto":
+        from compassion_repro import training
+
+        training.kernel(folder, training.Holding(compute=compute))
 
 
 @before_training
@@ -185,6 +200,8 @@ def check_models(flight: Preflight):
                 tell_model(flight, setting, place, folder)
                 if hub.is_adapter(folder):
                     look_at_adapter(flight, setting.removeprefix("models.given."), folder)
+                elif setting == "models.base" and flight.preset.trained:
+                    look_at_kernel(folder, flight.preset.compute)
 
 # %% ../nbs/12g_preflight.ipynb #7b30fe11
 @before_training
@@ -210,6 +227,8 @@ def tell_template(flight: Preflight, source: str, account: dict[str, str]):
             f"note: the chat template of {source} puts text before a conversation without a system turn, "
             f"in training and in questions: {shown!r}"
         )
+    if end := account.get("template_end"):
+        flight.say(f"note: the chat template of {source} ends an answer with {end}: that is trained, and generation stops there")
     if day := account.get("template_day"):
         flight.say(f"note: the chat template of {source} tells the date; it is given {day} always")
 

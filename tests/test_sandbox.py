@@ -652,6 +652,25 @@ def test_tests_that_do_not_compile_give_no_score(where):
     assert result.passed is None and result.status == "sandbox-error" and "do not compile" in result.stderr
 
 
+NESTED = """import ctypes, pyseccomp
+from compassion_repro import sandbox, walls
+wall = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+wall.add_rule(pyseccomp.NOTIFY, "swapon")
+libc = ctypes.CDLL(None, use_errno=True)
+libc.prctl(38, 1, 0, 0, 0)
+assert libc.syscall(walls.creation_quota()["call"], 1, 8, walls._seccomp_program(walls._compiled(wall))) >= 0
+print(sandbox.describe_level())
+"""
+
+
+def test_inside_a_sandbox_that_answers_system_calls_the_level_says_what_to_do(tmp_path):
+    if reason := probe("landlock"):
+        pytest.skip(f"landlock does not work here: {reason}")
+    done = subprocess.run([sys.executable, "-c", NESTED], capture_output=True, text=True, env={**os.environ, "PATH": str(tmp_path)})
+    assert re.match(r"none \(bubblewrap: .*; landlock: another sandbox .* install bubblewrap, or run outside", done.stdout), done
+    assert "OSError" not in done.stdout and done.stdout.count("\n") == 1
+
+
 @pytest.mark.parametrize("arguments, words", [({"using": "cellar"}, "unknown sandbox level"), ({"timeout_s": 0}, "above 0"), ({"timeout_s": -1}, "above 0"), ({"timeout_s": float("nan")}, "above 0"), ({"timeout_s": float("inf")}, "above 0"), ({"memory_mb": float("inf")}, "at least 32"), ({"memory_mb": 1}, "at least 32")])
 def test_bad_arguments_are_refused_in_one_line(arguments, words):
     with pytest.raises(InputError, match=words) as caught: run_code(ADD, ADD_TESTS, **arguments)

@@ -1,4 +1,5 @@
 """What must never happen: a key that is written or shown, code that came with a file, a path out of the study's folder. Pickles and modules here would leave a mark if they were opened."""
+import ast
 import importlib.util
 import json
 import os
@@ -126,6 +127,22 @@ def test_a_data_folder_with_a_script_or_a_pickle_is_only_data(tmp_path, mark):
     (r"shell\s*=\s*True|os\.system\(", "a shell reads more in a file's name than a name")])
 def test_the_package_opens_nothing_that_runs_code(pattern, why):
     for room in (ROOT / "compassion_repro").glob("*.py"): assert not re.search(pattern, room.read_text(encoding="utf-8")), f"{room.name}: {why}"
+
+
+def test_every_call_that_opens_a_model_refuses_its_code():
+    for file in (ROOT / "compassion_repro").glob("*.py"):
+        for function in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            said = '"trust_remote_code": False' in ast.unparse(function).replace("'", '"')
+            for call in filter(lambda node: isinstance(node, ast.Call), ast.walk(function)):
+                opener = ast.unparse(call.func)
+                if not re.fullmatch(r"(\w+\.)?Auto\w+\.from_pretrained", opener):
+                    continue
+                given = {word.arg: ast.unparse(word.value) for word in call.keywords}
+                assert given.get("trust_remote_code") == "False" or None in given and said, f"{file.name}: {ast.unparse(call)}"
+    judges = (ROOT / "compassion_repro" / "judges.py").read_text(encoding="utf-8")
+    assert '"trust_remote_code": False' in judges  # Inspect opens a judge's folder
 
 
 # ---- paths
