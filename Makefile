@@ -34,7 +34,9 @@ tests: $(READY)  ## pytest in two workers: one item a notebook, and the end-to-e
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile tests
 
 check: $(READY)  ## exported modules, notebooks and README are in sync and clean; Colab keeps its torch
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/in_sync.py
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/in_sync.py
+	$(BIN)/python tools/architecture.py
+	$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .
 	$(BIN)/python tools/colab_check.py
 
 notebooks: $(READY)  ## only the notebooks' own tests, with nbdev
@@ -52,20 +54,20 @@ readme: $(READY)  ## render README.md from nbs/index.ipynb
 figures: $(READY)  ## redraw the repository's figures from studies/tiny
 	$(BIN)/compassion-repro run --preset tiny --seeds 3
 	cp studies/tiny/figures/scores.png studies/tiny/figures/scores.svg figures/
-	$(BIN)/python tests/browser.py studies/tiny/report.html figures/report.png
+	$(BIN)/python tools/browser.py studies/tiny/report.html figures/report.png
 
 base: $(READY)  ## rebuild the shipped base model (minutes), print what it reached, then its scores before and after mid-training
-	$(BIN)/python -m compassion_repro.midtrain
+	$(BIN)/python -m compassion_repro.training.midtrain
 	$(BIN)/compassion-repro run --preset tiny --set 'arms=[]' --out studies/base-check
 
 bench: $(READY)  ## speed beside the plain library's, as ratios from one run
 	$(BIN)/compassion-repro bench
 
 faults: $(READY) ## break it on purpose: 100 studies killed and started again, every kind of input damaged, two runs at once, a lost Ray worker (long)
-	$(BIN)/python tests/faults.py
+	$(BIN)/python tools/faults.py
 
 audit: $(READY)  ## look the pinned dependencies up among the known vulnerabilities (network)
-	$(BIN)/python tests/audit.py
+	$(BIN)/python tools/audit.py
 
 clean:           ## remove what was built (studies stay)
 	rm -rf build dist *.egg-info _proc .pytest_cache

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from compassion_repro.study import InputError
+from compassion_repro.core.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def table(cases: list[Case]) -> dict:
 def main() -> int:
     "Print every case with its outcome; the exit status is the number of those that came out wrong, 100 at most."
     wrong = 0
-    for file in sorted(Path(__file__).parent.glob("test_real_*.py")):
+    for file in sorted(Path(__file__).parent.rglob("test_real_*.py")):
+        sys.path.insert(0, str(file.parent))
         for case in import_module(file.stem).CASES:
             with tempfile.TemporaryDirectory() as folder:
                 seen = outcome(case, Path(folder))

@@ -39,6 +39,8 @@ def hide_programs(names: list[str]):
 if hidden := os.environ.pop("COMPASSION_TEST_WITHOUT", "").split(): hide_programs(hidden)
 
 ROOT = Path(__file__).resolve().parents[1]
+# Tests lie in folders as the modules do; they share helpers, and some use the tools.
+sys.path += [str(ROOT / "tools"), *(str(path) for path in sorted((ROOT / "tests").iterdir()) if path.is_dir())]
 SHARED_DATA = Path(os.environ.get("COMPASSION_SHARED_DATA", ROOT.parent / "shared" / "data"))
 
 # The smoke preset at the size of a crash test: every stage of the graph, seconds in all.

@@ -14,7 +14,7 @@ from conftest import ROOT, settings
 from damage import call, nothing_runs
 from judge_server import JUDGE, PaidJudge
 
-from compassion_repro import world
+from compassion_repro.data import world
 
 CANARY = "CANARY0123456789"
 KEYS = {name: f"{name.lower()}-{CANARY}" for name in ("HF_TOKEN", "OPENAI_API_KEY", "GOOGLE_API_KEY", "GEMINI_API_KEY", "ANTHROPIC_API_KEY", "STANDIN_API_KEY", "AWS_SECRET_ACCESS_KEY")}
@@ -123,14 +123,14 @@ def test_a_data_folder_with_a_script_or_a_pickle_is_only_data(tmp_path, mark):
 
 @pytest.mark.parametrize("pattern, why", [
     (r"trust_remote_code\s*=\s*True", "code of a repository would be run"), (r"\bpickle\.loads?\(|\bjoblib\b|allow_pickle\s*=\s*True|read_pickle", "a pickle may run code when opened"),
-    (r"torch\.load\((?![^)]*weights_only\s*=\s*True)", "torch.load opens pickles unless weights_only is set"), (r"yaml\.(unsafe_load|full_load)\(|yaml\.(Unsafe|Full)?Loader\b|yaml\.load\((?!.*SafeLoader)", "only a safe loader reads plain values"),
+    (r"torch\.load\((?![^)]*weights_only\s*=\s*True)", "torch.load opens pickles unless weights_only is set"), (r"yaml\.(unsafe_load|full_load)\(|yaml\.(Unsafe|Full)?Loader\b|yaml\.load\((?!(?s:.{0,300})SafeLoader)", "only a safe loader reads plain values"),
     (r"shell\s*=\s*True|os\.system\(", "a shell reads more in a file's name than a name")])
 def test_the_package_opens_nothing_that_runs_code(pattern, why):
-    for room in (ROOT / "compassion_repro").glob("*.py"): assert not re.search(pattern, room.read_text(encoding="utf-8")), f"{room.name}: {why}"
+    for room in (ROOT / "compassion_repro").rglob("*.py"): assert not re.search(pattern, room.read_text(encoding="utf-8")), f"{room.name}: {why}"
 
 
 def test_every_call_that_opens_a_model_refuses_its_code():
-    for file in (ROOT / "compassion_repro").glob("*.py"):
+    for file in (ROOT / "compassion_repro").rglob("*.py"):
         for function in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if not isinstance(function, ast.FunctionDef):
                 continue
@@ -171,7 +171,7 @@ def test_a_study_from_a_stranger_writes_nothing_outside_itself(study_copy, tmp_p
 # ---- pins
 
 def audit():
-    spec = importlib.util.spec_from_file_location("audit", ROOT / "tests" / "audit.py")
+    spec = importlib.util.spec_from_file_location("audit", ROOT / "tools" / "audit.py")
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     return module
 
