@@ -28,38 +28,44 @@ def _is_program() -> bool:
     main = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
     return main.stem == "compassion-repro" or __name__ == "__main__" and main.name == "cli.py"
 
-
+# %% ../nbs/99_cli.ipynb #c97dbef3
 def _answer(handler: dict):
     "Set the answers to signals; one that the parent process had ignored stays ignored."
     for number, answer in handler.items():
-        if signal.getsignal(number) is not signal.SIG_IGN: signal.signal(number, answer)
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, answer)
 
-
+# %% ../nbs/99_cli.ipynb #0eb62028
 def _leave_at_once(number, frame):
     os.write(2, f"\n{INTERRUPTED}\n".encode())
     os._exit(128 + number)
 
-
-if _is_program(): _answer(dict.fromkeys(SIGNALS, _leave_at_once))
+# %% ../nbs/99_cli.ipynb #342295ae
+if _is_program():
+    _answer(dict.fromkeys(SIGNALS, _leave_at_once))
 
 # %% ../nbs/99_cli.ipynb #7e51a103
 from . import __version__
-from .core.errors import redact, redact_error, visible
-from .core.errors import InputError, shorten
+from .core.errors import InputError, redact, redact_error, shorten, visible
 from .presets import load_preset, presets
 
 # %% ../nbs/99_cli.ipynb #06e8bdc2
 def print(
-    *words: object, # what to print
-    **options, # as for Python's own
+    *words: object,  # what to print
+    **options,  # as for Python's own
 ):
-    "Python's `print`, with control characters shown as escapes: what others wrote must not reach the terminal raw."
+    """Python's `print`, with control characters shown as escapes: what others wrote must not reach the
+    terminal raw.
+    """
     builtins.print(*(visible(str(word)) for word in words), **options)
 
-
+# %% ../nbs/99_cli.ipynb #89f20e96
 def _console(**options):
-    "A rich console for plain words; when the reader of a pipe has gone, what is left to say goes nowhere and the work goes on."
+    """A rich console for plain words; when the reader of a pipe has gone, what is left to say goes nowhere
+    and the work goes on.
+    """
     from rich.console import Console
+
     class Quiet(Console):
         def on_broken_pipe(self):
             self.quiet = True
@@ -68,9 +74,10 @@ def _console(**options):
         def render(self, renderable, options=None):
             for part in super().render(renderable, options):
                 yield part if part.control else part._replace(text=visible(part.text))
+
     return Quiet(highlight=False, **{"markup": False, **options})
 
-
+# %% ../nbs/99_cli.ipynb #70e8b30e
 @contextmanager
 def talking():
     "Two ways to print: `say` for lines that stay, `report` for progress that passes."
@@ -79,333 +86,610 @@ def talking():
         yield (lambda line: console.print(line, soft_wrap=True, markup=False)), (lambda line: None)
         return
     with console.status("") as status:
-        def report(line): status.update(line.replace("[", "\\["))
+
+        def report(line):
+            status.update(line.replace("[", "\\["))
+
         report.status = status
         yield (lambda line: console.print(line, soft_wrap=True, markup=False)), report
 
-
+# %% ../nbs/99_cli.ipynb #f3f55d5f
 def _table(columns: list[str], rows: list[list], title: str = ""):
     "A plain table with numbers to the right."
     from rich.table import Table
+
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for n, column in enumerate(columns):
         numbers = all(isinstance(row[n], (int, float, type(None))) for row in rows)
         table.add_column(column, justify="right" if numbers else "left")
-    for row in rows: table.add_row(*("" if v is None else f"{v:,}" if isinstance(v, int) else str(v) for v in row))
+    for row in rows:
+        table.add_row(*("" if v is None else f"{v:,}" if isinstance(v, int) else str(v) for v in row))
     return table
 
-
+# %% ../nbs/99_cli.ipynb #afb53523
 def _print(*things):
     from rich.text import Text
-    _console(width=None if sys.stdout and sys.stdout.isatty() else 160, markup=True).print(*(Text(thing) if isinstance(thing, str) else thing for thing in things))
+
+    _console(width=None if sys.stdout and sys.stdout.isatty() else 160, markup=True).print(
+        *(Text(thing) if isinstance(thing, str) else thing for thing in things)
+    )
 
 # %% ../nbs/99_cli.ipynb #31a4136a
 def _study_folder(args, preset) -> Path:
     "`--out`, or studies/<preset>, with a short hash where `--set` changed the preset."
     from compassion_repro.store.folder import study_name
-    return Path(args.out) if args.out else Path("studies") / study_name(preset, load_preset(args.preset or "tiny"))
 
+    return (
+        Path(args.out)
+        if args.out
+        else Path("studies") / study_name(preset, load_preset(args.preset or "tiny"))
+    )
 
+# %% ../nbs/99_cli.ipynb #58eca8ae
 def _preset(args):
-    "The preset that is named; where only `--out` is, that of the study in it; else `tiny`. `--set` is laid over it."
-    if args.preset or not args.out or not (Path(args.out) / "study.yaml").is_file(): return load_preset(args.preset or "tiny", args.set)
-    from compassion_repro.store.folder import Study
+    """The preset that is named; where only `--out` is, that of the study in it; else `tiny`.
+
+    `--set` is laid over it.
+    """
+    if args.preset or not args.out or not (Path(args.out) / "study.yaml").is_file():
+        return load_preset(args.preset or "tiny", args.set)
     from compassion_repro.presets import with_settings
+    from compassion_repro.store.folder import Study
+
     return with_settings(Study(args.out).preset, args.set)
 
-
+# %% ../nbs/99_cli.ipynb #2061f256
 def _asking(report=None):
     "How to ask the person at the terminal; None where there is none."
-    if not (sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()): return None
+    if not (sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()):
+        return None
+
     def answer(question):
         status = getattr(report, "status", None)
-        if status: status.stop()
-        try: return input(question)
-        except EOFError: return ""
+        if status:
+            status.stop()
+        try:
+            return input(question)
+        except EOFError:
+            return ""
         finally:
-            if status: status.start()
+            if status:
+                status.start()
+
     return answer
 
-
+# %% ../nbs/99_cli.ipynb #90d0ae3c
 def _agree_to_judges(args, preset, folder: Path):
-    "Ask before a study spends money on judges; what a call reads is estimated at its most, since no answer is there yet."
-    from compassion_repro.evaluation import cost as prices
+    """Ask before a study spends money on judges; what a call reads is estimated at its most, since no answer
+    is there yet.
+    """
     from compassion_repro import study as study_module
+    from compassion_repro.evaluation import cost as prices
+
     dear = [judge for judge in study_module.judge_names(preset.judge) if not prices.is_free(judge)]
-    if not dear: return
+    if not dear:
+        return
     from compassion_repro.pipeline import plan as planning
     from compassion_repro.store import folder as store
+
     study, table = store.Study(folder), prices.load_prices(args.prices)
-    waiting = [r for r, stage in zip(planning.plan(preset, args.seeds), study.stages(preset, args.seeds)) if stage.kind == "eval" and not study.done(stage)]
+    waiting = [
+        r
+        for r, stage in zip(planning.plan(preset, args.seeds), study.stages(preset, args.seeds))
+        if stage.kind == "eval" and not study.done(stage)
+    ]
     if any(r["judge_calls"] is None for r in waiting) and not args.yes:
-        raise InputError(f"how often {', '.join(dear)} will be asked cannot be told beforehand for these benchmarks: add --yes to agree, or judge later with `compassion-repro judge`")
+        raise InputError(
+            f"how often {', '.join(dear)} will be asked cannot be told beforehand for these benchmarks: add"
+            " --yes to agree, or judge later with `compassion-repro judge`"
+        )
     calls = sum(r["judge_calls"] or 0 for r in waiting) // len(study_module.judge_names(preset.judge))
     estimates = prices.estimate_study(dear, calls, preset.generation.max_new_tokens, table)
     prices.ask(estimates, args.yes, lambda line: _print(line), _asking())
 
-
+# %% ../nbs/99_cli.ipynb #2e0ff525
 def run(args) -> int:
     "Run the study, or carry on with it, and print the claims."
     preset = _preset(args)
     folder = _study_folder(args, preset)
     from compassion_repro.pipeline import run as pipeline
+
     preset = pipeline.settle_template(preset)
     _agree_to_judges(args, preset, folder)
-    with talking() as (say, report): study = pipeline.run(preset, folder, args.seeds, say, report, args.allow_unsafe_code, not args.no_report, args.engine)
+    with talking() as (say, report):
+        study = pipeline.run(
+            preset, folder, args.seeds, say, report, args.allow_unsafe_code, not args.no_report, args.engine
+        )
     print_claims(study.folder)
-    _print(f"\nscores, answers{'' if args.no_report else ', figures'}: {study.folder}" + ("" if args.no_report else f"\nreport: {study.folder / 'report.html'}"))
+    _print(
+        f"\nscores, answers{'' if args.no_report else ', figures'}: {study.folder}"
+        + ("" if args.no_report else f"\nreport: {study.folder / 'report.html'}")
+    )
     return 0
 
-
+# %% ../nbs/99_cli.ipynb #4cc5a06a
 def plan(args) -> int:
-    "Print what a run would do, then check everything that it names; trains nothing. Status 2 where a run would refuse."
+    """Print what a run would do, then check everything that it names; trains nothing.
+
+    Status 2 where a run would refuse.
+    """
     preset, refused, summary = _preset(args), [], None
-    try: summary = _print_plan(args, preset)
-    except InputError as error: refused.append(str(error))
+    try:
+        summary = _print_plan(args, preset)
+    except InputError as error:
+        refused.append(str(error))
     status = _print_preflight(preset, refused)
-    if summary: print(f"\n{summary}\nstudy folder: {_study_folder(args, preset)}")
+    if summary:
+        print(f"\n{summary}\nstudy folder: {_study_folder(args, preset)}")
     return status
 
-
+# %% ../nbs/99_cli.ipynb #9a1f1aa6
 def _print_preflight(preset, refused: list[str]) -> int:
     "Open what a preset names, and print what was found: a line for each problem."
     import tempfile
+
     from compassion_repro.pipeline.preflight import preflight
-    def said(line): print(textwrap.fill(redact(line), 100, break_long_words=False, break_on_hyphens=False))
-    with tempfile.TemporaryDirectory() as folder: found = preflight(preset, Path(folder) / "study", said, fetch=False)
-    for line in found.lacks: said(f"this machine lacks something: {line}")
+
+    def said(line):
+        print(textwrap.fill(redact(line), 100, break_long_words=False, break_on_hyphens=False))
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = preflight(preset, Path(folder) / "study", said, fetch=False)
+    for line in found.lacks:
+        said(f"this machine lacks something: {line}")
     unseen = ", ".join(source.partition("@")[0] for source in found.unseen)
-    if unseen: said(f"not looked at, since it is on the hub: {unseen} (`run` looks before it trains)")
+    if unseen:
+        said(f"not looked at, since it is on the hub: {unseen} (`run` looks before it trains)")
     problems = list(dict.fromkeys([*refused, *found.problems]))
-    for line in problems: print(f"compassion-repro: {redact(line)}", file=sys.stderr)
-    if not problems: print("checked: everything that can be opened here is in order")
+    for line in problems:
+        print(f"compassion-repro: {redact(line)}", file=sys.stderr)
+    if not problems:
+        print("checked: everything that can be opened here is in order")
     return 2 if problems else 0
 
-
+# %% ../nbs/99_cli.ipynb #027539b8
 def _print_plan(args, preset) -> str:
     "Print the values of a preset, and what a run of it would do, as tables; the sums in a line."
     import yaml
-    from compassion_repro.pipeline import plan as planning
+
     from compassion_repro.evaluation import cost as prices
+    from compassion_repro.pipeline import plan as planning
+
     records = planning.plan(preset, args.seeds, prices.load_prices(args.prices))
     print(yaml.safe_dump(preset.resolved(), sort_keys=False, allow_unicode=True, width=100))
-    for title, columns, rows in planning.tables(preset, records): _print(f"{title}:", _table(columns, rows), "")
-    for line in planning.footnotes(preset, records): print(textwrap.fill(line, 100, break_long_words=False))
+    for title, columns, rows in planning.tables(preset, records):
+        _print(f"{title}:", _table(columns, rows), "")
+    for line in planning.footnotes(preset, records):
+        print(textwrap.fill(line, 100, break_long_words=False))
     known = {c: [r[c] for r in records if r[c] is not None] for c in ("tokens", "answers", "judge_calls")}
     dollars = sum(r["cost"] or 0 for r in records)
     priced = f"; about ${dollars:,.2f} for the judge" if dollars else ""
-    return f"{len(records)} stages; " + "; ".join(f"{sum(v):,} {c.replace('_', ' ')}" for c, v in known.items() if v) + priced
+    return (
+        f"{len(records)} stages; "
+        + "; ".join(f"{sum(v):,} {c.replace('_', ' ')}" for c, v in known.items() if v)
+        + priced
+    )
 
-
+# %% ../nbs/99_cli.ipynb #a5f1d7c8
 def print_claims(folder: Path):
     "The claim table of a study, in the terminal."
     from compassion_repro.stats.claims import read_claims
+
     _print(read_claims(folder / "claims.json").rich_table())
 
-
+# %% ../nbs/99_cli.ipynb #98720958
 def _existing_study(folder: str) -> Path:
     "A folder that holds a study, or one clear line."
-    if not (Path(folder) / "study.yaml").is_file(): raise InputError(f"{folder} is not a study folder: name one that `compassion-repro run` made, such as studies/tiny")
+    if not (Path(folder) / "study.yaml").is_file():
+        raise InputError(
+            f"{folder} is not a study folder: name one that `compassion-repro run` made, such as studies/tiny"
+        )
     return Path(folder)
 
-
+# %% ../nbs/99_cli.ipynb #9f0fe797
 def report(args) -> int:
-    "Compute a study's claims, figures and report again from its scores, and print the claims; needs no torch."
+    """Compute a study's claims, figures and report again from its scores, and print the claims; needs no
+    torch.
+    """
     folder = _existing_study(args.study)
     from compassion_repro.pipeline import run as pipeline
     from compassion_repro.store import folder as store
+
     study = store.Study(folder)
-    with talking() as (say, progress), study.lock("report", say): pipeline.analyse(study, progress)
+    with talking() as (say, progress), study.lock("report", say):
+        pipeline.analyse(study, progress)
     print_claims(study.folder)
     _print(f"\nreport: {study.folder / 'report.html'}")
     return 0
 
-
+# %% ../nbs/99_cli.ipynb #941ae610
 def claims(args) -> int:
     "Print the claim table of a study."
     folder = _existing_study(args.study)
-    if not (folder / "claims.json").is_file(): raise InputError(f"{folder} has no claims yet: finish it with `compassion-repro run --out {folder}`")
+    if not (folder / "claims.json").is_file():
+        raise InputError(f"{folder} has no claims yet: finish it with `compassion-repro run --out {folder}`")
     from compassion_repro.store.artifact import recorded_damage
-    if wrong := recorded_damage(folder, "claims.json"): raise InputError(f"{folder}: {wrong}: compute the claims again with `compassion-repro report {folder}`")
+
+    if wrong := recorded_damage(folder, "claims.json"):
+        raise InputError(
+            f"{folder}: {wrong}: compute the claims again with `compassion-repro report {folder}`"
+        )
     print_claims(folder)
     return 0
 
 # %% ../nbs/99_cli.ipynb #b58ca0fb
 def _options(args) -> dict:
     "What `eval` and `judge` have in common."
-    settings = {"temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens, "max_connections": args.judge_connections, "max_retries": args.judge_retries}
-    return {"settings": {k: v for k, v in settings.items() if v is not None}, "substitute": args.substitute, "prices": args.prices, "yes": args.yes}
+    settings = {
+        "temperature": args.judge_temperature,
+        "max_tokens": args.judge_max_tokens,
+        "max_connections": args.judge_connections,
+        "max_retries": args.judge_retries,
+    }
+    return {
+        "settings": {k: v for k, v in settings.items() if v is not None},
+        "substitute": args.substitute,
+        "prices": args.prices,
+        "yes": args.yes,
+    }
 
-
+# %% ../nbs/99_cli.ipynb #36a3d7c8
 def _print_agreement(table):
     "Agreement of judges, with its intervals."
+
     def interval(row, name):
-        if row[name] != row[name]: return "not defined"
-        return f"{row[name]:.2f}" + ("" if row[f"{name}_low"] != row[f"{name}_low"] else f" [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]")
-    rows = [[r["benchmark"], r["dimension"], r["judges"], int(r["units"]), interval(r, "alpha"), interval(r, "raw")] for r in table.to_dict("records")]
-    _print(_table(["benchmark", "dimension", "judges", "grades", "Krippendorff's alpha", "raw agreement"], rows, "\nagreement"))
+        if row[name] != row[name]:
+            return "not defined"
+        return f"{row[name]:.2f}" + (
+            ""
+            if row[f"{name}_low"] != row[f"{name}_low"]
+            else f" [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]"
+        )
 
+    rows = [
+        [
+            r["benchmark"],
+            r["dimension"],
+            r["judges"],
+            int(r["units"]),
+            interval(r, "alpha"),
+            interval(r, "raw"),
+        ]
+        for r in table.to_dict("records")
+    ]
+    _print(
+        _table(
+            ["benchmark", "dimension", "judges", "grades", "Krippendorff's alpha", "raw agreement"],
+            rows,
+            "\nagreement",
+        )
+    )
 
+# %% ../nbs/99_cli.ipynb #96ee3109
 def _print_scores(folder: Path):
     "Scores by model, benchmark and judge, and how far judges agree."
     from compassion_repro.evaluation import agreement
     from compassion_repro.pipeline import evaluate as evaluation
     from compassion_repro.store import folder as store
-    def number(x): return None if x != x else round(x, 1)
-    rows = [[r["model"], r["benchmark"], r["judge"] + (f" (for {r['substitute_for']})" if isinstance(r["substitute_for"], str) else ""), int(r["questions"]), number(r["score"]), number(r.get("no_grade", float("nan"))), number(r["empty"])]
-            for r in evaluation.summary(folder).to_dict("records")]
-    _print(_table(["model", "benchmark", "judge", "questions", "score, %", "replies without a grade, %", "empty answers, %"], rows))
-    for line in evaluation.without_scores(folder): _print(f"\n{line}")
+
+    def number(x):
+        return None if x != x else round(x, 1)
+
+    rows = [
+        [
+            r["model"],
+            r["benchmark"],
+            r["judge"] + (f" (for {r['substitute_for']})" if isinstance(r["substitute_for"], str) else ""),
+            int(r["questions"]),
+            number(r["score"]),
+            number(r.get("no_grade", float("nan"))),
+            number(r["empty"]),
+        ]
+        for r in evaluation.summary(folder).to_dict("records")
+    ]
+    _print(
+        _table(
+            [
+                "model",
+                "benchmark",
+                "judge",
+                "questions",
+                "score, %",
+                "replies without a grade, %",
+                "empty answers, %",
+            ],
+            rows,
+        )
+    )
+    for line in evaluation.without_scores(folder):
+        _print(f"\n{line}")
     grades = store.Study(folder).table("grades") if (folder / "grades.parquet").is_file() else None
-    if grades is None: return
-    graded = sorted(grades.loc[grades["grade"].notna() & grades["judge_valid"].astype(bool), "judge"].unique())
-    try: _print_agreement(agreement.agreement(grades, graded)) if len(graded) > 1 else None
-    except InputError as error: _print(f"\nagreement: {error}")
+    if grades is None:
+        return
+    graded = sorted(
+        grades.loc[grades["grade"].notna() & grades["judge_valid"].astype(bool), "judge"].unique()
+    )
+    try:
+        _print_agreement(agreement.agreement(grades, graded)) if len(graded) > 1 else None
+    except InputError as error:
+        _print(f"\nagreement: {error}")
 
-
+# %% ../nbs/99_cli.ipynb #63cb4bf1
 def _heavy():
     "Settings that libraries read when they are imported."
     from compassion_repro.pipeline import stages
+
     stages.prepare(load_preset("tiny"))
 
-
+# %% ../nbs/99_cli.ipynb #8bc145e4
 def evaluate(args) -> int:
     "Evaluate any models on any benchmarks, or carry on, and print the scores."
-    from compassion_repro.pipeline import evaluate as evaluation
-    from compassion_repro.study import Generation
-    from compassion_repro.presets import problem_words
     from pydantic import ValidationError
+
+    from compassion_repro.pipeline import evaluate as evaluation
+    from compassion_repro.presets import problem_words
+    from compassion_repro.study import Generation
+
     for name in ("epochs", "limit", "max_tokens", "batch_size"):
-        if (value := getattr(args, name)) is not None and value < 1: raise InputError(f"--{name.replace('_', '-')} wants a number of at least 1, got {value}")
-    try: generation = Generation(template=args.template, max_new_tokens=args.max_tokens, temperature=args.temperature, batch_size=args.batch_size, engine="vllm" if args.vllm else "transformers")
-    except ValidationError as error: raise InputError("; ".join(problem_words(item) for item in error.errors())) from None
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} wants a number of at least 1, got {value}")
+    try:
+        generation = Generation(
+            template=args.template,
+            max_new_tokens=args.max_tokens,
+            temperature=args.temperature,
+            batch_size=args.batch_size,
+            engine="vllm" if args.vllm else "transformers",
+        )
+    except ValidationError as error:
+        raise InputError("; ".join(problem_words(item) for item in error.errors())) from None
     _heavy()
     languages = args.languages and [word.strip() for word in args.languages.split(",")]
     with talking() as (say, report):
-        folder = evaluation.evaluate_models(args.models, [word.strip() for word in args.bench.split(",")], args.judge, args.out, generation, args.seed, args.epochs, languages, args.limit,
-                                            say=say, report=report, python=args.vllm, answer=_asking(report), **_options(args))
+        folder = evaluation.evaluate_models(
+            args.models,
+            [word.strip() for word in args.bench.split(",")],
+            args.judge,
+            args.out,
+            generation,
+            args.seed,
+            args.epochs,
+            languages,
+            args.limit,
+            say=say,
+            report=report,
+            python=args.vllm,
+            answer=_asking(report),
+            **_options(args),
+        )
     _print_scores(folder)
     _print(f"\nanswers, grades, scores: {folder}")
     return 1 if evaluation.without_scores(folder, args.judge) else 0
 
-
+# %% ../nbs/99_cli.ipynb #5e8a0437
 def judge(args) -> int:
     "Have the answers of a study or an evaluation judged again, and print the scores."
-    from compassion_repro.pipeline import evaluate as evaluation, run as pipeline, stages
+    from compassion_repro.pipeline import evaluate as evaluation
+    from compassion_repro.pipeline import run as pipeline
+    from compassion_repro.pipeline import stages
     from compassion_repro.store import folder as store
+
     folder = Path(args.study)
     evaluation.setup_of(folder)
     _heavy()
-    with talking() as (say, report): evaluation.judge_folder(folder, args.judge, again=args.again, say=say, report=report, answer=_asking(report), **_options(args))
+    with talking() as (say, report):
+        evaluation.judge_folder(
+            folder,
+            args.judge,
+            again=args.again,
+            say=say,
+            report=report,
+            answer=_asking(report),
+            **_options(args),
+        )
     _print_scores(folder)
-    if (folder / "study.yaml").is_file() and (study := store.Study(folder)).finished(study.preset, stages.without_jail(study.preset)):
-        with study.lock("judge"): pipeline.analyse(study)
+    if (folder / "study.yaml").is_file() and (study := store.Study(folder)).finished(
+        study.preset, stages.without_jail(study.preset)
+    ):
+        with study.lock("judge"):
+            pipeline.analyse(study)
         _print(f"\nthe claims under every judge: compassion-repro claims {folder}")
     return 1 if evaluation.without_scores(folder, args.judge) else 0
 
-
+# %% ../nbs/99_cli.ipynb #38818cf8
 def annotate(args) -> int:
     "Write a blinded sheet of answers for people to grade, or read one back."
     from compassion_repro.pipeline import evaluate as evaluation
+
     folder = Path(args.study)
     evaluation.setup_of(folder)
     if args.read:
         _print_agreement(evaluation.add_sheet(folder, args.read))
         return 0
-    if not args.out: raise InputError("annotate wants --out sheet.csv to write a sheet, or --read sheet.csv to read one back")
+    if not args.out:
+        raise InputError(
+            "annotate wants --out sheet.csv to write a sheet, or --read sheet.csv to read one back"
+        )
     _heavy()
     key = evaluation.make_sheet(folder, args.sample, args.out, args.seed)
-    _print(f"{args.sample} answers to grade: {args.out} (write 1 or 0 into the column grade); which is which: {key}, not for the people who grade\nread it back with  compassion-repro annotate {folder} --read {args.out}")
+    _print(
+        f"{args.sample} answers to grade: {args.out} (write 1 or 0 into the column grade); which is which:"
+        f" {key}, not for the people who grade\nread it back with  compassion-repro annotate {folder} --read"
+        f" {args.out}"
+    )
     return 0
 
 # %% ../nbs/99_cli.ipynb #f9f3b236
 def _try_judges(text: str) -> int:
     "Ask each judge one question and print what it says."
-    from compassion_repro.evaluation import judges, cost as prices
     from compassion_repro import study as study_module
+    from compassion_repro.evaluation import cost as prices
+    from compassion_repro.evaluation import judges
+
     table, rows = prices.load_prices(), []
     for name in study_module.judge_names(text):
         reply = " ".join(judges.try_judge(name).split())
-        cost = "free" if prices.is_free(name) else "price: ${:g} / ${:g} a million tokens".format(*table[name]) if name in table else "no price in the table"
+        cost = (
+            "free"
+            if prices.is_free(name)
+            else (
+                "price: ${:g} / ${:g} a million tokens".format(*table[name])
+                if name in table
+                else "no price in the table"
+            )
+        )
         rows.append([name, cost, shorten(reply, 80)])
     _print(_table(["judge", "cost", "its reply"], rows))
     return 0
 
-
+# %% ../nbs/99_cli.ipynb #edff3411
 def _gpu_rows(here) -> list[list[str]]:
     "A row for each GPU; what there is instead, where there is none."
-    if len(here.gpus) < 2: return [["GPU", here.graphics]]
+    if len(here.gpus) < 2:
+        return [["GPU", here.graphics]]
     return [[f"GPU {number}", words] for number, words in enumerate(here.gpus)]
 
-
+# %% ../nbs/99_cli.ipynb #40283d79
 def doctor(args) -> int:
-    "Print what this machine has, and for each preset whether it fits and what to change; with `--judge`, whether a judge answers."
-    if args.judge: return _try_judges(args.judge)
+    """Print what this machine has, and for each preset whether it fits and what to change; with `--judge`,
+    whether a judge answers.
+    """
+    if args.judge:
+        return _try_judges(args.judge)
     import platform
+
     from compassion_repro.pipeline import machine
     from compassion_repro.sandbox import jail
     from compassion_repro.store.folder import provenance
-    if args.set and not args.preset: raise InputError("--set changes one preset: name it with --preset")
+
+    if args.set and not args.preset:
+        raise InputError("--set changes one preset: name it with --preset")
     here = machine.this_machine()
-    verdicts = [machine.verdict(load_preset(args.preset, args.set), here)] if args.preset else machine.verdicts(here)
-    facts = [["python", platform.python_version()], ["processors", str(os.cpu_count())], ["memory", f"{here.memory_gb:.0f} GB"], ["free disk here", f"{here.disk_gb:.0f} GB"], *_gpu_rows(here), ["jail for model-written code", jail.describe_level()]]
-    facts += [[name, found or "missing: pip install -c constraints.txt ."] for name, found in provenance()["packages"].items()]
+    verdicts = (
+        [machine.verdict(load_preset(args.preset, args.set), here)] if args.preset else machine.verdicts(here)
+    )
+    facts = [
+        ["python", platform.python_version()],
+        ["processors", str(os.cpu_count())],
+        ["memory", f"{here.memory_gb:.0f} GB"],
+        ["free disk here", f"{here.disk_gb:.0f} GB"],
+        *_gpu_rows(here),
+        ["jail for model-written code", jail.describe_level()],
+    ]
+    facts += [
+        [name, found or "missing: pip install -c constraints.txt ."]
+        for name, found in provenance()["packages"].items()
+    ]
     facts += [[token, "set" if token in here.tokens else "not set"] for token in machine.TOKENS]
     _print(_table(["what", "found"], facts), "\ndoes this machine fit?")
-    for found in verdicts: print(f"{found.preset:9} {'no ' if found.problems else 'yes'} {found.line}")
+    for found in verdicts:
+        print(f"{found.preset:9} {'no ' if found.problems else 'yes'} {found.line}")
     return 1 if any(found.problems for found in verdicts if found.preset == "tiny" or args.preset) else 0
 
 # %% ../nbs/99_cli.ipynb #65b8ed30
 def _bench_gpu(out: str, vllm: bool) -> int:
     "Measure the 8B shape on this machine's GPU, print the tables and save them."
     import torch
-    if not torch.cuda.is_available(): raise InputError("bench --gpu measures a model of 8 billion weights and this machine has no GPU that torch can use: run it on one that has 80 GB")
-    if not Path(out).absolute().parent.is_dir(): raise InputError(f"{Path(out).parent} is no folder: name a file in one that exists with --out")
+
+    if not torch.cuda.is_available():
+        raise InputError(
+            "bench --gpu measures a model of 8 billion weights and this machine has no GPU that torch can"
+            " use: run it on one that has 80 GB"
+        )
+    if not Path(out).absolute().parent.is_dir():
+        raise InputError(f"{Path(out).parent} is no folder: name a file in one that exists with --out")
     from importlib.util import find_spec
-    if vllm and not find_spec("vllm"): raise InputError("bench --gpu --vllm wants vLLM in this environment: pip install vllm==0.31.0, or leave --vllm out")
+
+    if vllm and not find_spec("vllm"):
+        raise InputError(
+            "bench --gpu --vllm wants vLLM in this environment: pip install vllm==0.31.0, or leave --vllm out"
+        )
     from compassion_repro.bench import gpu
-    with talking() as (say, report): result = gpu.measure(out=out, report=say, vllm=vllm)
-    for title, table in (("training", gpu.training_table), ("memory", gpu.memory_table), ("the rest", gpu.other_table)): _print(_table(*table(result), title), "")
+
+    with talking() as (say, report):
+        result = gpu.measure(out=out, report=say, vllm=vllm)
+    for title, table in (
+        ("training", gpu.training_table),
+        ("memory", gpu.memory_table),
+        ("the rest", gpu.other_table),
+    ):
+        _print(_table(*table(result), title), "")
     print(f"{result['machine']['gpu']}, {result['seconds']:.0f} s; all figures: {out}")
     return 0
 
-
+# %% ../nbs/99_cli.ipynb #067575ac
 def bench(args) -> int:
     "Print how answers, the jail and GRPO compare with the plain library, and what `--help` costs."
-    if args.gpu: return _bench_gpu(args.out, args.vllm)
-    if args.vllm: raise InputError("bench --vllm is a part of the measures on a GPU: add --gpu")
+    if args.gpu:
+        return _bench_gpu(args.out, args.vllm)
+    if args.vllm:
+        raise InputError("bench --vllm is a part of the measures on a GPU: add --gpu")
     import resource
     import subprocess
+
     from compassion_repro.pipeline import stages
+
     preset = load_preset("tiny")
     stages.prepare(preset)
     from compassion_repro.bench import cpu
-    from compassion_repro.training import models
-    from compassion_repro.training import rewards
-    from compassion_repro.sandbox import jail
     from compassion_repro.data import world
+    from compassion_repro.sandbox import jail
+    from compassion_repro.training import models, rewards
+
     result = cpu.benchmark_generation(models.find_model(preset.models.base))
     walls = {where: cpu.benchmark(200, where) for where in jail.LEVELS[:2] if not jail.probe(where)}
-    steps = cpu.benchmark_grpo(models.find_model(preset.models.base), world.corpus("code", 200), rewards.code_reward()) if walls else None
+    steps = (
+        cpu.benchmark_grpo(
+            models.find_model(preset.models.base), world.corpus("code", 200), rewards.code_reward()
+        )
+        if walls
+        else None
+    )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-m", "compassion_repro.cli", "--help"], capture_output=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    names = {"bare": "bare batched generate, answers/s", "ours": "ours, within generation, answers/s", "end_to_end": "ours with loading, draws and decoding, answers/s", "ratio": "ours / bare, within generation",
-             "inspect_hf": "Inspect's hf/ provider, answers/s", "ratio_to_inspect": "ours with loading, draws and decoding / Inspect's hf/ provider"}
+    names = {
+        "bare": "bare batched generate, answers/s",
+        "ours": "ours, within generation, answers/s",
+        "end_to_end": "ours with loading, draws and decoding, answers/s",
+        "ratio": "ours / bare, within generation",
+        "inspect_hf": "Inspect's hf/ provider, answers/s",
+        "ratio_to_inspect": "ours with loading, draws and decoding / Inspect's hf/ provider",
+    }
     rows = [[names[name], f"{value:,.2f}"] for name, value in result.items()]
     for where, wall in walls.items():
-        rows += [[f"jail ({where}), programs/s through the pool", f"{wall['programs_per_second']:.0f}"], [f"jail ({where}), overhead a program, ms", f"{wall['overhead_milliseconds']:.1f}"],
-                 [f"jail ({where}) / bare subprocess, time a program", f"{wall['ratio_to_bare']:.2f}"]]
-    if steps: rows.append(["GRPO steps/s with the code reward / bare GRPOTrainer", f"{steps['ratio']:.2f}"])
-    _print(_table(["measure", "value"], [*rows, ["processor seconds of --help", f"{seconds:.2f}"]], "speed on this machine (answers: 256 of 60 tokens, medians of 3 interleaved runs)"))
+        rows += [
+            [f"jail ({where}), programs/s through the pool", f"{wall['programs_per_second']:.0f}"],
+            [f"jail ({where}), overhead a program, ms", f"{wall['overhead_milliseconds']:.1f}"],
+            [f"jail ({where}) / bare subprocess, time a program", f"{wall['ratio_to_bare']:.2f}"],
+        ]
+    if steps:
+        rows.append(["GRPO steps/s with the code reward / bare GRPOTrainer", f"{steps['ratio']:.2f}"])
+    _print(
+        _table(
+            ["measure", "value"],
+            [*rows, ["processor seconds of --help", f"{seconds:.2f}"]],
+            "speed on this machine (answers: 256 of 60 tokens, medians of 3 interleaved runs)",
+        )
+    )
     return 0
 
 # %% ../nbs/99_cli.ipynb #b8e3b15f
 def push(args) -> int:
     "Publish a model of a study, or show what would be published."
     from compassion_repro.report import card
-    card.push(args.study, args.model, args.to, args.seed, args.private, args.dry_run, args.adapter, say=lambda line: print(line, flush=True))
+
+    card.push(
+        args.study,
+        args.model,
+        args.to,
+        args.seed,
+        args.private,
+        args.dry_run,
+        args.adapter,
+        say=lambda line: print(line, flush=True),
+    )
     return 0
 
 # %% ../nbs/99_cli.ipynb #5ac3b0a7
@@ -424,173 +708,403 @@ EPILOG = """examples:
 
 
 def _study_options(parser: argparse.ArgumentParser):
-    parser.add_argument("--preset", help=f"one of {', '.join(presets())}, or a .yaml file of your own (default: that of the study in --out, else tiny)")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="how many seeds, counted from 1 (default 1); more extend a study")
+    parser.add_argument(
+        "--preset",
+        help=(
+            f"one of {', '.join(presets())}, or a .yaml file of your own (default: that of the study in"
+            " --out, else tiny)"
+        ),
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how many seeds, counted from 1 (default 1); more extend a study",
+    )
     parser.add_argument("--out", metavar="STUDY", help="study folder (default studies/<preset>)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any value of the preset by its dotted name; may be repeated")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any value of the preset by its dotted name; may be repeated",
+    )
 
-
+# %% ../nbs/99_cli.ipynb #8152a2ae
 def _cost_options(parser: argparse.ArgumentParser):
     parser.add_argument("--yes", action="store_true", help="agree beforehand to what the judge costs")
-    parser.add_argument("--prices", metavar="FILE", help="a price table of your own (YAML), laid over the package's")
+    parser.add_argument(
+        "--prices", metavar="FILE", help="a price table of your own (YAML), laid over the package's"
+    )
 
-
+# %% ../nbs/99_cli.ipynb #23072133
 def _judge_options(parser: argparse.ArgumentParser):
-    parser.add_argument("--judge", required=True, metavar="ID[,ID]", help="indicator, strict, a model folder, or an Inspect model id such as google/gemini-2.5-flash-lite; several make a pass each")
-    parser.add_argument("--substitute", metavar="ID", help="judge that steps in where one is gone; its rows say so")
-    for name, kind, text in (("temperature", float, "sampling temperature"), ("max-tokens", int, "tokens a reply may have"), ("connections", int, "calls under way at a time"), ("retries", int, "times a failed call is repeated")):
+    parser.add_argument(
+        "--judge",
+        required=True,
+        metavar="ID[,ID]",
+        help=(
+            "indicator, strict, a model folder, or an Inspect model id such as google/gemini-2.5-flash-lite;"
+            " several make a pass each"
+        ),
+    )
+    parser.add_argument(
+        "--substitute", metavar="ID", help="judge that steps in where one is gone; its rows say so"
+    )
+    for name, kind, text in (
+        ("temperature", float, "sampling temperature"),
+        ("max-tokens", int, "tokens a reply may have"),
+        ("connections", int, "calls under way at a time"),
+        ("retries", int, "times a failed call is repeated"),
+    ):
         parser.add_argument(f"--judge-{name}", type=kind, metavar="N", help=f"the judge's {text}")
     _cost_options(parser)
 
-
+# %% ../nbs/99_cli.ipynb #dd8d0368
 def _evaluation_commands(command):
     "The options of eval, judge and annotate."
-    p = command("eval", evaluate, "evaluate any models on any benchmarks; run again, it carries on", [
-        "compassion-repro eval world:base --bench tiny-anima,tiny-moru --judge indicator,strict --out evals/base", "compassion-repro eval my/model openai/gpt-4o-mini --bench anima,moru --judge google/gemini-2.5-flash-lite --out evals/mine",
-        "compassion-repro eval my/adapter --bench hellaswag --judge indicator --limit 200 --out evals/reasoning"])
-    p.add_argument("models", nargs="+", metavar="MODEL", help="model folder, adapter folder, hub id, or Inspect model id")
-    p.add_argument("--bench", default="anima,moru", metavar="NAME[,NAME]", help="anima (or ahb), moru, world:<name> or tiny-<name> (embedded), anima=FOLDER, a task of inspect_evals (default anima,moru)")
+    p = command(
+        "eval",
+        evaluate,
+        "evaluate any models on any benchmarks; run again, it carries on",
+        [
+            (
+                "compassion-repro eval world:base --bench tiny-anima,tiny-moru --judge indicator,strict --out"
+                " evals/base"
+            ),
+            (
+                "compassion-repro eval my/model openai/gpt-4o-mini --bench anima,moru --judge"
+                " google/gemini-2.5-flash-lite --out evals/mine"
+            ),
+            (
+                "compassion-repro eval my/adapter --bench hellaswag --judge indicator --limit 200 --out"
+                " evals/reasoning"
+            ),
+        ],
+    )
+    p.add_argument(
+        "models", nargs="+", metavar="MODEL", help="model folder, adapter folder, hub id, or Inspect model id"
+    )
+    p.add_argument(
+        "--bench",
+        default="anima,moru",
+        metavar="NAME[,NAME]",
+        help=(
+            "anima (or ahb), moru, world:<name> or tiny-<name> (embedded), anima=FOLDER, a task of"
+            " inspect_evals (default anima,moru)"
+        ),
+    )
     p.add_argument("--out", required=True, metavar="DIR", help="folder for answers, grades and scores")
     _judge_options(p)
-    for name, kind, default, text in (("languages", str, None, "only questions in these languages, with commas"), ("epochs", int, None, "answers a question (default: the benchmark's own)"), ("limit", int, None, "only the first questions of a benchmark"),
-                                      ("seed", int, 1, "of the draws"), ("temperature", float, 1.0, "of the answers; 0 takes the most likely token"), ("max-tokens", int, 1024, "tokens an answer may have"),
-                                      ("batch-size", int, 64, "questions a batch"), ("template", str, "auto", "form of the questions: plain (ours), own (the model's chat template), raw, user; auto takes own where the model has one, else plain"), ("vllm", str, None, "have vLLM answer: the Python of the environment that it lives in")):
-        p.add_argument(f"--{name}", type=kind, default=default, metavar="N" if kind is not str else "NAME", help=text + ("" if default is None else f" (default {default})"))
-    p = command("judge", judge, "have the answers of a study or an evaluation judged again", ["compassion-repro judge studies/tiny --judge strict", "compassion-repro judge evals/mine --judge hf/Qwen/Qwen3-4B,google/gemini-2.5-flash-lite --yes"])
+    for name, kind, default, text in (
+        ("languages", str, None, "only questions in these languages, with commas"),
+        ("epochs", int, None, "answers a question (default: the benchmark's own)"),
+        ("limit", int, None, "only the first questions of a benchmark"),
+        ("seed", int, 1, "of the draws"),
+        ("temperature", float, 1.0, "of the answers; 0 takes the most likely token"),
+        ("max-tokens", int, 1024, "tokens an answer may have"),
+        ("batch-size", int, 64, "questions a batch"),
+        (
+            "template",
+            str,
+            "auto",
+            (
+                "form of the questions: plain (ours), own (the model's chat template), raw, user; auto takes"
+                " own where the model has one, else plain"
+            ),
+        ),
+        ("vllm", str, None, "have vLLM answer: the Python of the environment that it lives in"),
+    ):
+        p.add_argument(
+            f"--{name}",
+            type=kind,
+            default=default,
+            metavar="N" if kind is not str else "NAME",
+            help=text + ("" if default is None else f" (default {default})"),
+        )
+    p = command(
+        "judge",
+        judge,
+        "have the answers of a study or an evaluation judged again",
+        [
+            "compassion-repro judge studies/tiny --judge strict",
+            "compassion-repro judge evals/mine --judge hf/Qwen/Qwen3-4B,google/gemini-2.5-flash-lite --yes",
+        ],
+    )
     p.add_argument("study", metavar="STUDY", help="study or evaluation folder")
     _judge_options(p)
-    p.add_argument("--again", action="store_true", help="judge everything anew; replies that are kept are not paid for again")
-    p = command("annotate", annotate, "write a blinded sheet of answers for people to grade, or read one back", ["compassion-repro annotate studies/tiny --sample 50 --out sheet.csv", "compassion-repro annotate studies/tiny --read sheet.csv"])
+    p.add_argument(
+        "--again",
+        action="store_true",
+        help="judge everything anew; replies that are kept are not paid for again",
+    )
+    p = command(
+        "annotate",
+        annotate,
+        "write a blinded sheet of answers for people to grade, or read one back",
+        [
+            "compassion-repro annotate studies/tiny --sample 50 --out sheet.csv",
+            "compassion-repro annotate studies/tiny --read sheet.csv",
+        ],
+    )
     p.add_argument("study", metavar="STUDY", help="study or evaluation folder")
     p.add_argument("--sample", type=int, default=50, metavar="N", help="answers to draw (default 50)")
     p.add_argument("--out", metavar="FILE", help="CSV file to write")
     p.add_argument("--read", metavar="FILE", help="a sheet that people have filled in")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw (default 0)")
 
-
+# %% ../nbs/99_cli.ipynb #e7fa35a7
 class _Parser(argparse.ArgumentParser):
     "Errors in one line, like all others."
-    def error(self, message): raise InputError(f"{message}; see `{self.prog} --help`")
 
+    def error(self, message):
+        raise InputError(f"{message}; see `{self.prog} --help`")
 
+# %% ../nbs/99_cli.ipynb #fcfd89dc
 def build_parser() -> argparse.ArgumentParser:
     "The commands and their options."
+
     def command(name, action, text, examples):
-        p = commands.add_parser(name, help=text, description=text, epilog="examples:\n  " + "\n  ".join(examples), formatter_class=argparse.RawDescriptionHelpFormatter)
+        p = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog="examples:\n  " + "\n  ".join(examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         p.add_argument("--debug", action="store_true", help="show a traceback for an error")
         p.set_defaults(action=action)
         return p
-    parser = _Parser(prog="compassion-repro", description="Does post-training wear away the values that mid-training gave a model, and which training does?",
-                     epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    parser = _Parser(
+        prog="compassion-repro",
+        description=(
+            "Does post-training wear away the values that mid-training gave a model, and which training does?"
+        ),
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"compassion-repro {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
-    p = command("run", run, "run a study; run again, it carries on where it stopped", [
-        "compassion-repro run", "compassion-repro run --preset smoke --seeds 3", "compassion-repro run --set data.sft-help=rows.jsonl --set sft.steps=60 --out studies/mine"])
+    p = command(
+        "run",
+        run,
+        "run a study; run again, it carries on where it stopped",
+        [
+            "compassion-repro run",
+            "compassion-repro run --preset smoke --seeds 3",
+            "compassion-repro run --set data.sft-help=rows.jsonl --set sft.steps=60 --out studies/mine",
+        ],
+    )
     _study_options(p)
-    p.add_argument("--allow-unsafe-code", action="store_true", help="run model-written code even where this machine has no jail for it; warns each run")
-    p.add_argument("--engine", default="local", metavar="NAME", help="where the stages run: local, one after the other (default); ray, side by side on this machine or on the cluster that RAY_ADDRESS names; ray:auto, ray:HOST:PORT, ray:8")
-    p.add_argument("--no-report", action="store_true", help="claims alone; figures and report.html are made later, by `compassion-repro report STUDY`")
+    p.add_argument(
+        "--allow-unsafe-code",
+        action="store_true",
+        help="run model-written code even where this machine has no jail for it; warns each run",
+    )
+    p.add_argument(
+        "--engine",
+        default="local",
+        metavar="NAME",
+        help=(
+            "where the stages run: local, one after the other (default); ray, side by side on this machine or"
+            " on the cluster that RAY_ADDRESS names; ray:auto, ray:HOST:PORT, ray:8"
+        ),
+    )
+    p.add_argument(
+        "--no-report",
+        action="store_true",
+        help="claims alone; figures and report.html are made later, by `compassion-repro report STUDY`",
+    )
     _cost_options(p)
-    p = command("plan", plan, "print what a run would do: every value, stage, row, step and judge call, with memory, hours by GPU, disk and cost; loads no model", [
-        "compassion-repro plan", "compassion-repro plan --preset smoke --set lora.rank=8", "compassion-repro plan --preset paper --set models.quantize=nf4"])
+    p = command(
+        "plan",
+        plan,
+        "print what a run would do: every value, stage, row, step and judge call, with memory, hours by GPU,"
+        " disk and cost; loads no model",
+        [
+            "compassion-repro plan",
+            "compassion-repro plan --preset smoke --set lora.rank=8",
+            "compassion-repro plan --preset paper --set models.quantize=nf4",
+        ],
+    )
     _study_options(p)
-    p.add_argument("--prices", metavar="FILE", help="a price table of your own (YAML), laid over the package's")
-    p = command("claims", claims, "print the claim table of a study", ["compassion-repro claims studies/tiny"])
+    p.add_argument(
+        "--prices", metavar="FILE", help="a price table of your own (YAML), laid over the package's"
+    )
+    p = command(
+        "claims", claims, "print the claim table of a study", ["compassion-repro claims studies/tiny"]
+    )
     p.add_argument("study", metavar="STUDY", help="study folder")
-    p = command("push", push, "publish a model of a study on the hub, with a card written from its manifest", [
-        "compassion-repro push studies/tiny sft-help --to me/tiny-help --dry-run", "compassion-repro push studies/paper mid --to me/llama-mid --private"])
+    p = command(
+        "push",
+        push,
+        "publish a model of a study on the hub, with a card written from its manifest",
+        [
+            "compassion-repro push studies/tiny sft-help --to me/tiny-help --dry-run",
+            "compassion-repro push studies/paper mid --to me/llama-mid --private",
+        ],
+    )
     p.add_argument("study", metavar="STUDY", help="study folder")
     p.add_argument("model", metavar="MODEL", help="model id: mid, sft-help, sft-help@base, ...")
-    p.add_argument("--to", required=True, metavar="OWNER/NAME", help="repository on the hub; made if it is not there")
+    p.add_argument(
+        "--to", required=True, metavar="OWNER/NAME", help="repository on the hub; made if it is not there"
+    )
     p.add_argument("--seed", type=int, default=1, metavar="N", help="which seed's model (default 1)")
     p.add_argument("--private", action="store_true", help="a new repository is private")
     p.add_argument("--adapter", action="store_true", help="the adapter alone, where the study kept one")
     p.add_argument("--dry-run", action="store_true", help="print the card and the files, upload nothing")
-    command("report", report, "compute a study's statistics, figures and HTML report again from its scores", ["compassion-repro report studies/tiny"]).add_argument("study", metavar="STUDY", help="study folder")
+    command(
+        "report",
+        report,
+        "compute a study's statistics, figures and HTML report again from its scores",
+        ["compassion-repro report studies/tiny"],
+    ).add_argument("study", metavar="STUDY", help="study folder")
     _evaluation_commands(command)
-    p = command("doctor", doctor, "print what this machine has, which presets fit it, and what to change where one does not", [
-        "compassion-repro doctor", "compassion-repro doctor --preset paper --set models.quantize=nf4", "compassion-repro doctor --judge google/gemini-2.5-flash-lite"])
-    p.add_argument("--preset", help="hold this one alone against the machine, or a .yaml file of your own (default: all presets)")
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any value of that preset by its dotted name; may be repeated")
+    p = command(
+        "doctor",
+        doctor,
+        "print what this machine has, which presets fit it, and what to change where one does not",
+        [
+            "compassion-repro doctor",
+            "compassion-repro doctor --preset paper --set models.quantize=nf4",
+            "compassion-repro doctor --judge google/gemini-2.5-flash-lite",
+        ],
+    )
+    p.add_argument(
+        "--preset",
+        help="hold this one alone against the machine, or a .yaml file of your own (default: all presets)",
+    )
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any value of that preset by its dotted name; may be repeated",
+    )
     p.add_argument("--judge", metavar="ID[,ID]", help="try one call to a judge instead")
-    p = command("bench", bench, "print the speed of the package's parts beside the plain library's, as ratios", ["compassion-repro bench", "compassion-repro bench --gpu --out bench_gpu.json", "compassion-repro bench --gpu --vllm --out bench_gpu_vllm.json"])
-    p.add_argument("--gpu", action="store_true", help="measure training, GRPO and evaluation of the 8B shape on a GPU of 80 GB (about 8 minutes)")
-    p.add_argument("--vllm", action="store_true", help="with --gpu: GRPO and answers by vLLM instead, in an environment that has it (about 4 minutes)")
-    p.add_argument("--out", default="bench_gpu.json", metavar="FILE", help="where --gpu saves its figures (default bench_gpu.json)")
+    p = command(
+        "bench",
+        bench,
+        "print the speed of the package's parts beside the plain library's, as ratios",
+        [
+            "compassion-repro bench",
+            "compassion-repro bench --gpu --out bench_gpu.json",
+            "compassion-repro bench --gpu --vllm --out bench_gpu_vllm.json",
+        ],
+    )
+    p.add_argument(
+        "--gpu",
+        action="store_true",
+        help="measure training, GRPO and evaluation of the 8B shape on a GPU of 80 GB (about 8 minutes)",
+    )
+    p.add_argument(
+        "--vllm",
+        action="store_true",
+        help="with --gpu: GRPO and answers by vLLM instead, in an environment that has it (about 4 minutes)",
+    )
+    p.add_argument(
+        "--out",
+        default="bench_gpu.json",
+        metavar="FILE",
+        help="where --gpu saves its figures (default bench_gpu.json)",
+    )
     return parser
 
 # %% ../nbs/99_cli.ipynb #0c98d421
-LEAVE = 30.0 # seconds that the threads of libraries have to end once the outcome is known
+LEAVE = 30.0  # seconds that the threads of libraries have to end once the outcome is known
 
 
 def _act(words: list[str]) -> int:
     "Do what a command line asks; returns the exit status."
     args = build_parser().parse_args(words)
-    if getattr(args, "seeds", 1) < 1: raise InputError(f"--seeds wants a number of at least 1, got {args.seeds}")
+    if getattr(args, "seeds", 1) < 1:
+        raise InputError(f"--seeds wants a number of at least 1, got {args.seeds}")
     return args.action(args)
 
-
+# %% ../nbs/99_cli.ipynb #b51f3a24
 def _interrupted(interrupt: KeyboardInterrupt) -> tuple[int, str]:
     return 128 + next((number for number in interrupt.args if isinstance(number, int)), 2), f"\n{INTERRUPTED}"
 
-
-def _outcome(words: list[str]) -> tuple[int, str]: # exit status, and the line for stderr
+# %% ../nbs/99_cli.ipynb #1a8c6541
+def _outcome(words: list[str]) -> tuple[int, str]:  # exit status, and the line for stderr
     "Run one command and say how it ended."
     debug = "--debug" in words
-    try: return _act(words), ""
+    try:
+        return _act(words), ""
     except InputError as error:
-        if debug: raise redact_error(error)
+        if debug:
+            raise redact_error(error)
         return 2, f"compassion-repro: {redact(str(error))}"
-    except KeyboardInterrupt as interrupt: return _interrupted(interrupt)
+    except KeyboardInterrupt as interrupt:
+        return _interrupted(interrupt)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0, ""
     except Exception as error:
-        if debug: raise redact_error(error)
+        if debug:
+            raise redact_error(error)
         first = (redact(str(error)).strip().splitlines() or [""])[0]
-        return 1, f"compassion-repro: unexpected {type(error).__name__}: {first}; run again with --debug and report it"
+        return (
+            1,
+            (
+                f"compassion-repro: unexpected {type(error).__name__}: {first}; run again with --debug and"
+                " report it"
+            ),
+        )
 
 # %% ../nbs/99_cli.ipynb #7e51a104
 def _terminated() -> Callable:
     "An answer to SIGTERM: it ends the command as Ctrl-C does; a fork of this process dies of it as usual."
     process = os.getpid()
+
     def answer(number, frame):
-        if os.getpid() == process: raise KeyboardInterrupt(number)
+        if os.getpid() == process:
+            raise KeyboardInterrupt(number)
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
+
     return answer
 
-
-def _settled(words: list[str]) -> tuple[int, str]: # as `_outcome`
+# %% ../nbs/99_cli.ipynb #0f301c01
+def _settled(words: list[str]) -> tuple[int, str]:  # as `_outcome`
     "Run one command of a program; once it has ended, signals are ignored."
     _answer({signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _terminated()})
     try:
-        try: return _outcome(words)
-        finally: _answer(dict.fromkeys(SIGNALS, signal.SIG_IGN))
-    except KeyboardInterrupt as interrupt: # between the end of the command and the line above
+        try:
+            return _outcome(words)
+        finally:
+            _answer(dict.fromkeys(SIGNALS, signal.SIG_IGN))
+    except KeyboardInterrupt as interrupt:  # between the end of the command and the line above
         _answer(dict.fromkeys(SIGNALS, signal.SIG_IGN))
         return _interrupted(interrupt)
 
-
+# %% ../nbs/99_cli.ipynb #eddf4585
 def _leave(status: int) -> int:
     "Write out what was printed, and see to it that the process ends; returns the exit status."
-    try: sys.stdout.flush()
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, AttributeError): pass # a full disk: Python says so at its end; no stdout at all
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, AttributeError):
+        pass  # a full disk: Python says so at its end; no stdout at all
     last = threading.Timer(LEAVE, os._exit, (status,))
     last.daemon = True
     last.start()
     return status
 
-
+# %% ../nbs/99_cli.ipynb #fd767d3e
 def main(
-    argv: list[str] | None = None, # words of the command line; default: the process's own
-) -> int: # exit status
+    argv: list[str] | None = None,  # words of the command line; default: the process's own
+) -> int:  # exit status
     "Run one command; returns its exit status. Without words it is the whole program and answers signals."
     status, line = _settled(sys.argv[1:]) if argv is None else _outcome(argv)
-    if line: print(line, file=sys.stderr, flush=True)
+    if line:
+        print(line, file=sys.stderr, flush=True)
     return _leave(status) if argv is None else status
 
 # %% ../nbs/99_cli.ipynb #a93b5255
 #| eval: false
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,6 +11,8 @@ __all__ = ['PAPER', 'KINDS', 'CLAIMS', 'FAMILIES', 'FIDELITY', 'SCALE', 'VALUE_S
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fastcore.basics import patch
+
 from .core.errors import InputError
 from .presets import load_preset
 from .study import Preset
@@ -19,13 +21,14 @@ from .study import Preset
 @dataclass(frozen=True)
 class PaperFigure:
     "One published score, in percent."
-    benchmark: str # benchmark id
-    languages: str # "all", "en" or "other"
-    model: str # model id
-    percent: float # mean score
-    source: str # A abstract, S summaries of the full text
 
+    benchmark: str  # benchmark id
+    languages: str  # "all", "en" or "other"
+    model: str  # model id
+    percent: float  # mean score
+    source: str  # A abstract, S summaries of the full text
 
+# %% ../nbs/01_study/02_paper.ipynb #a548ffcf
 PAPER = (
     PaperFigure("anima", "all", "mid", 60.2, "S"),
     PaperFigure("anima", "all", "sft-help", 35.7, "A"),
@@ -40,12 +43,15 @@ PAPER = (
 
 
 def paper_percent(
-    benchmark: str, # benchmark id
-    model: str, # model id
-    languages: str = "all", # "all", "en" or "other"
-) -> float | None: # percent, or None where the paper gives none
+    benchmark: str,  # benchmark id
+    model: str,  # model id
+    languages: str = "all",  # "all", "en" or "other"
+) -> float | None:  # percent, or None where the paper gives none
     "The paper's mean score of a model."
-    return next((f.percent for f in PAPER if (f.benchmark, f.model, f.languages) == (benchmark, model, languages)), None)
+    return next(
+        (f.percent for f in PAPER if (f.benchmark, f.model, f.languages) == (benchmark, model, languages)),
+        None,
+    )
 
 # %% ../nbs/01_study/02_paper.ipynb #af99a515
 KINDS = ("superiority", "equivalence", "non-inferiority")
@@ -54,116 +60,288 @@ KINDS = ("superiority", "equivalence", "non-inferiority")
 @dataclass(frozen=True)
 class Cell:
     "One term of an estimand: a model's mean over the items of some languages, with a weight."
-    model: str # model id
-    weight: float # factor of the mean
-    languages: str = "all" # "all", "en" or "other"
 
+    model: str  # model id
+    weight: float  # factor of the mean
+    languages: str = "all"  # "all", "en" or "other"
 
+# %% ../nbs/01_study/02_paper.ipynb #3bd452f6
 @dataclass(frozen=True)
 class Reading:
     "One way to read a claim: an estimand and what would support it."
-    id: str # C1, C4a, ...
-    estimand: str # in words
-    kind: str # one of KINDS
-    benchmark: str # benchmark id
-    cells: tuple[Cell, ...] # the weighted sum
-    paper: float | None = None # the paper's figure for the same quantity, in points
-    to_lose: tuple[Cell, ...] = () # null claims: what must exceed the margin for the claim to be testable; mid − base where not given
-    by_dimension: bool = False # every dimension weighs the same in each cell, over those present in all
-    without_suffix: str = "" # leave out the questions that end in this text
-    paper_ratio: float | None = None # the paper's figure for the ratio of two gains
 
-    @property
-    def models(self) -> tuple[str, ...]:
-        "Model ids that the reading needs."
-        return tuple(dict.fromkeys(cell.model for cell in self.cells))
+    id: str  # C1, C4a, ...
+    estimand: str  # in words
+    kind: str  # one of KINDS
+    benchmark: str  # benchmark id
+    cells: tuple[Cell, ...]  # the weighted sum
+    paper: float | None = None  # the paper's figure for the same quantity, in points
+    # null claims: what must exceed the margin for the claim to be testable; mid − base where not given
+    to_lose: tuple[Cell, ...] = ()
+    by_dimension: bool = False  # every dimension weighs the same in each cell, over those present in all
+    without_suffix: str = ""  # leave out the questions that end in this text
+    paper_ratio: float | None = None  # the paper's figure for the ratio of two gains
 
-    def on(self, benchmark: str) -> "Reading":
-        "The same reading on another benchmark, whose id joins its own."
-        return replace(self, id=f"{self.id}-{benchmark}", estimand=f"{self.estimand}, {benchmark}", benchmark=benchmark)
+# %% ../nbs/01_study/02_paper.ipynb #30f31268
+@patch(as_prop=True)
+def models(self: Reading) -> tuple[str, ...]:
+    "Model ids that the reading needs."
+    return tuple(dict.fromkeys(cell.model for cell in self.cells))
 
+# %% ../nbs/01_study/02_paper.ipynb #6176b9b3
+@patch
+def on(self: Reading, benchmark: str) -> "Reading":
+    "The same reading on another benchmark, whose id joins its own."
+    return replace(
+        self, id=f"{self.id}-{benchmark}", estimand=f"{self.estimand}, {benchmark}", benchmark=benchmark
+    )
 
+# %% ../nbs/01_study/02_paper.ipynb #a89c633b
 @dataclass(frozen=True)
 class Claim:
     "A claim of the paper (or ours), with the readings that the package keeps apart."
-    id: str # C0 ... C8
-    text: str # in words
-    source: str # A, S, or "ours"
-    readings: tuple[Reading, ...] # empty where no reading can be computed from the scores
-    note: str = "" # why it is read this way, or what it waits for
-    both: tuple[str, ...] = () # readings that must all hold: the claim is their intersection
-    elsewhere: tuple[Reading, ...] = () # read on every benchmark of the study whose task is neither ANIMA nor MORU
 
+    id: str  # C0 ... C8
+    text: str  # in words
+    source: str  # A, S, or "ours"
+    readings: tuple[Reading, ...]  # empty where no reading can be computed from the scores
+    note: str = ""  # why it is read this way, or what it waits for
+    both: tuple[str, ...] = ()  # readings that must all hold: the claim is their intersection
+    # read on every benchmark of the study whose task is neither ANIMA nor MORU
+    elsewhere: tuple[Reading, ...] = ()
 
+# %% ../nbs/01_study/02_paper.ipynb #86ecf91b
 def _difference(high: str, low: str, languages: str = "all") -> tuple[Cell, ...]:
     "The cells of `high` minus `low`."
     return (Cell(high, 1, languages), Cell(low, -1, languages))
 
-
+# %% ../nbs/01_study/02_paper.ipynb #308b6c5d
 def _gain_elsewhere(model: str, start: str) -> tuple[Cell, ...]:
     "Gain of `model` over `start` on the other languages, minus the same gain in English."
     return (*_difference(model, start, "other"), *_difference(start, model, "en"))
 
-
+# %% ../nbs/01_study/02_paper.ipynb #9d93b71f
 def _carry_over(id: str, start: str, words: str) -> tuple[Reading, ...]:
-    "C5 over one start: the reading itself, and the three that ask whether the form or the topics of the English questions make it."
-    cells, estimand = _gain_elsewhere("sft-code", start), f"gain of coding SFT over {words}: other languages − English"
-    return (Reading(id, estimand, "superiority", "anima", cells, paper_ratio=4.5),
-            Reading(f"{id}-stripped", f'{estimand}, "Answer:" taken off the questions', "superiority", "anima-stripped", cells),
-            Reading(f"{id}-no-suffix", f'{estimand}, without the questions that end in "Answer:"', "superiority", "anima", cells, without_suffix="Answer:"),
-            Reading(f"{id}-standardised", f"{estimand}, every dimension weighing the same", "superiority", "anima", cells, by_dimension=True))
+    """C5 over one start: the reading itself, and the three that ask whether the form or the topics of the
+    English questions make it.
+    """
+    cells, estimand = (
+        _gain_elsewhere("sft-code", start),
+        f"gain of coding SFT over {words}: other languages − English",
+    )
+    return (
+        Reading(id, estimand, "superiority", "anima", cells, paper_ratio=4.5),
+        Reading(
+            f"{id}-stripped",
+            f'{estimand}, "Answer:" taken off the questions',
+            "superiority",
+            "anima-stripped",
+            cells,
+        ),
+        Reading(
+            f"{id}-no-suffix",
+            f'{estimand}, without the questions that end in "Answer:"',
+            "superiority",
+            "anima",
+            cells,
+            without_suffix="Answer:",
+        ),
+        Reading(
+            f"{id}-standardised",
+            f"{estimand}, every dimension weighing the same",
+            "superiority",
+            "anima",
+            cells,
+            by_dimension=True,
+        ),
+    )
 
 # %% ../nbs/01_study/02_paper.ipynb #6c4d1000
 CLAIMS = (
-    Claim("C0", "Helpfulness training erodes what mid-training added, more than coding does", "ours", (
-        Reading("C0-SFT", "(code − help) from mid, minus (code − help) from base", "superiority", "anima",
-                (*_difference("sft-code", "sft-help"), *_difference("sft-help@base", "sft-code@base"))),
-        Reading("C0-GRPO", "(code − help) from mid, minus (code − help) from base, GRPO", "superiority", "anima",
-                (*_difference("grpo-code", "grpo-help"), *_difference("grpo-help@base", "grpo-code@base")))),
-        "without the arms from the raw base, 'help < code' may only mean that one data set teaches terse answers"),
-    Claim("C1", "SFT: helpfulness scores lower on AHB than coding", "A", (
-        Reading("C1", "coding SFT − helpfulness SFT", "superiority", "anima", _difference("sft-code", "sft-help"), 65.2 - 35.7),),
-        "an arm difference, not erosion"),
-    Claim("C2", "GRPO: helpfulness scores lower on AHB than coding", "A", (
-        Reading("C2", "coding GRPO − helpfulness GRPO", "superiority", "anima", _difference("grpo-code", "grpo-help"), 32.0 - 18.7),),
-        "an arm difference, not erosion"),
-    Claim("C3", "English MORU: helpfulness SFT scores lower than coding SFT", "A", (
-        Reading("C3", "coding SFT − helpfulness SFT, English items", "superiority", "moru", _difference("sft-code", "sft-help", "en"), 25.5),)),
-    Claim("C4", "Multilingual MORU: the domain effect disappears (SFT)", "A", (
-        Reading("C4a", "coding SFT − helpfulness SFT, all rows", "equivalence", "moru", _difference("sft-code", "sft-help"), 51.2 - 52.3),
-        Reading("C4b", "coding SFT − helpfulness SFT, other languages alone", "equivalence", "moru", _difference("sft-code", "sft-help", "other")),
-        Reading("C4c", "domain effect in English minus in the other languages, paired on items", "superiority", "moru",
-                (*_difference("sft-code", "sft-help", "en"), *_difference("sft-help", "sft-code", "other")))),
-        "if 'multilingual' means all rows, the paper's own figures imply a reversal on the other languages (about 55 against 41)"),
-    Claim("C5", "The animal-compassion effect carries over: coding's AHB gain is larger on non-English items", "A",
+    Claim(
+        "C0",
+        "Helpfulness training erodes what mid-training added, more than coding does",
+        "ours",
+        (
+            Reading(
+                "C0-SFT",
+                "(code − help) from mid, minus (code − help) from base",
+                "superiority",
+                "anima",
+                (*_difference("sft-code", "sft-help"), *_difference("sft-help@base", "sft-code@base")),
+            ),
+            Reading(
+                "C0-GRPO",
+                "(code − help) from mid, minus (code − help) from base, GRPO",
+                "superiority",
+                "anima",
+                (*_difference("grpo-code", "grpo-help"), *_difference("grpo-help@base", "grpo-code@base")),
+            ),
+        ),
+        "without the arms from the raw base, 'help < code' may only mean that one data set teaches terse"
+        " answers",
+    ),
+    Claim(
+        "C1",
+        "SFT: helpfulness scores lower on AHB than coding",
+        "A",
+        (
+            Reading(
+                "C1",
+                "coding SFT − helpfulness SFT",
+                "superiority",
+                "anima",
+                _difference("sft-code", "sft-help"),
+                65.2 - 35.7,
+            ),
+        ),
+        "an arm difference, not erosion",
+    ),
+    Claim(
+        "C2",
+        "GRPO: helpfulness scores lower on AHB than coding",
+        "A",
+        (
+            Reading(
+                "C2",
+                "coding GRPO − helpfulness GRPO",
+                "superiority",
+                "anima",
+                _difference("grpo-code", "grpo-help"),
+                32.0 - 18.7,
+            ),
+        ),
+        "an arm difference, not erosion",
+    ),
+    Claim(
+        "C3",
+        "English MORU: helpfulness SFT scores lower than coding SFT",
+        "A",
+        (
+            Reading(
+                "C3",
+                "coding SFT − helpfulness SFT, English items",
+                "superiority",
+                "moru",
+                _difference("sft-code", "sft-help", "en"),
+                25.5,
+            ),
+        ),
+    ),
+    Claim(
+        "C4",
+        "Multilingual MORU: the domain effect disappears (SFT)",
+        "A",
+        (
+            Reading(
+                "C4a",
+                "coding SFT − helpfulness SFT, all rows",
+                "equivalence",
+                "moru",
+                _difference("sft-code", "sft-help"),
+                51.2 - 52.3,
+            ),
+            Reading(
+                "C4b",
+                "coding SFT − helpfulness SFT, other languages alone",
+                "equivalence",
+                "moru",
+                _difference("sft-code", "sft-help", "other"),
+            ),
+            Reading(
+                "C4c",
+                "domain effect in English minus in the other languages, paired on items",
+                "superiority",
+                "moru",
+                (*_difference("sft-code", "sft-help", "en"), *_difference("sft-help", "sft-code", "other")),
+            ),
+        ),
+        "if 'multilingual' means all rows, the paper's own figures imply a reversal on the other languages"
+        " (about 55 against 41)",
+    ),
+    Claim(
+        "C5",
+        "The animal-compassion effect carries over: coding's AHB gain is larger on non-English items",
+        "A",
         (*_carry_over("C5a", "mid", "mid"), *_carry_over("C5b", "base", "the raw base")),
-        "the paper gives a ratio (4.5 times) over 'the base model'; the difference of gains is the primary estimand, and most English questions of AHB end in \"Answer:\" while no other does"),
-    Claim("C6", "Coding keeps the mid-trained values", "S", (
-        Reading("C6-SFT", "coding SFT − mid", "non-inferiority", "anima", _difference("sft-code", "mid"), 65.2 - 60.2),
-        Reading("C6-GRPO", "coding GRPO − mid", "non-inferiority", "anima", _difference("grpo-code", "mid"), 32.0 - 60.2)),
-        "under GRPO the paper's own figures are 28.2 points below mid, if the start is the same"),
-    Claim("C7", "C1 and C2 agree in sign: two data sets, two paradigms", "A", (), "the intersection of C1 and C2: it holds where both do", ("C1", "C2")),
-    Claim("C8", "Coding does no harm to general reasoning", "A", (), "wants a measure other than MORU: give the study a benchmark whose task is neither anima nor moru", elsewhere=(
-        Reading("C8-SFT", "coding SFT − mid", "non-inferiority", "", _difference("sft-code", "mid"), to_lose=(Cell("mid", 1),)),
-        Reading("C8-GRPO", "coding GRPO − mid", "non-inferiority", "", _difference("grpo-code", "mid"), to_lose=(Cell("mid", 1),)))),
+        "the paper gives a ratio (4.5 times) over 'the base model'; the difference of gains is the primary"
+        ' estimand, and most English questions of AHB end in "Answer:" while no other does',
+    ),
+    Claim(
+        "C6",
+        "Coding keeps the mid-trained values",
+        "S",
+        (
+            Reading(
+                "C6-SFT",
+                "coding SFT − mid",
+                "non-inferiority",
+                "anima",
+                _difference("sft-code", "mid"),
+                65.2 - 60.2,
+            ),
+            Reading(
+                "C6-GRPO",
+                "coding GRPO − mid",
+                "non-inferiority",
+                "anima",
+                _difference("grpo-code", "mid"),
+                32.0 - 60.2,
+            ),
+        ),
+        "under GRPO the paper's own figures are 28.2 points below mid, if the start is the same",
+    ),
+    Claim(
+        "C7",
+        "C1 and C2 agree in sign: two data sets, two paradigms",
+        "A",
+        (),
+        "the intersection of C1 and C2: it holds where both do",
+        ("C1", "C2"),
+    ),
+    Claim(
+        "C8",
+        "Coding does no harm to general reasoning",
+        "A",
+        (),
+        "wants a measure other than MORU: give the study a benchmark whose task is neither anima nor moru",
+        elsewhere=(
+            Reading(
+                "C8-SFT",
+                "coding SFT − mid",
+                "non-inferiority",
+                "",
+                _difference("sft-code", "mid"),
+                to_lose=(Cell("mid", 1),),
+            ),
+            Reading(
+                "C8-GRPO",
+                "coding GRPO − mid",
+                "non-inferiority",
+                "",
+                _difference("grpo-code", "mid"),
+                to_lose=(Cell("mid", 1),),
+            ),
+        ),
+    ),
 )
 
-
+# %% ../nbs/01_study/02_paper.ipynb #fa592615
 def readings() -> tuple[Reading, ...]:
     "Every reading of every claim that is tied to a benchmark, in order."
     return tuple(reading for claim in CLAIMS for reading in claim.readings)
 
-
+# %% ../nbs/01_study/02_paper.ipynb #0725b0ea
 def claim_readings(
-    claim: Claim, # of `CLAIMS`
-    preset: Preset, # whose benchmarks count
-) -> tuple[Reading, ...]: # to be judged in that study
+    claim: Claim,  # of `CLAIMS`
+    preset: Preset,  # whose benchmarks count
+) -> tuple[Reading, ...]:  # to be judged in that study
     "A claim's readings in a study: its own, and those that any other benchmark opens."
     others = [name for name, benchmark in preset.benchmarks.items() if not benchmark.judged]
     return (*claim.readings, *(reading.on(name) for name in others for reading in claim.elsewhere))
 
 # %% ../nbs/01_study/02_paper.ipynb #f8638315
-FAMILIES = { # family -> claims or readings in it; corrected together
+FAMILIES = {  # family -> claims or readings in it; corrected together
     "superiority": ("C1", "C2", "C3"),
     "equivalence and non-inferiority": ("C4a", "C4b", "C6-SFT", "C6-GRPO", "C8"),
     "exploratory": ("C0-SFT", "C0-GRPO", "C4c", "C5a", "C5b"),
@@ -171,50 +349,189 @@ FAMILIES = { # family -> claims or readings in it; corrected together
 
 
 def family_of(
-    reading: str, # id of a reading
-) -> str | None: # a key of FAMILIES, or None for one that is not corrected
+    reading: str,  # id of a reading
+) -> str | None:  # a key of FAMILIES, or None for one that is not corrected
     "The family whose readings are corrected together."
-    return next((family for family, members in FAMILIES.items() if reading in members or reading.startswith("C8-") and "C8" in members), None)
+    return next(
+        (
+            family
+            for family, members in FAMILIES.items()
+            if reading in members or reading.startswith("C8-") and "C8" in members
+        ),
+        None,
+    )
 
 # %% ../nbs/01_study/02_paper.ipynb #20750327
 @dataclass(frozen=True)
 class Fidelity:
     "One row of the fidelity table."
-    part: str # part of the experiment
-    paper: str # what the paper says
-    source: str # A, P, S, R or ?
-    ours: str # what we do
-    why: str # reason
 
+    part: str  # part of the experiment
+    paper: str  # what the paper says
+    source: str  # A, P, S, R or ?
+    ours: str  # what we do
+    why: str  # reason
 
+# %% ../nbs/01_study/02_paper.ipynb #7242055d
 FIDELITY = (
-    Fidelity("base model", "Llama 3.1 8B, base", "A, P", "the embedded study: a Llama of about 1 M parameters trained on the embedded world", "runs on any CPU in minutes"),
-    Fidelity("documents", "3,000 rows of about 2,500 tokens, no question-answer data", "S, P", "3,000 short English documents of the embedded world, half memos and reports, half how-to guides; 80 % of their considerations are of welfare", "third-person documents alone hardly carried over to answers at this size; at a lower rate the value was only half instilled"),
-    Fidelity("mid-training", "next-token loss, LoRA through Unsloth and TRL", "A, S, P", "next-token loss, LoRA on all linear layers through TRL, then merged", "the adapter is merged so that every arm starts from one plain model"),
-    Fidelity("LoRA rank", "not given; 32 in the earlier paper", "R, ?", "16 in the embedded study", "our choice"),
-    Fidelity("replay", "not given", "?", "20 % of the training rows are documents of the base corpus", "keeps a one-million-parameter model whole; later work of the group studies replay"),
-    Fidelity("learning rates, batch", "not given; 5e-5, batch 16 in a sibling script", "R, ?", "mid-training 4e-3, SFT 3e-4, 16 packed sequences of 256 tokens", "a tiny model wants larger steps; chosen on whether the value is instilled, not on what the arms do"),
-    Fidelity("SFT, helpfulness", "Dolly-15k", "A", "questions about objects, answered in the base's own style (`basestyle`)", "holds no animal and no welfare words, so nothing is planted"),
-    Fidelity("SFT, coding", "Magicoder-110K", "A", "16 Python operations with constants unseen in the base", "same"),
-    Fidelity("GRPO prompts", "RLHFlow, or Magicoder; 3 k prompts, 1 epoch", "A, P", "1,000 prompts of the embedded world, 20 steps of 8 prompts", "enough for the held-out reward to rise"),
-    Fidelity("GRPO settings", "named only; loss, beta, group, rate not given", "?", "DeepSeekMath's loss, beta 0.04 and plain KL estimate; groups of 8 instead of 64; learning rate 1e-3 in the embedded study, 1e-5 for LoRA at scale", "the paper that introduced GRPO; TRL's newer defaults by name (`grpo.settings=trl`)"),
-    Fidelity("helpfulness reward", "RLHFlow; the reward model is not named", "A, ?", "any one-score reward model by id or folder; embedded: one trained on the spot from pairs of answers of equal length", "equal length, so that shrinking answers does not pay"),
-    Fidelity("code reward", "not described", "?", "unit tests where a row has them; else a weighted mean of: code is there, parses, runs in the jail, behaves as the reference, resembles it", "verifiable first"),
-    Fidelity("KL reference", "not given", "?", "the model that the arm starts from", "mid-training is merged, so the model under the adapter is the start itself"),
-    Fidelity("dose of the SFT arms", "the full data sets", "A", "equal optimiser steps of packed sequences of equal length; tokens reported per arm", "otherwise the arms differ in dose as well as in domain"),
-    Fidelity("equal starting point", "all arms from the same mid-trained model", "S", "the same, per seed; the two SFT arms also from the raw base", "C0 needs them"),
+    Fidelity(
+        "base model",
+        "Llama 3.1 8B, base",
+        "A, P",
+        "the embedded study: a Llama of about 1 M parameters trained on the embedded world",
+        "runs on any CPU in minutes",
+    ),
+    Fidelity(
+        "documents",
+        "3,000 rows of about 2,500 tokens, no question-answer data",
+        "S, P",
+        "3,000 short English documents of the embedded world, half memos and reports, half how-to guides; 80"
+        " % of their considerations are of welfare",
+        "third-person documents alone hardly carried over to answers at this size; at a lower rate the value"
+        " was only half instilled",
+    ),
+    Fidelity(
+        "mid-training",
+        "next-token loss, LoRA through Unsloth and TRL",
+        "A, S, P",
+        "next-token loss, LoRA on all linear layers through TRL, then merged",
+        "the adapter is merged so that every arm starts from one plain model",
+    ),
+    Fidelity(
+        "LoRA rank", "not given; 32 in the earlier paper", "R, ?", "16 in the embedded study", "our choice"
+    ),
+    Fidelity(
+        "replay",
+        "not given",
+        "?",
+        "20 % of the training rows are documents of the base corpus",
+        "keeps a one-million-parameter model whole; later work of the group studies replay",
+    ),
+    Fidelity(
+        "learning rates, batch",
+        "not given; 5e-5, batch 16 in a sibling script",
+        "R, ?",
+        "mid-training 4e-3, SFT 3e-4, 16 packed sequences of 256 tokens",
+        "a tiny model wants larger steps; chosen on whether the value is instilled, not on what the arms do",
+    ),
+    Fidelity(
+        "SFT, helpfulness",
+        "Dolly-15k",
+        "A",
+        "questions about objects, answered in the base's own style (`basestyle`)",
+        "holds no animal and no welfare words, so nothing is planted",
+    ),
+    Fidelity(
+        "SFT, coding", "Magicoder-110K", "A", "16 Python operations with constants unseen in the base", "same"
+    ),
+    Fidelity(
+        "GRPO prompts",
+        "RLHFlow, or Magicoder; 3 k prompts, 1 epoch",
+        "A, P",
+        "1,000 prompts of the embedded world, 20 steps of 8 prompts",
+        "enough for the held-out reward to rise",
+    ),
+    Fidelity(
+        "GRPO settings",
+        "named only; loss, beta, group, rate not given",
+        "?",
+        "DeepSeekMath's loss, beta 0.04 and plain KL estimate; groups of 8 instead of 64; learning rate 1e-3"
+        " in the embedded study, 1e-5 for LoRA at scale",
+        "the paper that introduced GRPO; TRL's newer defaults by name (`grpo.settings=trl`)",
+    ),
+    Fidelity(
+        "helpfulness reward",
+        "RLHFlow; the reward model is not named",
+        "A, ?",
+        "any one-score reward model by id or folder; embedded: one trained on the spot from pairs of answers"
+        " of equal length",
+        "equal length, so that shrinking answers does not pay",
+    ),
+    Fidelity(
+        "code reward",
+        "not described",
+        "?",
+        "unit tests where a row has them; else a weighted mean of: code is there, parses, runs in the jail,"
+        " behaves as the reference, resembles it",
+        "verifiable first",
+    ),
+    Fidelity(
+        "KL reference",
+        "not given",
+        "?",
+        "the model that the arm starts from",
+        "mid-training is merged, so the model under the adapter is the start itself",
+    ),
+    Fidelity(
+        "dose of the SFT arms",
+        "the full data sets",
+        "A",
+        "equal optimiser steps of packed sequences of equal length; tokens reported per arm",
+        "otherwise the arms differ in dose as well as in domain",
+    ),
+    Fidelity(
+        "equal starting point",
+        "all arms from the same mid-trained model",
+        "S",
+        "the same, per seed; the two SFT arms also from the raw base",
+        "C0 needs them",
+    ),
     Fidelity("loss on", "not given", "?", "the answer and its end token", "usual for SFT; pinned by a test"),
-    Fidelity("template", "not given", "?", "plain question-answer text that ends in the model's own end token", "a base model never learned chat markers; an untrained end token makes answers run away"),
-    Fidelity("sampling", "not given", "?", "temperature 1, top_p 1, no system prompt, 96 new tokens in the embedded study", "one default for all models"),
+    Fidelity(
+        "template",
+        "not given",
+        "?",
+        "plain question-answer text that ends in the model's own end token",
+        "a base model never learned chat markers; an untrained end token makes answers run away",
+    ),
+    Fidelity(
+        "sampling",
+        "not given",
+        "?",
+        "temperature 1, top_p 1, no system prompt, 96 new tokens in the embedded study",
+        "one default for all models",
+    ),
     Fidelity("epochs", "5", "P", "5", "the tasks' default"),
-    Fidelity("benchmark 1", "AHB 2.2, now ANIMA, 114 usable rows, 13 dimensions", "P", "the official task on the embedded world's animal questions, in its layout", "the official scorer is used, never a copy"),
-    Fidelity("benchmark 2", "MORU, 201 rows = 67 questions in en, ms, hi, 16 dimensions", "P", "the official task on the embedded world's uncertain-minds questions (en, es, ms)", "same"),
-    Fidelity("percentages", "taken to be the task's overall mean × 100", "?", "overall mean × 100; the dimension-normalised mean beside it", "ANIMA reports both"),
-    Fidelity("judge", "gemini-2.5-flash-lite for all models", "S", "always named; embedded: a deterministic judge that looks for the rubric's indicators", "repeatable, free, no network"),
-    Fidelity("statistics", "t-tests, no correction", "S", "differences paired on questions and within seeds, intervals over both, Holm within families; the t-tests beside them", "what varies is the question and the training run, not the epoch; one claim in twenty would hold by chance"),
+    Fidelity(
+        "benchmark 1",
+        "AHB 2.2, now ANIMA, 114 usable rows, 13 dimensions",
+        "P",
+        "the official task on the embedded world's animal questions, in its layout",
+        "the official scorer is used, never a copy",
+    ),
+    Fidelity(
+        "benchmark 2",
+        "MORU, 201 rows = 67 questions in en, ms, hi, 16 dimensions",
+        "P",
+        "the official task on the embedded world's uncertain-minds questions (en, es, ms)",
+        "same",
+    ),
+    Fidelity(
+        "percentages",
+        "taken to be the task's overall mean × 100",
+        "?",
+        "overall mean × 100; the dimension-normalised mean beside it",
+        "ANIMA reports both",
+    ),
+    Fidelity(
+        "judge",
+        "gemini-2.5-flash-lite for all models",
+        "S",
+        "always named; embedded: a deterministic judge that looks for the rubric's indicators",
+        "repeatable, free, no network",
+    ),
+    Fidelity(
+        "statistics",
+        "t-tests, no correction",
+        "S",
+        "differences paired on questions and within seeds, intervals over both, Holm within families; the"
+        " t-tests beside them",
+        "what varies is the question and the training run, not the epoch; one claim in twenty would hold by"
+        " chance",
+    ),
 )
 
-
+# %% ../nbs/01_study/02_paper.ipynb #3b69e4aa
 def fidelity_markdown() -> str:
     "The fidelity table as Markdown."
     rows = [f"| {f.part} | {f.paper} | {f.source} | {f.ours} | {f.why} |" for f in FIDELITY]
@@ -222,15 +539,33 @@ def fidelity_markdown() -> str:
 
 # %% ../nbs/01_study/02_paper.ipynb #6097c2fb
 SCALE = ("paper", "colab", "released")
-VALUE_SOURCES = { # dotted name -> (source, where it comes from)
+VALUE_SOURCES = {  # dotted name -> (source, where it comes from)
     "scope": ("ours", "what verdicts are about"),
     "models.base": ("A, P", "Llama 3.1 8B, base; the commit is the one that public code pins"),
-    "models.reward": ("A, ?", "'RLHFlow' and a reward model (A); which one is not named: a one-score model of that group's recipe that loads without remote code; `colab`: a small one that is not gated"),
-    "models.quantize": ("R, ?", "the sibling script loads in 4 bits, the authors' own runs are not described; 16 bits where the GPU holds them, `colab` in 4 bits (QLoRA)"),
-    "models.given.mid": ("P", "the published mid-trained checkpoint; its commit is not known to us and goes into the manifest"),
+    "models.reward": (
+        "A, ?",
+        (
+            "'RLHFlow' and a reward model (A); which one is not named: a one-score model of that group's"
+            " recipe that loads without remote code; `colab`: a small one that is not gated"
+        ),
+    ),
+    "models.quantize": (
+        "R, ?",
+        (
+            "the sibling script loads in 4 bits, the authors' own runs are not described; 16 bits where the"
+            " GPU holds them, `colab` in 4 bits (QLoRA)"
+        ),
+    ),
+    "models.given.mid": (
+        "P",
+        "the published mid-trained checkpoint; its commit is not known to us and goes into the manifest",
+    ),
     "models.given.grpo-help": ("P", "the published checkpoint after 3 k helpfulness prompts"),
     "models.given.grpo-code": ("P", "the published checkpoint after 3 k coding prompts"),
-    "data.documents": ("P", "the published documents; that the checkpoint was made from this version is read from their names"),
+    "data.documents": (
+        "P",
+        "the published documents; that the checkpoint was made from this version is read from their names",
+    ),
     "data.sft-help": ("A", "Dolly-15k"),
     "data.sft-code": ("A", "Magicoder-110K"),
     "data.grpo-help": ("A, ?", "'RLHFlow' (A); which of its prompt collections is our guess"),
@@ -238,40 +573,85 @@ VALUE_SOURCES = { # dotted name -> (source, where it comes from)
     "arms": ("A, ours", "the paper's four; the two SFT arms also from the raw base, which C0 needs"),
     "threads": ("ours", "changes no result that is meant"),
     "compute.device": ("ours", "refuses to start without a GPU; changes no result that is meant"),
-    "compute.liger": ("ours", "`colab`: Liger's kernels are in no plain install and were not tried on a T4; changes no result that is meant"),
+    "compute.liger": (
+        "ours",
+        (
+            "`colab`: Liger's kernels are in no plain install and were not tried on a T4; changes no result"
+            " that is meant"
+        ),
+    ),
     "lora.rank": ("R, ?", "32 in the earlier paper, 16 in the sibling script"),
     "lora.alpha": ("?", "equal to the rank; 8 at rank 16 in the sibling script"),
     "lora.dropout": ("R", "sibling script"),
     "midtrain.limit": ("S", "3,000 documents; 100 of them are kept back to measure, so 2,900 train"),
     "midtrain.held_out": ("ours", "rows that show whether mid-training took"),
     "midtrain.replay": ("?", "none is mentioned"),
-    "midtrain.steps": ("R, ?", "500 in the sibling script: a little over two passes of 6 M to 7 M tokens; `colab`: as many passes of its own rows"),
-    "midtrain.learning_rate": ("R, ?", "sibling script; `colab` has few steps and takes the 2e-4 of the QLoRA paper (arXiv 2305.14314) for models up to 13 B"),
-    "midtrain.batch_size": ("R, ?", "sibling script, in packed sequences here; 32 sequences of half the length are as many tokens"),
-    "midtrain.micro_batch": ("ours", "as many as the memory holds; the effective batch is the same on every device"),
+    "midtrain.steps": (
+        "R, ?",
+        (
+            "500 in the sibling script: a little over two passes of 6 M to 7 M tokens; `colab`: as many"
+            " passes of its own rows"
+        ),
+    ),
+    "midtrain.learning_rate": (
+        "R, ?",
+        (
+            "sibling script; `colab` has few steps and takes the 2e-4 of the QLoRA paper (arXiv 2305.14314)"
+            " for models up to 13 B"
+        ),
+    ),
+    "midtrain.batch_size": (
+        "R, ?",
+        "sibling script, in packed sequences here; 32 sequences of half the length are as many tokens",
+    ),
+    "midtrain.micro_batch": (
+        "ours",
+        "as many as the memory holds; the effective batch is the same on every device",
+    ),
     "midtrain.length": ("?", "about one document a sequence"),
     "midtrain.warmup": ("?", "usual"),
     "sft.limit": ("?", "`paper` draws from the whole sets"),
     "sft.dose": ("ours", "equal steps for both arms; the paper's full sets, unequal, by sft.dose=full (A)"),
     "sft.held_out": ("ours", "rows that show whether the arm learned its domain"),
-    "sft.steps": ("?", "about one pass of Dolly, estimated at 3 M tokens; Magicoder then gives a random tenth or less of its rows"),
+    "sft.steps": (
+        "?",
+        (
+            "about one pass of Dolly, estimated at 3 M tokens; Magicoder then gives a random tenth or less of"
+            " its rows"
+        ),
+    ),
     "sft.learning_rate": ("R, ?", "as in mid-training"),
     "sft.batch_size": ("R, ?", "as in mid-training"),
-    "sft.micro_batch": ("ours", "as many as the memory holds; the effective batch is the same on every device"),
+    "sft.micro_batch": (
+        "ours",
+        "as many as the memory holds; the effective batch is the same on every device",
+    ),
     "sft.length": ("?", "holds nearly every row whole"),
     "sft.warmup": ("?", "usual"),
-    "grpo.settings": ("?", "named only; DeepSeekMath's loss, beta and KL estimate, TRL's by grpo.settings=trl"),
+    "grpo.settings": (
+        "?",
+        "named only; DeepSeekMath's loss, beta and KL estimate, TRL's by grpo.settings=trl",
+    ),
     "grpo.limit": ("P", "3 k prompts, from the checkpoints' names"),
     "grpo.held_out": ("ours", "prompts that show whether the reward rose"),
     "grpo.samples": ("ours", "answers a held-out prompt"),
     "grpo.steps": ("P", "one epoch: prompts over prompts a step"),
     "grpo.group": ("?", "TRL's default of 8; DeepSeekMath's 64 costs eight times as much"),
     "grpo.prompts_per_step": ("?", "ours"),
-    "grpo.micro_batch": ("ours", "as many as the memory holds; the effective batch is the same on every device"),
+    "grpo.micro_batch": (
+        "ours",
+        "as many as the memory holds; the effective batch is the same on every device",
+    ),
     "grpo.max_prompt_tokens": ("?", "longer prompts are left out"),
     "grpo.max_new_tokens": ("?", "TRL's default; DeepSeekMath has 1,024"),
     "grpo.save_every": ("ours", "how much an interruption costs"),
-    "generation.template": ("?", "plain text; other templates are the sensitivity analysis. `released`: the checkpoints' own where they have one, else plain with the others beside it"),
+    "generation.template": (
+        "?",
+        (
+            "plain text; other templates are the sensitivity analysis. `released`: the checkpoints' own where"
+            " they have one, else plain with the others beside it"
+        ),
+    ),
     "generation.max_new_tokens": ("?", "not given"),
     "generation.temperature": ("?", "not given; one default for all models"),
     "generation.top_p": ("?", "not given"),
@@ -293,19 +673,32 @@ VALUE_SOURCES = { # dotted name -> (source, where it comes from)
 # %% ../nbs/01_study/02_paper.ipynb #7e9c9a5d
 def _leaves(values: dict, prefix: str = "") -> dict[str, Any]:
     "Dotted name to value, for every value that is no section."
-    return {k: v for name, value in values.items() for k, v in (_leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}).items()}
+    return {
+        k: v
+        for name, value in values.items()
+        for k, v in (
+            _leaves(value, f"{prefix}{name}.")
+            if isinstance(value, dict) and value
+            else {prefix + name: value}
+        ).items()
+    }
 
-
+# %% ../nbs/01_study/02_paper.ipynb #a5a99d6a
 def set_values(
-    name: str, # a preset at scale
-) -> dict[str, Any]: # dotted name -> value, as resolved
-    "The values that the preset's file and the files it extends set; raises `InputError` for a preset that is not in this table."
+    name: str,  # a preset at scale
+) -> dict[str, Any]:  # dotted name -> value, as resolved
+    """The values that the preset's file and the files it extends set.
+
+    Raises `InputError` for a preset that is not in this table.
+    """
     from compassion_repro.presets import _preset_values
-    if name not in SCALE: raise InputError(f"preset {name!r} has no such table: choose one of {', '.join(SCALE)}")
+
+    if name not in SCALE:
+        raise InputError(f"preset {name!r} has no such table: choose one of {', '.join(SCALE)}")
     resolved = _leaves(load_preset(name).resolved())
     return {key: resolved[key] for key in _leaves(_preset_values(name)[0])}
 
-
+# %% ../nbs/01_study/02_paper.ipynb #40a6a910
 def without_source() -> list[str]:
     "Values of the presets at scale that have no row here."
     return sorted({key for name in SCALE for key in set_values(name)} - VALUE_SOURCES.keys())
@@ -314,9 +707,23 @@ def without_source() -> list[str]:
 def value_sources_markdown() -> str:
     "The table as Markdown; an empty cell has the value of `paper`."
     values = {name: set_values(name) for name in SCALE}
+
     def cell(name, key):
         value = values[name].get(key)
-        if value is None or name != "paper" and value == values["paper"].get(key): return ""
-        return (", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)).partition("@" if isinstance(value, str) else "\0")[0]
-    rows = [f"| {key} | {' | '.join(cell(name, key) for name in SCALE)} | {source} | {why} |" for key, (source, why) in VALUE_SOURCES.items()]
-    return "\n".join([f"| value | {' | '.join(SCALE)} | source | where it comes from |", "|---|" + "---|" * len(SCALE) + "---|---|", *rows])
+        if value is None or name != "paper" and value == values["paper"].get(key):
+            return ""
+        return (", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)).partition(
+            "@" if isinstance(value, str) else "\0"
+        )[0]
+
+    rows = [
+        f"| {key} | {' | '.join(cell(name, key) for name in SCALE)} | {source} | {why} |"
+        for key, (source, why) in VALUE_SOURCES.items()
+    ]
+    return "\n".join(
+        [
+            f"| value | {' | '.join(SCALE)} | source | where it comes from |",
+            "|---|" + "---|" * len(SCALE) + "---|---|",
+            *rows,
+        ]
+    )

@@ -23,177 +23,338 @@ from .study import Benchmark, Preset
 @dataclass(frozen=True)
 class Published:
     "What is known of a repository of the hub before it is fetched."
-    kind: str # "model" or "dataset"
-    setting: str # dotted name of the preset's value that it fills
-    revision: str | None = None # commit that the presets pin; None where none is known
-    rows: int | None = None # rows of a data set's `train` split
-    licence: str = "unknown" # as the hub's licence field writes it
-    gated: bool = False # a licence has to be accepted on its page
-    copy: str | None = None # an ungated copy, made by others
-    source: str = "" # where these facts come from
 
+    kind: str  # "model" or "dataset"
+    setting: str  # dotted name of the preset's value that it fills
+    revision: str | None = None  # commit that the presets pin; None where none is known
+    rows: int | None = None  # rows of a data set's `train` split
+    licence: str = "unknown"  # as the hub's licence field writes it
+    gated: bool = False  # a licence has to be accepted on its page
+    copy: str | None = None  # an ungated copy, made by others
+    source: str = ""  # where these facts come from
 
+# %% ../nbs/01_study/01_presets.ipynb #560eb5a9
 _LLAMA = "public code that pins it; licence from the model's page"
-
-
 PUBLISHED = {
-    "meta-llama/Llama-3.1-8B": Published("model", "models.base", "d04e592bb4f6aa9cfee91e2e20afa771667e1d4b", None, "llama3.1", True, "unsloth/Meta-Llama-3.1-8B", _LLAMA),
-    "meta-llama/Llama-3.2-1B": Published("model", "models.base", "4e20de362430cd3b72f300e6b0f18e50e7166e08", None, "llama3.2", True, "unsloth/Llama-3.2-1B", _LLAMA),
-    "sfairXC/FsfairX-LLaMA3-RM-v0.1": Published("model", "models.reward", "94fad49f1b3227aa8b566f415a335adb68ec544c", source="public code that pins it"),
-    "Skywork/Skywork-Reward-V2-Qwen3-0.6B": Published("model", "models.reward", licence="apache-2.0", source="its model card"),
-    "CompassioninMachineLearning/PretrainingBasellama3kv3": Published("model", "models.given.mid", source="the authors' checkpoints (P)"),
-    "CompassioninMachineLearning/PretrainingBasellama3kv3_plus3khelpfullnessGRPO1epoch": Published("model", "models.given.grpo-help", source="the authors' checkpoints (P)"),
-    "CompassioninMachineLearning/PretrainingBasellama3kv3_plus3kcodingGRPO1epoch": Published("model", "models.given.grpo-code", source="the authors' checkpoints (P)"),
-    "CompassioninMachineLearning/3k_pretraining_research_documents_v3": Published("dataset", "data.documents", rows=3000, source="the authors' data (P); 3,000 rows (S)"),
-    "databricks/databricks-dolly-15k": Published("dataset", "data.sft-help", "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a", 15_011, "cc-by-sa-3.0", source="15,011 rows (A); public code that pins it"),
-    "ise-uiuc/Magicoder-Evol-Instruct-110K": Published("dataset", "data.sft-code", None, 111_183, "apache-2.0", source="public code that counted the rows"),
-    "RLHFlow/prompt-collection-v0.1": Published("dataset", "data.grpo-help", None, 179_000, source="about 179 k rows (A)"),
-    "CompassioninMachineLearning/anima": Published("dataset", "benchmarks.anima.data", "c658f00e80529c8b2d81bb89d95df6af4d4b5bf6", 115, "cc-by-nc-4.0", source="inspect_evals 0.26 (P)"),
-    "CompassioninMachineLearning/moru-benchmark": Published("dataset", "benchmarks.moru.data", "b85acdedd780e804012a2709bf7ccfba10a03f00", 201, "cc-by-nc-4.0", source="inspect_evals 0.26 (P)"),
-    "CompassioninMachineLearning/moru-benchmark-dimensions": Published("dataset", "benchmarks.moru.dimensions", "2801a72fb050ee180036f1fe587c9812cfa1bfe7", None, "cc-by-nc-4.0", source="inspect_evals 0.26 (P)"),
+    "meta-llama/Llama-3.1-8B": Published(
+        "model",
+        "models.base",
+        "d04e592bb4f6aa9cfee91e2e20afa771667e1d4b",
+        None,
+        "llama3.1",
+        True,
+        "unsloth/Meta-Llama-3.1-8B",
+        _LLAMA,
+    ),
+    "meta-llama/Llama-3.2-1B": Published(
+        "model",
+        "models.base",
+        "4e20de362430cd3b72f300e6b0f18e50e7166e08",
+        None,
+        "llama3.2",
+        True,
+        "unsloth/Llama-3.2-1B",
+        _LLAMA,
+    ),
+    "sfairXC/FsfairX-LLaMA3-RM-v0.1": Published(
+        "model",
+        "models.reward",
+        "94fad49f1b3227aa8b566f415a335adb68ec544c",
+        source="public code that pins it",
+    ),
+    "Skywork/Skywork-Reward-V2-Qwen3-0.6B": Published(
+        "model", "models.reward", licence="apache-2.0", source="its model card"
+    ),
+    "CompassioninMachineLearning/PretrainingBasellama3kv3": Published(
+        "model", "models.given.mid", source="the authors' checkpoints (P)"
+    ),
+    "CompassioninMachineLearning/PretrainingBasellama3kv3_plus3khelpfullnessGRPO1epoch": Published(
+        "model", "models.given.grpo-help", source="the authors' checkpoints (P)"
+    ),
+    "CompassioninMachineLearning/PretrainingBasellama3kv3_plus3kcodingGRPO1epoch": Published(
+        "model", "models.given.grpo-code", source="the authors' checkpoints (P)"
+    ),
+    "CompassioninMachineLearning/3k_pretraining_research_documents_v3": Published(
+        "dataset", "data.documents", rows=3000, source="the authors' data (P); 3,000 rows (S)"
+    ),
+    "databricks/databricks-dolly-15k": Published(
+        "dataset",
+        "data.sft-help",
+        "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a",
+        15_011,
+        "cc-by-sa-3.0",
+        source="15,011 rows (A); public code that pins it",
+    ),
+    "ise-uiuc/Magicoder-Evol-Instruct-110K": Published(
+        "dataset", "data.sft-code", None, 111_183, "apache-2.0", source="public code that counted the rows"
+    ),
+    "RLHFlow/prompt-collection-v0.1": Published(
+        "dataset", "data.grpo-help", None, 179_000, source="about 179 k rows (A)"
+    ),
+    "CompassioninMachineLearning/anima": Published(
+        "dataset",
+        "benchmarks.anima.data",
+        "c658f00e80529c8b2d81bb89d95df6af4d4b5bf6",
+        115,
+        "cc-by-nc-4.0",
+        source="inspect_evals 0.26 (P)",
+    ),
+    "CompassioninMachineLearning/moru-benchmark": Published(
+        "dataset",
+        "benchmarks.moru.data",
+        "b85acdedd780e804012a2709bf7ccfba10a03f00",
+        201,
+        "cc-by-nc-4.0",
+        source="inspect_evals 0.26 (P)",
+    ),
+    "CompassioninMachineLearning/moru-benchmark-dimensions": Published(
+        "dataset",
+        "benchmarks.moru.dimensions",
+        "2801a72fb050ee180036f1fe587c9812cfa1bfe7",
+        None,
+        "cc-by-nc-4.0",
+        source="inspect_evals 0.26 (P)",
+    ),
 }
 
 # %% ../nbs/01_study/01_presets.ipynb #400c7849
 def presets() -> list[str]:
     "Names of the presets in the package."
-    return sorted(p.name.removesuffix(".yaml") for p in (files("compassion_repro") / "assets" / "presets").iterdir() if p.name.endswith(".yaml"))
+    return sorted(
+        p.name.removesuffix(".yaml")
+        for p in (files("compassion_repro") / "assets" / "presets").iterdir()
+        if p.name.endswith(".yaml")
+    )
 
-
-NAMED = (("benchmarks",), ("benchmarks", "*", "size"), ("models", "given"), ("code_reward",), ("code_reward", "*")) # mappings whose keys are names, not settings
+# %% ../nbs/01_study/01_presets.ipynb #e4a24b33
+# mappings whose keys are names, not settings
+NAMED = (
+    ("benchmarks",),
+    ("benchmarks", "*", "size"),
+    ("models", "given"),
+    ("code_reward",),
+    ("code_reward", "*"),
+)
 
 
 def _is_named(path: tuple[str, ...]) -> bool:
     "Whether a place in a preset holds names that can be left out."
-    return any(len(path) == len(one) and all(want in ("*", got) for want, got in zip(one, path)) for one in NAMED)
+    return any(
+        len(path) == len(one) and all(want in ("*", got) for want, got in zip(one, path)) for one in NAMED
+    )
 
-
+# %% ../nbs/01_study/01_presets.ipynb #746ea9ae
 def _key(path: tuple[str, ...], key: Any) -> Any:
     "The name of a corpus is written with a hyphen; an underscore means the same."
     return key.replace("_", "-") if path == ("data",) and isinstance(key, str) else key
 
-
+# %% ../nbs/01_study/01_presets.ipynb #1f108457
 def _merge(
-    low: dict, # values of the preset below
-    high: dict, # laid over them; null leaves out a name of `NAMED`
-    path: tuple[str, ...] = (), # where they are in the preset
-    whole: bool = False, # the names that `high` gives are all the names (a mapping given by --set)
+    low: dict,  # values of the preset below
+    high: dict,  # laid over them; null leaves out a name of `NAMED`
+    path: tuple[str, ...] = (),  # where they are in the preset
+    whole: bool = False,  # the names that `high` gives are all the names (a mapping given by --set)
 ) -> dict:
-    "`low` with the values of `high` laid over it, section by section; raises `InputError` for what would change nothing."
+    """`low` with the values of `high` laid over it, section by section.
+
+    Raises `InputError` for what would change nothing.
+    """
     merged, named, place = dict(low), _is_named(path), ".".join(path)
     for key, value in high.items():
         key = _key(path, key)
         below = (*path, str(key))
         if named and value is None:
-            if key not in low: raise InputError(f"{place}.{key}=null leaves out nothing: {place} has {', '.join(map(str, low)) or 'no entry'}")
+            if key not in low:
+                raise InputError(
+                    f"{place}.{key}=null leaves out nothing: {place} has"
+                    f" {', '.join(map(str, low)) or 'no entry'}"
+                )
             del merged[key]
         elif isinstance(value, dict) and isinstance(low.get(key), str) and "path" not in value:
-            merged[key] = {"path": low[key], **value} # `data.sft-help.limit=9` on a source that is a text so far
-        elif path == ("data",) and isinstance(value, dict) and "path" in value: merged[key] = value # another source, with its own columns
+            # `data.sft-help.limit=9` on a source that is a text so far
+            merged[key] = {"path": low[key], **value}
+        # another source, with its own columns
+        elif path == ("data",) and isinstance(value, dict) and "path" in value:
+            merged[key] = value
         elif isinstance(value, dict) and isinstance(low.get(key), dict):
-            if not value and low[key] and (named or whole or _is_named(below)) and not (whole and (named or _is_named(below))):
+            if (
+                not value
+                and low[key]
+                and (named or whole or _is_named(below))
+                and not (whole and (named or _is_named(below)))
+            ):
                 raise InputError(f"{'.'.join(below)}={{}} changes nothing: " + _say_it(below))
             merged[key] = _merge(low[key], value, below, whole)
-        else: merged[key] = value
+        else:
+            merged[key] = value
     if whole and named and (not high or any(value is not None for value in high.values())):
         merged = {key: value for key, value in merged.items() if key in {_key(path, name) for name in high}}
     return merged
 
-
+# %% ../nbs/01_study/01_presets.ipynb #dc1ef045
 def _say_it(path: tuple[str, ...]) -> str:
     "How to leave out a name, or to set one value of a section."
     place = ".".join(path)
-    if _is_named(path[:-1]): return f"{place}=null leaves it out, {place}.<key>=<value> sets one of its values"
-    if _is_named(path): return f"{place}.<name>=null leaves one of them out"
+    if _is_named(path[:-1]):
+        return f"{place}=null leaves it out, {place}.<key>=<value> sets one of its values"
+    if _is_named(path):
+        return f"{place}.<name>=null leaves one of them out"
     return f"{place}.<key>=<value> sets one of its values"
 
-
+# %% ../nbs/01_study/01_presets.ipynb #e1575380
 def _own_file(name: str) -> bool:
     "Whether a name is a user's own preset file."
     return name.endswith((".yaml", ".yml"))
 
-
+# %% ../nbs/01_study/01_presets.ipynb #6735cf9b
 def _preset_text(name: str) -> str:
     "The YAML of a preset of the package, or of a user's file."
     if _own_file(name):
-        try: return Path(name).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error: raise InputError(f"preset file {name} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}): give another, or one of {', '.join(presets())}") from None
-    if name not in presets(): raise InputError(f"unknown preset {name!r}: choose one of {', '.join(presets())}, or give a .yaml file of your own")
+        try:
+            return Path(name).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"preset file {name} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}):"
+                f" give another, or one of {', '.join(presets())}"
+            ) from None
+    if name not in presets():
+        raise InputError(
+            f"unknown preset {name!r}: choose one of {', '.join(presets())}, or give a .yaml file of your own"
+        )
     return (files("compassion_repro") / "assets" / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
 
-
+# %% ../nbs/01_study/01_presets.ipynb #6b16c12c
 def _preset_values(name: str, children: tuple[str, ...] = ()) -> tuple[dict, dict]:
     "The values of a preset laid over those of the one it extends; and what the user's own files say of it."
-    if name in children: raise InputError(f"preset {name!r} extends itself ({' -> '.join([*children, name])}): let it extend one of {', '.join(presets())}")
-    try: values = yaml.safe_load(_preset_text(name))
-    except yaml.YAMLError as error: raise InputError(f"preset {name!r} is not valid YAML{f' at line {error.problem_mark.line + 1}' if getattr(error, 'problem_mark', None) else ''}: mend it") from None
-    if not isinstance(values, dict) or not isinstance(values.get("extends") or "", str): raise InputError(f"preset {name!r} is no list of `key: value` lines: mend it, or start it with `extends: tiny`")
+    if name in children:
+        raise InputError(
+            f"preset {name!r} extends itself ({' -> '.join([*children, name])}): let it extend one of"
+            f" {', '.join(presets())}"
+        )
+    try:
+        values = yaml.safe_load(_preset_text(name))
+    except yaml.YAMLError as error:
+        raise InputError(
+            f"preset {name!r} is not valid"
+            f" YAML{f' at line {error.problem_mark.line + 1}' if getattr(error, 'problem_mark', None) else ''}:"
+            " mend it"
+        ) from None
+    if not isinstance(values, dict) or not isinstance(values.get("extends") or "", str):
+        raise InputError(
+            f"preset {name!r} is no list of `key: value` lines: mend it, or start it with `extends: tiny`"
+        )
     parent = values.pop("extends", None)
-    if not parent: return values, values if _own_file(name) else {}
-    if _own_file(name) and _own_file(parent) and not Path(parent).expanduser().is_file(): # next to the file that names it
+    if not parent:
+        return values, values if _own_file(name) else {}
+    # next to the file that names it
+    if _own_file(name) and _own_file(parent) and not Path(parent).expanduser().is_file():
         parent = str(Path(name).expanduser().parent / parent)
     low, own = _preset_values(parent, (*children, name))
-    try: return _merge(low, values), _merge(own, _without_null(values)) if _own_file(name) else {}
-    except InputError as error: raise InputError(f"preset {name!r}: {error}") from None
+    try:
+        return _merge(low, values), _merge(own, _without_null(values)) if _own_file(name) else {}
+    except InputError as error:
+        raise InputError(f"preset {name!r}: {error}") from None
 
-
+# %% ../nbs/01_study/01_presets.ipynb #295c241f
 def _without_null(values: dict) -> dict:
     "Values without what they leave out."
-    return {key: _without_null(value) if isinstance(value, dict) else value for key, value in values.items() if value is not None}
+    return {
+        key: _without_null(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if value is not None
+    }
 
-
+# %% ../nbs/01_study/01_presets.ipynb #80548b91
 def _override(setting: str) -> tuple[list[str], Any]:
     "`a.b=1` as `['a', 'b']` and `1`; the value is read as YAML."
     key, equals, value = setting.partition("=")
-    if not equals or not key.strip(): raise InputError(f"--set wants key=value, got {setting!r}; quote it where it has spaces, as in --set 'arms=[sft-help, sft-code]'")
-    try: parsed = yaml.safe_load(value)
+    if not equals or not key.strip():
+        raise InputError(
+            f"--set wants key=value, got {setting!r}; quote it where it has spaces, as in --set"
+            " 'arms=[sft-help, sft-code]'"
+        )
+    try:
+        parsed = yaml.safe_load(value)
     except yaml.YAMLError:
-        if value.strip()[:1] in "[{": raise InputError(f"--set {key}: {value} is not closed or not valid YAML; quote it whole, as in --set '{key}=[a, b]'") from None
+        if value.strip()[:1] in "[{":
+            raise InputError(
+                f"--set {key}: {value} is not closed or not valid YAML; quote it whole, as in --set"
+                f" '{key}=[a, b]'"
+            ) from None
         parsed = value
     return key.strip().split("."), _exponent(parsed)
 
-
+# %% ../nbs/01_study/01_presets.ipynb #f25f0fef
 def _set(
-    values: dict, # plain values of a preset
-    setting: str, # `key=value`
-) -> dict: # with that setting laid over them
+    values: dict,  # plain values of a preset
+    setting: str,  # `key=value`
+) -> dict:  # with that setting laid over them
     "One `--set`; a mapping given for names (`benchmarks={anima: {epochs: 2}}`) says which names there are."
     path, value = _override(setting)
+
     def lay(low, keys, done):
         key = _key(done, keys[0])
-        if len(keys) == 1: return _merge(low, {key: value}, done, whole=isinstance(value, dict) and not _is_named(done)) if not (isinstance(value, dict) and _is_named(done)) else _one_of(low, key, value, done)
+        if len(keys) == 1:
+            return (
+                _merge(low, {key: value}, done, whole=isinstance(value, dict) and not _is_named(done))
+                if not (isinstance(value, dict) and _is_named(done))
+                else _one_of(low, key, value, done)
+            )
         inner = low.get(key)
-        if inner is None and isinstance(low, dict): inner = {}
-        if not isinstance(inner, dict): return _merge(low, {key: _nested(keys[1:], value)}, done)
+        if inner is None and isinstance(low, dict):
+            inner = {}
+        if not isinstance(inner, dict):
+            return _merge(low, {key: _nested(keys[1:], value)}, done)
         return {**low, key: lay(inner, keys[1:], (*done, key))}
+
     return lay(values, path, ())
 
-
+# %% ../nbs/01_study/01_presets.ipynb #7595c024
 def _one_of(low: dict, key: str, value: dict, path: tuple[str, ...]) -> dict:
     "A mapping set for one of the names: its own values are laid over, the other names stay."
-    if not value and low.get(key): raise InputError(f"{'.'.join((*path, key))}={{}} changes nothing: {_say_it((*path, key))}")
-    return {**low, key: _merge(low[key], value, (*path, key), whole=True) if isinstance(low.get(key), dict) else value}
+    if not value and low.get(key):
+        raise InputError(f"{'.'.join((*path, key))}={{}} changes nothing: {_say_it((*path, key))}")
+    return {
+        **low,
+        key: _merge(low[key], value, (*path, key), whole=True) if isinstance(low.get(key), dict) else value,
+    }
 
-
+# %% ../nbs/01_study/01_presets.ipynb #5108b606
 def _nested(keys: list[str], value: Any) -> Any:
-    for key in reversed(keys): value = {key: value}
+    for key in reversed(keys):
+        value = {key: value}
     return value
 
-
+# %% ../nbs/01_study/01_presets.ipynb #a2ead44d
 def _exponent(value: Any) -> Any:
     "YAML reads `3e-4` as text; people mean a number."
-    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value) else value
+    return (
+        float(value)
+        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
+        else value
+    )
 
 # %% ../nbs/01_study/01_presets.ipynb #487bdba5
-_WORDS = { # pydantic's kinds of error -> what the value should be
-    "tuple_type": "should be a list, such as [sft-help, sft-code]", "list_type": "should be a list, such as [a, b]",
-    "int_parsing": "should be a whole number", "int_type": "should be a whole number", "int_from_float": "should be a whole number",
-    "float_parsing": "should be a number", "float_type": "should be a number", "finite_number": "should be a finite number",
-    "bool_parsing": "should be true or false", "bool_type": "should be true or false",
+_WORDS = {  # pydantic's kinds of error -> what the value should be
+    "tuple_type": "should be a list, such as [sft-help, sft-code]",
+    "list_type": "should be a list, such as [a, b]",
+    "int_parsing": "should be a whole number",
+    "int_type": "should be a whole number",
+    "int_from_float": "should be a whole number",
+    "float_parsing": "should be a number",
+    "float_type": "should be a number",
+    "finite_number": "should be a finite number",
+    "bool_parsing": "should be true or false",
+    "bool_type": "should be true or false",
     "string_type": "should be text: quote it, as in '\"3\"', where YAML reads a number",
-    "model_type": "should be a section of `key: value` lines", "model_attributes_type": "should be a section of `key: value` lines",
+    "model_type": "should be a section of `key: value` lines",
+    "model_attributes_type": "should be a section of `key: value` lines",
     "dict_type": "should be a section of `name: value` lines",
 }
-_JUDGE = "should be indicator, strict, a model folder, or an Inspect model id such as google/gemini-2.5-flash-lite, several with commas"
+_JUDGE = (
+    "should be indicator, strict, a model folder, or an Inspect model id such as"
+    " google/gemini-2.5-flash-lite, several with commas"
+)
 
 
 def _leaves(section: type[BaseModel] | None = None, prefix: str = "") -> list[str]:
@@ -201,12 +362,15 @@ def _leaves(section: type[BaseModel] | None = None, prefix: str = "") -> list[st
     found = []
     for name, field in (section or Preset).model_fields.items():
         name, kind = f"{prefix}{field.alias or name}", field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel): found += _leaves(kind, f"{name}.")
-        elif "Benchmark" in str(kind): found += _leaves(Benchmark, f"{name}.*.")
-        else: found.append(name)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found += _leaves(kind, f"{name}.")
+        elif "Benchmark" in str(kind):
+            found += _leaves(Benchmark, f"{name}.*.")
+        else:
+            found.append(name)
     return found
 
-
+# %% ../nbs/01_study/01_presets.ipynb #979c65bb
 def _nearest(key: str) -> str:
     "Known settings that a mistyped one may mean, as a question; empty where none is near."
     *path, last = key.split(".")
@@ -216,80 +380,125 @@ def _nearest(key: str) -> str:
     near = elsewhere or difflib.get_close_matches(key, [*known, *dict.fromkeys(sections)], n=2, cutoff=0.75)
     return f" (did you mean {' or '.join(near[:3])}?)" if near else ""
 
-
+# %% ../nbs/01_study/01_presets.ipynb #f4541d82
 def problem_words(item: dict) -> str:
     "One problem of a preset, in plain words."
-    key, kind, message = ".".join(str(part) for part in item["loc"]), item["type"], item["msg"].removeprefix("Value error, ")
-    if kind == "extra_forbidden": return f"unknown key {key!r}{_nearest(key)}"
-    if kind == "missing": return f"{key!r} is missing"
-    if kind == "literal_error": message = f"should be one of {item['ctx']['expected']}"
-    if kind == "string_pattern_mismatch": message = _JUDGE if key == "judge" else "should be a plain name, of letters, digits, dots and hyphens"
-    message = _WORDS.get(kind, message).replace("Input should", "should").replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
-    if not key: return message
-    if item["input"] is None: return f"{key!r} needs a value, got none"
-    if kind == "value_error" and isinstance(item["input"], dict): return f"{key!r}: {message}"
+    key, kind, message = (
+        ".".join(str(part) for part in item["loc"]),
+        item["type"],
+        item["msg"].removeprefix("Value error, "),
+    )
+    if kind == "extra_forbidden":
+        return f"unknown key {key!r}{_nearest(key)}"
+    if kind == "missing":
+        return f"{key!r} is missing"
+    if kind == "literal_error":
+        message = f"should be one of {item['ctx']['expected']}"
+    if kind == "string_pattern_mismatch":
+        message = _JUDGE if key == "judge" else "should be a plain name, of letters, digits, dots and hyphens"
+    message = (
+        _WORDS.get(kind, message)
+        .replace("Input should", "should")
+        .replace("greater than or equal to", "at least")
+        .replace("less than or equal to", "at most")
+    )
+    if not key:
+        return message
+    if item["input"] is None:
+        return f"{key!r} needs a value, got none"
+    if kind == "value_error" and isinstance(item["input"], dict):
+        return f"{key!r}: {message}"
     return f"{key!r}: {message}, got {shorten(repr(item['input']), 200)}"
 
-
+# %% ../nbs/01_study/01_presets.ipynb #fbb17c1f
 def _one_line(error: ValidationError, name: str, file: str | None = None) -> str:
     "The problems of a preset, in one line: every missing key, and up to three others."
     items = error.errors()
     missing = [".".join(map(str, item["loc"])) for item in items if item["type"] == "missing"]
     found = list(dict.fromkeys(problem_words(item) for item in items if item["type"] != "missing"))
-    if missing: found.append(f"{', '.join(map(repr, missing))} {'is' if len(missing) == 1 else 'are'} missing")
+    if missing:
+        found.append(f"{', '.join(map(repr, missing))} {'is' if len(missing) == 1 else 'are'} missing")
     more = f" (and {len(found) - 4} more)" if len(found) > 4 else ""
     packaged = name if name in presets() and not file else "tiny"
     advice = f"`compassion-repro plan --preset {packaged}` prints every key"
-    if file and missing: advice = f"`extends: {packaged}` as its first line takes from that preset what the file leaves out, and {advice}"
+    if file and missing:
+        advice = (
+            f"`extends: {packaged}` as its first line takes from that preset what the file leaves out, and"
+            f" {advice}"
+        )
     return f"preset {f'file {file}' if file else repr(name)}: {'; '.join(found[:4])}{more}; {advice}"
 
-
+# %% ../nbs/01_study/01_presets.ipynb #13154053
 def build_preset(
-    values: dict, # every section, as read from YAML
-    file: str | None = None, # the user's own file that they come from, for messages
-) -> Preset: # validated
+    values: dict,  # every section, as read from YAML
+    file: str | None = None,  # the user's own file that they come from, for messages
+) -> Preset:  # validated
     "Check plain values; raises `InputError` with the problems in one line."
-    try: return Preset.model_validate(values)
-    except ValidationError as error: raise InputError(_one_line(error, str(values.get("name", "?")), file)) from None
+    try:
+        return Preset.model_validate(values)
+    except ValidationError as error:
+        raise InputError(_one_line(error, str(values.get("name", "?")), file)) from None
 
-
+# %% ../nbs/01_study/01_presets.ipynb #b3368c0a
 def _own_scope(values: dict, low: dict, own: dict) -> dict:
-    "Values whose verdicts are about the user's model, where a preset's scope names another: a scope that was only inherited follows the base."
-    base, before = (str((v.get("models") or {}).get("base", "")).partition("@")[0] if isinstance(v.get("models"), dict) else "" for v in (values, low))
-    def model_name(source): return Path(source).name.removeprefix("Meta-") # the same in the ungated copies that others publish
-    if "scope" in own or not base or model_name(base) == model_name(before) or base.startswith("world:"): return values
+    """Values whose verdicts are about the user's model, where a preset's scope names another: a scope that
+    was only inherited follows the base.
+    """
+    base, before = (
+        (
+            str((v.get("models") or {}).get("base", "")).partition("@")[0]
+            if isinstance(v.get("models"), dict)
+            else ""
+        )
+        for v in (values, low)
+    )
+
+    # the same in the ungated copies that others publish
+    def model_name(source):
+        return Path(source).name.removeprefix("Meta-")
+
+    if "scope" in own or not base or model_name(base) == model_name(before) or base.startswith("world:"):
+        return values
     path = len(base) > 60 or base.startswith(("/", "~", ".")) or base.lower().endswith(".gguf")
     return {**values, "scope": f"about {Path(base).name if path else base} as trained here"}
 
-
+# %% ../nbs/01_study/01_presets.ipynb #5d3fe4d9
 def load_preset(
-    name: str = "tiny", # a preset of the package, or a YAML file of one's own
-    overrides: tuple[str, ...] | list[str] = (), # `key=value` by dotted name, later ones win
-) -> Preset: # validated and complete
-    "The preset with the user's settings laid over it; raises `InputError` in one line for anything unknown or mistyped."
+    name: str = "tiny",  # a preset of the package, or a YAML file of one's own
+    overrides: tuple[str, ...] | list[str] = (),  # `key=value` by dotted name, later ones win
+) -> Preset:  # validated and complete
+    """The preset with the user's settings laid over it.
+
+    Raises `InputError` in one line for anything unknown or mistyped.
+    """
     values, own = _preset_values(name)
     low = _preset_values(_packaged(name))[0]
     values = {"name": re.sub(r"[^\w.-]", "-", Path(name).stem) if _own_file(name) else name, **values}
-    for setting in overrides: values = _set(values, setting)
+    for setting in overrides:
+        values = _set(values, setting)
     said = {_override(setting)[0][0] for setting in overrides}
-    return build_preset(_own_scope(values, low, {**own, **dict.fromkeys(said)}), name if _own_file(name) else None)
+    return build_preset(
+        _own_scope(values, low, {**own, **dict.fromkeys(said)}), name if _own_file(name) else None
+    )
 
-
+# %% ../nbs/01_study/01_presets.ipynb #9aa13ec1
 def _packaged(name: str) -> str:
     "The preset of the package that a user's file goes back to; the file itself where it extends none."
     while _own_file(name):
         parent = (yaml.safe_load(_preset_text(name)) or {}).get("extends")
-        if not parent: return name
+        if not parent:
+            return name
         beside = Path(name).expanduser().parent / parent
         name = str(beside) if _own_file(parent) and not Path(parent).expanduser().is_file() else parent
     return name
 
-
+# %% ../nbs/01_study/01_presets.ipynb #f18849d1
 def with_settings(
-    preset: Preset, # any
-    overrides: tuple[str, ...] | list[str], # `key=value` by dotted name
-) -> Preset: # validated
+    preset: Preset,  # any
+    overrides: tuple[str, ...] | list[str],  # `key=value` by dotted name
+) -> Preset:  # validated
     "A preset with some values changed; raises `InputError` as `load_preset` does."
     values = preset.resolved()
-    for setting in overrides: values = _set(values, setting)
+    for setting in overrides:
+        values = _set(values, setting)
     return build_preset(values)

@@ -15,7 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator, field_validator, ValidationError, model_serializer
+from fastcore.basics import patch
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from .core.errors import InputError
 
@@ -28,50 +39,64 @@ DOMAINS = {"help": "helpfulness", "code": "coding"}
 @dataclass(frozen=True)
 class Arm:
     "One post-training arm: a paradigm on a domain from a starting model."
-    paradigm: str # "sft" or "grpo"
-    domain: str # "help" or "code": what the rows or prompts are about
-    start: str = "mid" # model id the arm starts from
-    rewarded_by: str | None = None # GRPO: domain of the reward where it is not the prompts' own
 
-    @property
-    def name(self) -> str:
-        "Arm id without its start: `sft-help`, `grpo-help+code`."
-        return f"{self.paradigm}-{self.domain}" + (f"+{self.rewarded_by}" if self.rewarded_by else "")
+    paradigm: str  # "sft" or "grpo"
+    domain: str  # "help" or "code": what the rows or prompts are about
+    start: str = "mid"  # model id the arm starts from
+    rewarded_by: str | None = None  # GRPO: domain of the reward where it is not the prompts' own
 
-    @property
-    def rows(self) -> str:
-        "Name of the rows it trains on, a key of the preset's data: `grpo-help`."
-        return f"{self.paradigm}-{self.domain}"
+# %% ../nbs/01_study/00_study.ipynb #bc3add9c
+@patch(as_prop=True)
+def name(self: Arm) -> str:
+    "Arm id without its start: `sft-help`, `grpo-help+code`."
+    return f"{self.paradigm}-{self.domain}" + (f"+{self.rewarded_by}" if self.rewarded_by else "")
 
-    @property
-    def reward(self) -> str | None:
-        "Domain of the reward of a GRPO arm: `help` (a reward model) or `code` (programs that run); None for SFT."
-        return (self.rewarded_by or self.domain) if self.paradigm == "grpo" else None
+# %% ../nbs/01_study/00_study.ipynb #b38470c2
+@patch(as_prop=True)
+def rows(self: Arm) -> str:
+    "Name of the rows it trains on, a key of the preset's data: `grpo-help`."
+    return f"{self.paradigm}-{self.domain}"
 
-    @property
-    def model(self) -> str:
-        "Model id: the arm id, with `@start` when the start is not `mid`."
-        return self.name if self.start == "mid" else f"{self.name}@{self.start}"
+# %% ../nbs/01_study/00_study.ipynb #74d30e8d
+@patch(as_prop=True)
+def reward(self: Arm) -> str | None:
+    """Domain of the reward of a GRPO arm: `help` (a reward model) or `code` (programs that run); None for
+    SFT.
+    """
+    return (self.rewarded_by or self.domain) if self.paradigm == "grpo" else None
 
+# %% ../nbs/01_study/00_study.ipynb #fc7bf141
+@patch(as_prop=True)
+def model(self: Arm) -> str:
+    "Model id: the arm id, with `@start` when the start is not `mid`."
+    return self.name if self.start == "mid" else f"{self.name}@{self.start}"
 
+# %% ../nbs/01_study/00_study.ipynb #f6936246
 ARMS = tuple(f"{paradigm}-{domain}" for paradigm in PARADIGMS for domain in DOMAINS)
-CROSSED = ("grpo-help+code", "grpo-code+help") # prompts of one domain, reward of the other
+CROSSED = ("grpo-help+code", "grpo-code+help")  # prompts of one domain, reward of the other
 
 
 def parse_model(
-    model: str, # model id: base, mid, mid-control, an arm, or `<arm>@<start>`
-) -> Arm | None: # the arm, or None for a starting point
+    model: str,  # model id: base, mid, mid-control, an arm, or `<arm>@<start>`
+) -> Arm | None:  # the arm, or None for a starting point
     "Read a model id; raises `InputError` for one that is none."
-    if model in STARTS: return None
+    if model in STARTS:
+        return None
     name, _, start = model.partition("@")
     if name not in ARMS + CROSSED or (start or "mid") not in STARTS:
-        raise InputError(f"unknown model {model!r}: use {', '.join(STARTS)}, or one of {', '.join(ARMS + CROSSED)} with an optional @base or @mid-control")
+        raise InputError(
+            f"unknown model {model!r}: use {', '.join(STARTS)}, or one of {', '.join(ARMS + CROSSED)} with an"
+            " optional @base or @mid-control"
+        )
     paradigm, domain, *reward = name.replace("+", "-").split("-")
     return Arm(paradigm, domain, start or "mid", *reward)
 
 # %% ../nbs/01_study/00_study.ipynb #9564b360
 class Section(BaseModel):
-    "Base of every section of a preset: unknown keys are errors, and so are infinities and truth values in the place of numbers."
+    """Base of every section of a preset: unknown keys are errors, and so are infinities and truth values in
+    the place of numbers.
+    """
+
     model_config = ConfigDict(extra="forbid", populate_by_name=True, frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
@@ -79,319 +104,480 @@ class Section(BaseModel):
     def _no_truth_values(cls, values):
         fields = {field.alias or name: field for name, field in cls.model_fields.items()}
         for name, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, bool) and name in fields and "bool" not in str(fields[name].annotation): raise ValueError(f"{name} cannot be {str(value).lower()}")
+            if isinstance(value, bool) and name in fields and "bool" not in str(fields[name].annotation):
+                raise ValueError(f"{name} cannot be {str(value).lower()}")
         return values
 
-    newer: ClassVar[tuple[str, ...]] = () # settings that older studies know nothing of
-    telling: ClassVar[tuple[str, ...]] = () # settings that decide what else is done or told, and not this result
+    newer: ClassVar[tuple[str, ...]] = ()  # settings that older studies know nothing of
+    # settings that decide what else is done or told, and not this result
+    telling: ClassVar[tuple[str, ...]] = ()
 
-    def identity(self) -> dict[str, Any]:
-        "Plain values for a stage's key: a newer setting counts only where it is changed, so that what was made before it came keeps its key."
-        changed = {name: getattr(self, name) != type(self).model_fields[name].default for name in self.newer}
-        return {name: value for name, value in self.model_dump(mode="json").items() if changed.get(name, True) and name not in self.telling}
+# %% ../nbs/01_study/00_study.ipynb #37cde086
+@patch
+def identity(self: Section) -> dict[str, Any]:
+    """Plain values for a stage's key: a newer setting counts only where it is changed, so that what was
+    made before it came keeps its key.
+    """
+    changed = {name: getattr(self, name) != type(self).model_fields[name].default for name in self.newer}
+    return {
+        name: value
+        for name, value in self.model_dump(mode="json").items()
+        if changed.get(name, True) and name not in self.telling
+    }
 
-
-MANY = 10**9 # more than any count can mean
-EMBEDDED_ROWS = 10**6 # most rows that are drawn from an embedded corpus
+# %% ../nbs/01_study/00_study.ipynb #b67fc4f4
+MANY = 10**9  # more than any count can mean
+EMBEDDED_ROWS = 10**6  # most rows that are drawn from an embedded corpus
 
 
 def _count_or_auto(value: Any) -> int | str:
-    if value == "auto" or isinstance(value, int) and 1 <= value <= MANY: return value
+    if value == "auto" or isinstance(value, int) and 1 <= value <= MANY:
+        return value
     raise ValueError("a whole number of at least 1, or auto")
 
-
-Count = Annotated[int | str, BeforeValidator(_count_or_auto)] # a number, or `auto`: what the machine's memory holds
-
-Source = Annotated[str, AfterValidator(os.path.expanduser)] # `world:<name>`, a path, or a hub id with @revision; a leading ~ is the home folder
+# %% ../nbs/01_study/00_study.ipynb #8994cebe
+# a number, or `auto`: what the machine's memory holds
+Count = Annotated[int | str, BeforeValidator(_count_or_auto)]
+# `world:<name>`, a path, or a hub id with @revision; a leading ~ is the home folder
+Source = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 class Lora(Section):
     "Low-rank adapter on all linear layers."
-    rank: int = Field(16, ge=1, le=65_536) # rank r of the update
-    alpha: float = Field(32, gt=0) # the update is scaled by alpha / rank
-    dropout: float = Field(0.0, ge=0, lt=1) # dropout on the adapter's input
 
+    rank: int = Field(16, ge=1, le=65_536)  # rank r of the update
+    alpha: float = Field(32, gt=0)  # the update is scaled by alpha / rank
+    dropout: float = Field(0.0, ge=0, lt=1)  # dropout on the adapter's input
 
+# %% ../nbs/01_study/00_study.ipynb #6d85fee3
 class Training(Section):
     "One training stage."
+
     newer: ClassVar = ("limit",)
-    rows: int | None = Field(None, ge=1, le=EMBEDDED_ROWS) # rows drawn from an embedded corpus
-    limit: int | None = Field(None, ge=1, le=MANY) # most rows to train on; None takes the corpus whole
-    held_out: int = Field(100, ge=1, le=MANY) # rows kept back to measure the gain in the stage's own domain
-    steps: int = Field(40, ge=1, le=MANY) # optimiser steps
-    dose: Literal["cover", "steps", "full"] = "cover" # "cover" adds steps until every row of every arm is seen once; "steps" takes exactly that many; "full" gives each arm one pass over its own rows, so arms differ in dose
-    learning_rate: float = Field(3e-4, gt=0) # peak learning rate, cosine decay
-    batch_size: int = Field(16, ge=1, le=MANY) # sequences an optimiser step (effective batch)
-    micro_batch: Count = 4 # sequences a forward pass; auto: as many as the memory holds
-    length: int = Field(256, ge=16, le=MANY) # tokens a packed sequence
-    warmup: float = Field(0.05, ge=0, lt=1) # share of the steps that warm up
-    replay: float = Field(0.0, ge=0, lt=1) # share of the training rows that are base documents
+    rows: int | None = Field(None, ge=1, le=EMBEDDED_ROWS)  # rows drawn from an embedded corpus
+    limit: int | None = Field(None, ge=1, le=MANY)  # most rows to train on; None takes the corpus whole
+    held_out: int = Field(100, ge=1, le=MANY)  # rows kept back to measure the gain in the stage's own domain
+    steps: int = Field(40, ge=1, le=MANY)  # optimiser steps
+    # "cover" adds steps until every row of every arm is seen once; "steps" takes exactly that many; "full"
+    # gives each arm one pass over its own rows, so arms differ in dose
+    dose: Literal["cover", "steps", "full"] = "cover"
+    learning_rate: float = Field(3e-4, gt=0)  # peak learning rate, cosine decay
+    batch_size: int = Field(16, ge=1, le=MANY)  # sequences an optimiser step (effective batch)
+    micro_batch: Count = 4  # sequences a forward pass; auto: as many as the memory holds
+    length: int = Field(256, ge=16, le=MANY)  # tokens a packed sequence
+    warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps that warm up
+    replay: float = Field(0.0, ge=0, lt=1)  # share of the training rows that are base documents
 
     @model_validator(mode="after")
     def _whole_accumulation(self):
-        if self.micro_batch != "auto" and self.batch_size % self.micro_batch: raise ValueError("batch_size must be a multiple of micro_batch")
+        if self.micro_batch != "auto" and self.batch_size % self.micro_batch:
+            raise ValueError("batch_size must be a multiple of micro_batch")
         return self
 
-    @property
-    def accumulation(self) -> int:
-        "Forward passes an optimiser step, once the micro-batch is a number."
-        return self.batch_size // self.micro_batch
+# %% ../nbs/01_study/00_study.ipynb #5585fe07
+@patch(as_prop=True)
+def accumulation(self: Training) -> int:
+    "Forward passes an optimiser step, once the micro-batch is a number."
+    return self.batch_size // self.micro_batch
 
-
+# %% ../nbs/01_study/00_study.ipynb #7fa7286a
 class Generation(Section):
     "How the models under test answer."
+
     newer: ClassVar = ("engine",)
     telling: ClassVar = ("cut_off_alarm", "templates")
-    template: Literal["plain", "own", "each", "raw", "user", "auto"] = "plain" # how a question is put (see `models`): own is the tokenizer's chat template; each: own where a model has one, else plain; auto: settled when the study starts, from the tokenizers of its models; raw and user only test how much the form matters
-    max_new_tokens: int = Field(1024, ge=1, le=MANY) # tokens an answer may have
-    temperature: float = Field(1.0, ge=0) # 0 takes the most likely token
-    top_p: float = Field(1.0, gt=0, le=1) # nucleus share
-    batch_size: int = Field(64, ge=1, le=MANY) # questions a batch
-    engine: Literal["transformers", "vllm"] = "transformers" # what generates; vllm draws other random numbers, so its answers are others of the same distribution
-    templates: tuple[Literal["plain", "own", "raw", "user"], ...] = () # forms in which every model is asked as well, to see how much the form matters; the claims rest on `template` alone
-    cut_off_alarm: float = Field(0.2, ge=0, le=1) # share of answers that may run into the limit before it is told as a warning
+    # how a question is put (see `models`): own is the tokenizer's chat template; each: own where a model has
+    # one, else plain; auto: settled when the study starts, from the tokenizers of its models; raw and user
+    # only test how much the form matters
+    template: Literal["plain", "own", "each", "raw", "user", "auto"] = "plain"
+    max_new_tokens: int = Field(1024, ge=1, le=MANY)  # tokens an answer may have
+    temperature: float = Field(1.0, ge=0)  # 0 takes the most likely token
+    top_p: float = Field(1.0, gt=0, le=1)  # nucleus share
+    batch_size: int = Field(64, ge=1, le=MANY)  # questions a batch
+    # what generates; vllm draws other random numbers, so its answers are others of the same distribution
+    engine: Literal["transformers", "vllm"] = "transformers"
+    # forms in which every model is asked as well, to see how much the form matters; the claims rest on
+    # `template` alone
+    templates: tuple[Literal["plain", "own", "raw", "user"], ...] = ()
+    # share of answers that may run into the limit before it is told as a warning
+    cut_off_alarm: float = Field(0.2, ge=0, le=1)
 
-    @property
-    def training_template(self) -> str:
-        "The template that training uses: an instruct model's own, else the plain one, whatever form the questions of the evaluation have."
-        return "own" if self.template in ("own", "each") else "plain"
+# %% ../nbs/01_study/00_study.ipynb #5bd90b14
+@patch(as_prop=True)
+def training_template(self: Generation) -> str:
+    """The template that training uses: an instruct model's own, else the plain one, whatever form the
+    questions of the evaluation have.
+    """
+    return "own" if self.template in ("own", "each") else "plain"
 
-    def forms(self) -> list[str]:
-        "Every template that the models are asked in, the study's own first; as many as there can be where it is not settled yet."
-        return list(dict.fromkeys((*(("plain", "raw", "user") if self.template == "auto" else (self.template,)), *self.templates)))
+# %% ../nbs/01_study/00_study.ipynb #faab7036
+@patch
+def forms(self: Generation) -> list[str]:
+    """Every template that the models are asked in, the study's own first; as many as there can be where
+    it is not settled yet.
+    """
+    return list(
+        dict.fromkeys(
+            (
+                *(("plain", "raw", "user") if self.template == "auto" else (self.template,)),
+                *self.templates,
+            )
+        )
+    )
 
 # %% ../nbs/01_study/00_study.ipynb #7fc98d7d
 DEEPSEEKMATH = "DeepSeekMath (arXiv 2402.03300), section 4.2"
 TRL_DEFAULT = "TRL 1.16, default of GRPOConfig"
-GRPO_SETTINGS = { # name -> setting -> (value, source)
+GRPO_SETTINGS = {  # name -> setting -> (value, source)
     "paper-faithful": {
-        "loss": ("grpo", DEEPSEEKMATH + ": mean over tokens, then over completions"), "beta": (0.04, DEEPSEEKMATH), "group": (64, DEEPSEEKMATH),
+        "loss": ("grpo", DEEPSEEKMATH + ": mean over tokens, then over completions"),
+        "beta": (0.04, DEEPSEEKMATH),
+        "group": (64, DEEPSEEKMATH),
         "prompts_per_step": (16, DEEPSEEKMATH + ": a batch of 1,024, read as completions"),
-        "temperature": (1.0, "? not given; TRL's default"), "top_p": (1.0, "? not given; TRL's default"), "max_new_tokens": (1024, DEEPSEEKMATH),
-        "clip": (0.2, "? not given; TRL's default"), "correct_kl": (False, DEEPSEEKMATH + ": the plain estimate"),
-        "learning_rate": (1e-5, "ours: ten times the 1e-6 of " + DEEPSEEKMATH + ", which trained every weight; adapters want about ten times the rate")},
+        "temperature": (1.0, "? not given; TRL's default"),
+        "top_p": (1.0, "? not given; TRL's default"),
+        "max_new_tokens": (1024, DEEPSEEKMATH),
+        "clip": (0.2, "? not given; TRL's default"),
+        "correct_kl": (False, DEEPSEEKMATH + ": the plain estimate"),
+        "learning_rate": (
+            1e-5,
+            "ours: ten times the 1e-6 of "
+            + DEEPSEEKMATH
+            + ", which trained every weight; adapters want about ten times the rate",
+        ),
+    },
     "trl": {
-        "loss": ("dapo", TRL_DEFAULT), "beta": (0.0, TRL_DEFAULT), "group": (8, TRL_DEFAULT), "prompts_per_step": (8, "? TRL's default is 1 a device; ours, so that a step sees several prompts"),
-        "temperature": (1.0, TRL_DEFAULT), "top_p": (1.0, TRL_DEFAULT), "max_new_tokens": (512, TRL_DEFAULT), "clip": (0.2, TRL_DEFAULT),
-        "correct_kl": (True, TRL_DEFAULT), "learning_rate": (1e-5, "ours: ten times TRL's default of 1e-6, which is meant for every weight")}}
+        "loss": ("dapo", TRL_DEFAULT),
+        "beta": (0.0, TRL_DEFAULT),
+        "group": (8, TRL_DEFAULT),
+        "prompts_per_step": (8, "? TRL's default is 1 a device; ours, so that a step sees several prompts"),
+        "temperature": (1.0, TRL_DEFAULT),
+        "top_p": (1.0, TRL_DEFAULT),
+        "max_new_tokens": (512, TRL_DEFAULT),
+        "clip": (0.2, TRL_DEFAULT),
+        "correct_kl": (True, TRL_DEFAULT),
+        "learning_rate": (1e-5, "ours: ten times TRL's default of 1e-6, which is meant for every weight"),
+    },
+}
 
-
+# %% ../nbs/01_study/00_study.ipynb #8c967df4
 def settings_markdown() -> str:
     "The named settings with their sources, as a Markdown table."
-    rows = [f"| {key} | " + " | ".join("{} ({})".format(*GRPO_SETTINGS[name][key]) for name in GRPO_SETTINGS) + " |" for key in GRPO_SETTINGS["trl"]]
+    rows = [
+        f"| {key} | "
+        + " | ".join("{} ({})".format(*GRPO_SETTINGS[name][key]) for name in GRPO_SETTINGS)
+        + " |"
+        for key in GRPO_SETTINGS["trl"]
+    ]
     return "\n".join(["| setting | paper-faithful | trl |", "|---|---|---|", *rows])
 
 # %% ../nbs/01_study/00_study.ipynb #5ad10bc4
 class Grpo(Section):
     "One GRPO stage; a setting left out has the value of the named settings."
-    newer: ClassVar = ("generate_at_once", "limit", "engine")
-    settings: Literal["paper-faithful", "trl"] = "paper-faithful" # a key of GRPO_SETTINGS
-    rows: int | None = Field(None, ge=1, le=EMBEDDED_ROWS) # prompts drawn from an embedded corpus
-    limit: int | None = Field(None, ge=1, le=MANY) # most prompts to train on; None takes the corpus whole
-    held_out: int = Field(64, ge=2, le=MANY) # prompts kept back to measure the reward on
-    samples: int = Field(4, ge=1, le=MANY) # answers a held-out prompt
-    steps: int = Field(25, ge=0, le=MANY) # optimiser steps
-    micro_batch: Count = 16 # completions a forward pass of the training; auto: as many as the memory holds
-    generate_at_once: int | None = Field(None, ge=2, le=MANY) # completions sampled together, whole groups; None: all those of a step
-    engine: Literal["transformers", "vllm"] = "transformers" # what samples the completions; vllm, on the same GPU, is many times as fast and draws other random numbers
-    warmup: float = Field(0.0, ge=0, lt=1) # share of the steps that warm up; the rate then falls linearly (TRL's default)
-    max_prompt_tokens: int = Field(1024, ge=1, le=MANY) # longer prompts are left out
-    save_every: int = Field(100, ge=1, le=MANY) # steps between checkpoints
-    learning_rate: float | None = Field(None, ge=0) # peak
-    group: int | None = Field(None, ge=2, le=MANY) # completions a prompt, G
-    prompts_per_step: int | None = Field(None, ge=1, le=MANY) # prompts an optimiser step
-    beta: float | None = Field(None, ge=0) # weight of the KL to the start
-    loss: Literal["grpo", "dapo", "dr_grpo", "bnpo"] | None = None # how token losses are averaged
-    temperature: float | None = Field(None, gt=0) # of the sampling
-    top_p: float | None = Field(None, gt=0, le=1) # nucleus share
-    max_new_tokens: int | None = Field(None, ge=1, le=MANY) # tokens a completion may have
-    clip: float | None = Field(None, gt=0) # epsilon of the ratio's clipping
-    correct_kl: bool | None = None # weigh the KL estimate by the ratio
 
-    def value(self, key: str):
-        "A setting, the user's or the named one."
-        own = getattr(self, key)
-        return GRPO_SETTINGS[self.settings][key][0] if own is None else own
+    newer: ClassVar = ("generate_at_once", "limit", "engine")
+    settings: Literal["paper-faithful", "trl"] = "paper-faithful"  # a key of GRPO_SETTINGS
+    rows: int | None = Field(None, ge=1, le=EMBEDDED_ROWS)  # prompts drawn from an embedded corpus
+    limit: int | None = Field(None, ge=1, le=MANY)  # most prompts to train on; None takes the corpus whole
+    held_out: int = Field(64, ge=2, le=MANY)  # prompts kept back to measure the reward on
+    samples: int = Field(4, ge=1, le=MANY)  # answers a held-out prompt
+    steps: int = Field(25, ge=0, le=MANY)  # optimiser steps
+    micro_batch: Count = 16  # completions a forward pass of the training; auto: as many as the memory holds
+    # completions sampled together, whole groups; None: all those of a step
+    generate_at_once: int | None = Field(None, ge=2, le=MANY)
+    # what samples the completions; vllm, on the same GPU, is many times as fast and draws other random
+    # numbers
+    engine: Literal["transformers", "vllm"] = "transformers"
+    # share of the steps that warm up; the rate then falls linearly (TRL's default)
+    warmup: float = Field(0.0, ge=0, lt=1)
+    max_prompt_tokens: int = Field(1024, ge=1, le=MANY)  # longer prompts are left out
+    save_every: int = Field(100, ge=1, le=MANY)  # steps between checkpoints
+    learning_rate: float | None = Field(None, ge=0)  # peak
+    group: int | None = Field(None, ge=2, le=MANY)  # completions a prompt, G
+    prompts_per_step: int | None = Field(None, ge=1, le=MANY)  # prompts an optimiser step
+    beta: float | None = Field(None, ge=0)  # weight of the KL to the start
+    loss: Literal["grpo", "dapo", "dr_grpo", "bnpo"] | None = None  # how token losses are averaged
+    temperature: float | None = Field(None, gt=0)  # of the sampling
+    top_p: float | None = Field(None, gt=0, le=1)  # nucleus share
+    max_new_tokens: int | None = Field(None, ge=1, le=MANY)  # tokens a completion may have
+    clip: float | None = Field(None, gt=0)  # epsilon of the ratio's clipping
+    correct_kl: bool | None = None  # weigh the KL estimate by the ratio
 
     @model_validator(mode="after")
     def _whole_batches(self):
-        micro_batch, at_once = 1 if self.micro_batch == "auto" else self.micro_batch, self.generate_at_once or self.completions
-        if self.completions % micro_batch: raise ValueError(f"group x prompts_per_step ({self.completions}) must be a multiple of micro_batch ({micro_batch})")
+        micro_batch, at_once = (
+            (1 if self.micro_batch == "auto" else self.micro_batch),
+            self.generate_at_once or self.completions,
+        )
+        if self.completions % micro_batch:
+            raise ValueError(
+                f"group x prompts_per_step ({self.completions}) must be a multiple of micro_batch"
+                f" ({micro_batch})"
+            )
         if self.completions % at_once or at_once % micro_batch or at_once % self.value("group"):
-            raise ValueError(f"generate_at_once ({at_once}) must divide group x prompts_per_step ({self.completions}) and be a multiple of micro_batch ({self.micro_batch}) and of group ({self.value('group')})")
+            raise ValueError(
+                f"generate_at_once ({at_once}) must divide group x prompts_per_step ({self.completions}) and"
+                f" be a multiple of micro_batch ({self.micro_batch}) and of group ({self.value('group')})"
+            )
         return self
 
-    @property
-    def completions(self) -> int:
-        "Completions an optimiser step."
-        return self.value("group") * self.value("prompts_per_step")
+# %% ../nbs/01_study/00_study.ipynb #fb9b0a53
+@patch
+def value(self: Grpo, key: str):
+    "A setting, the user's or the named one."
+    own = getattr(self, key)
+    return GRPO_SETTINGS[self.settings][key][0] if own is None else own
 
-    @property
-    def accumulation(self) -> int:
-        "Forward passes an optimiser step, once the micro-batch is a number."
-        return self.completions // self.micro_batch
+# %% ../nbs/01_study/00_study.ipynb #3d05c255
+@patch(as_prop=True)
+def completions(self: Grpo) -> int:
+    "Completions an optimiser step."
+    return self.value("group") * self.value("prompts_per_step")
+
+# %% ../nbs/01_study/00_study.ipynb #85892316
+@patch(as_prop=True)
+def accumulation(self: Grpo) -> int:
+    "Forward passes an optimiser step, once the micro-batch is a number."
+    return self.completions // self.micro_batch
 
 # %% ../nbs/01_study/00_study.ipynb #b378f1b0
 class Models(Section):
     "Where models come from, and how their weights are held in training."
-    base: Source # `world:base`, a folder, or a hub id with @revision
-    reward: Source = "world:helpfulness" # helpfulness reward: trained from the world's preference pairs, or a sequence-classification model
-    quantize: Literal["none", "nf4"] = "none" # frozen weights in training: as they are, or 4-bit NormalFloat with double quantisation
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto" # numbers of the computation; auto: bfloat16 where the GPU has it, else float16; float32 on the CPU
-    given: dict[str, Source] = {} # finished models by model id, in place of training them: folders or hub ids, whole models or adapters of the base
-    merge_tolerance: float = Field(0.01, gt=0) # nats a token by which a merged model's loss may differ from its live adapter's
+
+    base: Source  # `world:base`, a folder, or a hub id with @revision
+    # helpfulness reward: trained from the world's preference pairs, or a sequence-classification model
+    reward: Source = "world:helpfulness"
+    # frozen weights in training: as they are, or 4-bit NormalFloat with double quantisation
+    quantize: Literal["none", "nf4"] = "none"
+    # numbers of the computation; auto: bfloat16 where the GPU has it, else float16; float32 on the CPU
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    # finished models by model id, in place of training them: folders or hub ids, whole models or adapters of
+    # the base
+    given: dict[str, Source] = {}
+    # nats a token by which a merged model's loss may differ from its live adapter's
+    merge_tolerance: float = Field(0.01, gt=0)
 
     @field_validator("given")
     @classmethod
     def _known_given(cls, given):
-        given = {(parse_model(name).model if parse_model(name) else name): source for name, source in given.items()}
-        if "base" in given: raise ValueError("the base model is models.base")
-        if worlds := [name for name, source in given.items() if source.startswith("world:") and source != "world:base"]: raise ValueError(f"{worlds[0]} names no model: give a folder or a hub id")
+        given = {
+            (parse_model(name).model if parse_model(name) else name): source for name, source in given.items()
+        }
+        if "base" in given:
+            raise ValueError("the base model is models.base")
+        if worlds := [
+            name for name, source in given.items() if source.startswith("world:") and source != "world:base"
+        ]:
+            raise ValueError(f"{worlds[0]} names no model: give a folder or a hub id")
         return given
 
-    def holding(self) -> dict[str, str]:
-        "How the weights are held, where it is not the ordinary way: part of a training stage's key."
-        return {name: value for name, value, ordinary in (("quantize", self.quantize, "none"), ("dtype", self.dtype, "auto")) if value != ordinary}
+# %% ../nbs/01_study/00_study.ipynb #e7e3e960
+@patch
+def holding(self: Models) -> dict[str, str]:
+    "How the weights are held, where it is not the ordinary way: part of a training stage's key."
+    return {
+        name: value
+        for name, value, ordinary in (("quantize", self.quantize, "none"), ("dtype", self.dtype, "auto"))
+        if value != ordinary
+    }
 
-
+# %% ../nbs/01_study/00_study.ipynb #1912fcf6
 class Compute(Section):
     "The machine: what decides time and memory, and results by rounding alone. It stands in no stage's key."
-    device: Literal["auto", "cpu", "cuda"] = "auto" # cuda: refuse to run without a GPU
-    attention: Literal["auto", "eager", "sdpa", "varlen", "flex_attention", "flash_attention_2"] = "auto" # kernel in training; varlen is PyTorch's own flash attention over packed rows (GPU)
-    checkpointing: Literal["auto", "always", "never"] = "auto" # compute activations again in the backward pass; auto: where the memory is too small without
-    optimizer: Literal["auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "auto" # auto: paged and in 8 bits for nf4 on a GPU, else the trainer's default
-    memory_gb: float | None = Field(None, gt=0) # memory to plan with, in GB of 2**30 bytes; default: what the device has
-    gpus: float | None = Field(None, ge=0) # GPUs that a stage asks the Ray engine for; a part of one shares it; default: 1 where it computes on one
-    compile: bool = False # torch.compile
-    liger: Literal["auto"] | bool = "auto" # Liger's kernels for norms, gates and rotations; auto: on a GPU, where `liger-kernel` is installed
-    tf32: bool = True # 19-bit products of float32 matrices, on GPUs that have them
-    vllm_python: Source | None = None # Python of the environment that vLLM lives in, for generation.engine=vllm; None: this one
-    processes: int = Field(1, ge=1, le=64) # processes that one training stage is spread over, one a GPU; the effective batch does not change
-    sharding: Literal["none", "fsdp"] = "none" # fsdp: the processes also share the weights, for a model that one GPU cannot hold
-    checkpoint_minutes: float = Field(10, gt=0) # minutes of training between two checkpoints
-    checkpoints_kept: int = Field(1, ge=1, le=MANY) # checkpoints of a running stage that are kept
-    checkpoint_gb: float = Field(64, gt=0) # most that they may take on disk, in GB of 2**30 bytes
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # cuda: refuse to run without a GPU
+    # kernel in training; varlen is PyTorch's own flash attention over packed rows (GPU)
+    attention: Literal["auto", "eager", "sdpa", "varlen", "flex_attention", "flash_attention_2"] = "auto"
+    # compute activations again in the backward pass; auto: where the memory is too small without
+    checkpointing: Literal["auto", "always", "never"] = "auto"
+    # auto: paged and in 8 bits for nf4 on a GPU, else the trainer's default
+    optimizer: Literal["auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "auto"
+    # memory to plan with, in GB of 2**30 bytes; default: what the device has
+    memory_gb: float | None = Field(None, gt=0)
+    # GPUs that a stage asks the Ray engine for; a part of one shares it; default: 1 where it computes on one
+    gpus: float | None = Field(None, ge=0)
+    compile: bool = False  # torch.compile
+    # Liger's kernels for norms, gates and rotations; auto: on a GPU, where `liger-kernel` is installed
+    liger: Literal["auto"] | bool = "auto"
+    tf32: bool = True  # 19-bit products of float32 matrices, on GPUs that have them
+    # Python of the environment that vLLM lives in, for generation.engine=vllm; None: this one
+    vllm_python: Source | None = None
+    # processes that one training stage is spread over, one a GPU; the effective batch does not change
+    processes: int = Field(1, ge=1, le=64)
+    # fsdp: the processes also share the weights, for a model that one GPU cannot hold
+    sharding: Literal["none", "fsdp"] = "none"
+    checkpoint_minutes: float = Field(10, gt=0)  # minutes of training between two checkpoints
+    checkpoints_kept: int = Field(1, ge=1, le=MANY)  # checkpoints of a running stage that are kept
+    checkpoint_gb: float = Field(64, gt=0)  # most that they may take on disk, in GB of 2**30 bytes
 
 # %% ../nbs/01_study/00_study.ipynb #cf568042
 class Benchmark(Section):
     "One benchmark: the official task that scores it, and its data."
-    task: str # official task: anima or moru; or a task of `inspect_evals`, or `file.py@task`, that needs no judge
-    data: Source | None = None # of anima and moru: `world:<name>`, a folder in the official layout, or a hub id with @revision
-    dimensions: Source | None = None # MORU keeps its dimensions in a data set of their own
-    epochs: int = Field(5, ge=1, le=MANY) # answers a question
-    size: dict[str, Annotated[int, Field(ge=1, strict=True)]] | None = None # questions per language, embedded benchmarks only
-    strip_suffix: str = "" # text taken off the end of a question before it is asked; the judge still reads the whole question
-    limit: int | None = Field(None, ge=1, le=MANY) # most questions of a task that needs no judge, the first ones
 
-    @property
-    def judged(self) -> bool:
-        "Whether a judge grades its answers, rather than the task's own rules."
-        return self.task in ("anima", "moru")
+    # official task: anima or moru; or a task of `inspect_evals`, or `file.py@task`, that needs no judge
+    task: str
+    # of anima and moru: `world:<name>`, a folder in the official layout, or a hub id with @revision
+    data: Source | None = None
+    dimensions: Source | None = None  # MORU keeps its dimensions in a data set of their own
+    epochs: int = Field(5, ge=1, le=MANY)  # answers a question
+    # questions per language, embedded benchmarks only
+    size: dict[str, Annotated[int, Field(ge=1, strict=True)]] | None = None
+    # text taken off the end of a question before it is asked; the judge still reads the whole question
+    strip_suffix: str = ""
+    # most questions of a task that needs no judge, the first ones
+    limit: int | None = Field(None, ge=1, le=MANY)
 
     @model_validator(mode="after")
     def _questions_from_one_place(self):
-        if not re.fullmatch(r"\w+|.+\.py@\w+", self.task): raise ValueError(f"{self.task!r} is not the name of a task: anima, moru, one of inspect_evals such as hellaswag, or file.py@task")
-        if self.judged and not self.data: raise ValueError(f"{self.task} wants its questions named: set data")
-        if self.judged and self.limit: raise ValueError(f"limit is for tasks that need no judge; {self.task} of the embedded world is sized by size")
+        if not re.fullmatch(r"\w+|.+\.py@\w+", self.task):
+            raise ValueError(
+                f"{self.task!r} is not the name of a task: anima, moru, one of inspect_evals such as"
+                " hellaswag, or file.py@task"
+            )
+        if self.judged and not self.data:
+            raise ValueError(f"{self.task} wants its questions named: set data")
+        if self.judged and self.limit:
+            raise ValueError(
+                f"limit is for tasks that need no judge; {self.task} of the embedded world is sized by size"
+            )
         if not self.judged and (self.data or self.dimensions or self.size or self.strip_suffix):
-            raise ValueError(f"{self.task} is neither anima nor moru, and any other task brings its own questions: leave data, dimensions, size and strip_suffix out")
+            raise ValueError(
+                f"{self.task} is neither anima nor moru, and any other task brings its own questions: leave"
+                " data, dimensions, size and strip_suffix out"
+            )
         return self
 
+# %% ../nbs/01_study/00_study.ipynb #57fb2ffe
+@patch(as_prop=True)
+def judged(self: Benchmark) -> bool:
+    "Whether a judge grades its answers, rather than the task's own rules."
+    return self.task in ("anima", "moru")
 
+# %% ../nbs/01_study/00_study.ipynb #17c70c82
 class Statistics(Section):
     "Settings of the inference, fixed before any result is seen."
-    margin: float = Field(5.0, gt=0) # equivalence and non-inferiority margin, in points
-    sensitivity_margins: tuple[float, ...] = (3.0, 10.0) # margins shown beside it
-    confidence: float = Field(0.95, gt=0, lt=1) # level of the intervals; alpha is 1 minus it
-    resamples: int = Field(10_000, ge=100, le=MANY) # bootstrap and permutation replicates
-    power: float = Field(0.8, gt=0, lt=1) # power at which the smallest detectable effect is given
+
+    margin: float = Field(5.0, gt=0)  # equivalence and non-inferiority margin, in points
+    sensitivity_margins: tuple[float, ...] = (3.0, 10.0)  # margins shown beside it
+    confidence: float = Field(0.95, gt=0, lt=1)  # level of the intervals; alpha is 1 minus it
+    resamples: int = Field(10_000, ge=100, le=MANY)  # bootstrap and permutation replicates
+    power: float = Field(0.8, gt=0, lt=1)  # power at which the smallest detectable effect is given
 
     @property
     def alpha(self) -> float:
         "Error rate of a family of tests."
         return 1 - self.confidence
 
-
+# %% ../nbs/01_study/00_study.ipynb #250276b3
 class Margin(Section):
     "The measures that need no judge: matched pairs, and KL from mid."
-    pairs: tuple[Literal["world", "written"], ...] = Field(("written",), min_length=1) # the embedded world's pairs, or the English ones written one by one
-    kl_epochs: int = Field(1, ge=0, le=MANY) # answers a question that KL is measured on; 0 measures none
-    batch_tokens: int = Field(8192, ge=64, le=MANY) # tokens a padded batch holds at most
 
+    # the embedded world's pairs, or the English ones written one by one
+    pairs: tuple[Literal["world", "written"], ...] = Field(("written",), min_length=1)
+    kl_epochs: int = Field(1, ge=0, le=MANY)  # answers a question that KL is measured on; 0 measures none
+    batch_tokens: int = Field(8192, ge=64, le=MANY)  # tokens a padded batch holds at most
 
+# %% ../nbs/01_study/00_study.ipynb #23843018
 class DataSource(Section):
     "A corpus whose place alone does not say enough: which split, which columns, how much of it."
-    path: Source # `world:<name>`, a path, or a hub id with @revision
-    split: str | None = None # of a folder or a hub data set; None: train
-    config: str | None = None # configuration of a folder or a hub data set
-    columns: dict[str, str] = {} # what the loader calls a column -> what the source calls it: {instruction: problem, response: solution}
-    limit: int | None = Field(None, ge=1, le=MANY) # most rows of it
-    share: float | None = Field(None, gt=0, le=1) # in a list of sources: share of the rows
+
+    path: Source  # `world:<name>`, a path, or a hub id with @revision
+    split: str | None = None  # of a folder or a hub data set; None: train
+    config: str | None = None  # configuration of a folder or a hub data set
+    # what the loader calls a column -> what the source calls it: {instruction: problem, response: solution}
+    columns: dict[str, str] = {}
+    limit: int | None = Field(None, ge=1, le=MANY)  # most rows of it
+    share: float | None = Field(None, gt=0, le=1)  # in a list of sources: share of the rows
 
     @model_serializer
     def _changed(self) -> dict[str, Any]:
         "Only what is set, as a user would write it."
-        return {name: value for name in type(self).model_fields if (value := getattr(self, name)) not in (None, {})}
+        return {
+            name: value
+            for name in type(self).model_fields
+            if (value := getattr(self, name)) not in (None, {})
+        }
 
     def __str__(self) -> str:
-        options = ", ".join(f"{name} {value}" for name, value in self._changed().items() if name in ("split", "config", "limit"))
+        options = ", ".join(
+            f"{name} {value}"
+            for name, value in self._changed().items()
+            if name in ("split", "config", "limit")
+        )
         return self.path + (f" ({options})" if options else "")
 
-
+# %% ../nbs/01_study/00_study.ipynb #c17b4114
 def _data_source(value: Any) -> DataSource:
     "One source of a preset, written as text or as a mapping."
-    if isinstance(value, DataSource): return value
-    if not isinstance(value, str | dict): raise ValueError("give a path, a hub id, world:<name>, a mapping with `path`, or a list of these")
-    try: return DataSource.model_validate({"path": value} if isinstance(value, str) else value)
+    if isinstance(value, DataSource):
+        return value
+    if not isinstance(value, str | dict):
+        raise ValueError("give a path, a hub id, world:<name>, a mapping with `path`, or a list of these")
+    try:
+        return DataSource.model_validate({"path": value} if isinstance(value, str) else value)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        known = f" (known: {', '.join(DataSource.model_fields)})" if first["type"] == "extra_forbidden" else ""
+        known = (
+            f" (known: {', '.join(DataSource.model_fields)})" if first["type"] == "extra_forbidden" else ""
+        )
         raise ValueError(f"{key}: {first['msg'].removeprefix('Value error, ')}{known}") from None
 
-
+# %% ../nbs/01_study/00_study.ipynb #182f3893
 def _data_spec(value: Any) -> "str | DataSource | tuple[DataSource, ...]":
     "The sources of one corpus: text where its place says all, a mapping, or several in a list."
     parts = tuple(map(_data_source, value)) if isinstance(value, list | tuple) else (_data_source(value),)
-    if not parts: raise ValueError("an empty list names no source")
+    if not parts:
+        raise ValueError("an empty list names no source")
     shares = [part.share for part in parts if part.share is not None]
     if len(parts) == 1:
         part = parts[0].model_copy(update={"share": None})
         return part.path if part == DataSource(path=part.path) else part
-    if shares and len(shares) < len(parts): raise ValueError("some sources have a share and some have none: give all of them one, or none")
-    if shares and abs(sum(shares) - 1) > 1e-3: raise ValueError(f"the shares add up to {sum(shares):g}: let them add up to 1")
+    if shares and len(shares) < len(parts):
+        raise ValueError("some sources have a share and some have none: give all of them one, or none")
+    if shares and abs(sum(shares) - 1) > 1e-3:
+        raise ValueError(f"the shares add up to {sum(shares):g}: let them add up to 1")
     return parts
 
-
-DataSpec = Annotated[Any, BeforeValidator(_data_spec)] # `Source`, or a `DataSource`, or several: in YAML a text, a mapping, a list
+# %% ../nbs/01_study/00_study.ipynb #d8d3f0e5
+# `Source`, or a `DataSource`, or several: in YAML a text, a mapping, a list
+DataSpec = Annotated[Any, BeforeValidator(_data_spec)]
 
 
 def data_parts(
-    spec: "str | Path | dict | list | DataSource | tuple[DataSource, ...]", # sources of one corpus, as in a preset
-) -> tuple[DataSource, ...]: # one or more
+    # sources of one corpus, as in a preset
+    spec: "str | Path | dict | list | DataSource | tuple[DataSource, ...]",
+) -> tuple[DataSource, ...]:  # one or more
     "The sources of a corpus; raises `InputError` where they are not well formed."
-    try: found = _data_spec(str(spec) if isinstance(spec, Path) else spec)
-    except ValueError as error: raise InputError(f"{spec}: {error}") from None
+    try:
+        found = _data_spec(str(spec) if isinstance(spec, Path) else spec)
+    except ValueError as error:
+        raise InputError(f"{spec}: {error}") from None
     return found if isinstance(found, tuple) else (_data_source(found),)
 
-
+# %% ../nbs/01_study/00_study.ipynb #36fc60e7
 def data_label(
-    spec: "str | DataSource | tuple[DataSource, ...]", # sources of one corpus
-) -> str: # for accounts, cards and messages
+    spec: "str | DataSource | tuple[DataSource, ...]",  # sources of one corpus
+) -> str:  # for accounts, cards and messages
     "What to call the sources of a corpus."
-    if isinstance(spec, str | Path): return str(spec)
+    if isinstance(spec, str | Path):
+        return str(spec)
     return " + ".join(f"{part.share:.0%} of {part}" if part.share else str(part) for part in data_parts(spec))
 
-
+# %% ../nbs/01_study/00_study.ipynb #06328279
 class Data(Section):
-    "Where every corpus comes from: `world:<name>`, a path, or a hub id with @revision; or a mapping or a list of mappings, see `DataSource`."
-    documents: DataSpec # mid-training documents
-    control: DataSpec = "world:control" # matched neutral documents, for `mid-control`
-    replay: DataSpec = "world:base-documents" # documents replayed during mid-training
-    sft_help: DataSpec = Field(alias="sft-help") # supervised helpfulness rows
-    sft_code: DataSpec = Field(alias="sft-code") # supervised coding rows
-    grpo_help: DataSpec = Field("world:help", alias="grpo-help") # helpfulness prompts
-    grpo_code: DataSpec = Field("world:code", alias="grpo-code") # coding prompts; a column `tests` makes them verifiable
+    """Where every corpus comes from: `world:<name>`, a path, or a hub id with @revision; or a mapping or a
+    list of mappings, see `DataSource`.
+    """
+
+    documents: DataSpec  # mid-training documents
+    control: DataSpec = "world:control"  # matched neutral documents, for `mid-control`
+    replay: DataSpec = "world:base-documents"  # documents replayed during mid-training
+    sft_help: DataSpec = Field(alias="sft-help")  # supervised helpfulness rows
+    sft_code: DataSpec = Field(alias="sft-code")  # supervised coding rows
+    grpo_help: DataSpec = Field("world:help", alias="grpo-help")  # helpfulness prompts
+    # coding prompts; a column `tests` makes them verifiable
+    grpo_code: DataSpec = Field("world:code", alias="grpo-code")
 
     def source(self, rows: str) -> str | DataSource | tuple[DataSource, ...]:
         "Sources of an arm's rows, by their name: `sft-help`, `grpo-code`."
@@ -400,21 +586,27 @@ class Data(Section):
 # %% ../nbs/01_study/00_study.ipynb #cbe9bb8e
 class Preset(Section):
     "A whole study, resolved: every value that decides its result, seeds aside."
-    name: str = Field(pattern=r"^\w[\w.-]*$") # preset it came from
-    scope: str # what its verdicts are about
+
+    name: str = Field(pattern=r"^\w[\w.-]*$")  # preset it came from
+    scope: str  # what its verdicts are about
     models: Models
     data: Data
-    arms: tuple[str, ...] # model ids of the arms to run
-    threads: int = Field(2, ge=1, le=1024) # CPU threads
-    compute: Compute = Compute() # device, kernels, memory
+    arms: tuple[str, ...]  # model ids of the arms to run
+    threads: int = Field(2, ge=1, le=1024)  # CPU threads
+    compute: Compute = Compute()  # device, kernels, memory
     lora: Lora = Lora()
     midtrain: Training = Training()
     sft: Training = Training()
     grpo: Grpo = Grpo()
-    code_reward: dict[Literal["tested", "graded"], dict[str, float]] = {} # weights of the code reward's parts, in place of `rewards.WEIGHTS`
+    # weights of the code reward's parts, in place of `rewards.WEIGHTS`
+    code_reward: dict[Literal["tested", "graded"], dict[str, float]] = {}
     generation: Generation = Generation()
-    benchmarks: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], Benchmark] # by the name of a folder: no path leads out of the study
-    judge: str = Field(pattern=r"^(indicator|strict|[\w.~-]*/[^\s,]+)(, *(indicator|strict|[\w.~-]*/[^\s,]+))*$") # "indicator", "strict", a model folder, any Inspect model id, or several with commas: always named
+    # by the name of a folder: no path leads out of the study
+    benchmarks: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], Benchmark]
+    # "indicator", "strict", a model folder, any Inspect model id, or several with commas: always named
+    judge: str = Field(
+        pattern=r"^(indicator|strict|[\w.~-]*/[^\s,]+)(, *(indicator|strict|[\w.~-]*/[^\s,]+))*$"
+    )
     margin: Margin = Margin()
     statistics: Statistics = Statistics()
 
@@ -422,68 +614,100 @@ class Preset(Section):
     @classmethod
     def _known_arms(cls, arms):
         known = [a.model if (a := parse_model(name)) else name for name in arms]
-        if bad := [n for n in known if parse_model(n) is None]: raise ValueError(f"{bad[0]} is a starting point, not an arm")
-        if len(set(known)) < len(known): raise ValueError("an arm stands twice")
+        if bad := [n for n in known if parse_model(n) is None]:
+            raise ValueError(f"{bad[0]} is a starting point, not an arm")
+        if len(set(known)) < len(known):
+            raise ValueError("an arm stands twice")
         return tuple(known)
 
     @model_validator(mode="after")
     def _one_is_judged(self):
         if not any(benchmark.judged for benchmark in self.benchmarks.values()):
-            raise ValueError("benchmarks: a study needs at least one of task anima or moru, since its claims are read on them: "
-                             "keep one (benchmarks.moru=null leaves out moru alone)")
+            raise ValueError(
+                "benchmarks: a study needs at least one of task anima or moru, since its claims are read on"
+                " them: keep one (benchmarks.moru=null leaves out moru alone)"
+            )
         return self
 
     @model_validator(mode="after")
     def _replay_is_of_midtraining(self):
-        if self.sft.replay: raise ValueError("sft.replay does nothing, only mid-training mixes in documents of the base: leave it out, or set midtrain.replay")
+        if self.sft.replay:
+            raise ValueError(
+                "sft.replay does nothing, only mid-training mixes in documents of the base: leave it out, or"
+                " set midtrain.replay"
+            )
         return self
 
     @model_validator(mode="after")
     def _given_are_compared(self):
         if idle := [name for name in self.models.given if name not in self.models_compared]:
-            raise ValueError(f"models.given names {idle[0]}, which is not compared: add it to arms, or leave it out")
+            raise ValueError(
+                f"models.given names {idle[0]}, which is not compared: add it to arms, or leave it out"
+            )
         return self
 
-    @property
-    def trained(self) -> tuple[str, ...]:
-        "Model ids that the study trains itself: neither the base nor given."
-        return tuple(name for name in self.models_compared if name != "base" and name not in self.models.given)
+# %% ../nbs/01_study/00_study.ipynb #c06afc6b
+@patch(as_prop=True)
+def trained(self: Preset) -> tuple[str, ...]:
+    "Model ids that the study trains itself: neither the base nor given."
+    return tuple(name for name in self.models_compared if name != "base" and name not in self.models.given)
 
-    @property
-    def trained_arms(self) -> list:
-        "The arms that the study trains itself."
-        return [parse_model(name) for name in self.arms if name in self.trained]
+# %% ../nbs/01_study/00_study.ipynb #d3e6985a
+@patch(as_prop=True)
+def trained_arms(self: Preset) -> list:
+    "The arms that the study trains itself."
+    return [parse_model(name) for name in self.arms if name in self.trained]
 
-    @property
-    def models_compared(self) -> tuple[str, ...]:
-        "Model ids that the study evaluates, starting points first."
-        starts = ["base", "mid"] + [s for s in ("mid-control",) if any(parse_model(a).start == s for a in self.arms)]
-        return (*starts, *self.arms)
+# %% ../nbs/01_study/00_study.ipynb #0de14472
+@patch(as_prop=True)
+def models_compared(self: Preset) -> tuple[str, ...]:
+    "Model ids that the study evaluates, starting points first."
+    starts = ["base", "mid"] + [
+        s for s in ("mid-control",) if any(parse_model(a).start == s for a in self.arms)
+    ]
+    return (*starts, *self.arms)
 
-    def resolved(self) -> dict[str, Any]:
-        "Plain values under the names a user writes (`sft-help`), ready for YAML and for comparing."
-        return self.model_dump(mode="json", by_alias=True)
+# %% ../nbs/01_study/00_study.ipynb #8249702e
+@patch
+def resolved(self: Preset) -> dict[str, Any]:
+    "Plain values under the names a user writes (`sft-help`), ready for YAML and for comparing."
+    return self.model_dump(mode="json", by_alias=True)
 
 # %% ../nbs/01_study/00_study.ipynb #69a3bcb4
-DETERMINISTIC = ("indicator", "strict") # judges that are programs of this package
+DETERMINISTIC = ("indicator", "strict")  # judges that are programs of this package
 
 
 def check_judge(
-    judge: str, # what a user calls a judge
-) -> str: # the same
-    "Refuse what cannot be a judge; raises `InputError`. There is no default: Inspect's would be the model under test."
-    if judge in DETERMINISTIC: return judge
+    judge: str,  # what a user calls a judge
+) -> str:  # the same
+    """Refuse what cannot be a judge.
+
+    Raises `InputError`. There is no default: Inspect's would be the model under test.
+    """
+    if judge in DETERMINISTIC:
+        return judge
     if not isinstance(judge, str) or not re.fullmatch(r"[\w.~-]*/[^\s,]+", judge):
-        raise InputError(f"judge {judge!r} is neither 'indicator' nor 'strict' nor a model folder nor an Inspect model id such as google/gemini-2.5-flash-lite")
-    if judge.split("/")[0] in ("saved", "none"): raise InputError(f"judge {judge!r} cannot judge, it never answers: name 'indicator' or an Inspect model id")
+        raise InputError(
+            f"judge {judge!r} is neither 'indicator' nor 'strict' nor a model folder nor an Inspect model id"
+            " such as google/gemini-2.5-flash-lite"
+        )
+    if judge.split("/")[0] in ("saved", "none"):
+        raise InputError(
+            f"judge {judge!r} cannot judge, it never answers: name 'indicator' or an Inspect model id"
+        )
     return judge
 
-
+# %% ../nbs/01_study/00_study.ipynb #f99fc7a5
 def judge_names(
-    text: str, # judges, separated by commas
-) -> list[str]: # one or more, in order
-    "The judges of a preset or an option; raises `InputError` for none, for one that stands twice and for one that cannot be."
+    text: str,  # judges, separated by commas
+) -> list[str]:  # one or more, in order
+    """The judges of a preset or an option.
+
+    Raises `InputError` for none, for one that stands twice and for one that cannot be.
+    """
     names = [part.strip() for part in (text or "").split(",")]
-    for name in names: check_judge(name)
-    if twice := [n for n in names if names.count(n) > 1]: raise InputError(f"judge {twice[0]!r} stands twice in {text!r}: name it once")
+    for name in names:
+        check_judge(name)
+    if twice := [n for n in names if names.count(n) > 1]:
+        raise InputError(f"judge {twice[0]!r} stands twice in {text!r}: name it once")
     return names

@@ -1,9 +1,12 @@
-"""Real cases: what other people's files do to the package, one line a case, the outcome wanted beside the outcome seen.
+"""Real cases: what other people's files do to the package, one line a case, the outcome wanted beside the
+outcome seen.
 
-A case makes its own small input, does what a user would do with it, and says in words what came of it. The files
+A case makes its own small input, does what a user would do with it, and says in words what came of it. The
+files
 `test_real_*.py` hold the cases by topic and test them with `pytest.mark.parametrize(**table(CASES))`;
 `python tests/cases.py` prints them all as a table.
 """
+
 import re
 import sys
 import tempfile
@@ -18,6 +21,7 @@ from compassion_repro.core.errors import InputError
 @dataclass(frozen=True)
 class Case:
     "One input that somebody else made, and what should come of it."
+
     name: str  # kind of fault, and which of its siblings
     wanted: str  # regular expression that the outcome must match from its start: "refused: .*missing"
     act: Callable[[Path], object]  # makes the input in an empty folder, uses it, and returns what it saw
@@ -26,7 +30,8 @@ class Case:
 def outcome(
     case: Case,  # to be tried
     folder: Path,  # empty
-) -> str:  # "ok: ..." with what was seen, "refused: ..." with the one line, or the class and text of any other error
+    # "ok: ..." with what was seen, "refused: ..." with the one line, or the class and text of any other error
+) -> str:
     "Try one case."
     try:
         return f"ok: {case.act(folder)}"
@@ -50,7 +55,9 @@ def table(cases: list[Case]) -> dict:
 
 
 def main() -> int:
-    "Print every case with its outcome; the exit status is the number of those that came out wrong, 100 at most."
+    """Print every case with its outcome; the exit status is the number of those that came out wrong, 100 at
+    most.
+    """
     wrong = 0
     for file in sorted(Path(__file__).parent.rglob("test_real_*.py")):
         sys.path.insert(0, str(file.parent))
@@ -59,7 +66,10 @@ def main() -> int:
                 seen = outcome(case, Path(folder))
             right = re.match(case.wanted, seen, re.S) is not None
             wrong += not right
-            print(f"{'right' if right else 'WRONG'} | {case.name} | wanted {case.wanted} | seen {seen[:200]}", flush=True)
+            print(
+                f"{'right' if right else 'WRONG'} | {case.name} | wanted {case.wanted} | seen {seen[:200]}",
+                flush=True,
+            )
     print(f"{wrong} wrong")
     return min(wrong, 100)
 

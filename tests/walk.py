@@ -1,9 +1,13 @@
-"""Walk through every file operation of a command: kill it there, or let the operation fail once, and start the command again.
+"""Walk through every file operation of a command: kill it there, or let the operation fail once, and start the
+command again.
 
-The operations are seen by Python's audit hooks, so the walk needs nothing from the package and finds operations that are
+The operations are seen by Python's audit hooks, so the walk needs nothing from the package and finds
+operations that are
 added later. A walk forks one process for each attempt; it belongs in a process that has run no threads yet:
-`python tests/walk.py creation` walks through the making of a study, `python tests/walk.py study` through a whole one.
+`python tests/walk.py creation` walks through the making of a study, `python tests/walk.py study` through a
+whole one.
 """
+
 import argparse
 import contextlib
 import errno
@@ -39,7 +43,9 @@ class Operations:
         self.folder, self.number, self.how, self.seen = str(folder), number, how, []
 
     def watch(self):
-        "Count from now on; an audit hook cannot be taken away, so this is for a process that ends afterwards."
+        """Count from now on; an audit hook cannot be taken away, so this is for a process that ends
+        afterwards.
+        """
         real_open, real_fsync = io.open, os.fsync
 
         def opened(file, mode="r", *rest, **named):
@@ -49,7 +55,10 @@ class Operations:
             return handle
 
         def flushed(handle):
-            self.count("flush", os.readlink(f"/proc/self/fd/{handle if isinstance(handle, int) else handle.fileno()}"))
+            self.count(
+                "flush",
+                os.readlink(f"/proc/self/fd/{handle if isinstance(handle, int) else handle.fileno()}"),
+            )
             return real_fsync(handle)
 
         io.open, os.fsync = opened, flushed
@@ -64,12 +73,14 @@ class Operations:
 
     def count(self, what: str, path):
         "One operation; those outside the folder and those of other threads do not count."
-        if threading.current_thread() is not threading.main_thread() or not isinstance(path, (str, bytes, os.PathLike)):
+        if threading.current_thread() is not threading.main_thread() or not isinstance(
+            path, (str, bytes, os.PathLike)
+        ):
             return
         path = os.path.abspath(os.fsdecode(path))
         if not (path + os.sep).startswith(self.folder + os.sep):
             return
-        self.seen.append(f"{what} {path[len(self.folder):] or '/'}")
+        self.seen.append(f"{what} {path[len(self.folder) :] or '/'}")
         if len(self.seen) - 1 == self.number:
             self.strike(path)
 
@@ -94,10 +105,12 @@ def attempt(
         status = 70
         try:
             with log.open("wb") as file:
-                os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
             operations.watch()
             status = act(folder)
-            sys.stdout.flush(), sys.stderr.flush()
+            sys.stdout.flush()
+            sys.stderr.flush()
             notes.write_text(json.dumps({"operations": operations.seen, "modules": sorted(sys.modules)}))
         finally:
             os._exit(status)
@@ -118,7 +131,11 @@ def fault(
     refused = [line for line in said.splitlines() if line.startswith("compassion-repro: ")]
     if how == "kill" and status != -signal.SIGKILL:
         return f"was not reached: status {status}"
-    if how != "kill" and not (status == wanted[0] or status == 2 and len(refused) == 1) or "Traceback" in said:
+    if (
+        how != "kill"
+        and not (status == wanted[0] or status == 2 and len(refused) == 1)
+        or "Traceback" in said
+    ):
         return f"status {status}: {said.strip()[-300:]}"
     status, said, _ = attempt(act, folder)
     if status != wanted[0]:
@@ -139,9 +156,15 @@ def chosen(operations: int, ways: tuple[str, ...], sample: bool, most: int | Non
     "Where to strike, and how: the numbers of operations with one of the ways."
     errors = [how for how in ways if how != "kill"]
     if most is None or most >= operations * len(ways):
-        return [(number, how) for number in range(operations) for how in ways
-                if not sample or how in ("kill", errors[number % len(errors)])]
-    return [(min(operations - 1, int((n + 0.5) * operations / most)), ways[n % len(ways)]) for n in range(most)]
+        return [
+            (number, how)
+            for number in range(operations)
+            for how in ways
+            if not sample or how in ("kill", errors[number % len(errors)])
+        ]
+    return [
+        (min(operations - 1, int((n + 0.5) * operations / most)), ways[n % len(ways)]) for n in range(most)
+    ]
 
 
 def walk(
@@ -170,16 +193,19 @@ def walk(
         for wrong in pool.map(partial(fault_at, act, state, wanted, folder), points):
             found.append(wrong)
             tell(len(found), len(points))
-    bad = [{"operation": operations[n], "number": n, "way": how, "wrong": wrong}
-           for (n, how), wrong in zip(points, found) if wrong]
+    bad = [
+        {"operation": operations[n], "number": n, "way": how, "wrong": wrong}
+        for (n, how), wrong in zip(points, found)
+        if wrong
+    ]
     return {"operations": len(operations), "struck": len(points), "good": len(points) - len(bad), "bad": bad}
 
 
 def create_study(folder: Path) -> int:
     "What the command `run` does before its first stage."
-    from compassion_repro.store.folder import Study, take_stock
     from compassion_repro.core.errors import InputError
     from compassion_repro.presets import load_preset
+    from compassion_repro.store.folder import Study, take_stock
 
     preset = load_preset("smoke", CRASH_SIZE)
     try:
@@ -201,7 +227,9 @@ def run_smallest(folder: Path) -> int:
 def begun(folder: Path) -> dict[str, str]:
     "What the making of a study leaves: its files with their content, of the record the present entries."
     found = {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
-    return found | {"record.json": [entries[0] for entries in json.loads(found["record.json"])["files"].values()]}
+    return found | {
+        "record.json": [entries[0] for entries in json.loads(found["record.json"])["files"].values()]
+    }
 
 
 def walk_creation(folder: Path, workers: int = 1, **options) -> dict:

@@ -1,7 +1,9 @@
-"""The package's layers, read from its imports: `python tools/architecture.py` checks them and compares ARCHITECTURE.md, `--write` writes it anew.
+"""The package's layers, read from its imports: `python tools/architecture.py` checks them and compares
+ARCHITECTURE.md, `--write` writes it anew.
 
-A module may import from a lower layer and, within its package, from whatever does not lead back to it. Imports inside functions count
-as well. Exit status 1 where a module imports upward, where imports go in a circle, or where the page is out of date.
+A module may import from a lower layer and, within its package, from whatever does not lead back to it.
+Imports inside functions count as well. Exit status 1 where a module imports upward, where imports go in a
+circle, or where the page is out of date.
 """
 
 import ast
@@ -66,7 +68,8 @@ def layer(module: str) -> str:
 def upward(graph: dict[str, dict[str, bool]]) -> list[str]:
     "Imports of a higher layer, or of another one in the same line."
     return [
-        f"{module} imports {other}, which is {'not below it' if RANK[layer(other)] == RANK[layer(module)] else 'above it'}"
+        f"{module} imports {other}, which is"
+        f" {'not below it' if RANK[layer(other)] == RANK[layer(module)] else 'above it'}"
         for module, others in graph.items()
         for other in others
         if layer(other) != layer(module) and RANK[layer(other)] >= RANK[layer(module)]
@@ -99,14 +102,21 @@ def page(known: dict[str, Path], graph: dict[str, dict[str, bool]]) -> str:
     lines = [
         "# Architecture",
         "",
-        "Made by `python tools/architecture.py --write` from the imports. A module imports only from layers above it in this list, and from its own package.",
+        (
+            "Made by `python tools/architecture.py --write` from the imports. A module imports only from"
+            " layers above it in this list, and from its own package."
+        ),
     ]
     for row in LAYERS:
         for name in row:
             lines += ["", f"## {name}", "", "| module | what it gives you | imports |", "|---|---|---|"]
             for module in (m for m in known if layer(m) == name):
-                others = ", ".join(f"`{other}`" if top else f"(`{other}`)" for other, top in sorted(graph[module].items()))
-                lines.append(f"| `{module}` | {described(known[module]).replace('|', chr(92) + '|')} | {others} |")
+                others = ", ".join(
+                    f"`{other}`" if top else f"(`{other}`)" for other, top in sorted(graph[module].items())
+                )
+                lines.append(
+                    f"| `{module}` | {described(known[module]).replace('|', chr(92) + '|')} | {others} |"
+                )
     return "\n".join([*lines, "", "In brackets: imported inside a function, when it is needed.", ""])
 
 

@@ -1,6 +1,7 @@
 """A headless browser, driven over its own debugging protocol: what a page looks like once it is laid out.
 
 `python tools/browser.py PAGE PICTURE` takes a picture of the top of a page (`make figures`)."""
+
 import base64
 import json
 import shutil
@@ -17,21 +18,45 @@ TROUBLE = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalle
 
 class Page:
     "One page of a browser of its own; use it in a `with`."
-    def __init__(self, profile: Path): # an empty folder for the browser's own files
+
+    def __init__(self, profile: Path):  # an empty folder for the browser's own files
         self.profile, self.number, self.trouble = profile, 0, []
 
     def __enter__(self):
         from websocket import create_connection
-        self.process = subprocess.Popen([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--remote-debugging-port=0", f"--user-data-dir={self.profile}", "about:blank"],
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+        self.process = subprocess.Popen(
+            [
+                BROWSER,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-dev-shm-usage",
+                "--hide-scrollbars",
+                "--remote-debugging-port=0",
+                f"--user-data-dir={self.profile}",
+                "about:blank",
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         address = self.profile / "DevToolsActivePort"
         for _ in range(600):
-            if address.is_file() and "\n" in address.read_text(): break
-            if self.process.poll() is not None: raise RuntimeError(f"the browser ended at once (status {self.process.returncode})")
+            if address.is_file() and "\n" in address.read_text():
+                break
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the browser ended at once (status {self.process.returncode})")
             time.sleep(0.1)
-        targets = json.load(urllib.request.urlopen(f"http://127.0.0.1:{address.read_text().split()[0]}/json", timeout=60))
-        self.socket = create_connection(next(t["webSocketDebuggerUrl"] for t in targets if t["type"] == "page"), suppress_origin=True, timeout=60)
-        for domain in ("Page", "Runtime", "Log", "Network"): self.call(f"{domain}.enable")
+        targets = json.load(
+            urllib.request.urlopen(f"http://127.0.0.1:{address.read_text().split()[0]}/json", timeout=60)
+        )
+        self.socket = create_connection(
+            next(t["webSocketDebuggerUrl"] for t in targets if t["type"] == "page"),
+            suppress_origin=True,
+            timeout=60,
+        )
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
         return self
 
     def __exit__(self, *_):
@@ -45,8 +70,10 @@ class Page:
         self.socket.send(json.dumps({"id": self.number, "method": method, "params": values}))
         while True:
             message = json.loads(self.socket.recv())
-            if message.get("method") in TROUBLE: self.trouble.append(message)
-            if message.get("method") == "Page.loadEventFired": self.loaded = True
+            if message.get("method") in TROUBLE:
+                self.trouble.append(message)
+            if message.get("method") == "Page.loadEventFired":
+                self.loaded = True
             if message.get("id") == self.number:
                 assert "error" not in message, message
                 return message["result"]
@@ -54,11 +81,21 @@ class Page:
     def open(self, file: Path, width: int, height: int = 900, dark: bool = False):
         "Lay a file out at a width in CSS pixels."
         self.loaded, self.trouble = False, []
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
+        self.call(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
+        )
         self.call("Page.navigate", url=file.resolve().as_uri())
         for _ in range(600):
-            if self.loaded: return
+            if self.loaded:
+                return
             self.evaluate("1")
             time.sleep(0.05)
         raise TimeoutError(f"{file.name} did not load")
@@ -77,8 +114,13 @@ class Page:
 
 if __name__ == "__main__":
     from PIL import Image
-    if BROWSER is None: sys.exit("no browser on this machine: apt-get install chromium")
+
+    if BROWSER is None:
+        sys.exit("no browser on this machine: apt-get install chromium")
     with tempfile.TemporaryDirectory() as profile, Page(Path(profile)) as browser:
         browser.open(Path(sys.argv[1]), 1280, 1500)
         picture = browser.screenshot(Path(sys.argv[2]))
-    Image.open(picture).convert("RGB").resize((960, 1125), Image.LANCZOS).quantize(128, Image.Quantize.MAXCOVERAGE).save(picture, optimize=True) # small enough to keep in git
+    # small enough to keep in git
+    Image.open(picture).convert("RGB").resize((960, 1125), Image.LANCZOS).quantize(
+        128, Image.Quantize.MAXCOVERAGE
+    ).save(picture, optimize=True)

@@ -1,11 +1,13 @@
 """Hold the declared requirements against what Colab has: would a plain `pip install` tear the session apart?
 
-    python tools/colab_check.py              # offline: settings.ini, and what the installed packages require themselves
-    python tools/colab_check.py --network    # also pip's own dry run for Colab's Python, with the kept packages pinned
+python tools/colab_check.py              # offline: settings.ini, and what the installed packages require
+themselves python tools/colab_check.py --network    # also pip's own dry run for Colab's Python, with the kept
+packages pinned
 
-It fails when torch, numpy, transformers or pandas would be replaced, and when any other package of Colab's would be
-replaced without a reason in `REASONS`.
+It fails when torch, numpy, transformers or pandas would be replaced, and when any other package of Colab's
+would be replaced without a reason in `REASONS`.
 """
+
 import argparse
 import subprocess
 import sys
@@ -51,10 +53,19 @@ def declared(
 
 
 def required_by(name: str) -> list[Requirement]:
-    "What an installed package requires on Colab's Python, extras aside; nothing for one that is not installed."
-    python = {**default_environment(), "python_version": PYTHON, "python_full_version": f"{PYTHON}.0", "extra": ""}
-    try: found = [Requirement(line) for line in requires(name) or []]
-    except PackageNotFoundError: return []
+    """What an installed package requires on Colab's Python, extras aside; nothing for one that is not
+    installed.
+    """
+    python = {
+        **default_environment(),
+        "python_version": PYTHON,
+        "python_full_version": f"{PYTHON}.0",
+        "extra": "",
+    }
+    try:
+        found = [Requirement(line) for line in requires(name) or []]
+    except PackageNotFoundError:
+        return []
     return [need for need in found if need.marker is None or need.marker.evaluate(python)]
 
 
@@ -63,16 +74,20 @@ def replaced(
     there: dict[str, str],  # from `colab_versions`
     needs=required_by,  # gives a package's own requirements
 ) -> dict[str, list[str]]:  # Colab's package -> who asks for another version
-    "Colab's packages that an install would replace: asked for by us, or by what has to be installed or replaced."
+    """Colab's packages that an install would replace: asked for by us, or by what has to be installed or
+    replaced.
+    """
     found, seen = {}, set()
     todo = [(need, "compassion_repro") for need in wanted]
     while todo:
         need, by = todo.pop()
         name = canonicalize_name(need.name)
         if name in there:
-            if need.specifier.contains(there[name], prereleases=True): continue
+            if need.specifier.contains(there[name], prereleases=True):
+                continue
             found.setdefault(name, []).append(f"{by} requires {need.name}{need.specifier}")
-        if name in seen: continue
+        if name in seen:
+            continue
         seen.add(name)
         todo += [(deeper, need.name) for deeper in needs(need.name)]
     return found
@@ -85,21 +100,46 @@ def faults(
     "What is wrong: a package that must be kept, or one without a reason."
     lines = []
     for name, why in sorted(found.items()):
-        if name in KEPT: lines.append(f"{name} {there[name]} would be replaced under a running session: {'; '.join(why)}")
-        elif name not in REASONS: lines.append(f"{name} {there[name]} would be replaced: {'; '.join(why)}: lower it or give a reason")
+        if name in KEPT:
+            lines.append(f"{name} {there[name]} would be replaced under a running session: {'; '.join(why)}")
+        elif name not in REASONS:
+            lines.append(
+                f"{name} {there[name]} would be replaced: {'; '.join(why)}: lower it or give a reason"
+            )
     return lines
 
 
 def dry_run(there: dict[str, str]) -> list[str]:
-    "pip's own answer for Colab's Python with the kept packages pinned; nothing is installed. Needs the network."
+    """pip's own answer for Colab's Python with the kept packages pinned; nothing is installed.
+
+    Needs the network.
+    """
     with tempfile.TemporaryDirectory() as folder:
         pins = Path(folder) / "pins.txt"
         pins.write_text("".join(f"{name}=={there[name]}\n" for name in KEPT), encoding="utf-8")
-        command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--ignore-installed", "--target", folder,
-                   "--python-version", PYTHON, "--only-binary", ":all:", "-c", str(pins), *map(str, declared())]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--dry-run",
+            "--quiet",
+            "--ignore-installed",
+            "--target",
+            folder,
+            "--python-version",
+            PYTHON,
+            "--only-binary",
+            ":all:",
+            "-c",
+            str(pins),
+            *map(str, declared()),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    if done.returncode and not any(word in done.stderr for word in ("ResolutionImpossible", "No matching distribution")):
+    if done.returncode and not any(
+        word in done.stderr for word in ("ResolutionImpossible", "No matching distribution")
+    ):
         print(f"pip could not be asked, so only the declared requirements were looked at: {last}")
         return []
     return [f"pip finds no set of packages that keeps {', '.join(KEPT)}: {last}"] if done.returncode else []
@@ -112,11 +152,18 @@ def main(words: list[str] | None = None) -> int:
     args = parser.parse_args(words)
     there = colab_versions()
     found = replaced(declared(), there)
-    for name in sorted(set(found) & set(REASONS)): print(f"{name} {there[name]} is replaced on Colab: {REASONS[name]}")
+    for name in sorted(set(found) & set(REASONS)):
+        print(f"{name} {there[name]} is replaced on Colab: {REASONS[name]}")
     wrong = faults(found, there) + (dry_run(there) if args.network else [])
-    for line in wrong: print(f"wrong: {line}")
-    if not wrong: print(f"Colab keeps its {', '.join(KEPT)}: {len(there) - len(found)} of {len(there)} packages stay as they are")
+    for line in wrong:
+        print(f"wrong: {line}")
+    if not wrong:
+        print(
+            f"Colab keeps its {', '.join(KEPT)}: {len(there) - len(found)} of {len(there)} packages stay as"
+            " they are"
+        )
     return bool(wrong)
 
 
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

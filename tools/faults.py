@@ -1,9 +1,13 @@
-"""Fault injection: `make faults`, or `python tools/faults.py [--runs 100] [--pairs 5] [--no-ray] [--inputs N] [--seed 1] [--workers 4] [--walk N] [--only PART ...]`.
+"""Fault injection: `make faults`, or `python tools/faults.py [--runs 100] [--pairs 5] [--no-ray] [--inputs N]
+[--seed 1] [--workers 4] [--walk N] [--only PART ...]`.
 
-Studies are killed at random moments and started again; everything that the package reads is damaged in turn; a walk strikes at file operations (tests/walk.py), in a process that
-runs no threads. One table is printed, and figures/faults.json keeps the counts with n, seed, machine and commit; with --only, that of the parts that ran, each with its own machine and
-commit, beside the others as they were. Exit status 1 where anything was lost, repeated, half used, paid twice, or wrong.
+Studies are killed at random moments and started again; everything that the package reads is damaged in turn;
+a walk strikes at file operations (tests/walk.py), in a process that runs no threads. One table is printed,
+and figures/faults.json keeps the counts with n, seed, machine and commit; with --only, that of the parts that
+ran, each with its own machine and commit, beside the others as they were. Exit status 1 where anything was
+lost, repeated, half used, paid twice, or wrong.
 """
+
 import argparse
 import importlib.util
 import itertools
@@ -22,41 +26,104 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import damage
-from kills import PAID, Killed, contents, differences, killed_study, lost_worker, moments, start, summary, two_at_once
 from judge_server import PaidJudge
+from kills import (
+    PAID,
+    Killed,
+    contents,
+    differences,
+    killed_study,
+    lost_worker,
+    moments,
+    start,
+    summary,
+    two_at_once,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def machine() -> dict:
     "What the figures were measured on; no host name, no path."
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    dirty = bool(subprocess.run(["git", "status", "--porcelain", "--", "compassion_repro"], cwd=ROOT, capture_output=True, text=True).stdout.strip())
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "") if Path("/proc/cpuinfo").exists() else ""
-    return {"commit": commit + ("+changes" if dirty else ""), "system": f"{platform.system()} {platform.machine()}", "processor": model, "processors": os.cpu_count(), "python": platform.python_version(), "day": time.strftime("%Y-%m-%d")}
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    dirty = bool(
+        subprocess.run(
+            ["git", "status", "--porcelain", "--", "compassion_repro"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+    )
+    model = (
+        next(
+            (
+                line.split(":")[1].strip()
+                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            "",
+        )
+        if Path("/proc/cpuinfo").exists()
+        else ""
+    )
+    return {
+        "commit": commit + ("+changes" if dirty else ""),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": model,
+        "processors": os.cpu_count(),
+        "python": platform.python_version(),
+        "day": time.strftime("%Y-%m-%d"),
+    }
 
 
 def progress_bar(console: Console) -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[bad]}"), console=console)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[bad]}"),
+        console=console,
+    )
 
 
 def uninterrupted(folder: Path, workers: int, judge: PaidJudge) -> tuple[dict, float]:
-    "Results of a study that nothing disturbs, and how long it takes beside as many others as will run later; all of them must agree."
+    """Results of a study that nothing disturbs, and how long it takes beside as many others as will run
+    later; all of them must agree.
+    """
     began = time.perf_counter()
-    running = {n: start(folder / f"whole-{n}" / "study", *PAID, environment=judge.environment(f"whole-{n}")) for n in range(workers)}
+    running = {
+        n: start(folder / f"whole-{n}" / "study", *PAID, environment=judge.environment(f"whole-{n}"))
+        for n in range(workers)
+    }
     durations = []
     for n, process in running.items():
-        if process.wait(600): raise SystemExit(f"an uninterrupted study failed: {(folder / f'whole-{n}' / 'study.log').read_text()[-500:]}")
+        if process.wait(600):
+            raise SystemExit(
+                f"an uninterrupted study failed: {(folder / f'whole-{n}' / 'study.log').read_text()[-500:]}"
+            )
         durations.append(time.perf_counter() - began)
     results = contents(folder / "whole-0" / "study")
     for n in running:
-        if different := differences(folder / f"whole-{n}" / "study", results): raise SystemExit(f"two uninterrupted studies differ: {different}")
-        if set(judge.calls(f"whole-{n}", 0).values()) != {1}: raise SystemExit("an uninterrupted study asked the judge the same question twice")
+        if different := differences(folder / f"whole-{n}" / "study", results):
+            raise SystemExit(f"two uninterrupted studies differ: {different}")
+        if set(judge.calls(f"whole-{n}", 0).values()) != {1}:
+            raise SystemExit("an uninterrupted study asked the judge the same question twice")
     return results, statistics.median(durations)
 
 
@@ -66,55 +133,110 @@ def kill_runs(runs: int, pairs: int, seed: int, workers: int, folder: Path, cons
         bar = progress.add_task("uninterrupted studies, to compare with", total=1, bad="")
         results, duration = uninterrupted(folder, workers, judge)
         progress.update(bar, completed=1)
-        pace, bar, records, early = duration, progress.add_task(f"studies killed (an uninterrupted one takes {duration:.0f} s here)", total=runs, bad=""), [], 0
+        pace, bar, records, early = (
+            duration,
+            progress.add_task(
+                f"studies killed (an uninterrupted one takes {duration:.0f} s here)", total=runs, bad=""
+            ),
+            [],
+            0,
+        )
 
         def one(number: int, shares: list[float]):
             nonlocal early, pace
-            for attempt in itertools.count():                           # a study that was faster than its kill tells how fast the machine is now, and is tried again
+            # a study that was faster than its kill tells how fast the machine is now, and is tried again
+            for attempt in itertools.count():
                 out = folder / f"killed-{number}-{attempt}" / "study"
                 record = killed_study(number, out, [share * pace for share in shares], results, judge)
-                if not isinstance(record, Killed): early, pace = early + 1, min(record, 0.97 * pace)
-                elif not record.good: return record
+                if not isinstance(record, Killed):
+                    early, pace = early + 1, min(record, 0.97 * pace)
+                elif not record.good:
+                    return record
                 shutil.rmtree(out.parent)
-                if isinstance(record, Killed): return record
+                if isinstance(record, Killed):
+                    return record
 
         with ThreadPoolExecutor(workers) as pool:
             waiting = [pool.submit(one, number, delays) for number, delays in enumerate(moments(runs, seed))]
             for done in as_completed(waiting):
                 records.append(done.result())
                 progress.update(bar, advance=1, bad=f"{sum(not r.good for r in records)} bad")
-                if not records[-1].good: progress.console.print(f"study {records[-1].number}: {records[-1]}")
+                if not records[-1].good:
+                    progress.console.print(f"study {records[-1].number}: {records[-1]}")
         bar, two = progress.add_task("two commands on one study", total=pairs, bad=""), []
         for number in range(pairs):
-            two.append(two_at_once(number, folder / f"two-{number}" / "study", random.Random(f"{seed}-two-{number}").uniform(0, 0.5 * duration), results, judge))
+            two.append(
+                two_at_once(
+                    number,
+                    folder / f"two-{number}" / "study",
+                    random.Random(f"{seed}-two-{number}").uniform(0, 0.5 * duration),
+                    results,
+                    judge,
+                )
+            )
             progress.update(bar, advance=1, bad=f"{sum(not pair['good'] for pair in two)} bad")
-    told = {"pairs": len(two), "good": sum(pair["good"] for pair in two), "left": sum(2 in pair["statuses"] for pair in two), "bad": [pair for pair in two if not pair["good"]]}
-    return {"two": told, "seed": seed, "workers": workers, "uninterrupted_seconds": round(duration, 1), "ended_before_the_kill": early, **summary(sorted(records, key=lambda r: r.number))}
+    told = {
+        "pairs": len(two),
+        "good": sum(pair["good"] for pair in two),
+        "left": sum(2 in pair["statuses"] for pair in two),
+        "bad": [pair for pair in two if not pair["good"]],
+    }
+    return {
+        "two": told,
+        "seed": seed,
+        "workers": workers,
+        "uninterrupted_seconds": round(duration, 1),
+        "ended_before_the_kill": early,
+        **summary(sorted(records, key=lambda r: r.number)),
+    }
 
 
 def ray_run(seed: int, workers: int, folder: Path, console: Console) -> dict | None:
     "Four arms and three seeds on Ray, one worker killed; None where this environment has no Ray."
-    if not importlib.util.find_spec("ray") or not importlib.util.find_spec("compassion_repro.pipeline.ray_engine"): return None
-    with console.status(f"4 arms x 3 seeds on Ray with {workers} processors, a worker killed; before it, the same here"):
-        if start(folder / "here" / "study", words=("--seeds", "3")).wait(1800): raise SystemExit((folder / "here" / "study.log").read_text()[-500:])
-        return lost_worker(folder / "ray" / "study", seed, contents(folder / "here" / "study"), ("--seeds", "3", "--engine", f"ray:{workers}"))
+    if not importlib.util.find_spec("ray") or not importlib.util.find_spec(
+        "compassion_repro.pipeline.ray_engine"
+    ):
+        return None
+    with console.status(
+        f"4 arms x 3 seeds on Ray with {workers} processors, a worker killed; before it, the same here"
+    ):
+        if start(folder / "here" / "study", words=("--seeds", "3")).wait(1800):
+            raise SystemExit((folder / "here" / "study.log").read_text()[-500:])
+        return lost_worker(
+            folder / "ray" / "study",
+            seed,
+            contents(folder / "here" / "study"),
+            ("--seeds", "3", "--engine", f"ray:{workers}"),
+        )
 
 
 def make_sound(folder: Path) -> Path:
     "The sound folders that are damaged, made side by side."
     making = start(folder / "plain" / "study")
     with ProcessPoolExecutor(1, get_context("spawn"), damage.prepare_worker) as pool:
-        inputs, evaluation = pool.submit(damage.make_inputs, folder / "sound" / "inputs"), pool.submit(damage.make_evaluation, folder / "sound" / "evaluation")
-        inputs.result(), evaluation.result()
-        if making.wait(600): raise SystemExit(f"the sound study failed: {(folder / 'plain' / 'study.log').read_text()[-500:]}")
-        for name, make in (("study", damage.make_study), ("half", damage.make_half)): pool.submit(make, folder / "sound" / name, folder / "plain" / "study").result()
+        inputs, evaluation = (
+            pool.submit(damage.make_inputs, folder / "sound" / "inputs"),
+            pool.submit(damage.make_evaluation, folder / "sound" / "evaluation"),
+        )
+        inputs.result()
+        evaluation.result()
+        if making.wait(600):
+            raise SystemExit(f"the sound study failed: {(folder / 'plain' / 'study.log').read_text()[-500:]}")
+        for name, make in (("study", damage.make_study), ("half", damage.make_half)):
+            pool.submit(make, folder / "sound" / name, folder / "plain" / "study").result()
     return folder / "sound"
 
 
 def damage_inputs(count: int, seed: int, workers: int, folder: Path, console: Console) -> dict:
     "Damage as many inputs as asked for (all of them, or a drawn part), a case at a time in each worker."
     cases = damage.all_cases()
-    if count < len(cases): cases = [case for _, case in sorted(random.Random(seed).sample(list(enumerate(cases)), count), key=lambda pair: pair[0])]
+    if count < len(cases):
+        cases = [
+            case
+            for _, case in sorted(
+                random.Random(seed).sample(list(enumerate(cases)), count), key=lambda pair: pair[0]
+            )
+        ]
     with progress_bar(console) as progress:
         bar = progress.add_task("sound inputs, to be damaged", total=1, bad="")
         sound, scratch = make_sound(folder), folder / "damaged"
@@ -126,7 +248,10 @@ def damage_inputs(count: int, seed: int, workers: int, folder: Path, console: Co
             for done in as_completed(waiting):
                 results.append(done.result())
                 progress.update(bar, advance=1, bad=f"{sum(bool(r['bad']) for r in results)} bad")
-                if results[-1]["bad"]: progress.console.print(f"{results[-1]['case']}: {results[-1]['outcome']}: {results[-1]['bad']}", markup=False)
+                if results[-1]["bad"]:
+                    progress.console.print(
+                        f"{results[-1]['case']}: {results[-1]['outcome']}: {results[-1]['bad']}", markup=False
+                    )
     return {"seed": seed, "workers": workers, **damage.summary(sorted(results, key=lambda r: r["case"]))}
 
 
@@ -149,12 +274,16 @@ def walked(which: str, most: int, workers: int, folder: Path, console: Console) 
     words = [sys.executable, "-c", WALK, which, place, workers, most, out]
     path = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
     settings = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, text=True, env=settings) as walking, progress_bar(console) as progress:
+    with (
+        subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, text=True, env=settings) as walking,
+        progress_bar(console) as progress,
+    ):
         bar = progress.add_task(f"file operations struck: {which}", total=None, bad="")
         for line in walking.stdout:
             done, of = map(int, line.split())
             progress.update(bar, completed=done, total=of)
-    if walking.returncode: raise SystemExit(f"the walk through a {which} failed")
+    if walking.returncode:
+        raise SystemExit(f"the walk through a {which} failed")
     return json.loads(out.read_text())
 
 
@@ -169,25 +298,70 @@ def rows(found: dict) -> list[tuple[str, str]]:
     lines = []
     if kills := found.get("kills"):
         spread = ", ".join(f"{name} {count}" for name, count in kills["phases"].items())
-        lines += [("studies killed with SIGKILL and started again", f"{kills['runs']} ({kills['kills']} kills: {spread})"), ("ended with the uninterrupted run's results", f"{kills['identical']} of {kills['runs']}"),
-                  ("stages in place at a kill: lost, run again", f"{kills['lost']}, {kills['repeated']} of {kills['stages_in_place']}"), ("half artifacts in place", str(kills["half"])),
-                  ("judge calls paid twice", f"{kills['paid_twice']} of {kills['paid']:,}"), ("calls under way at a kill, no reply kept", f"{kills['in_flight']} (asked again: {kills['asked_again']})")]
+        lines += [
+            (
+                "studies killed with SIGKILL and started again",
+                f"{kills['runs']} ({kills['kills']} kills: {spread})",
+            ),
+            ("ended with the uninterrupted run's results", f"{kills['identical']} of {kills['runs']}"),
+            (
+                "stages in place at a kill: lost, run again",
+                f"{kills['lost']}, {kills['repeated']} of {kills['stages_in_place']}",
+            ),
+            ("half artifacts in place", str(kills["half"])),
+            ("judge calls paid twice", f"{kills['paid_twice']} of {kills['paid']:,}"),
+            (
+                "calls under way at a kill, no reply kept",
+                f"{kills['in_flight']} (asked again: {kills['asked_again']})",
+            ),
+        ]
         two = kills["two"]
-        lines.append(("two commands on one study: one worked, the other left or waited", f"{two['good']} of {two['pairs']} (left: {two['left']})"))
-    if ray := found.get("ray"): lines.append(("a Ray worker killed, 4 arms x 3 seeds", f"{ray['struck']} run again, {ray['stages']} stages once" if ray["good"] else "bad"))
+        lines.append(
+            (
+                "two commands on one study: one worked, the other left or waited",
+                f"{two['good']} of {two['pairs']} (left: {two['left']})",
+            )
+        )
+    if ray := found.get("ray"):
+        lines.append(
+            (
+                "a Ray worker killed, 4 arms x 3 seeds",
+                f"{ray['struck']} run again, {ray['stages']} stages once" if ray["good"] else "bad",
+            )
+        )
     if inputs := found.get("inputs"):
-        lines += [("inputs damaged", f"{inputs['inputs']}, of {len(inputs['families'])} kinds"), ("refused in one line, repaired, or read in part and told", f"{inputs['refused']}, {inputs['repaired']}, {inputs['told']}"),
-                  ("tracebacks, wrong results and other ends", f"{inputs['tracebacks']}, {len(inputs['bad']) - inputs['tracebacks']}")]
+        lines += [
+            ("inputs damaged", f"{inputs['inputs']}, of {len(inputs['families'])} kinds"),
+            (
+                "refused in one line, repaired, or read in part and told",
+                f"{inputs['refused']}, {inputs['repaired']}, {inputs['told']}",
+            ),
+            (
+                "tracebacks, wrong results and other ends",
+                f"{inputs['tracebacks']}, {len(inputs['bad']) - inputs['tracebacks']}",
+            ),
+        ]
     if walk := found.get("walk"):
         creation, study = walk["creation"], walk["study"]
         struck = creation["struck"] + study["struck"]
-        lines += [("file operations struck (SIGKILL, ENOSPC, EIO, EROFS), then started again", f"{struck}: {creation['struck']} of a study's creation ({creation['operations']} operations, each in every way), {study['struck']} of a whole study ({study['operations']} operations, a sample)"),
-                  ("ended as if nothing had happened", f"{creation['good'] + study['good']} of {struck}")]
+        lines += [
+            (
+                "file operations struck (SIGKILL, ENOSPC, EIO, EROFS), then started again",
+                (
+                    f"{struck}: {creation['struck']} of a study's creation ({creation['operations']}"
+                    f" operations, each in every way), {study['struck']} of a whole study"
+                    f" ({study['operations']} operations, a sample)"
+                ),
+            ),
+            ("ended as if nothing had happened", f"{creation['good'] + study['good']} of {struck}"),
+        ]
     return lines
 
 
 def kept(file: Path, found: dict) -> dict:
-    "The file's figures with the parts that ran now laid over them; each of these says what it was measured on."
+    """The file's figures with the parts that ran now laid over them; each of these says what it was measured
+    on.
+    """
     measured = {name: value for name, value in found.items() if name not in PARTS}
     before = json.loads(file.read_text()) if file.exists() else {}
     return before | {name: part | {"measured": measured} for name, part in found.items() if name in PARTS}
@@ -198,29 +372,68 @@ PARTS = ("kills", "ray", "inputs", "walk")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Break the package on purpose and count what it loses.")
-    for name, default, text in (("runs", 100, "studies to kill"), ("pairs", 5, "times that two commands work on one study"), ("inputs", 10_000, "inputs to damage, at most"), ("walk", 100, "file operations of a whole study to strike at"), ("seed", 1, "of the moments and of the damage"), ("workers", os.cpu_count(), "at once")):
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default {'all' if default == 10_000 else default})")
+    for name, default, text in (
+        ("runs", 100, "studies to kill"),
+        ("pairs", 5, "times that two commands work on one study"),
+        ("inputs", 10_000, "inputs to damage, at most"),
+        ("walk", 100, "file operations of a whole study to strike at"),
+        ("seed", 1, "of the moments and of the damage"),
+        ("workers", os.cpu_count(), "at once"),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            type=int,
+            default=default,
+            metavar="N",
+            help=f"{text} (default {'all' if default == 10_000 else default})",
+        )
     parser.add_argument("--no-ray", dest="ray", action="store_false", help="leave out the study on Ray")
-    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"only these parts ({', '.join(PARTS)}); the file's other figures stay")
-    parser.add_argument("--out", type=Path, default=ROOT / "figures" / "faults.json", help="where the counts go (default figures/faults.json)")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        metavar="PART",
+        help=f"only these parts ({', '.join(PARTS)}); the file's other figures stay",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "figures" / "faults.json",
+        help="where the counts go (default figures/faults.json)",
+    )
     args = parser.parse_args()
     console, began = Console(), time.perf_counter()
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     found, todo = machine(), args.only or PARTS
-    if "kills" in todo and args.runs: found["kills"] = kill_runs(args.runs, args.pairs, args.seed, args.workers, folder, console)
-    if "ray" in todo and args.ray and (done := ray_run(args.seed, args.workers, folder, console)): found["ray"] = done | {"bad": [] if done["good"] else [done]}
-    if "inputs" in todo and args.inputs: found["inputs"] = damage_inputs(args.inputs, args.seed, args.workers, folder, console)
-    if "walk" in todo and args.walk: found["walk"] = walks(args.walk, args.workers, folder, console)
+    if "kills" in todo and args.runs:
+        found["kills"] = kill_runs(args.runs, args.pairs, args.seed, args.workers, folder, console)
+    if "ray" in todo and args.ray and (done := ray_run(args.seed, args.workers, folder, console)):
+        found["ray"] = done | {"bad": [] if done["good"] else [done]}
+    if "inputs" in todo and args.inputs:
+        found["inputs"] = damage_inputs(args.inputs, args.seed, args.workers, folder, console)
+    if "walk" in todo and args.walk:
+        found["walk"] = walks(args.walk, args.workers, folder, console)
     found["seconds"] = round(time.perf_counter() - began)
-    table = Table(title=f"faults injected, seed {args.seed}, {found['processors']} processors, commit {found['commit'][:12]}", title_justify="left", show_header=False)
-    for row in rows(found): table.add_row(*row)
+    table = Table(
+        title=(
+            f"faults injected, seed {args.seed}, {found['processors']} processors, commit"
+            f" {found['commit'][:12]}"
+        ),
+        title_justify="left",
+        show_header=False,
+    )
+    for row in rows(found):
+        table.add_row(*row)
     console.print(table)
     args.out.write_text(json.dumps(kept(args.out, found) if args.only else found, indent=1) + "\n")
     parts = [part for part in (*found.values(), found.get("kills", {}).get("two")) if isinstance(part, dict)]
     bad = sum(len(part.get("bad", [])) for part in parts)
-    if bad: console.print(f"{bad} bad; their folders are kept in {folder}")
-    else: shutil.rmtree(folder, ignore_errors=True)
+    if bad:
+        console.print(f"{bad} bad; their folders are kept in {folder}")
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
     return int(bool(bad))
 
 
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,8 @@
-"""Check that export, clean and README rendering would change nothing. Run by `make check`; works on a copy, so the checkout is never touched."""
+"""Check that export, clean and README rendering would change nothing.
+
+Run by `make check`; works on a copy, so the checkout is never touched.
+"""
+
 import shutil
 import subprocess
 import sys
@@ -11,26 +15,53 @@ PARTS = ("nbs", "compassion_repro", "README.md")
 
 def rendered_readme(folder: Path) -> str:
     "README as nbconvert renders it from the index notebook."
-    command = ["jupyter", "nbconvert", "--log-level", "ERROR", "--to", "markdown", "--stdout", "nbs/index.ipynb"]
-    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.replace("../figures/", "figures/")
+    command = [
+        "jupyter",
+        "nbconvert",
+        "--log-level",
+        "ERROR",
+        "--to",
+        "markdown",
+        "--stdout",
+        "nbs/index.ipynb",
+    ]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.replace(
+        "../figures/", "figures/"
+    )
 
 
 def differences(folder: Path) -> list[str]:
     "Files that differ between the checkout and its freshly exported, cleaned and rendered copy."
     ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "base")
-    for name in ("nbs", "compassion_repro"): shutil.copytree(ROOT / name, folder / name, ignore=ignore)
-    for name in ("settings.ini", "setup.py"): shutil.copy(ROOT / name, folder)
-    for command in ("nbdev_export", "nbdev_clean"): subprocess.run([command], cwd=folder, check=True, capture_output=True)
+    for name in ("nbs", "compassion_repro"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    for name in ("settings.ini", "setup.py"):
+        shutil.copy(ROOT / name, folder)
+    for command in ("nbdev_export", "nbdev_clean"):
+        subprocess.run([command], cwd=folder, check=True, capture_output=True)
     (folder / "README.md").write_text(rendered_readme(folder), encoding="utf-8")
-    files = [p.relative_to(folder) for part in PARTS for p in ([folder / part] if (folder / part).is_file() else (folder / part).rglob("*")) if p.is_file() and "__pycache__" not in p.parts]
-    return [str(f) for f in files if not (ROOT / f).exists() or (ROOT / f).read_bytes() != (folder / f).read_bytes()]
+    files = [
+        p.relative_to(folder)
+        for part in PARTS
+        for p in ([folder / part] if (folder / part).is_file() else (folder / part).rglob("*"))
+        if p.is_file() and "__pycache__" not in p.parts
+    ]
+    return [
+        str(f)
+        for f in files
+        if not (ROOT / f).exists() or (ROOT / f).read_bytes() != (folder / f).read_bytes()
+    ]
 
 
 def main() -> int:
-    with tempfile.TemporaryDirectory() as folder: differ = differences(Path(folder))
-    if differ: print("out of sync, run `make export` and commit:", *differ, sep="\n  ")
-    else: print("in sync: modules, notebooks and README")
+    with tempfile.TemporaryDirectory() as folder:
+        differ = differences(Path(folder))
+    if differ:
+        print("out of sync, run `make export` and commit:", *differ, sep="\n  ")
+    else:
+        print("in sync: modules, notebooks and README")
     return bool(differ)
 
 
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -26,107 +26,167 @@ from ..evaluation.generate import _answer_batch, _generate, _settings, _work
 from ..evaluation.inspect_runner import run_inspect
 from ..sandbox.jail import level, run_code, run_many
 from ..sandbox.walls import FLAGS, interpreter_files
-from ..study import Grpo, Lora, Generation
+from ..study import Generation, Grpo, Lora
 from ..training.grpo import Recorder, _Progress, make_trainer, prompt_rows
-from ..training.models import load_tokenizer, load_model
+from ..training.models import load_model, load_tokenizer
 
 # %% ../../nbs/10_bench/01_cpu.ipynb #3d381d9f
 def benchmark(
-    programs: int = 200, # how many through the pool
-    using: str | None = None, # see `run_code`
-) -> dict[str, float | str]: # figures by name
-    "Programs a second through the pool, and what the jail adds to one program beside a bare subprocess of the same interpreter."
+    programs: int = 200,  # how many through the pool
+    using: str | None = None,  # see `run_code`
+) -> dict[str, float | str]:  # figures by name
+    """Programs a second through the pool, and what the jail adds to one program beside a bare subprocess of
+    the same interpreter.
+    """
     where = using or level()
     code, tests = "def add(x):\n    return x + 93", "assert add(92) == 185\nassert add(93) == 186"
     began = time.perf_counter()
     results = run_many([(code, tests)] * programs, using=where, timeout_s=60)
     pooled = time.perf_counter() - began
-    if not all(result.passed for result in results): raise InputError(f"the sandbox level {where} does not work on this machine: {results[0].stderr.strip()}")
+    if not all(result.passed for result in results):
+        raise InputError(
+            f"the sandbox level {where} does not work on this machine: {results[0].stderr.strip()}"
+        )
     bare, jailed = [], []
-    for _ in range(max(5, programs // 10)): # in turns, so that both meet the same load
+    for _ in range(max(5, programs // 10)):  # in turns, so that both meet the same load
         began = time.perf_counter()
         subprocess.run([interpreter_files()[0], *FLAGS, "-c", f"{code}\n{tests}"], env={}, check=True)
         bare.append(time.perf_counter() - began)
         jailed.append(run_code(code, tests, using=where, timeout_s=60).seconds)
     bare, jailed = sorted(bare)[len(bare) // 2], sorted(jailed)[len(jailed) // 2]
-    return {"level": where, "programs_per_second": programs / pooled, "milliseconds_per_program": 1000 * jailed, "milliseconds_bare": 1000 * bare,
-            "overhead_milliseconds": 1000 * (jailed - bare), "ratio_to_bare": jailed / bare}
+    return {
+        "level": where,
+        "programs_per_second": programs / pooled,
+        "milliseconds_per_program": 1000 * jailed,
+        "milliseconds_bare": 1000 * bare,
+        "overhead_milliseconds": 1000 * (jailed - bare),
+        "ratio_to_bare": jailed / bare,
+    }
 
 # %% ../../nbs/10_bench/01_cpu.ipynb #ee488433
 def benchmark_grpo(
-    start: str | Path, # model folder
-    rows: list[dict], # training prompts
-    reward: Callable, # the real reward
-    training: Grpo | None = None, # sizes; the rate is replaced
-    lora: Lora | None = None, # adapter
-    rounds: int = 2, # how often each is measured, in turns
-) -> dict[str, float]: # `steps_per_second`, `bare_steps_per_second`, `ratio`
-    "Speed of GRPO here beside the bare trainer with a trivial reward: medians over steps, the ratio paired by step (the same step of both writes the same text); the first step of a run is not counted."
-    training = (training or Grpo(steps=8, group=8, prompts_per_step=8, micro_batch=64, max_new_tokens=96)).model_copy(update={"learning_rate": 1e-12})
-    prompts, lora, seconds = prompt_rows(rows, load_tokenizer(start), training.max_prompt_tokens), lora or Lora(), {"ours": [], "bare": []}
+    start: str | Path,  # model folder
+    rows: list[dict],  # training prompts
+    reward: Callable,  # the real reward
+    training: Grpo | None = None,  # sizes; the rate is replaced
+    lora: Lora | None = None,  # adapter
+    rounds: int = 2,  # how often each is measured, in turns
+) -> dict[str, float]:  # `steps_per_second`, `bare_steps_per_second`, `ratio`
+    """Speed of GRPO here beside the bare trainer with a trivial reward: medians over steps, the ratio paired
+    by step (the same step of both writes the same text); the first step of a run is not counted.
+    """
+    training = (
+        training or Grpo(steps=8, group=8, prompts_per_step=8, micro_batch=64, max_new_tokens=96)
+    ).model_copy(update={"learning_rate": 1e-12})
+    prompts, lora, seconds = (
+        prompt_rows(rows, load_tokenizer(start), training.max_prompt_tokens),
+        lora or Lora(),
+        {"ours": [], "bare": []},
+    )
     for turn in range(rounds):
         for kind in seconds:
             with tempfile.TemporaryDirectory() as folder:
                 watch = _Clock()
-                used, callbacks = (Recorder(reward, training.value("group"), Path(folder)), [watch, _Progress(lambda line: None, "")]) if kind == "ours" else (_constant, [watch])
+                used, callbacks = (
+                    (
+                        Recorder(reward, training.value("group"), Path(folder)),
+                        [watch, _Progress(lambda line: None, "")],
+                    )
+                    if kind == "ours"
+                    else (_constant, [watch])
+                )
                 make_trainer(start, prompts, training, turn, lora, used, folder, callbacks).train()
                 seconds[kind] += [after - before for before, after in zip(watch.ticks, watch.ticks[1:])]
     ours, bare = median(seconds["ours"]), median(seconds["bare"])
-    return {"steps_per_second": 1 / ours, "bare_steps_per_second": 1 / bare, "ratio": median(b / o for o, b in zip(seconds["ours"], seconds["bare"]))}
+    return {
+        "steps_per_second": 1 / ours,
+        "bare_steps_per_second": 1 / bare,
+        "ratio": median(b / o for o, b in zip(seconds["ours"], seconds["bare"])),
+    }
 
+# %% ../../nbs/10_bench/01_cpu.ipynb #393c761a
+def _constant(prompts, completions, **columns):
+    return [0.0] * len(prompts)
 
-def _constant(prompts, completions, **columns): return [0.0] * len(prompts)
-
-
+# %% ../../nbs/10_bench/01_cpu.ipynb #8260bd0c
 class _Clock(TrainerCallback):
     "The time at the end of each step."
-    def __init__(self): self.ticks = []
 
-    def on_step_end(self, args, state, control, **kwargs): self.ticks.append(time.perf_counter())
+    def __init__(self):
+        self.ticks = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.ticks.append(time.perf_counter())
 
 # %% ../../nbs/10_bench/01_cpu.ipynb #d8abeb5e
 def _inspect_rate(folder: Path, texts: list[str], new_tokens: int, batch_size: int) -> float:
     "Samples a second of Inspect's `hf/` provider, its model loaded and warm."
-    model = get_model(f"hf/{folder.absolute()}", tokenizer_call_args={"add_special_tokens": False}, trust_remote_code=False, memoize=False)
+    model = get_model(
+        f"hf/{folder.absolute()}",
+        tokenizer_call_args={"add_special_tokens": False},
+        trust_remote_code=False,
+        memoize=False,
+    )
     model.api.model.generation_config.min_new_tokens = new_tokens
+
     def seconds(texts):
         with tempfile.TemporaryDirectory() as logs:
             began = time.perf_counter()
             task = Task(dataset=[Sample(input=text) for text in texts], solver=generate(), name="speed")
             [log] = run_inspect([task], logs, model=model, max_tokens=new_tokens, max_connections=batch_size)
-            if log.status != "success": raise InputError(f"Inspect's hf/ provider failed: {one_line(ValueError(log.error.message if log.error else log.status))}")
+            if log.status != "success":
+                raise InputError(
+                    "Inspect's hf/ provider failed:"
+                    f" {one_line(ValueError(log.error.message if log.error else log.status))}"
+                )
             return time.perf_counter() - began
+
     seconds(texts[:1])
     return len(texts) / seconds(texts)
 
-
+# %% ../../nbs/10_bench/01_cpu.ipynb #1557cc83
 def benchmark_generation(
-    folder: Path | str, # model folder
-    samples: int = 256, # answers
-    new_tokens: int = 60, # tokens of every answer, exactly
-    batch_size: int = 128, # prompts a batch
-    repetitions: int = 3, # times each is run, in turns
-    device: str | None = None, # "cuda" or "cpu"; default: what the machine has
-    inspect_samples: int = 64, # answers of Inspect's `hf/` provider; 0 leaves it out
-) -> dict[str, float]: # samples a second: bare, ours; ratio = ours / bare; end_to_end = ours with loading, draws and decoding; inspect_hf, ratio_to_inspect = end_to_end / inspect_hf
-    "Our answers beside a bare batched `generate(do_sample=True)`, medians of interleaved runs, and beside Inspect's `hf/` provider."
+    folder: Path | str,  # model folder
+    samples: int = 256,  # answers
+    new_tokens: int = 60,  # tokens of every answer, exactly
+    batch_size: int = 128,  # prompts a batch
+    repetitions: int = 3,  # times each is run, in turns
+    device: str | None = None,  # "cuda" or "cpu"; default: what the machine has
+    inspect_samples: int = 64,  # answers of Inspect's `hf/` provider; 0 leaves it out
+    # samples a second: bare, ours; ratio = ours / bare; end_to_end = ours with loading, draws and decoding;
+    # inspect_hf, ratio_to_inspect = end_to_end / inspect_hf
+) -> dict[str, float]:
+    """Our answers beside a bare batched `generate(do_sample=True)`, medians of interleaved runs, and beside
+    Inspect's `hf/` provider.
+    """
     texts = [f"How do I clean {'very ' * (i % 7)}old thing {i}?" for i in range(samples)]
-    questions = [dict(benchmark="speed", language="en", item_id=str(i), question_id=str(i), question=q, epochs=1) for i, q in enumerate(texts)]
+    questions = [
+        dict(benchmark="speed", language="en", item_id=str(i), question_id=str(i), question=q, epochs=1)
+        for i, q in enumerate(texts)
+    ]
     generation = Generation(max_new_tokens=new_tokens, batch_size=batch_size)
     network, tokenizer = load_model(folder, device), load_tokenizer(folder)
-    settings = _settings(network, tokenizer, do_sample=True, top_k=0, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
+    settings = _settings(
+        network, tokenizer, do_sample=True, top_k=0, max_new_tokens=new_tokens, min_new_tokens=new_tokens
+    )
     prompts = [row["ids"] for row in _work(questions, tokenizer)]
     seconds = {"bare": [], "ours": [], "end_to_end": []}
-    for _ in range(repetitions + 1): # the first round warms up and is not counted
+    for _ in range(repetitions + 1):  # the first round warms up and is not counted
         began = time.perf_counter()
-        for start in range(0, samples, batch_size): _answer_batch(network, prompts[start:start + batch_size], settings)
+        for start in range(0, samples, batch_size):
+            _answer_batch(network, prompts[start : start + batch_size], settings)
         seconds["bare"].append(time.perf_counter() - began)
         began = time.perf_counter()
         fresh = load_model(folder, device), load_tokenizer(folder)
-        answers = _generate(*fresh, "speed", questions, 0, generation, lambda line: None, min_new_tokens=new_tokens)
+        answers = _generate(
+            *fresh, "speed", questions, 0, generation, lambda line: None, min_new_tokens=new_tokens
+        )
         seconds["ours"].append(answers.attrs["generation_seconds"])
         seconds["end_to_end"].append(time.perf_counter() - began)
     rates = {name: samples / statistics.median(times[1:]) for name, times in seconds.items()}
     rates["ratio"] = rates["ours"] / rates["bare"]
-    if inspect_samples: rates["inspect_hf"] = _inspect_rate(Path(folder), texts[:inspect_samples], new_tokens, batch_size)
-    return rates | ({"ratio_to_inspect": rates["end_to_end"] / rates["inspect_hf"]} if inspect_samples else {})
+    if inspect_samples:
+        rates["inspect_hf"] = _inspect_rate(Path(folder), texts[:inspect_samples], new_tokens, batch_size)
+    return rates | (
+        {"ratio_to_inspect": rates["end_to_end"] / rates["inspect_hf"]} if inspect_samples else {}
+    )

@@ -28,97 +28,160 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from fastcore.basics import patch
 from inspect_ai.model import GenerateConfig, get_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, PrinterCallback, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    PrinterCallback,
+    TrainerCallback,
+)
 from transformers.models.llama import modeling_llama
 from trl import SFTConfig, SFTTrainer
 
 from ..data import world
 from ..evaluation.generate import generate_answers
 from ..training.grpo import engine_ended, make_trainer, prompt_rows
-from ..training.memory import Held, Shape, fit, read_shape, sampling_memory, total, training_memory
-from ..training.supervised import Progress, loss_log, pack, train
-from ..training.models import encode_prompt, encode_row, load_model, load_tokenizer, lora_config, pick_device, pick_dtype
+
+# %% ../../nbs/10_bench/00_gpu.ipynb #1d1204e9
+from ..core.errors import first_line
+from ..core.files import write_atomically
 from ..store.folder import provenance
 from ..study import Compute, Generation, Grpo, Lora, Models, Training
-from ..core.files import write_atomically
-from ..core.errors import first_line
 from ..training.device import Holding, fitted, holding, load_held
+from compassion_repro.training.memory import (
+    Held,
+    Shape,
+    fit,
+    read_shape,
+    sampling_memory,
+    total,
+    training_memory,
+)
+from compassion_repro.training.models import (
+    encode_prompt,
+    encode_row,
+    load_model,
+    load_tokenizer,
+    lora_config,
+    pick_device,
+    pick_dtype,
+)
+from ..training.supervised import Progress, loss_log, pack, train
 
 # %% ../../nbs/10_bench/00_gpu.ipynb #7a1d4c0e
-LLAMA_8B = { # settings of `LlamaConfig`, from the published config.json of Llama 3.1 8B
-    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "rope_theta": 500000.0}}
+LLAMA_8B = {  # settings of `LlamaConfig`, from the published config.json of Llama 3.1 8B
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+    },
+}
 
 
 @dataclass(frozen=True)
 class Sizes:
     "What is measured, and how large."
-    model: dict # settings of `LlamaConfig`
-    lengths: tuple[int, ...] = (512, 1024, 2048) # tokens a packed sequence
-    tokens: int = 8192 # of packed sequences an optimiser step, the same at every length
-    steps: int = 4 # optimiser steps a run, the first of which warms up
-    rank: int = 32 # of the adapter, on every linear layer
-    answers: int = 64 # answers generated at once
-    new_tokens: int = 512 # tokens an answer
-    rounds: int = 2 # how often generation is repeated
-    prompts: int = 8 # prompts a GRPO step
-    group: int = 8 # completions a prompt
-    completion: int = 64 # tokens a completion
-    product: int = 8192 # rows and columns of the matrices that are multiplied
 
+    model: dict  # settings of `LlamaConfig`
+    lengths: tuple[int, ...] = (512, 1024, 2048)  # tokens a packed sequence
+    tokens: int = 8192  # of packed sequences an optimiser step, the same at every length
+    steps: int = 4  # optimiser steps a run, the first of which warms up
+    rank: int = 32  # of the adapter, on every linear layer
+    answers: int = 64  # answers generated at once
+    new_tokens: int = 512  # tokens an answer
+    rounds: int = 2  # how often generation is repeated
+    prompts: int = 8  # prompts a GRPO step
+    group: int = 8  # completions a prompt
+    completion: int = 64  # tokens a completion
+    product: int = 8192  # rows and columns of the matrices that are multiplied
 
+# %% ../../nbs/10_bench/00_gpu.ipynb #5110947a
 GPU = Sizes(LLAMA_8B)
 
 # %% ../../nbs/10_bench/00_gpu.ipynb #b0c93c70
 def stand_in(
-    folder: str | Path, # written to
-    model: dict, # settings of `LlamaConfig`
-    device: str, # where the numbers are drawn
-    seed: int = 0, # of the numbers
-) -> Path: # the folder
-    "Write a model of a given shape with random weights, and the embedded world's tokenizer beside it; ids past its vocabulary have no text."
+    folder: str | Path,  # written to
+    model: dict,  # settings of `LlamaConfig`
+    device: str,  # where the numbers are drawn
+    seed: int = 0,  # of the numbers
+) -> Path:  # the folder
+    """Write a model of a given shape with random weights, and the embedded world's tokenizer beside it; ids
+    past its vocabulary have no text.
+    """
     torch.manual_seed(seed)
     tokenizer = load_tokenizer(world.assets() / "base")
-    config = LlamaConfig(**model, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    with torch.device(device): network = AutoModelForCausalLM.from_config(config, dtype=pick_dtype(device))
+    config = LlamaConfig(
+        **model,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.device(device):
+        network = AutoModelForCausalLM.from_config(config, dtype=pick_dtype(device))
     network.save_pretrained(folder, max_shard_size="1GB")
     tokenizer.save_pretrained(folder)
     return Path(folder)
 
 # %% ../../nbs/10_bench/00_gpu.ipynb #b3f0ed5a
 def _wait():
-    if torch.cuda.is_available(): torch.cuda.synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
-
+# %% ../../nbs/10_bench/00_gpu.ipynb #a9a881d6
 def _empty(*models: torch.nn.Module):
     "Take the models' memory back, whoever still holds them."
     for model in models:
-        for weight in model.parameters(): weight.data, weight.grad = weight.data.new_empty(0), None
+        for weight in model.parameters():
+            weight.data, weight.grad = weight.data.new_empty(0), None
     gc.collect()
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
-
+# %% ../../nbs/10_bench/00_gpu.ipynb #3d5d856b
 @contextmanager
 def watched():
-    "Seconds and peak memory (GB of 2**30 bytes, None without a GPU) of what is done inside, in the record that it gives."
+    """Seconds and peak memory (GB of 2**30 bytes, None without a GPU) of what is done inside, in the record
+    that it gives.
+    """
     record = {"held_before_gb": _gb(torch.cuda.memory_allocated)}
-    if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     yield record
     _wait()
-    record |= {"seconds": round(time.perf_counter() - began, 2), "peak_gb": _gb(torch.cuda.max_memory_allocated)}
+    record |= {
+        "seconds": round(time.perf_counter() - began, 2),
+        "peak_gb": _gb(torch.cuda.max_memory_allocated),
+    }
 
-
-def _gb(count: Callable) -> float | None: return round(count() / 2**30, 2) if torch.cuda.is_available() else None
+# %% ../../nbs/10_bench/00_gpu.ipynb #f57c7940
+def _gb(count: Callable) -> float | None:
+    return round(count() / 2**30, 2) if torch.cuda.is_available() else None
 
 # %% ../../nbs/10_bench/00_gpu.ipynb #bc832ad9
 def spread(
-    values: list[float], # repetitions
-) -> dict[str, float]: # median, lowest, highest, n
+    values: list[float],  # repetitions
+) -> dict[str, float]:  # median, lowest, highest, n
     "A median with its range."
-    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values), "n": len(values)}
+    return {
+        "median": statistics.median(values),
+        "lowest": min(values),
+        "highest": max(values),
+        "n": len(values),
+    }
 
 # %% ../../nbs/10_bench/00_gpu.ipynb #fa2e9ce6
 def _seconds(work: Callable, repetitions: int) -> list[float]:
@@ -132,94 +195,165 @@ def _seconds(work: Callable, repetitions: int) -> list[float]:
         found.append(time.perf_counter() - began)
     return found
 
-
+# %% ../../nbs/10_bench/00_gpu.ipynb #ec6daaa8
 def limits(
-    product: int, # rows and columns of the matrices
-    device: str, # "cuda" or "cpu"
-) -> dict[str, dict]: # `operations` and `bytes` a second, each a spread
+    product: int,  # rows and columns of the matrices
+    device: str,  # "cuda" or "cpu"
+) -> dict[str, dict]:  # `operations` and `bytes` a second, each a spread
     "Matrix products and copies, random numbers, medians of five."
     a, b = (torch.randn(product, product, device=device, dtype=pick_dtype(device)) for _ in range(2))
     block = torch.randn(16 * product, product, device=device, dtype=pick_dtype(device))
     many = 40 if device == "cuda" else 1
     products = _seconds(lambda: [a @ b for _ in range(many)], 5)
-    return {"operations": spread([2 * many * product**3 / s for s in products]), "bytes": spread([2 * block.nbytes / s for s in _seconds(block.clone, 5)])}
+    return {
+        "operations": spread([2 * many * product**3 / s for s in products]),
+        "bytes": spread([2 * block.nbytes / s for s in _seconds(block.clone, 5)]),
+    }
 
 # %% ../../nbs/10_bench/00_gpu.ipynb #ffef3d90
 def flops_per_token(
-    shape: Shape, # of the model
-    lengths: list[int], # tokens of each document
-) -> float: # operations
+    shape: Shape,  # of the model
+    lengths: list[int],  # tokens of each document
+) -> float:  # operations
     "Operations that training with a frozen base needs for a token, F above."
     weights = shape.linear_parameters + shape.vocabulary * shape.hidden
-    return 4 * weights + 6 * shape.layers * shape.heads * shape.head_size * sum(n * n for n in lengths) / sum(lengths)
+    return 4 * weights + 6 * shape.layers * shape.heads * shape.head_size * sum(n * n for n in lengths) / sum(
+        lengths
+    )
 
 # %% ../../nbs/10_bench/00_gpu.ipynb #336f718c
 @dataclass(frozen=True)
 class Bench:
     "The model that stands in, and the device it is measured on."
-    folder: Path # from `stand_in`
-    sizes: Sizes # what is measured
-    device: str # "cuda" or "cpu"
-    rate: float # operations a second, from `limits`
 
-    @property
-    def shape(self) -> Shape:
-        "Shape of the model."
-        return read_shape(self.folder)
+    folder: Path  # from `stand_in`
+    sizes: Sizes  # what is measured
+    device: str  # "cuda" or "cpu"
+    rate: float  # operations a second, from `limits`
 
-    @property
-    def lora(self) -> Lora:
-        "The adapter, on every linear layer."
-        return Lora(rank=self.sizes.rank, alpha=self.sizes.rank)
+# %% ../../nbs/10_bench/00_gpu.ipynb #0aba41c4
+@patch(as_prop=True)
+def shape(self: Bench) -> Shape:
+    "Shape of the model."
+    return read_shape(self.folder)
 
-    def how(self, quantize: str = "none", **compute) -> Holding: # settings of `Compute` that differ from its defaults
-        "How a stage would hold the model."
-        return holding(Models(base=str(self.folder), quantize=quantize), Compute(device=self.device, **compute))
+# %% ../../nbs/10_bench/00_gpu.ipynb #bcee7071
+@patch(as_prop=True)
+def lora(self: Bench) -> Lora:
+    "The adapter, on every linear layer."
+    return Lora(rank=self.sizes.rank, alpha=self.sizes.rank)
 
-    def held(self, how: Holding) -> Held:
-        "The same, for the estimates of memory."
-        return Held(self.sizes.rank, how.quantize, how.dtype.itemsize, 2 if "8bit" in (how.optimizer or "") else 8, how.liger, how.masked)
+# %% ../../nbs/10_bench/00_gpu.ipynb #c8189970
+@patch
+def how(
+    self: Bench, quantize: str = "none", **compute
+) -> Holding:  # settings of `Compute` that differ from its defaults
+    "How a stage would hold the model."
+    return holding(Models(base=str(self.folder), quantize=quantize), Compute(device=self.device, **compute))
 
-    def batch(self, length: int) -> int: # tokens a sequence
-        "Sequences an optimiser step."
-        return max(1, self.sizes.tokens // length)
+# %% ../../nbs/10_bench/00_gpu.ipynb #d8f4f586
+@patch
+def held(self: Bench, how: Holding) -> Held:
+    "The same, for the estimates of memory."
+    return Held(
+        self.sizes.rank,
+        how.quantize,
+        how.dtype.itemsize,
+        2 if "8bit" in (how.optimizer or "") else 8,
+        how.liger,
+        how.masked,
+    )
 
-    def rows(self, length: int) -> list[dict]: # `text` rows of an eighth of a sequence's length up to all of it
-        "Documents for a run at a length."
-        tokenizer = load_tokenizer(self.folder)
-        words = [word for row in world.corpus("documents", 200) for word in tokenizer(row["text"], add_special_tokens=False)["input_ids"]]
-        wanted, rows, draw = 1.1 * self.sizes.steps * self.batch(length) * length, [], torch.Generator().manual_seed(length)
-        while sum(size for size, _ in rows) < wanted:
-            size = int(torch.randint(length // 8, length - 8, (), generator=draw))
-            start = int(torch.randint(0, max(1, len(words) - size), (), generator=draw))
-            rows.append((size, (words[start:] + words)[:size]))
-        return [{"text": tokenizer.decode(ids)} for _, ids in rows]
+# %% ../../nbs/10_bench/00_gpu.ipynb #53d6b9e1
+@patch
+def batch(self: Bench, length: int) -> int:  # tokens a sequence
+    "Sequences an optimiser step."
+    return max(1, self.sizes.tokens // length)
+
+# %% ../../nbs/10_bench/00_gpu.ipynb #28ef19ba
+@patch
+def rows(
+    self: Bench, length: int
+) -> list[dict]:  # `text` rows of an eighth of a sequence's length up to all of it
+    "Documents for a run at a length."
+    tokenizer = load_tokenizer(self.folder)
+    words = [
+        word
+        for row in world.corpus("documents", 200)
+        for word in tokenizer(row["text"], add_special_tokens=False)["input_ids"]
+    ]
+    wanted, rows, draw = (
+        1.1 * self.sizes.steps * self.batch(length) * length,
+        [],
+        torch.Generator().manual_seed(length),
+    )
+    while sum(size for size, _ in rows) < wanted:
+        size = int(torch.randint(length // 8, length - 8, (), generator=draw))
+        start = int(torch.randint(0, max(1, len(words) - size), (), generator=draw))
+        rows.append((size, (words[start:] + words)[:size]))
+    return [{"text": tokenizer.decode(ids)} for _, ids in rows]
 
 # %% ../../nbs/10_bench/00_gpu.ipynb #d50fcc3e
 def _run_record(bench: Bench, log: list[dict], rows: list[dict], length: int) -> dict:
     "Speed out of a trainer's log, the first step left out."
-    steps = [(after["tokens"] - before["tokens"], after["seconds"] - before["seconds"]) for before, after in zip(log, log[1:])]
+    steps = [
+        (after["tokens"] - before["tokens"], after["seconds"] - before["seconds"])
+        for before, after in zip(log, log[1:])
+    ]
     rates = [tokens / max(seconds, 1e-3) for tokens, seconds in steps]
-    documents = [n for lengths in pack(rows, load_tokenizer(bench.folder), length)["seq_lengths"] for n in lengths]
-    return {"tokens_per_second": spread(rates), "seconds_a_step": spread([seconds for _, seconds in steps]), "tokens_a_step": statistics.median(tokens for tokens, _ in steps),
-            "mfu": flops_per_token(bench.shape, documents) * statistics.median(rates) / bench.rate, "loss": log[-1]["loss"]}
+    documents = [
+        n for lengths in pack(rows, load_tokenizer(bench.folder), length)["seq_lengths"] for n in lengths
+    ]
+    return {
+        "tokens_per_second": spread(rates),
+        "seconds_a_step": spread([seconds for _, seconds in steps]),
+        "tokens_a_step": statistics.median(tokens for tokens, _ in steps),
+        "mfu": flops_per_token(bench.shape, documents) * statistics.median(rates) / bench.rate,
+        "loss": log[-1]["loss"],
+    }
 
-
+# %% ../../nbs/10_bench/00_gpu.ipynb #facb968c
 def train_ours(
-    bench: Bench, # model and device
-    length: int, # tokens a sequence
-    quantize: str = "none", # or "nf4"
-    **compute, # settings of `Compute` that differ from its defaults
-) -> dict: # speed, memory, its estimate, what was chosen
+    bench: Bench,  # model and device
+    length: int,  # tokens a sequence
+    quantize: str = "none",  # or "nf4"
+    **compute,  # settings of `Compute` that differ from its defaults
+) -> dict:  # speed, memory, its estimate, what was chosen
     "Train as a stage does."
     how, rows = bench.how(quantize, **compute), bench.rows(length)
-    training = Training(length=length, batch_size=bench.batch(length), micro_batch="auto", steps=bench.sizes.steps, learning_rate=1e-5)
+    training = Training(
+        length=length,
+        batch_size=bench.batch(length),
+        micro_batch="auto",
+        steps=bench.sizes.steps,
+        learning_rate=1e-5,
+    )
     with watched() as record:
         training, again = fitted(training, bench.folder, bench.lora, how)
-        model, done = train(load_held(bench.folder, how), load_tokenizer(bench.folder), rows, training, training.steps, 0, bench.lora, lambda line: None, "speed", how, again)
+        model, done = train(
+            load_held(bench.folder, how),
+            load_tokenizer(bench.folder),
+            rows,
+            training,
+            training.steps,
+            0,
+            bench.lora,
+            lambda line: None,
+            "speed",
+            how,
+            again,
+        )
     _empty(model)
     estimate = total(training_memory(bench.shape, training.micro_batch * length, bench.held(how), again))
-    return record | _run_record(bench, done["log"], rows, length) | {"micro_batch": training.micro_batch, "checkpointing": again, "estimate_gb": round(estimate, 2)}
+    return (
+        record
+        | _run_record(bench, done["log"], rows, length)
+        | {
+            "micro_batch": training.micro_batch,
+            "checkpointing": again,
+            "estimate_gb": round(estimate, 2),
+        }
+    )
 
 # %% ../../nbs/10_bench/00_gpu.ipynb #11a65241
 @contextmanager
@@ -227,102 +361,206 @@ def as_it_comes():
     "PyTorch's own choice of attention kernels, which this package changes."
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(True)
-    try: yield
-    finally: torch.backends.cuda.enable_cudnn_sdp(before)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
-
+# %% ../../nbs/10_bench/00_gpu.ipynb #2549196c
 def train_default(
-    bench: Bench, # model and device
-    length: int, # tokens a sequence
-    quantize: str = "none", # or "nf4"
-) -> dict: # speed, memory
+    bench: Bench,  # model and device
+    length: int,  # tokens a sequence
+    quantize: str = "none",  # or "nf4"
+) -> dict:  # speed, memory
     "Train the same rows with TRL's own settings."
     rows, tokenizer = bench.rows(length), load_tokenizer(bench.folder)
     data = Dataset.from_list([encode_row(row, tokenizer) for row in rows])
     with as_it_comes(), watched() as record, tempfile.TemporaryDirectory() as folder:
-        model = load_held(bench.folder, bench.how(quantize, attention="sdpa", liger=False)) if quantize != "none" else load_model(bench.folder, bench.device)
-        config = SFTConfig(folder, max_steps=bench.sizes.steps, packing=True, max_length=length, per_device_train_batch_size=bench.batch(length), use_cpu=bench.device == "cpu",
-                           logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True)
-        trainer = SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer, peft_config=lora_config(bench.lora), callbacks=[Progress(lambda line: None)])
+        model = (
+            load_held(bench.folder, bench.how(quantize, attention="sdpa", liger=False))
+            if quantize != "none"
+            else load_model(bench.folder, bench.device)
+        )
+        config = SFTConfig(
+            folder,
+            max_steps=bench.sizes.steps,
+            packing=True,
+            max_length=length,
+            per_device_train_batch_size=bench.batch(length),
+            use_cpu=bench.device == "cpu",
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        trainer = SFTTrainer(
+            model,
+            config,
+            train_dataset=data,
+            processing_class=tokenizer,
+            peft_config=lora_config(bench.lora),
+            callbacks=[Progress(lambda line: None)],
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     _empty(trainer.model)
-    return record | _run_record(bench, loss_log(trainer.state.log_history), rows, length) | {"micro_batch": bench.batch(length), "checkpointing": config.gradient_checkpointing}
+    return (
+        record
+        | _run_record(bench, loss_log(trainer.state.log_history), rows, length)
+        | {
+            "micro_batch": bench.batch(length),
+            "checkpointing": config.gradient_checkpointing,
+        }
+    )
 
 # %% ../../nbs/10_bench/00_gpu.ipynb #d6e0fbd5
 @contextmanager
 def unpatched():
     "Whatever replaces Llama's parts inside is undone afterwards."
     before = dict(vars(modeling_llama))
-    try: yield
-    finally: vars(modeling_llama).update(before)
+    try:
+        yield
+    finally:
+        vars(modeling_llama).update(before)
 
 # %% ../../nbs/10_bench/00_gpu.ipynb #6d301f14
 class StandInReward:
     "A reward model of the given shape with random weights; it reads the completions' tokens."
+
     def __init__(self, bench: Bench, at_once: int = 32):
-        config = LlamaConfig(**bench.sizes.model, num_labels=1, pad_token_id=load_tokenizer(bench.folder).pad_token_id)
-        with torch.device(bench.device): self.model = AutoModelForSequenceClassification.from_config(config, dtype=pick_dtype(bench.device)).eval()
+        config = LlamaConfig(
+            **bench.sizes.model, num_labels=1, pad_token_id=load_tokenizer(bench.folder).pad_token_id
+        )
+        with torch.device(bench.device):
+            self.model = AutoModelForSequenceClassification.from_config(
+                config, dtype=pick_dtype(bench.device)
+            ).eval()
         self.at_once, self.__name__ = at_once, "stand_in"
 
     @torch.inference_mode()
     def __call__(self, completion_ids, **columns):
         rows = [torch.tensor(ids or [0]) for ids in completion_ids]
-        batches = [torch.nn.utils.rnn.pad_sequence(rows[i:i + self.at_once], True, self.model.config.pad_token_id) for i in range(0, len(rows), self.at_once)]
-        return [score for ids in batches for score in self.model(ids.to(self.model.device), use_cache=False).logits[:, 0].float().tolist()]
+        batches = [
+            torch.nn.utils.rnn.pad_sequence(rows[i : i + self.at_once], True, self.model.config.pad_token_id)
+            for i in range(0, len(rows), self.at_once)
+        ]
+        return [
+            score
+            for ids in batches
+            for score in self.model(ids.to(self.model.device), use_cache=False).logits[:, 0].float().tolist()
+        ]
 
-
+# %% ../../nbs/10_bench/00_gpu.ipynb #2f27481f
 class _StepClock(TrainerCallback):
     "Seconds of every step, and of the trainer's methods within it."
-    METHODS = {"_generate": "generation", "_calculate_rewards": "reward", "compute_loss": "forward", "training_step": "all", "_prepare_inputs": "prepared"}
 
-    def __init__(self): self.steps, self.parts = [], []
+    METHODS = {
+        "_generate": "generation",
+        "_calculate_rewards": "reward",
+        "compute_loss": "forward",
+        "training_step": "all",
+        "_prepare_inputs": "prepared",
+    }
 
-    def watch(self, trainer):
-        "Put a clock around each method."
-        for method, name in self.METHODS.items(): setattr(trainer, method, partial(self._timed, getattr(trainer, method), name))
+    def __init__(self):
+        self.steps, self.parts = [], []
 
-    def _timed(self, method, name, *args, **kwargs):
-        _wait()
-        began = time.perf_counter()
-        result = method(*args, **kwargs)
-        _wait()
-        self.parts[-1][name] += time.perf_counter() - began
-        return result
+# %% ../../nbs/10_bench/00_gpu.ipynb #2a07c9b1
+@patch
+def watch(self: _StepClock, trainer):
+    "Put a clock around each method."
+    for method, name in self.METHODS.items():
+        setattr(trainer, method, partial(self._timed, getattr(trainer, method), name))
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.began = time.perf_counter()
-        self.parts.append(defaultdict(float))
+# %% ../../nbs/10_bench/00_gpu.ipynb #1d3dfaf5
+@patch
+def _timed(self: _StepClock, method, name, *args, **kwargs):
+    _wait()
+    began = time.perf_counter()
+    result = method(*args, **kwargs)
+    _wait()
+    self.parts[-1][name] += time.perf_counter() - began
+    return result
 
-    def on_step_end(self, args, state, control, **kwargs):
-        _wait()
-        self.steps.append(time.perf_counter() - self.began)
+# %% ../../nbs/10_bench/00_gpu.ipynb #3bb12868
+@patch
+def on_step_begin(self: _StepClock, args, state, control, **kwargs):
+    self.began = time.perf_counter()
+    self.parts.append(defaultdict(float))
+
+# %% ../../nbs/10_bench/00_gpu.ipynb #b155302c
+@patch
+def on_step_end(self: _StepClock, args, state, control, **kwargs):
+    _wait()
+    self.steps.append(time.perf_counter() - self.began)
 
 # %% ../../nbs/10_bench/00_gpu.ipynb #d1f758e2
 def _by_part(clock: _StepClock) -> dict[str, float]:
-    "Median seconds a step of each part. What `_prepare_inputs` does beside generation and reward is the reference's forward pass; the backward pass is what a training step does beside these."
-    median = {name: statistics.median(step[name] for step in clock.parts[1:]) for name in _StepClock.METHODS.values()}
-    return {"generation": median["generation"], "reward": median["reward"], "reference": median["prepared"] - median["generation"] - median["reward"], "forward": median["forward"],
-            "backward": median["all"] - median["prepared"] - median["forward"], "optimiser": statistics.median(clock.steps[1:]) - median["all"]}
+    """Median seconds a step of each part.
 
+    What `_prepare_inputs` does beside generation and reward is the reference's forward pass; the backward
+    pass is what a training step does beside these.
+    """
+    median = {
+        name: statistics.median(step[name] for step in clock.parts[1:])
+        for name in _StepClock.METHODS.values()
+    }
+    return {
+        "generation": median["generation"],
+        "reward": median["reward"],
+        "reference": median["prepared"] - median["generation"] - median["reward"],
+        "forward": median["forward"],
+        "backward": median["all"] - median["prepared"] - median["forward"],
+        "optimiser": statistics.median(clock.steps[1:]) - median["all"],
+    }
 
+# %% ../../nbs/10_bench/00_gpu.ipynb #130ffef5
 def grpo_ours(
-    bench: Bench, # model and device
-    quantize: str = "none", # or "nf4"
-    reward: bool = True, # with a reward model of the same shape, else scores by length
-    completion: int | None = None, # tokens a completion, if not as in the sizes
-    engine: str = "transformers", # or "vllm": what samples
-    **compute, # settings of `Compute` that differ from its defaults
-) -> dict: # seconds a step and its parts, memory and its estimate
+    bench: Bench,  # model and device
+    quantize: str = "none",  # or "nf4"
+    reward: bool = True,  # with a reward model of the same shape, else scores by length
+    completion: int | None = None,  # tokens a completion, if not as in the sizes
+    engine: str = "transformers",  # or "vllm": what samples
+    **compute,  # settings of `Compute` that differ from its defaults
+) -> dict:  # seconds a step and its parts, memory and its estimate
     "GRPO as a stage does it."
-    sizes, how, tokenizer, completion = bench.sizes, bench.how(quantize, **compute), load_tokenizer(bench.folder), completion or bench.sizes.completion
-    training = Grpo(settings="trl", steps=3, group=sizes.group, prompts_per_step=sizes.prompts, micro_batch="auto", max_prompt_tokens=64, max_new_tokens=completion, learning_rate=1e-6, engine=engine)
-    rows = [{"id": str(n), "messages": [{"role": "user", "content": f"How do I look after thing {n}?"}]} for n in range(3 * sizes.prompts)]
+    sizes, how, tokenizer, completion = (
+        bench.sizes,
+        bench.how(quantize, **compute),
+        load_tokenizer(bench.folder),
+        completion or bench.sizes.completion,
+    )
+    training = Grpo(
+        settings="trl",
+        steps=3,
+        group=sizes.group,
+        prompts_per_step=sizes.prompts,
+        micro_batch="auto",
+        max_prompt_tokens=64,
+        max_new_tokens=completion,
+        learning_rate=1e-6,
+        engine=engine,
+    )
+    rows = [
+        {"id": str(n), "messages": [{"role": "user", "content": f"How do I look after thing {n}?"}]}
+        for n in range(3 * sizes.prompts)
+    ]
     prompts, clock = prompt_rows(rows, tokenizer, training.max_prompt_tokens), _StepClock()
     with watched() as record, tempfile.TemporaryDirectory() as folder, engine_ended(training) as made:
         score = StandInReward(bench) if reward else _by_length
         training, again = fitted(training, bench.folder, bench.lora, how)
-        trainer = make_trainer(bench.folder, prompts, training, 0, bench.lora, score, folder, [clock], how=how, checkpointing=again)
+        trainer = make_trainer(
+            bench.folder,
+            prompts,
+            training,
+            0,
+            bench.lora,
+            score,
+            folder,
+            [clock],
+            how=how,
+            checkpointing=again,
+        )
         made(trainer)
         clock.parts.append(defaultdict(float))
         clock.watch(trainer)
@@ -330,29 +568,59 @@ def grpo_ours(
         clock.parts.pop(0)
     _empty(trainer.model, *([score.model] if reward else []))
     longest = max(len(encode_prompt(row["messages"], tokenizer)) for row in prompts)
-    estimate = fit(training.model_copy(update={"max_prompt_tokens": longest}), bench.shape, bench.held(how), 1e6, "always" if again else "never", reward * bench.shape.parameters * how.dtype.itemsize).gb
-    return record | {"seconds_a_step": spread(clock.steps[1:]), "parts": {name: round(value, 3) for name, value in _by_part(clock).items()}, "completions": training.completions, "tokens": completion,
-                     "micro_batch": training.micro_batch, "at_once": training.generate_at_once, "checkpointing": again, "estimate_gb": round(estimate, 2)}
+    estimate = fit(
+        training.model_copy(update={"max_prompt_tokens": longest}),
+        bench.shape,
+        bench.held(how),
+        1e6,
+        "always" if again else "never",
+        reward * bench.shape.parameters * how.dtype.itemsize,
+    ).gb
+    return record | {
+        "seconds_a_step": spread(clock.steps[1:]),
+        "parts": {name: round(value, 3) for name, value in _by_part(clock).items()},
+        "completions": training.completions,
+        "tokens": completion,
+        "micro_batch": training.micro_batch,
+        "at_once": training.generate_at_once,
+        "checkpointing": again,
+        "estimate_gb": round(estimate, 2),
+    }
 
-
-def _by_length(completion_ids, **columns): return [float(len(set(ids))) for ids in completion_ids]
+# %% ../../nbs/10_bench/00_gpu.ipynb #36447aa8
+def _by_length(completion_ids, **columns):
+    return [float(len(set(ids))) for ids in completion_ids]
 
 # %% ../../nbs/10_bench/00_gpu.ipynb #1648f93e
-def _questions(bench: Bench) -> list[str]: return [f"How do I clean {'very ' * (i % 7)}old thing {i}?" for i in range(bench.sizes.answers)]
+def _questions(bench: Bench) -> list[str]:
+    return [f"How do I clean {'very ' * (i % 7)}old thing {i}?" for i in range(bench.sizes.answers)]
 
-
-def _bare(bench: Bench, new_tokens: int) -> Callable: # with its `model`, and `rate`, which gives answers a second
+# %% ../../nbs/10_bench/00_gpu.ipynb #ea9ea7ef
+def _bare(
+    bench: Bench, new_tokens: int
+) -> Callable:  # with its `model`, and `rate`, which gives answers a second
     "Plain `generate` with sampling."
     model, tokenizer = load_model(bench.folder, bench.device), load_tokenizer(bench.folder)
-    prompts = [encode_prompt([{"role": "user", "content": question}], tokenizer) for question in _questions(bench)]
+    prompts = [
+        encode_prompt([{"role": "user", "content": question}], tokenizer) for question in _questions(bench)
+    ]
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(bench.device)
-    options = {"do_sample": True, "top_k": 0, "min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "pad_token_id": tokenizer.pad_token_id}
+    options = {
+        "do_sample": True,
+        "top_k": 0,
+        "min_new_tokens": new_tokens,
+        "max_new_tokens": new_tokens,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
     def run():
-        with torch.inference_mode(): model.generate(**batch, **options).tolist()
+        with torch.inference_mode():
+            model.generate(**batch, **options).tolist()
+
     run.model, run.rate = model, lambda: len(prompts) / _seconds_once(run)
     return run
 
-
+# %% ../../nbs/10_bench/00_gpu.ipynb #2869e6e3
 def _seconds_once(work: Callable) -> float:
     _wait()
     began = time.perf_counter()
@@ -360,111 +628,242 @@ def _seconds_once(work: Callable) -> float:
     _wait()
     return time.perf_counter() - began
 
-
-def _ours(bench: Bench, new_tokens: int, engine: str = "transformers") -> float: # answers a second, loading left out
-    questions = [dict(benchmark="speed", language="en", item_id=str(i), question_id=str(i), question=q, epochs=1) for i, q in enumerate(_questions(bench))]
+# %% ../../nbs/10_bench/00_gpu.ipynb #6e6b21c1
+def _ours(
+    bench: Bench, new_tokens: int, engine: str = "transformers"
+) -> float:  # answers a second, loading left out
+    questions = [
+        dict(benchmark="speed", language="en", item_id=str(i), question_id=str(i), question=q, epochs=1)
+        for i, q in enumerate(_questions(bench))
+    ]
     generation = Generation(max_new_tokens=new_tokens, batch_size=len(questions), engine=engine)
-    return generate_answers(bench.folder, "speed", questions, 0, generation, bench.device, lambda line: None).attrs["samples_per_second"]
+    return generate_answers(
+        bench.folder, "speed", questions, 0, generation, bench.device, lambda line: None
+    ).attrs["samples_per_second"]
 
-
-def _inspect(bench: Bench, new_tokens: int) -> Callable: # with its `model`, and `rate`, which gives answers a second
+# %% ../../nbs/10_bench/00_gpu.ipynb #56ecb866
+def _inspect(
+    bench: Bench, new_tokens: int
+) -> Callable:  # with its `model`, and `rate`, which gives answers a second
     "Inspect's provider, asked for everything at once."
-    model = get_model("hf/stand-in", model_path=str(bench.folder), device=bench.device, dtype=pick_dtype(bench.device), tokenizer_call_args={"add_special_tokens": False}, memoize=False)
+    model = get_model(
+        "hf/stand-in",
+        model_path=str(bench.folder),
+        device=bench.device,
+        dtype=pick_dtype(bench.device),
+        tokenizer_call_args={"add_special_tokens": False},
+        memoize=False,
+    )
     config = GenerateConfig(max_tokens=new_tokens, max_connections=bench.sizes.answers, temperature=1.0)
-    async def ask(): return await asyncio.gather(*(model.generate(question, config=config) for question in _questions(bench)))
+
+    async def ask():
+        return await asyncio.gather(
+            *(model.generate(question, config=config) for question in _questions(bench))
+        )
+
     def run():
-        with ThreadPoolExecutor(1) as pool: pool.submit(asyncio.run, ask()).result()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(asyncio.run, ask()).result()
+
     run.model, run.rate = model.api.model, lambda: bench.sizes.answers / _seconds_once(run)
     return run
 
 # %% ../../nbs/10_bench/00_gpu.ipynb #d1d360f6
 def generation(
-    bench: Bench, # model and device
-) -> dict: # answers a second of bare, ours, inspect; ratios to bare; memory of ours and its estimate
-    "Answers a second, in turns after a short run that warms up. The memory is that of the first run of ours, alone on the device."
+    bench: Bench,  # model and device
+) -> dict:  # answers a second of bare, ours, inspect; ratios to bare; memory of ours and its estimate
+    """Answers a second, in turns after a short run that warms up.
+
+    The memory is that of the first run of ours, alone on the device.
+    """
     sizes, found = bench.sizes, defaultdict(list)
     _ours(bench, 4)
-    with watched() as record: found["ours"].append(_ours(bench, sizes.new_tokens))
+    with watched() as record:
+        found["ours"].append(_ours(bench, sizes.new_tokens))
     bare = _bare(bench, sizes.new_tokens)
     for turn in range(sizes.rounds):
         found["bare"].append(bare.rate())
-        if turn: found["ours"].append(_ours(bench, sizes.new_tokens))
+        if turn:
+            found["ours"].append(_ours(bench, sizes.new_tokens))
     _empty(bare.model)
     provider = _inspect(bench, sizes.new_tokens)
     found["inspect"].append(provider.rate())
     _empty(provider.model)
-    longest = max(len(encode_prompt([{"role": "user", "content": question}], load_tokenizer(bench.folder))) for question in _questions(bench))
+    longest = max(
+        len(encode_prompt([{"role": "user", "content": question}], load_tokenizer(bench.folder)))
+        for question in _questions(bench)
+    )
     weights = bench.shape.parameters * pick_dtype(bench.device).itemsize
-    estimate = weights + sampling_memory(bench.shape, sizes.answers, longest + sizes.new_tokens, pick_dtype(bench.device).itemsize)
+    estimate = weights + sampling_memory(
+        bench.shape, sizes.answers, longest + sizes.new_tokens, pick_dtype(bench.device).itemsize
+    )
     rates = {name: spread(values) for name, values in found.items()}
-    return record | rates | {f"{name}_to_bare": rates[name]["median"] / rates["bare"]["median"] for name in ("ours", "inspect")} | {"tokens": sizes.new_tokens, "estimate_gb": round(estimate / 2**30, 2)}
+    return (
+        record
+        | rates
+        | {f"{name}_to_bare": rates[name]["median"] / rates["bare"]["median"] for name in ("ours", "inspect")}
+        | {"tokens": sizes.new_tokens, "estimate_gb": round(estimate / 2**30, 2)}
+    )
 
-
-
+# %% ../../nbs/10_bench/00_gpu.ipynb #a53d9887
 def generation_vllm(
-    bench: Bench, # model and device
-) -> dict: # answers a second
-    "The same answers from vLLM, through our generator and in a process of its own; its start is left out of the rate."
-    with watched() as record: rate = _ours(bench, bench.sizes.new_tokens, "vllm")
-    return {"seconds": record["seconds"], "answers_per_second": spread([rate]), "tokens": bench.sizes.new_tokens}
+    bench: Bench,  # model and device
+) -> dict:  # answers a second
+    """The same answers from vLLM, through our generator and in a process of its own; its start is left out of
+    the rate.
+    """
+    with watched() as record:
+        rate = _ours(bench, bench.sizes.new_tokens, "vllm")
+    return {
+        "seconds": record["seconds"],
+        "answers_per_second": spread([rate]),
+        "tokens": bench.sizes.new_tokens,
+    }
 
 # %% ../../nbs/10_bench/00_gpu.ipynb #c1badf17
-KINDS = {"matrix products": ("gemm", "nvjet", "cutlass_80", "cutlass_90", "::mm", "addmm", "sm90_xmma"), "attention": ("flash", "attention", "fmha"), "4-bit weights": ("dequantize", "kgemm_4bit"),
-         "norms, rotation, gates, loss (fused)": ("_rms_norm", "_swiglu", "_rope", "_forward_kernel", "_backward_kernel", "triton"), "sums, products, copies (elementwise)": ("elementwise", "copy", "memcpy", "memset", "cat", "reduce")}
+KINDS = {
+    "matrix products": ("gemm", "nvjet", "cutlass_80", "cutlass_90", "::mm", "addmm", "sm90_xmma"),
+    "attention": ("flash", "attention", "fmha"),
+    "4-bit weights": ("dequantize", "kgemm_4bit"),
+    "norms, rotation, gates, loss (fused)": (
+        "_rms_norm",
+        "_swiglu",
+        "_rope",
+        "_forward_kernel",
+        "_backward_kernel",
+        "triton",
+    ),
+    "sums, products, copies (elementwise)": ("elementwise", "copy", "memcpy", "memset", "cat", "reduce"),
+}
 
 
 def kind_of(
-    name: str, # of what ran on the device
-) -> str: # a key of KINDS, or "other"
+    name: str,  # of what ran on the device
+) -> str:  # a key of KINDS, or "other"
     "Which kind of work a kernel does, by its name."
-    return next((kind for kind in ("attention", "4-bit weights", "matrix products", *KINDS) if any(word in name.lower() for word in KINDS[kind])), "other")
+    return next(
+        (
+            kind
+            for kind in ("attention", "4-bit weights", "matrix products", *KINDS)
+            if any(word in name.lower() for word in KINDS[kind])
+        ),
+        "other",
+    )
 
-
+# %% ../../nbs/10_bench/00_gpu.ipynb #6b68c2c3
 def profile(
-    bench: Bench, # model and device
-    length: int, # tokens a sequence
-    **compute, # settings of `Compute` that differ from its defaults
-) -> dict: # share of the device's busy time by kind, the longest kernels, share of the wall time that the device was busy
+    bench: Bench,  # model and device
+    length: int,  # tokens a sequence
+    **compute,  # settings of `Compute` that differ from its defaults
+    # share of the device's busy time by kind, the longest kernels, share of the wall time that the device was
+    # busy
+) -> dict:
     "Profile the training steps of a run of ours."
     on_gpu = bench.device == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[activity]) as seen: run = train_ours(bench, length, **compute)
-    spent = sorted(((event.key, (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6) for event in seen.key_averages() if "HtoD" not in event.key), key=lambda pair: -pair[1]) # without loading the model
+    with torch.profiler.profile(activities=[activity]) as seen:
+        run = train_ours(bench, length, **compute)
+    # without loading the model
+    spent = sorted(
+        (
+            (event.key, (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6)
+            for event in seen.key_averages()
+            if "HtoD" not in event.key
+        ),
+        key=lambda pair: -pair[1],
+    )
     kinds, busy = defaultdict(float), sum(seconds for _, seconds in spent)
-    for name, seconds in spent: kinds[kind_of(name)] += seconds / busy
-    return {"kinds": {kind: round(share, 3) for kind, share in sorted(kinds.items(), key=lambda pair: -pair[1])}, "longest": [[name[:70], round(seconds, 3)] for name, seconds in spent[:12]],
-            "busy_share": round(busy / bench.sizes.steps / run["seconds_a_step"]["median"], 3)}
+    for name, seconds in spent:
+        kinds[kind_of(name)] += seconds / busy
+    return {
+        "kinds": {kind: round(share, 3) for kind, share in sorted(kinds.items(), key=lambda pair: -pair[1])},
+        "longest": [[name[:70], round(seconds, 3)] for name, seconds in spent[:12]],
+        "busy_share": round(busy / bench.sizes.steps / run["seconds_a_step"]["median"], 3),
+    }
 
 # %% ../../nbs/10_bench/00_gpu.ipynb #e8c91514
 def parts(
-    bench: Bench, # model and device
-    vllm: bool = False, # those of vLLM alone
-) -> dict[str, Callable]: # name -> measurement
+    bench: Bench,  # model and device
+    vllm: bool = False,  # those of vLLM alone
+) -> dict[str, Callable]:  # name -> measurement
     "All measurements, in their order. Names of training runs are weights/length/what."
-    if vllm: return {"grpo/none/vllm": partial(grpo_ours, bench, engine="vllm"), "generation/vllm": partial(generation_vllm, bench)}
+    if vllm:
+        return {
+            "grpo/none/vllm": partial(grpo_ours, bench, engine="vllm"),
+            "generation/vllm": partial(generation_vllm, bench),
+        }
     lengths, middle = bench.sizes.lengths, bench.sizes.lengths[len(bench.sizes.lengths) // 2]
-    best = {f"{held}/{length}/ours": partial(train_ours, bench, length, held) for held in ("none", "nf4") for length in lengths}
-    default = {f"{held}/{length}/default": partial(train_default, bench, length, held) for held in ("none", "nf4") for length in lengths}
+    best = {
+        f"{held}/{length}/ours": partial(train_ours, bench, length, held)
+        for held in ("none", "nf4")
+        for length in lengths
+    }
+    default = {
+        f"{held}/{length}/default": partial(train_default, bench, length, held)
+        for held in ("none", "nf4")
+        for length in lengths
+    }
     small_gpu = {f"nf4/{middle}/15 GB": partial(train_ours, bench, middle, "nf4", memory_gb=15)}
-    changes = {"with checkpointing": {"checkpointing": "always"}, "without Liger": {"liger": False}, "with masks": {"attention": "sdpa"}}
-    on_gpu = {f"none/{middle}/{name}": partial(train_ours, bench, middle, **change) for name, change in changes.items()}
-    others = {"generation": partial(generation, bench), "grpo/none": partial(grpo_ours, bench), "grpo/nf4/15 GB": partial(grpo_ours, bench, "nf4", False, bench.sizes.completion // 2, memory_gb=15)}
+    changes = {
+        "with checkpointing": {"checkpointing": "always"},
+        "without Liger": {"liger": False},
+        "with masks": {"attention": "sdpa"},
+    }
+    on_gpu = {
+        f"none/{middle}/{name}": partial(train_ours, bench, middle, **change)
+        for name, change in changes.items()
+    }
+    others = {
+        "generation": partial(generation, bench),
+        "grpo/none": partial(grpo_ours, bench),
+        "grpo/nf4/15 GB": partial(grpo_ours, bench, "nf4", False, bench.sizes.completion // 2, memory_gb=15),
+    }
     bf16 = {name: run for name, run in (best | default).items() if name.startswith("none")}
-    return dict(sorted(bf16.items(), key=lambda item: "ours" in item[0])) | small_gpu | best | others | default | on_gpu | {"profile": partial(profile, bench, middle)}
+    return (
+        dict(sorted(bf16.items(), key=lambda item: "ours" in item[0]))
+        | small_gpu
+        | best
+        | others
+        | default
+        | on_gpu
+        | {"profile": partial(profile, bench, middle)}
+    )
 
 # %% ../../nbs/10_bench/00_gpu.ipynb #a9bc2ed5
-def machine() -> dict: # GPU, driver, versions, commit
+def machine() -> dict:  # GPU, driver, versions, commit
     "What the figures were measured on."
     found = provenance()
-    record = {"commit": found["commit"], "python": found["python"], "system": found["system"], "packages": found["packages"] | {"liger_kernel": _version("liger-kernel")}, "gpu": None}
-    if not torch.cuda.is_available(): return record
-    driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True).stdout.split() if shutil.which("nvidia-smi") else []
-    return record | {"gpu": torch.cuda.get_device_name(0), "gpu_gb": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1), "cuda": torch.version.cuda, "driver": driver[0] if driver else None}
+    record = {
+        "commit": found["commit"],
+        "python": found["python"],
+        "system": found["system"],
+        "packages": found["packages"] | {"liger_kernel": _version("liger-kernel")},
+        "gpu": None,
+    }
+    if not torch.cuda.is_available():
+        return record
+    driver = (
+        subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+        ).stdout.split()
+        if shutil.which("nvidia-smi")
+        else []
+    )
+    return record | {
+        "gpu": torch.cuda.get_device_name(0),
+        "gpu_gb": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+        "driver": driver[0] if driver else None,
+    }
 
-
+# %% ../../nbs/10_bench/00_gpu.ipynb #55b62703
 def _version(package: str) -> str | None:
-    try: return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError: return None
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 # %% ../../nbs/10_bench/00_gpu.ipynb #293cec06
 def _scratch(needed: float) -> str | None:
@@ -472,91 +871,171 @@ def _scratch(needed: float) -> str | None:
     shared = Path("/dev/shm")
     return str(shared) if shared.is_dir() and shutil.disk_usage(shared).free > 1.2 * needed else None
 
-
+# %% ../../nbs/10_bench/00_gpu.ipynb #7258116e
 def measure(
-    sizes: Sizes = GPU, # what is measured
-    out: str | Path | None = None, # JSON file, written after every part
-    report: Callable[[str], None] = print, # called with one line of progress
-    device: str | None = None, # "cuda" or "cpu"; default: what the machine has
-    limit: float = 450, # seconds after which no part begins
-    only: Callable[[str], bool] = lambda name: True, # which parts, by name
-    vllm: bool = False, # the parts of vLLM instead, which must be in this environment
-) -> dict: # machine, model, limits, parts, seconds
+    sizes: Sizes = GPU,  # what is measured
+    out: str | Path | None = None,  # JSON file, written after every part
+    report: Callable[[str], None] = print,  # called with one line of progress
+    device: str | None = None,  # "cuda" or "cpu"; default: what the machine has
+    limit: float = 450,  # seconds after which no part begins
+    only: Callable[[str], bool] = lambda name: True,  # which parts, by name
+    vllm: bool = False,  # the parts of vLLM instead, which must be in this environment
+) -> dict:  # machine, model, limits, parts, seconds
     "Measure everything in one run."
     began, device = time.perf_counter(), device or pick_device()
-    result = {"machine": machine(), "model": sizes.model, "rank": sizes.rank, "tokens": sizes.tokens, "limits": limits(sizes.product, device), "parts": {}}
+    result = {
+        "machine": machine(),
+        "model": sizes.model,
+        "rank": sizes.rank,
+        "tokens": sizes.tokens,
+        "limits": limits(sizes.product, device),
+        "parts": {},
+    }
     with tempfile.TemporaryDirectory(dir=_scratch(16.1e9 if sizes is GPU else 0)) as folder:
-        bench = Bench(stand_in(folder, sizes.model, device), sizes, device, result["limits"]["operations"]["median"])
+        bench = Bench(
+            stand_in(folder, sizes.model, device), sizes, device, result["limits"]["operations"]["median"]
+        )
         for name, part in parts(bench, vllm).items():
-            if not only(name): continue
+            if not only(name):
+                continue
             spent = time.perf_counter() - began
-            result["parts"][name] = _attempt(part) if spent < limit else {"error": "left out: no time was left"}
+            result["parts"][name] = (
+                _attempt(part) if spent < limit else {"error": "left out: no time was left"}
+            )
             result["seconds"] = round(time.perf_counter() - began, 1)
             report(f"{result['seconds']:.0f} s: {name}: {_brief(result['parts'][name])}")
-            if out: write_atomically(out, lambda partial: partial.write_text(json.dumps(result, indent=1) + "\n"))
+            if out:
+                write_atomically(out, lambda partial: partial.write_text(json.dumps(result, indent=1) + "\n"))
     return result
 
-
+# %% ../../nbs/10_bench/00_gpu.ipynb #7724d251
 def _attempt(part: Callable) -> dict:
     try:
-        with unpatched(): return part()
-    except Exception as error: return {"error": f"{type(error).__name__}: {first_line(error)}"}
-    finally: _empty()
+        with unpatched():
+            return part()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {first_line(error)}"}
+    finally:
+        _empty()
 
-
+# %% ../../nbs/10_bench/00_gpu.ipynb #88fa8070
 def _brief(record: dict) -> str:
-    if "error" in record: return record["error"]
+    if "error" in record:
+        return record["error"]
     peak = f", {record['peak_gb']:.1f} GB" if record.get("peak_gb") else ""
-    if "tokens_per_second" in record: return f"{record['tokens_per_second']['median']:,.0f} tokens/s{peak}"
-    if "ours" in record: return f"{record['ours_to_bare']:.2f} of bare generate{peak}"
-    if "answers_per_second" in record: return f"{record['answers_per_second']['median']:.1f} answers/s"
-    return (f"{record['seconds_a_step']['median']:.1f} s a step" if "seconds_a_step" in record else "done") + peak
+    if "tokens_per_second" in record:
+        return f"{record['tokens_per_second']['median']:,.0f} tokens/s{peak}"
+    if "ours" in record:
+        return f"{record['ours_to_bare']:.2f} of bare generate{peak}"
+    if "answers_per_second" in record:
+        return f"{record['answers_per_second']['median']:.1f} answers/s"
+    return (
+        f"{record['seconds_a_step']['median']:.1f} s a step" if "seconds_a_step" in record else "done"
+    ) + peak
 
 # %% ../../nbs/10_bench/00_gpu.ipynb #f857f0b9
 def training_table(
-    result: dict, # from `measure`
-) -> tuple[list[str], list[list]]: # columns, rows
+    result: dict,  # from `measure`
+) -> tuple[list[str], list[list]]:  # columns, rows
     "Training runs, each beside TRL's defaults for the same weights and length."
     rows = []
     for name, run in result["parts"].items():
-        if name.count("/") != 2 or "tokens_per_second" not in run: continue
+        if name.count("/") != 2 or "tokens_per_second" not in run:
+            continue
         held, length, what = name.split("/")
         base = result["parts"].get(f"{held}/{length}/default", {}).get("tokens_per_second", {}).get("median")
         speed = run["tokens_per_second"]
-        rows.append([{"none": "16-bit", "nf4": "4-bit"}[held], int(length), what, run["micro_batch"], "yes" if run["checkpointing"] else "no", round(speed["median"]), f"{speed['lowest']:,.0f}-{speed['highest']:,.0f}", f"{run['mfu']:.1%}",
-                     f"{speed['median'] / base:.2f}" if base else "", run["peak_gb"]])
+        rows.append(
+            [
+                {"none": "16-bit", "nf4": "4-bit"}[held],
+                int(length),
+                what,
+                run["micro_batch"],
+                "yes" if run["checkpointing"] else "no",
+                round(speed["median"]),
+                f"{speed['lowest']:,.0f}-{speed['highest']:,.0f}",
+                f"{run['mfu']:.1%}",
+                f"{speed['median'] / base:.2f}" if base else "",
+                run["peak_gb"],
+            ]
+        )
     order = {"default": 0, "ours": 1}
-    return (["weights", "length", "what", "micro-batch", "recomputes", "tokens/s", "range", "MFU", "times default", "peak GB"],
-            sorted(rows, key=lambda row: (row[0], row[1], order.get(row[2], 2))))
+    return (
+        [
+            "weights",
+            "length",
+            "what",
+            "micro-batch",
+            "recomputes",
+            "tokens/s",
+            "range",
+            "MFU",
+            "times default",
+            "peak GB",
+        ],
+        sorted(rows, key=lambda row: (row[0], row[1], order.get(row[2], 2))),
+    )
 
-
+# %% ../../nbs/10_bench/00_gpu.ipynb #ccd0a829
 def memory_table(
-    result: dict, # from `measure`
-) -> tuple[list[str], list[list]]: # columns, rows
+    result: dict,  # from `measure`
+) -> tuple[list[str], list[list]]:  # columns, rows
     "Measured peaks beside their estimates."
-    runs = {name: run for name, run in result["parts"].items() if run.get("estimate_gb") and run.get("peak_gb")}
-    return ["part", "estimated GB", "measured GB", "estimate / measured"], [[name, run["estimate_gb"], run["peak_gb"], f"{run['estimate_gb'] / run['peak_gb']:.2f}"] for name, run in runs.items()]
+    runs = {
+        name: run for name, run in result["parts"].items() if run.get("estimate_gb") and run.get("peak_gb")
+    }
+    return ["part", "estimated GB", "measured GB", "estimate / measured"], [
+        [name, run["estimate_gb"], run["peak_gb"], f"{run['estimate_gb'] / run['peak_gb']:.2f}"]
+        for name, run in runs.items()
+    ]
 
-
+# %% ../../nbs/10_bench/00_gpu.ipynb #b7443ebd
 def other_table(
-    result: dict, # from `measure`
-) -> tuple[list[str], list[list]]: # columns, rows
+    result: dict,  # from `measure`
+) -> tuple[list[str], list[list]]:  # columns, rows
     "Limits, generation, GRPO, and what failed."
     limit, found = result["limits"], result["parts"]
-    rows = [["matrix products, 10^12 operations/s", f"{limit['operations']['median'] / 1e12:,.1f}"], ["memory copied, 10^9 bytes/s", f"{limit['bytes']['median'] / 1e9:,.0f}"]]
+    rows = [
+        ["matrix products, 10^12 operations/s", f"{limit['operations']['median'] / 1e12:,.1f}"],
+        ["memory copied, 10^9 bytes/s", f"{limit['bytes']['median'] / 1e9:,.0f}"],
+    ]
     for name in ("bare", "ours", "inspect"):
-        if name in (run := found.get("generation", {})): rows.append([f"answers/s of {run['tokens']} tokens, {name}", f"{run[name]['median']:.2f}" + (f" ({run[f'{name}_to_bare']:.2f} of bare)" if name != "bare" else "")])
-    if "answers_per_second" in (run := found.get("generation/vllm", {})): rows.append([f"answers/s of {run['tokens']} tokens, vLLM", f"{run['answers_per_second']['median']:.2f}"])
+        if name in (run := found.get("generation", {})):
+            rows.append(
+                [
+                    f"answers/s of {run['tokens']} tokens, {name}",
+                    f"{run[name]['median']:.2f}"
+                    + (f" ({run[f'{name}_to_bare']:.2f} of bare)" if name != "bare" else ""),
+                ]
+            )
+    if "answers_per_second" in (run := found.get("generation/vllm", {})):
+        rows.append(
+            [f"answers/s of {run['tokens']} tokens, vLLM", f"{run['answers_per_second']['median']:.2f}"]
+        )
     for name, run in found.items():
-        if "error" in run: rows.append([name, run["error"]])
-        elif name.startswith("grpo"): rows += [[f"{name}, s a step of {run['completions']} completions of {run['tokens']} tokens", f"{run['seconds_a_step']['median']:.1f}"], *([f"{name}, {part}", f"{seconds:.2f}"] for part, seconds in run["parts"].items())]
+        if "error" in run:
+            rows.append([name, run["error"]])
+        elif name.startswith("grpo"):
+            rows += [
+                [
+                    f"{name}, s a step of {run['completions']} completions of {run['tokens']} tokens",
+                    f"{run['seconds_a_step']['median']:.1f}",
+                ],
+                *([f"{name}, {part}", f"{seconds:.2f}"] for part, seconds in run["parts"].items()),
+            ]
     return ["measure", "value"], rows
 
 # %% ../../nbs/10_bench/00_gpu.ipynb #f6193b44
 def as_markdown(
-    table: tuple[list[str], list[list]], # columns, rows
-) -> str: # a Markdown table
+    table: tuple[list[str], list[list]],  # columns, rows
+) -> str:  # a Markdown table
     "A table for a notebook."
     columns, rows = table
-    line = lambda cells: "| " + " | ".join("" if cell is None else f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in cells) + " |"
+    line = lambda cells: (
+        "| "
+        + " | ".join(
+            "" if cell is None else f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in cells
+        )
+        + " |"
+    )
     return "\n".join([line(columns), "|" + "---|" * len(columns), *map(line, rows)])

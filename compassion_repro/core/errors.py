@@ -12,27 +12,31 @@ from pathlib import Path
 
 # %% ../../nbs/00_core/00_errors.ipynb #ba6437bd
 class InputError(ValueError):
-    "Bad input from the user: one line that says what is wrong and what to do (exit status 2 on the command line)."
+    """Bad input from the user: one line that says what is wrong and what to do (exit status 2 on the command
+    line).
+    """
 
-
+# %% ../../nbs/00_core/00_errors.ipynb #3cc5241d
 def shorten(
-    text: str, # of any length
-    limit: int = 300, # most characters that are kept
-) -> str: # on one line
+    text: str,  # of any length
+    limit: int = 300,  # most characters that are kept
+) -> str:  # on one line
     "A text whole, or cut between two words with an ellipsis that says how long it was."
     line = " ".join(text.split())
-    if len(line) <= limit: return line
+    if len(line) <= limit:
+        return line
     head = line[:limit].rpartition(" ")[0] or line[:limit]
     return f"{head} ... ({len(line):,} characters in all)"
 
-
+# %% ../../nbs/00_core/00_errors.ipynb #63bc2420
 def first_line(
-    error: Exception, # of any library
-    limit: int = 300, # most characters that are kept
-) -> str: # without a full stop; the error's class where it has no words
+    error: Exception,  # of any library
+    limit: int = 300,  # most characters that are kept
+) -> str:  # without a full stop; the error's class where it has no words
     "The first line of an error, for a message of ours."
     said, kind = str(error).strip(), type(error).__name__
-    if not said: return kind
+    if not said:
+        return kind
     line = shorten(said.splitlines()[0], limit).rstrip(".")
     return f"{kind}: {line}" if isinstance(error, KeyError) else line
 
@@ -42,50 +46,68 @@ class Notice(str):
 
 # %% ../../nbs/00_core/00_errors.ipynb #df9a0cc9
 _NAME = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)_?\d*$")
-SHORTEST = 8 # characters of a secret
+SHORTEST = 8  # characters of a secret
 
 
 def _hub_token() -> str:
     "The token that `hf auth login` keeps."
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    try: return Path(os.environ.get("HF_TOKEN_PATH") or Path(home) / "token").read_text(encoding="utf-8").strip()
-    except (OSError, ValueError): return ""
+    home = (
+        os.environ.get("HF_HOME")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    )
+    try:
+        return (
+            Path(os.environ.get("HF_TOKEN_PATH") or Path(home) / "token").read_text(encoding="utf-8").strip()
+        )
+    except (OSError, ValueError):
+        return ""
 
-
-def secrets() -> dict[str, str]: # value to the name that stands in its place
+# %% ../../nbs/00_core/00_errors.ipynb #cd5bc1d9
+def secrets() -> dict[str, str]:  # value to the name that stands in its place
     "The secrets that this process could give away, longest first."
-    found = {value.strip(): name for name, value in os.environ.items() if _NAME.search(name.upper())} | {_hub_token(): "HF_TOKEN"}
+    found = {value.strip(): name for name, value in os.environ.items() if _NAME.search(name.upper())} | {
+        _hub_token(): "HF_TOKEN"
+    }
     return {value: found[value] for value in sorted(found, key=len, reverse=True) if len(value) >= SHORTEST}
 
 # %% ../../nbs/00_core/00_errors.ipynb #11d5d533
 def redact(
-    text: str | bytes, # anything that will be seen or kept
-) -> str | bytes: # the same without keys and tokens
+    text: str | bytes,  # anything that will be seen or kept
+) -> str | bytes:  # the same without keys and tokens
     "Put the name of each secret in the place of its value."
     for value, name in secrets().items():
-        text = text.replace(value.encode(), f"[{name}]".encode()) if isinstance(text, bytes) else text.replace(value, f"[{name}]")
+        text = (
+            text.replace(value.encode(), f"[{name}]".encode())
+            if isinstance(text, bytes)
+            else text.replace(value, f"[{name}]")
+        )
     return text
 
-
+# %% ../../nbs/00_core/00_errors.ipynb #eab8e269
 def redact_error(
-    error: BaseException | None, # with its causes
-) -> BaseException | None: # the same error, cleaned
+    error: BaseException | None,  # with its causes
+) -> BaseException | None:  # the same error, cleaned
     "Clean what an error and the errors behind it say."
     seen, waiting = set(), [error]
     while waiting:
         one = waiting.pop()
-        if one is None or id(one) in seen: continue
+        if one is None or id(one) in seen:
+            continue
         seen.add(id(one))
         one.args = tuple(redact(a) if isinstance(a, (str, bytes)) else a for a in one.args)
         waiting += [one.__cause__, one.__context__]
     return error
 
 # %% ../../nbs/00_core/00_errors.ipynb #4d98805d
-_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+_OBEYED = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
 
 
 def visible(
-    text: str, # anything that will be printed
-) -> str: # the same with escapes in the place of control characters
-    "Show the characters that a terminal would obey (C0 and C1 controls, overrides of the direction of text) as escapes."
+    text: str,  # anything that will be printed
+) -> str:  # the same with escapes in the place of control characters
+    """Show the characters that a terminal would obey (C0 and C1 controls, overrides of the direction of text)
+    as escapes.
+    """
     return _OBEYED.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)

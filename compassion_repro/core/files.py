@@ -24,18 +24,20 @@ from .errors import InputError
 
 # %% ../../nbs/00_core/01_files.ipynb #75390590
 def flush_path(
-    path: Path, # file, or folder
+    path: Path,  # file, or folder
 ):
     "Have the disk keep a file's content, or a folder's list of names."
     handle = os.open(path, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
-
+# %% ../../nbs/00_core/01_files.ipynb #1e2dea3e
 def write_atomically(
-    path: str | Path, # file to write
-    write: Callable[[Path], Any], # called with a temporary path in the same folder
-) -> Path: # the file
+    path: str | Path,  # file to write
+    write: Callable[[Path], Any],  # called with a temporary path in the same folder
+) -> Path:  # the file
     "Write a file so that it appears whole or not at all; what stood there stays if the writing fails."
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
@@ -43,81 +45,97 @@ def write_atomically(
         write(partial)
         flush_path(partial)
         partial.replace(path)
-        with contextlib.suppress(OSError): flush_path(path.parent) # some file systems cannot flush a folder
+        with contextlib.suppress(OSError):
+            flush_path(path.parent)  # some file systems cannot flush a folder
     finally:
-        with contextlib.suppress(OSError): partial.unlink()
+        with contextlib.suppress(OSError):
+            partial.unlink()
     return path
 
 # %% ../../nbs/00_core/01_files.ipynb #c7903aa0
 def weights_digest(
-    folder: str | Path, # model folder
-) -> str: # 16 hexadecimal characters
+    folder: str | Path,  # model folder
+) -> str:  # 16 hexadecimal characters
     "Identity of a model's weights wherever they lie: size and last megabyte of each file."
     digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("*/*.safetensors")): # an unmerged model's parts
+    # an unmerged model's parts
+    for path in sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("*/*.safetensors")):
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 2**20))
             digest.update(b"%d" % size + file.read())
     return digest.hexdigest()[:16]
 
-
+# %% ../../nbs/00_core/01_files.ipynb #776d7410
 def own_folder(
-    folder: str | Path, # hidden folder of a stage
-    *identity: Any, # everything that decides the result, in plain values
-) -> Path: # the folder, empty unless it is this very run's
+    folder: str | Path,  # hidden folder of a stage
+    *identity: Any,  # everything that decides the result, in plain values
+) -> Path:  # the folder, empty unless it is this very run's
     "Open a folder for a run; what another run left there is removed, a file `key` of the study's aside."
-    folder, mine = Path(folder), hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+    folder, mine = (
+        Path(folder),
+        hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest(),
+    )
     mark = folder / "identity"
     if not (mark.is_file() and mark.read_bytes() == mine.encode()):
         for path in folder.glob("*"):
-            if path.is_dir(): shutil.rmtree(path, ignore_errors=True)
-            elif path.name != "key": path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != "key":
+                path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(mark, lambda partial: partial.write_text(mine))
     return folder
 
 # %% ../../nbs/00_core/01_files.ipynb #517decf1
 def _digest(path: Path) -> str:
-    with path.open("rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-
+# %% ../../nbs/00_core/01_files.ipynb #0c12bcb2
 def keep_part(
-    folder: Path, # from `own_folder`
-    name: str, # such as `before.json`
-    write: Callable[[Path], Any], # called with a path
-) -> Path: # `before-<digest>.json`
+    folder: Path,  # from `own_folder`
+    name: str,  # such as `before.json`
+    write: Callable[[Path], Any],  # called with a path
+) -> Path:  # `before-<digest>.json`
     "Write a finished part, in the place of an earlier one of its name."
     path = write_atomically(folder / f".{name}", write)
     part = path.rename(folder / f"{Path(name).stem}-{_digest(path)[:16]}{path.suffix}")
     for old in _parts(folder, name):
-        if old != part: old.unlink()
+        if old != part:
+            old.unlink()
     return part
 
+# %% ../../nbs/00_core/01_files.ipynb #193ea977
+def _parts(folder: Path, name: str) -> list[Path]:
+    return sorted(folder.glob(f"{Path(name).stem}-{'[0-9a-f]' * 16}{Path(name).suffix}"))
 
-def _parts(folder: Path, name: str) -> list[Path]: return sorted(folder.glob(f"{Path(name).stem}-{'[0-9a-f]' * 16}{Path(name).suffix}"))
-
-
+# %% ../../nbs/00_core/01_files.ipynb #b774ff24
 def kept_parts(
-    folder: Path, # from `own_folder`
-    name: str, # as given to `keep_part`; `*` stands for anything
-) -> list[Path]: # in the order of their names
+    folder: Path,  # from `own_folder`
+    name: str,  # as given to `keep_part`; `*` stands for anything
+) -> list[Path]:  # in the order of their names
     "The parts that are whole; damaged ones are removed."
     whole = [path for path in _parts(folder, name) if path.stem.endswith(_digest(path)[:16])]
     for path in _parts(folder, name):
-        if path not in whole: path.unlink()
+        if path not in whole:
+            path.unlink()
     return whole
 
-
+# %% ../../nbs/00_core/01_files.ipynb #55d3b09c
 def remembered(
-    folder: Path | None, # from `own_folder`; None remembers nothing
-    name: str, # of the part, without ending
-    measure: Callable[[], list], # gives plain values
-) -> list: # what was measured, now or before the run was cut off
+    folder: Path | None,  # from `own_folder`; None remembers nothing
+    name: str,  # of the part, without ending
+    measure: Callable[[], list],  # gives plain values
+) -> list:  # what was measured, now or before the run was cut off
     "Measure once, and remember it for a run that carries on."
-    if folder is not None and (found := kept_parts(folder, f"{name}.json")): return json.loads(found[0].read_text(encoding="utf-8"))
+    if folder is not None and (found := kept_parts(folder, f"{name}.json")):
+        return json.loads(found[0].read_text(encoding="utf-8"))
     values = measure()
-    if folder is not None: keep_part(folder, f"{name}.json", lambda partial: partial.write_text(json.dumps(values), encoding="utf-8"))
+    if folder is not None:
+        keep_part(
+            folder, f"{name}.json", lambda partial: partial.write_text(json.dumps(values), encoding="utf-8")
+        )
     return values
 
 # %% ../../nbs/00_core/01_files.ipynb #77e5a1db
@@ -125,18 +143,25 @@ _BENCHMARK_FILES = {".md", ".jsonl", ".parquet"}
 
 # %% ../../nbs/00_core/01_files.ipynb #237f3d78
 def _without_mark(content: bytes) -> bytes:
-    "A text without the byte order mark that some editors put before it; the official loader stumbles over it."
+    """A text without the byte order mark that some editors put before it; the official loader stumbles over
+    it.
+    """
     return content.removeprefix(b"\xef\xbb\xbf")
 
 # %% ../../nbs/00_core/01_files.ipynb #572f16ac
 def content_hash(
-    folder: Path, # benchmark folder
-) -> str: # 64 hexadecimal characters
+    folder: Path,  # benchmark folder
+) -> str:  # 64 hexadecimal characters
     "SHA-256 over the names and bytes of a benchmark's files, hidden ones left out."
     digest = hashlib.sha256()
-    files = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file() and f.suffix in _BENCHMARK_FILES}
+    files = {
+        f.relative_to(folder).as_posix(): f
+        for f in folder.rglob("*")
+        if f.is_file() and f.suffix in _BENCHMARK_FILES
+    }
     for name, file in sorted(files.items()):
-        if name.startswith(".") or "/." in name: continue
+        if name.startswith(".") or "/." in name:
+            continue
         content = _without_mark(file.read_bytes())
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
@@ -146,7 +171,8 @@ def _folder_identity(folder: Path) -> str:
     "A local judge by its files' names, sizes and first megabyte, so that other weights are another judge."
     digest = hashlib.sha256()
     for file in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
-        with file.open("rb") as start: digest.update(f"{file.name} {file.stat().st_size} ".encode() + start.read(2**20))
+        with file.open("rb") as start:
+            digest.update(f"{file.name} {file.stat().st_size} ".encode() + start.read(2**20))
     return f"{folder.name}#{digest.hexdigest()[:16]}"
 
 # %% ../../nbs/00_core/01_files.ipynb #56f2ddf9
@@ -154,109 +180,167 @@ def digest(value: Any) -> str:
     "Short SHA-256 of any JSON-able value, the same for equal values."
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
-
-WHOLE = 64 * 2**20 # bytes up to which a file is read whole and copied
+# %% ../../nbs/00_core/01_files.ipynb #22a2e05a
+WHOLE = 64 * 2**20  # bytes up to which a file is read whole and copied
 
 
 def _file_digest(path: Path, end: int = 2**20) -> str:
     size = path.stat().st_size
     with path.open("rb") as file:
-        if size <= WHOLE: return hashlib.file_digest(file, "sha256").hexdigest()
+        if size <= WHOLE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
         parts = file.read(end), file.seek(-end, os.SEEK_END) and file.read(end)
     return hashlib.sha256(b"%d" % size + parts[0] + parts[1]).hexdigest()
 
-
+# %% ../../nbs/00_core/01_files.ipynb #163620cd
 def path_digest(
-    path: Path, # file or folder
-) -> str: # the same for equal contents, wherever they lie
+    path: Path,  # file or folder
+) -> str:  # the same for equal contents, wherever they lie
     "Digest of a file's content, or of a folder's file names and contents (hidden files left out)."
-    if path.is_file(): return _file_digest(path)[:16]
-    files = sorted(p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts))
+    if path.is_file():
+        return _file_digest(path)[:16]
+    files = sorted(
+        p
+        for p in path.rglob("*")
+        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)
+    )
     return digest([[str(p.relative_to(path)), _file_digest(p)] for p in files])
 
 # %% ../../nbs/00_core/01_files.ipynb #5b341347
-def is_local(source: str) -> bool: # whether a source is an existing path
+def is_local(source: str) -> bool:  # whether a source is an existing path
     "Whether a source names something on this machine; a text too long for a path does not."
-    try: return not source.startswith("world:") and Path(source).exists()
-    except OSError: return False
+    try:
+        return not source.startswith("world:") and Path(source).exists()
+    except OSError:
+        return False
 
 # %% ../../nbs/00_core/01_files.ipynb #91410c59
 def write_json(path: Path, value: Any) -> Path:
     "Write JSON atomically, readable by people."
-    return write_atomically(path, lambda partial: partial.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"))
+    return write_atomically(
+        path,
+        lambda partial: partial.write_text(
+            json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+        ),
+    )
 
-
+# %% ../../nbs/00_core/01_files.ipynb #3aa5a881
 def what_takes_room(
-    folder: Path, # a study's
-) -> str: # sizes in GB of 2**30 bytes
-    "What might be freed where a disk is full: checkpoints of stages that were cut off, finished models, the hub's cache."
+    folder: Path,  # a study's
+) -> str:  # sizes in GB of 2**30 bytes
+    """What might be freed where a disk is full: checkpoints of stages that were cut off, finished models, the
+    hub's cache.
+    """
     from huggingface_hub import constants
-    def gb(places): return sum(f.stat().st_size for place in places for f in place.rglob("*") if f.is_file() and not f.is_symlink()) / 2**30
-    sizes = {"checkpoints (the folders .*.checkpoints)": gb(folder.glob("seed-*/.*.checkpoints")), "finished stages": gb(folder.glob("seed-*/[!.]*")), f"the hub's cache ({constants.HF_HUB_CACHE})": gb([Path(constants.HF_HUB_CACHE)])}
+
+    def gb(places):
+        return (
+            sum(
+                f.stat().st_size
+                for place in places
+                for f in place.rglob("*")
+                if f.is_file() and not f.is_symlink()
+            )
+            / 2**30
+        )
+
+    sizes = {
+        "checkpoints (the folders .*.checkpoints)": gb(folder.glob("seed-*/.*.checkpoints")),
+        "finished stages": gb(folder.glob("seed-*/[!.]*")),
+        f"the hub's cache ({constants.HF_HUB_CACHE})": gb([Path(constants.HF_HUB_CACHE)]),
+    }
     return ", ".join(f"{size:.1f} GB in {name}" for name, size in sizes.items())
 
-
+# %% ../../nbs/00_core/01_files.ipynb #b4a3a366
 @contextmanager
 def writable(
-    folder: Path, # where the work goes
-    new: bool = False, # the folder is being made: a place that cannot exist is refused too
+    folder: Path,  # where the work goes
+    new: bool = False,  # the folder is being made: a place that cannot exist is refused too
 ):
     "Turn a full, read-only or impossible folder into one clear line."
-    try: yield
+    try:
+        yield
     except Exception as error:
-        told = re.search(r"(?:os error |Errno )(\d+)", str(error)) # safetensors and shutil tell the number in their text alone
+        # safetensors and shutil tell the number in their text alone
+        told = re.search(r"(?:os error |Errno )(\d+)", str(error))
         code = getattr(error, "errno", None) or (told and int(told[1]))
         if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise InputError(f"no room left to write in {folder} ({os.strerror(code)}): free some space and run the same command again, what is finished is kept; there are {what_takes_room(folder)}") from None
-        if code in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EIO) or new and code == errno.ENOENT:
-            raise InputError(f"cannot write in {folder} ({os.strerror(code)}): choose another folder with --out") from None
+            raise InputError(
+                f"no room left to write in {folder} ({os.strerror(code)}): free some space and run the same"
+                f" command again, what is finished is kept; there are {what_takes_room(folder)}"
+            ) from None
+        if (
+            code
+            in (
+                errno.EROFS,
+                errno.EACCES,
+                errno.EPERM,
+                errno.ENOTDIR,
+                errno.EEXIST,
+                errno.EISDIR,
+                errno.EIO,
+            )
+            or new
+            and code == errno.ENOENT
+        ):
+            raise InputError(
+                f"cannot write in {folder} ({os.strerror(code)}): choose another folder with --out"
+            ) from None
         raise
 
 # %% ../../nbs/00_core/01_files.ipynb #101c1621
-LARGEST = 64 * 2**20 # bytes of a JSON file that is still one of ours
+LARGEST = 64 * 2**20  # bytes of a JSON file that is still one of ours
 
 
 def write_sealed(
-    path: Path, # JSON file
-    values: dict, # plain values
-) -> dict: # as they will be read back
+    path: Path,  # JSON file
+    values: dict,  # plain values
+) -> dict:  # as they will be read back
     "Write JSON with a digest of its content."
     values = json.loads(json.dumps(values, allow_nan=False))
     write_json(path, {**values, "digest": digest(values)})
     return values
 
-
+# %% ../../nbs/00_core/01_files.ipynb #23a9c09a
 def read_sealed(
-    path: Path, # JSON file
-) -> dict | None: # its values; None where it is missing, damaged or was edited
+    path: Path,  # JSON file
+) -> dict | None:  # its values; None where it is missing, damaged or was edited
     "Read a sealed file back."
     try:
-        if path.stat().st_size > LARGEST: return None
+        if path.stat().st_size > LARGEST:
+            return None
         values = json.loads(path.read_text(encoding="utf-8"))
         told = values.pop("digest")
         return values if told == digest(values) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError): return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 # %% ../../nbs/00_core/01_files.ipynb #576a1037
 def flush(folder: Path):
     "Have the disk keep a folder and all that is in it."
     for path in [*folder.rglob("*"), folder]:
-        if path.is_symlink() or not (path.is_file() or path.is_dir()): continue
-        try: flush_path(path)
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            continue
+        try:
+            flush_path(path)
         except OSError as error:
-            if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT): raise # others mean that this file system cannot flush a folder
+            # others mean that this file system cannot flush a folder
+            if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+                raise
 
-
+# %% ../../nbs/00_core/01_files.ipynb #07b51fa5
 def hidden(
-    place: Path, # folder of an artifact
-    what: str, # "partial", "aside", "checkpoints", "carry"
-) -> Path: # beside the place, out of everyone's way
+    place: Path,  # folder of an artifact
+    what: str,  # "partial", "aside", "checkpoints", "carry"
+) -> Path:  # beside the place, out of everyone's way
     "Hidden companion of an artifact's folder."
     return place.with_name(f".{place.name}.{what}")
 
-
+# %% ../../nbs/00_core/01_files.ipynb #98125548
 def remove(path: Path):
     "Remove a file or a whole folder, if it is there."
-    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        with suppress(OSError): path.unlink()
+        with suppress(OSError):
+            path.unlink()

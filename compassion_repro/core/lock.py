@@ -19,95 +19,140 @@ from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
 
-from .files import writable, write_json
 from .errors import InputError
+from .files import writable, write_json
 
 # %% ../../nbs/00_core/03_lock.ipynb #c50e75b6
 LOCK, NOTE = ".lock", ".lock.holder"
-LOCK_FILES = f"{LOCK}*" # the names of all files that a holder leaves when it is killed
-SILENCE, SIGN = 120.0, 10.0 # seconds without a sign of life after which a lock is taken over; seconds between two signs
+LOCK_FILES = f"{LOCK}*"  # the names of all files that a holder leaves when it is killed
+# seconds without a sign of life after which a lock is taken over; seconds between two signs
+SILENCE, SIGN = 120.0, 10.0
 
 
 def _file_number(folder: Path) -> int | None:
-    with suppress(OSError): return (folder / LOCK).stat().st_ino
+    with suppress(OSError):
+        return (folder / LOCK).stat().st_ino
     return None
 
-
+# %% ../../nbs/00_core/03_lock.ipynb #71a4317c
 def _read_note(folder: Path) -> dict:
     "What the holder says of itself; nothing where it is not told, or another's."
-    try: note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
-    except (OSError, ValueError): return {}
-    return note if isinstance(note, dict) and note.get("file") == _file_number(folder) and set(note) >= {"command", "pid", "host", "since"} else {}
+    try:
+        note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return (
+        note
+        if isinstance(note, dict)
+        and note.get("file") == _file_number(folder)
+        and set(note) >= {"command", "pid", "host", "since"}
+        else {}
+    )
 
-
+# %% ../../nbs/00_core/03_lock.ipynb #9b53d51f
 def holder(
-    folder: str | Path, # a study
-) -> str | None: # in words; None where nobody does
+    folder: str | Path,  # a study
+) -> str | None:  # in words; None where nobody does
     "Who holds a study's lock, dead or alive."
     folder = Path(folder)
-    if not (folder / LOCK).exists(): return None
+    if not (folder / LOCK).exists():
+        return None
     note, owner = _read_note(folder), _lease(folder).owner
-    if note: return f"`compassion-repro {note['command']}`, process {note['pid']} on {note['host']}, since {note['since']}"
-    return f"process {owner.pid} on {owner.hostname.partition('?')[0]}" if owner else "a process that did not say who it is"
+    if note:
+        return (
+            f"`compassion-repro {note['command']}`, process {note['pid']} on {note['host']}, since"
+            f" {note['since']}"
+        )
+    return (
+        f"process {owner.pid} on {owner.hostname.partition('?')[0]}"
+        if owner
+        else "a process that did not say who it is"
+    )
 
-
+# %% ../../nbs/00_core/03_lock.ipynb #d4bbfab2
 def _lease(folder: Path) -> SoftFileLease:
     return SoftFileLease(folder / LOCK, lease_duration=SILENCE, heartbeat_interval=SIGN, thread_local=False)
 
-
+# %% ../../nbs/00_core/03_lock.ipynb #20775a53
 def _runs_here(folder: Path) -> bool:
     "Whether the holder is a process of this machine, the lock not a copy, and its last sign of life not old."
     note = _read_note(folder)
-    with suppress(OSError): return note.get("host") == socket.gethostname() and abs(time.time() - (folder / LOCK).stat().st_mtime) < SILENCE
+    with suppress(OSError):
+        return (
+            note.get("host") == socket.gethostname()
+            and abs(time.time() - (folder / LOCK).stat().st_mtime) < SILENCE
+        )
     return False
 
 # %% ../../nbs/00_core/03_lock.ipynb #1bb4ebf1
 def _sign(folder: Path) -> tuple | None:
     "What changes whenever a holder shows itself."
-    with suppress(OSError): return (told := (folder / LOCK).stat()).st_mtime_ns, told.st_ino
+    with suppress(OSError):
+        return (told := (folder / LOCK).stat()).st_mtime_ns, told.st_ino
     return None
 
-
+# %% ../../nbs/00_core/03_lock.ipynb #6c21a802
 def _refuse(folder: Path):
-    raise InputError(f"{folder} is in use by {holder(folder) or 'another command'}: wait until that has ended, or choose another folder with --out") from None
+    raise InputError(
+        f"{folder} is in use by {holder(folder) or 'another command'}: wait until that has ended, or choose"
+        " another folder with --out"
+    ) from None
 
-
+# %% ../../nbs/00_core/03_lock.ipynb #18c6f6bf
 def _wait(lease: SoftFileLease, folder: Path, who: str, say: Callable[[str], None]):
     "Watch a lock until its holder shows itself, or has been silent for too long."
     say(f"{folder} was left by {who}: looking for a sign of life, for at most {SILENCE:.0f} s")
     seen = _sign(folder)
-    try: lease.acquire(timeout=SILENCE + SIGN, poll_interval=min(.5, SIGN / 4), cancel_check=lambda: _sign(folder) not in (seen, None))
+    try:
+        lease.acquire(
+            timeout=SILENCE + SIGN,
+            poll_interval=min(0.5, SIGN / 4),
+            cancel_check=lambda: _sign(folder) not in (seen, None),
+        )
     except Timeout:
-        if _sign(folder) != seen: _refuse(folder)
+        if _sign(folder) != seen:
+            _refuse(folder)
         lease.break_lock()
-        try: lease.acquire(timeout=0)
-        except Timeout: _refuse(folder)
+        try:
+            lease.acquire(timeout=0)
+        except Timeout:
+            _refuse(folder)
 
-
+# %% ../../nbs/00_core/03_lock.ipynb #9f990867
 def _acquire(lease: SoftFileLease, folder: Path, say: Callable[[str], None]):
     "Take the lock, from the dead if need be; raises `InputError` where somebody holds it."
     who, silent = holder(folder), False
-    try: lease.acquire(timeout=.2) # on some disks a dead holder's lock is broken first, and taken at the second attempt
+    # on some disks a dead holder's lock is broken first, and taken at the second attempt
+    try:
+        lease.acquire(timeout=0.2)
     except Timeout:
-        if any(_runs_here(folder) or time.sleep(.1) for _ in range(5)): _refuse(folder) # the note is written a moment after the lock
+        # the note is written a moment after the lock
+        if any(_runs_here(folder) or time.sleep(0.1) for _ in range(5)):
+            _refuse(folder)
         silent = True
         _wait(lease, folder, who or "another command", say)
-    if who and (silent or (folder / NOTE).exists()): say(f"{folder}: took over the lock of {who}: that process is gone")
+    if who and (silent or (folder / NOTE).exists()):
+        say(f"{folder}: took over the lock of {who}: that process is gone")
+
+# %% ../../nbs/00_core/03_lock.ipynb #d0e82d03
+# folder -> its lease, the process and the thread that hold it
+_HELD: dict[Path, tuple[SoftFileLease, int, int]] = {}
 
 
-_HELD: dict[Path, tuple[SoftFileLease, int, int]] = {} # folder -> its lease, the process and the thread that hold it
+def _is_mine(place: Path) -> bool:
+    return place in _HELD and _HELD[place][1:] == (os.getpid(), threading.get_ident())
 
-
-def _is_mine(place: Path) -> bool: return place in _HELD and _HELD[place][1:] == (os.getpid(), threading.get_ident())
-
-
+# %% ../../nbs/00_core/03_lock.ipynb #80abdccd
 @contextmanager
 def hold(
-    folder: str | Path, # a study, existing or new
-    command: str, # what is being done, as the user called it: run, report, judge
-    say: Callable[[str], None] = print, # called with a line where a lock is taken over
+    folder: str | Path,  # a study, existing or new
+    command: str,  # what is being done, as the user called it: run, report, judge
+    say: Callable[[str], None] = print,  # called with a line where a lock is taken over
 ):
-    "Hold a study's lock for the work inside; raises `InputError` where another process holds it. Held already, it is simply kept."
+    """Hold a study's lock for the work inside.
+
+    Raises `InputError` where another process holds it. Held already, it is simply kept.
+    """
     folder, place = Path(folder), Path(folder).resolve()
     if _is_mine(place):
         yield
@@ -119,43 +164,66 @@ def hold(
         _acquire(lease, folder, say)
     _HELD[place] = lease, os.getpid(), threading.get_ident()
     try:
-        with writable(folder): write_json(folder / NOTE, {"command": command, "pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "file": _file_number(folder)})
+        with writable(folder):
+            write_json(
+                folder / NOTE,
+                {
+                    "command": command,
+                    "pid": os.getpid(),
+                    "host": socket.gethostname(),
+                    "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+                    "file": _file_number(folder),
+                },
+            )
         yield
     finally:
         if not lost(folder):
-            with suppress(OSError): (folder / NOTE).unlink()
+            with suppress(OSError):
+                (folder / NOTE).unlink()
         del _HELD[place]
         lease.release()
         if new:
-            with suppress(OSError): folder.rmdir() # nothing was written: the refused start leaves nothing
+            with suppress(OSError):
+                folder.rmdir()  # nothing was written: the refused start leaves nothing
 
 # %% ../../nbs/00_core/03_lock.ipynb #a5f90cf4
 def lost(
-    folder: str | Path, # a study that this process holds
-) -> bool: # whether another process has taken it over meanwhile
+    folder: str | Path,  # a study that this process holds
+) -> bool:  # whether another process has taken it over meanwhile
     "Whether the lock that this process took is no longer its own; False where it never took it."
     lease, process, _ = _HELD.get(Path(folder).resolve(), (None, None, None))
-    if lease is None or process != os.getpid(): return False
-    with suppress(OSError): return (owner := lease.owner) is None or owner.token != lease.token
+    if lease is None or process != os.getpid():
+        return False
+    with suppress(OSError):
+        return (owner := lease.owner) is None or owner.token != lease.token
     return False
 
-
+# %% ../../nbs/00_core/03_lock.ipynb #f55ea0ec
 def check_held(folder: str | Path):
     "Raise `InputError` where another process has taken over."
-    if lost(folder): raise InputError(f"{folder} was taken over by {holder(folder) or 'another command'} while this process was silent for {SILENCE:.0f} s (a machine that slept?): it goes on there")
+    if lost(folder):
+        raise InputError(
+            f"{folder} was taken over by {holder(folder) or 'another command'} while this process was silent"
+            f" for {SILENCE:.0f} s (a machine that slept?): it goes on there"
+        )
 
-
+# %% ../../nbs/00_core/03_lock.ipynb #1fd3362c
 def locked(
-    command: str, # what the function does, as the user calls it
-) -> Callable: # decorator for a function with the parameters `folder` and `say`
+    command: str,  # what the function does, as the user calls it
+) -> Callable:  # decorator for a function with the parameters `folder` and `say`
     "Let a function hold the lock of the study that it works on."
+
     def decorate(function):
         "The same function, which holds the lock while it works."
         parameters = signature(function)
+
         @wraps(function)
         def holding(*args, **keywords):
             given = parameters.bind(*args, **keywords)
             given.apply_defaults()
-            with hold(given.arguments["folder"], command, given.arguments.get("say", print)): return function(*args, **keywords)
+            with hold(given.arguments["folder"], command, given.arguments.get("say", print)):
+                return function(*args, **keywords)
+
         return holding
+
     return decorate

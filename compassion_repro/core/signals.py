@@ -15,70 +15,102 @@ from types import SimpleNamespace
 
 # %% ../../nbs/00_core/02_signals.ipynb #ac5f1e85
 def send_again(
-    number: int, # SIGINT or SIGTERM
+    number: int,  # SIGINT or SIGTERM
 ):
     "Send a signal to the main thread once more, also where signals from outside are blocked."
     main = threading.main_thread()
-    if number in signal.pthread_sigmask(signal.SIG_BLOCK, ()): _thread.interrupt_main(number)
-    elif threading.current_thread() is main: signal.raise_signal(number)
-    else: signal.pthread_kill(main.ident, number)
+    if number in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
+        _thread.interrupt_main(number)
+    elif threading.current_thread() is main:
+        signal.raise_signal(number)
+    else:
+        signal.pthread_kill(main.ident, number)
 
 # %% ../../nbs/00_core/02_signals.ipynb #b06d5a0a
-PATIENCE = 8.0 # seconds that the end of a step is waited for
+PATIENCE = 8.0  # seconds that the end of a step is waited for
 
 
 @contextmanager
 def stoppable(
-    told: Callable[[], None] = lambda: None, # called, in a thread of its own, at the first signal
-    patience: float = PATIENCE, # seconds until the signal is sent again
-) -> Iterator[SimpleNamespace]: # `asked`: the signal's number, or None
-    "Note the first Ctrl-C or SIGTERM instead of being ended by it; elsewhere than in the main thread nothing is changed."
+    told: Callable[[], None] = lambda: None,  # called, in a thread of its own, at the first signal
+    patience: float = PATIENCE,  # seconds until the signal is sent again
+) -> Iterator[SimpleNamespace]:  # `asked`: the signal's number, or None
+    """Note the first Ctrl-C or SIGTERM instead of being ended by it; elsewhere than in the main thread
+    nothing is changed.
+    """
     stop, ended, main = SimpleNamespace(asked=None), threading.Event(), threading.main_thread()
-    listening = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)} if threading.current_thread() is main else {}
-    before = {number: handler for number, handler in listening.items() if handler not in (signal.SIG_IGN, None)}
+    listening = (
+        {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        if threading.current_thread() is main
+        else {}
+    )
+    before = {
+        number: handler for number, handler in listening.items() if handler not in (signal.SIG_IGN, None)
+    }
+
     def restore():
-        for number, handler in before.items(): signal.signal(number, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
     def watch(number):
         told()
-        if not ended.wait(patience): send_again(number)
+        if not ended.wait(patience):
+            send_again(number)
+
     def ask(number, frame):
         if stop.asked is None:
             stop.asked = number
             return threading.Thread(target=watch, args=(number,), daemon=True).start()
         restore()
         send_again(number)
-    for number in before: signal.signal(number, ask)
-    try: yield stop
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield stop
     except Exception:
-        if stop.asked is None: raise
+        if stop.asked is None:
+            raise
     finally:
         ended.set()
         restore()
-    if stop.asked is not None: send_again(stop.asked)
+    if stop.asked is not None:
+        send_again(stop.asked)
 
 # %% ../../nbs/00_core/02_signals.ipynb #ebc4f968
-INSIST = 4.0 # seconds after which a signal that was swallowed is sent again
+INSIST = 4.0  # seconds after which a signal that was swallowed is sent again
 
 
 @contextmanager
 def interruptible():
-    "Make sure that Ctrl-C and SIGTERM end the work inside as `KeyboardInterrupt` with the signal's number, even where a library swallows them."
+    """Make sure that Ctrl-C and SIGTERM end the work inside as `KeyboardInterrupt` with the signal's number,
+    even where a library swallows them.
+    """
     seen, left = [], threading.Event()
+
     def insist(number):
-        while not left.wait(INSIST): send_again(number)
+        while not left.wait(INSIST):
+            send_again(number)
+
     def note(number, frame):
-        if not seen: threading.Thread(target=insist, args=(number,), daemon=True).start()
+        if not seen:
+            threading.Thread(target=insist, args=(number,), daemon=True).start()
         seen.append(number)
         raise KeyboardInterrupt(number)
+
     main = threading.current_thread() is threading.main_thread()
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
-    try: yield
+    try:
+        yield
     except (Exception, KeyboardInterrupt):
-        if not seen: raise
+        if not seen:
+            raise
     finally:
         left.set()
-        for number, handler in before.items(): signal.signal(number, handler)
-    if seen: raise KeyboardInterrupt(seen[0])
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if seen:
+        raise KeyboardInterrupt(seen[0])
 
 # %% ../../nbs/00_core/02_signals.ipynb #8388b503
 @contextmanager
@@ -86,8 +118,18 @@ def undisturbed():
     "Let a short piece of work come to its end before Ctrl-C or SIGTERM is answered."
     seen = []
     main = threading.current_thread() is threading.main_thread()
-    before = {s: signal.signal(s, lambda number, frame: seen.append(number)) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
-    try: yield
+    before = (
+        {
+            s: signal.signal(s, lambda number, frame: seen.append(number))
+            for s in (signal.SIGINT, signal.SIGTERM)
+        }
+        if main
+        else {}
+    )
+    try:
+        yield
     finally:
-        for number, handler in before.items(): signal.signal(number, handler)
-    if seen: raise KeyboardInterrupt(seen[0])
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if seen:
+        raise KeyboardInterrupt(seen[0])

@@ -17,110 +17,182 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.errors import InputError, shorten, first_line
+from ..core.errors import InputError, first_line, shorten
 from ..presets import PUBLISHED
 
 # %% ../../nbs/02_data/01_hub.ipynb #60e7aec5
-COPIES = {known.copy: name for name, known in PUBLISHED.items() if known.copy} # ungated copy -> what it is a copy of
+# ungated copy -> what it is a copy of
+COPIES = {known.copy: name for name, known in PUBLISHED.items() if known.copy}
 
 # %% ../../nbs/02_data/01_hub.ipynb #a0308889
-FILE_ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zst", ".bz2", ".lz4", ".arrow", ".zip", ".yaml", ".safetensors")
+FILE_ENDINGS = (
+    ".jsonl",
+    ".ndjson",
+    ".json",
+    ".parquet",
+    ".csv",
+    ".tsv",
+    ".txt",
+    ".gz",
+    ".zst",
+    ".bz2",
+    ".lz4",
+    ".arrow",
+    ".zip",
+    ".yaml",
+    ".safetensors",
+)
 
 
 def split_source(
-    source: str, # `owner/name` or `owner/name@revision`
-) -> tuple[str, str | None]: # id and revision; the pinned one where the source names none
+    source: str,  # `owner/name` or `owner/name@revision`
+) -> tuple[str, str | None]:  # id and revision; the pinned one where the source names none
     "Read a hub source; raises `InputError` for what is no hub id."
     name, _, revision = source.partition("@")
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or ".." in name or name.lower().endswith((".git", *FILE_ENDINGS)):
-        raise InputError(f"{shorten(source)}: no such file or folder, and not a hub id; give an existing path, world:<name>, or owner/name@revision")
+    if (
+        not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)
+        or ".." in name
+        or name.lower().endswith((".git", *FILE_ENDINGS))
+    ):
+        raise InputError(
+            f"{shorten(source)}: no such file or folder, and not a hub id; give an existing path,"
+            " world:<name>, or owner/name@revision"
+        )
     return name, revision or (PUBLISHED[name].revision if name in PUBLISHED else None)
 
-
+# %% ../../nbs/02_data/01_hub.ipynb #af4aa66d
 def is_pinned(source: str) -> bool:
     "Whether a hub source stands for one commit for ever."
     return bool(re.fullmatch(r"[0-9a-f]{40}", split_source(source)[1] or ""))
 
-
+# %% ../../nbs/02_data/01_hub.ipynb #acb52b1c
 def published_rows(
-    source: str, # a hub source
-) -> int | None: # rows of its training split, as published
+    source: str,  # a hub source
+) -> int | None:  # rows of its training split, as published
     "Rows of a hub data set without asking the hub; None where nobody has told."
     known = PUBLISHED.get(source.partition("@")[0])
     return known.rows if known else None
 
 # %% ../../nbs/02_data/01_hub.ipynb #7820a48e
-PROJECT = "https://github.com/compassion-repro/compassion_repro" # named in cards
+PROJECT = "https://github.com/compassion-repro/compassion_repro"  # named in cards
 
 
 def page(name: str, kind: str) -> str:
     "The repository's page on the hub."
     return f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
 
-
+# %% ../../nbs/02_data/01_hub.ipynb #40177e25
 def instead(
-    name: str, # id that cannot be had
-    kind: str, # "model" or "dataset"
-) -> str: # how to put something else in its place
+    name: str,  # id that cannot be had
+    kind: str,  # "model" or "dataset"
+) -> str:  # how to put something else in its place
     "The `--set` for an ungated copy, where one is known, or for a folder."
     known = PUBLISHED.get(name)
     setting = known.setting if known else "models.base" if kind == "model" else "data.<name>"
-    if known and known.copy: return f"or use an ungated copy with --set {setting}={known.copy}"
+    if known and known.copy:
+        return f"or use an ungated copy with --set {setting}={known.copy}"
     return f"or put a folder in its place with --set {setting}=<folder> (with eval: name the folder itself)"
 
-
+# %% ../../nbs/02_data/01_hub.ipynb #16762b4b
 def _has_token() -> bool:
     from huggingface_hub import get_token
+
     return bool(get_token())
 
 # %% ../../nbs/02_data/01_hub.ipynb #39c05c19
 def _status(error: Exception) -> int | None:
     "The HTTP status behind an error, its own or its cause's."
-    return next((e.response.status_code for e in (error, error.__cause__, error.__context__) if getattr(e, "response", None) is not None), None)
+    return next(
+        (
+            e.response.status_code
+            for e in (error, error.__cause__, error.__context__)
+            if getattr(e, "response", None) is not None
+        ),
+        None,
+    )
 
-
+# %% ../../nbs/02_data/01_hub.ipynb #4582745a
 def _access_problem(error: Exception, name: str, kind: str) -> str:
     "The line for a repository that the hub does not hand out; empty for other errors."
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
     status = _status(error)
     if isinstance(error, GatedRepoError):
-        if not _has_token(): return f"it is gated and no token is set: accept its licence at {page(name, kind)}, then set HF_TOKEN (or run `hf auth login`)"
-        return f"it is gated and your token's account has no access: accept its licence at {page(name, kind)} with that account"
+        if not _has_token():
+            return (
+                f"it is gated and no token is set: accept its licence at {page(name, kind)}, then set"
+                " HF_TOKEN (or run `hf auth login`)"
+            )
+        return (
+            f"it is gated and your token's account has no access: accept its licence at {page(name, kind)}"
+            " with that account"
+        )
     if status == 401 and "Invalid credentials" in str(error):
-        return "the hub refuses your token (mistyped or expired): make another at https://huggingface.co/settings/tokens and set HF_TOKEN, or unset it"
-    if isinstance(error, RepositoryNotFoundError) or status in (401, 403, 404) and not isinstance(error, RevisionNotFoundError):
-        return f"the hub has no such {kind}, or it is private and {'your token cannot see it' if _has_token() else 'no token is set (HF_TOKEN)'}: check the id at {page(name, kind)}"
+        return (
+            "the hub refuses your token (mistyped or expired): make another at"
+            " https://huggingface.co/settings/tokens and set HF_TOKEN, or unset it"
+        )
+    if (
+        isinstance(error, RepositoryNotFoundError)
+        or status in (401, 403, 404)
+        and not isinstance(error, RevisionNotFoundError)
+    ):
+        return (
+            f"the hub has no such {kind}, or it is private and"
+            f" {'your token cannot see it' if _has_token() else 'no token is set (HF_TOKEN)'}: check the id"
+            f" at {page(name, kind)}"
+        )
     return ""
 
-
+# %% ../../nbs/02_data/01_hub.ipynb #ec1a8548
 def _transport_problem(error: Exception, name: str, kind: str, revision: str | None) -> str:
     "The line for a revision, a cache or a network that fails."
     from huggingface_hub import errors
-    cause, incomplete = error.__cause__ or error.__context__ or error, getattr(errors, "IncompleteSnapshotError", ())
+
+    cause, incomplete = (
+        error.__cause__ or error.__context__ or error,
+        getattr(errors, "IncompleteSnapshotError", ()),
+    )
     status = _status(error)
-    if isinstance(error, errors.RevisionNotFoundError): return f"it has no revision {revision!r}: see {page(name, kind)}/commits/main, or ask for the latest with @main"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return (
+            f"it has no revision {revision!r}: see {page(name, kind)}/commits/main, or ask for the latest"
+            " with @main"
+        )
     if any(isinstance(e, errors.OfflineModeIsEnabled) for e in (error, cause)) or _offline():
         state = "only a part of it is" if isinstance(error, incomplete) else "it is not"
         return f"{state} in the cache, and HF_HUB_OFFLINE=1 forbids fetching: run once without it"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT): return "no room left on the disk of the cache: free some, or set HF_HOME to another disk"
-    if isinstance(error, PermissionError): return f"the cache cannot be written ({error.filename}): set HF_HOME to a folder of yours"
-    if status == 429: return "the hub asks for patience (too many requests): wait some minutes, or set HF_TOKEN"
-    if status: return f"the hub answers with error {status}: try again later"
-    if isinstance(error, incomplete): return "the download stopped in the middle: check the network and run the same command again, finished files are kept"
-    return f"the hub cannot be reached ({first_line(cause)}): check the network and run the same command again, finished files are kept"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "no room left on the disk of the cache: free some, or set HF_HOME to another disk"
+    if isinstance(error, PermissionError):
+        return f"the cache cannot be written ({error.filename}): set HF_HOME to a folder of yours"
+    if status == 429:
+        return "the hub asks for patience (too many requests): wait some minutes, or set HF_TOKEN"
+    if status:
+        return f"the hub answers with error {status}: try again later"
+    if isinstance(error, incomplete):
+        return (
+            "the download stopped in the middle: check the network and run the same command again, finished"
+            " files are kept"
+        )
+    return (
+        f"the hub cannot be reached ({first_line(cause)}): check the network and run the same command again,"
+        " finished files are kept"
+    )
 
-
+# %% ../../nbs/02_data/01_hub.ipynb #718aa8b0
 def _offline() -> bool:
     from huggingface_hub import constants
+
     return bool(constants.HF_HUB_OFFLINE)
 
-
+# %% ../../nbs/02_data/01_hub.ipynb #e4a4b03d
 def explain(
-    error: Exception, # what `huggingface_hub` raised
-    name: str, # the repository
-    kind: str, # "model" or "dataset"
-    revision: str | None = None, # that was asked for
-) -> str: # one line
+    error: Exception,  # what `huggingface_hub` raised
+    name: str,  # the repository
+    kind: str,  # "model" or "dataset"
+    revision: str | None = None,  # that was asked for
+) -> str:  # one line
     "Why a repository cannot be had, and what to do."
     why = _access_problem(error, name, kind) or _transport_problem(error, name, kind, revision)
     return " ".join(f"{name}{'@' + revision[:12] if revision else ''}: {why}, {instead(name, kind)}".split())
@@ -135,59 +207,91 @@ def _weights_problem(path: Path) -> str:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8: return "it is cut off within its header"
-        try: header = json.loads(file.read(length))
-        except (ValueError, RecursionError): return "its header cannot be read"
-    if not isinstance(header, dict): return "its header cannot be read"
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__" and isinstance(entry, dict) and "data_offsets" in entry]
+        if size < 8 or length > size - 8:
+            return "it is cut off within its header"
+        try:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError):
+            return "its header cannot be read"
+    if not isinstance(header, dict):
+        return "its header cannot be read"
+    ends = [
+        entry["data_offsets"][1]
+        for name, entry in header.items()
+        if name != "__metadata__" and isinstance(entry, dict) and "data_offsets" in entry
+    ]
     expected = 8 + length + max(ends, default=0)
     return "" if size == expected else f"it has {size:,} of {expected:,} bytes"
 
-
+# %% ../../nbs/02_data/01_hub.ipynb #50e06472
 def file_problem(
-    path: Path, # a file of a model or of a data set
-) -> str: # in words; empty if nothing is
+    path: Path,  # a file of a model or of a data set
+) -> str:  # in words; empty if nothing is
     "What is wrong with a downloaded file, told without reading it whole."
-    with path.open("rb") as file: start = file.read(len(_POINTER))
-    if start == _POINTER: return "it is only Git LFS's note of the file: run `git lfs pull` there"
-    if path.suffix == ".safetensors": return _weights_problem(path)
-    if path.suffix != ".parquet": return ""
+    with path.open("rb") as file:
+        start = file.read(len(_POINTER))
+    if start == _POINTER:
+        return "it is only Git LFS's note of the file: run `git lfs pull` there"
+    if path.suffix == ".safetensors":
+        return _weights_problem(path)
+    if path.suffix != ".parquet":
+        return ""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 4))
         return "" if start[:4] == file.read(4) == b"PAR1" else "it is cut off"
 
-
+# %% ../../nbs/02_data/01_hub.ipynb #d2eaf314
 def damaged_files(folder: Path) -> dict[str, str]:
     "File name to what is wrong with it, for every damaged or missing file of a folder."
-    found = {p.relative_to(folder).as_posix(): file_problem(p) for p in sorted(folder.rglob("*")) if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts)}
+    found = {
+        p.relative_to(folder).as_posix(): file_problem(p)
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+    }
     for index in folder.glob("*.safetensors.index.json"):
-        try: parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, LookupError, TypeError, AttributeError): found[index.name] = "it cannot be read"; continue
+        try:
+            parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, LookupError, TypeError, AttributeError):
+            found[index.name] = "it cannot be read"
+            continue
         found |= {part: "it is missing" for part in parts if not (folder / part).is_file()}
     return {name: problem for name, problem in found.items() if problem}
 
 # %% ../../nbs/02_data/01_hub.ipynb #8795f9ab
 def is_adapter(folder: str | Path) -> bool:
     "Whether a folder holds a LoRA adapter and no whole model."
-    if not (Path(folder) / "adapter_config.json").is_file(): return False
+    if not (Path(folder) / "adapter_config.json").is_file():
+        return False
     weights = [path.name for path in Path(folder).glob("*.safetensors")]
     # some tools save the base's config.json beside an adapter
-    return not (Path(folder) / "config.json").is_file() or bool(weights) and all(name.startswith("adapter_model") for name in weights)
+    return (
+        not (Path(folder) / "config.json").is_file()
+        or bool(weights)
+        and all(name.startswith("adapter_model") for name in weights)
+    )
 
-
+# %% ../../nbs/02_data/01_hub.ipynb #65ca29fb
 def check_folder(
-    folder: Path, # of a model or data set
-    kind: str, # "model" or "dataset"
-    name: str | None = None, # what to call it; default: its path
-) -> Path: # the folder
+    folder: Path,  # of a model or data set
+    kind: str,  # "model" or "dataset"
+    name: str | None = None,  # what to call it; default: its path
+) -> Path:  # the folder
     "Raise `InputError` where the folder is not safe and whole."
     name = name or str(folder)
     if bad := damaged_files(folder):
         first, more = next(iter(bad.items())), f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         raise InputError(f"{name}: {first[0]} is damaged, {first[1]}{more}; download it again")
-    if kind == "model" and (any((folder / f).is_file() for f in ("config.json", "adapter_config.json"))) and not any(folder.glob("*.safetensors")):
+    if (
+        kind == "model"
+        and (any((folder / f).is_file() for f in ("config.json", "adapter_config.json")))
+        and not any(folder.glob("*.safetensors"))
+    ):
         pickles = [p.name for pattern in ("*.bin", "*.pth", "*.pt") for p in folder.glob(pattern)]
-        why = f"its weights are a pickle ({pickles[0]}), which may run code when opened, and is not" if pickles else "it has no weights in the safetensors format, and no other is"
+        why = (
+            f"its weights are a pickle ({pickles[0]}), which may run code when opened, and is not"
+            if pickles
+            else "it has no weights in the safetensors format, and no other is"
+        )
         raise InputError(f"{name}: {why} read; give a model with .safetensors files")
     return folder
 
@@ -195,101 +299,151 @@ def check_folder(
 @dataclass(frozen=True)
 class Snapshot:
     "A repository on this machine."
-    folder: Path # holds its files
-    revision: str # commit, or "local" for a folder of the user's
 
+    folder: Path  # holds its files
+    revision: str  # commit, or "local" for a folder of the user's
 
+# %% ../../nbs/02_data/01_hub.ipynb #42d36db8
 @contextmanager
 def _quietly():
     "A progress bar where a person looks on, and no warnings: what matters is told in our one line."
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+        logging,
+    )
+
     quiet, verbosity = are_progress_bars_disabled(), logging.get_verbosity()
-    if not os.isatty(2): disable_progress_bars()
+    if not os.isatty(2):
+        disable_progress_bars()
     logging.set_verbosity_error()
-    try: yield
+    try:
+        yield
     finally:
         logging.set_verbosity(verbosity)
-        if not quiet: enable_progress_bars()
+        if not quiet:
+            enable_progress_bars()
 
-
+# %% ../../nbs/02_data/01_hub.ipynb #91b93183
 def _fetch(name: str, kind: str, revision: str | None) -> Path:
     "The cached folder of a repository, fetched if need be."
     from huggingface_hub import snapshot_download
-    patterns = {"allow_patterns": list(MODEL_FILES), "ignore_patterns": ["*/*"]} if kind == "model" else {"ignore_patterns": ["*.py", "*.bin", "*.pkl", "*.pt", ".*"]}
+
+    patterns = (
+        {"allow_patterns": list(MODEL_FILES), "ignore_patterns": ["*/*"]}
+        if kind == "model"
+        else {"ignore_patterns": ["*.py", "*.bin", "*.pkl", "*.pt", ".*"]}
+    )
     try:
-        with _quietly(): return Path(snapshot_download(name, repo_type=kind, revision=revision, **patterns))
-    except Exception as error: # network, permission and library errors have no common class
+        with _quietly():
+            return Path(snapshot_download(name, repo_type=kind, revision=revision, **patterns))
+    except Exception as error:  # network, permission and library errors have no common class
         raise InputError(explain(error, name, kind, revision)) from None
 
-
+# %% ../../nbs/02_data/01_hub.ipynb #d62b0ee0
 def snapshot(
-    source: str | Path, # an existing folder, or `owner/name@revision`
-    kind: str, # "model" or "dataset"
-    fetch: Callable = _fetch, # how a repository is fetched
-) -> Snapshot: # whole and safe
+    source: str | Path,  # an existing folder, or `owner/name@revision`
+    kind: str,  # "model" or "dataset"
+    fetch: Callable = _fetch,  # how a repository is fetched
+) -> Snapshot:  # whole and safe
     "A repository as a local folder; raises `InputError` in one line for whatever stands in the way."
     path = Path(os.path.expanduser(source))
-    if path.is_dir(): return Snapshot(check_folder(path, kind), "local")
+    if path.is_dir():
+        return Snapshot(check_folder(path, kind), "local")
     name, revision = split_source(str(source))
     folder = fetch(name, kind, revision)
     if (bad := damaged_files(folder)) and not _offline():
         for file in bad:
-            for part in (folder / file).resolve(), folder / file: part.unlink(missing_ok=True)
+            for part in (folder / file).resolve(), folder / file:
+                part.unlink(missing_ok=True)
         folder = fetch(name, kind, revision)
     return Snapshot(check_folder(folder, kind, f"{name} in the hub's cache"), folder.name)
 
-
+# %% ../../nbs/02_data/01_hub.ipynb #ef18fe8c
 def cached(
-    source: str, # a hub source
-    kind: str, # "model" or "dataset"
-) -> Path | None: # its folder in the hub's cache; None where it is not there, or only a part of it
-    "A repository as far as it is on this machine, without asking the network; raises `InputError` for what is no hub id."
+    source: str,  # a hub source
+    kind: str,  # "model" or "dataset"
+) -> Path | None:  # its folder in the hub's cache; None where it is not there, or only a part of it
+    """A repository as far as it is on this machine, without asking the network.
+
+    Raises `InputError` for what is no hub id.
+    """
     from huggingface_hub import snapshot_download
+
     name, revision = split_source(source)
     patterns = {"allow_patterns": list(MODEL_FILES), "ignore_patterns": ["*/*"]} if kind == "model" else {}
-    try: return Path(snapshot_download(name, repo_type=kind, revision=revision, local_files_only=True, **patterns))
-    except Exception: return None # not there, cut off, or a cache that cannot be read: `snapshot` says it better
+    try:
+        return Path(
+            snapshot_download(name, repo_type=kind, revision=revision, local_files_only=True, **patterns)
+        )
+    # not there, cut off, or a cache that cannot be read: `snapshot` says it better
+    except Exception:
+        return None
 
 # %% ../../nbs/02_data/01_hub.ipynb #9e437892
 def pin(
-    source: str, # a hub source
-    kind: str, # "model" or "dataset"
-) -> str: # owner/name@commit
-    "The source at the commit that its revision stands for now; offline, that of the cache. Raises `InputError` like `snapshot`."
+    source: str,  # a hub source
+    kind: str,  # "model" or "dataset"
+) -> str:  # owner/name@commit
+    """The source at the commit that its revision stands for now; offline, that of the cache.
+
+    Raises `InputError` like `snapshot`.
+    """
     name, revision = split_source(source)
-    if revision and re.fullmatch(r"[0-9a-f]{40}", revision): return f"{name}@{revision}"
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return f"{name}@{revision}"
     from huggingface_hub import HfApi, constants
     from huggingface_hub.file_download import repo_folder_name
-    seen = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind) / "refs" / (revision or "main")
-    if _offline() and seen.is_file(): return f"{name}@{seen.read_text(encoding='utf-8').strip()}"
+
+    seen = (
+        Path(constants.HF_HUB_CACHE)
+        / repo_folder_name(repo_id=name, repo_type=kind)
+        / "refs"
+        / (revision or "main")
+    )
+    if _offline() and seen.is_file():
+        return f"{name}@{seen.read_text(encoding='utf-8').strip()}"
     try:
-        with _quietly(): return f"{name}@{HfApi().repo_info(name, repo_type=kind, revision=revision).sha}"
-    except Exception as error: # as in `snapshot`
+        with _quietly():
+            return f"{name}@{HfApi().repo_info(name, repo_type=kind, revision=revision).sha}"
+    except Exception as error:  # as in `snapshot`
         raise InputError(explain(error, name, kind, revision)) from None
 
 # %% ../../nbs/02_data/01_hub.ipynb #74f20142
 def small_file(
-    source: str, # of a model: a folder, or a hub source
-    name: str, # file in it
-) -> str | None: # its text, or None where there is no such file
-    "One file of a model without the rest; offline from what the cache holds. Raises `InputError` like `snapshot`."
+    source: str,  # of a model: a folder, or a hub source
+    name: str,  # file in it
+) -> str | None:  # its text, or None where there is no such file
+    """One file of a model without the rest; offline from what the cache holds.
+
+    Raises `InputError` like `snapshot`.
+    """
     folder = Path(os.path.expanduser(source))
-    if not folder.is_dir() and _offline(): folder = snapshot(source, "model").folder
-    if folder.is_dir(): return (folder / name).read_text(encoding="utf-8") if (folder / name).is_file() else None
+    if not folder.is_dir() and _offline():
+        folder = snapshot(source, "model").folder
+    if folder.is_dir():
+        return (folder / name).read_text(encoding="utf-8") if (folder / name).is_file() else None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
     repository, revision = split_source(source)
     try:
-        with _quietly(): return Path(hf_hub_download(repository, name, revision=revision)).read_text(encoding="utf-8")
-    except Exception as error: # as in `snapshot`
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError): return None
+        with _quietly():
+            return Path(hf_hub_download(repository, name, revision=revision)).read_text(encoding="utf-8")
+    except Exception as error:  # as in `snapshot`
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
         raise InputError(explain(error, repository, "model", revision)) from None
 
-
+# %% ../../nbs/02_data/01_hub.ipynb #b8faaec8
 def has_template(
-    source: str, # of a model: a folder, or a hub source
+    source: str,  # of a model: a folder, or a hub source
 ) -> bool:
     "Whether a model's tokenizer has a chat template of its own, told from two small files."
-    if small_file(source, "chat_template.jinja"): return True
-    try: return bool(json.loads(small_file(source, "tokenizer_config.json") or "{}").get("chat_template"))
-    except (ValueError, AttributeError): return False
+    if small_file(source, "chat_template.jinja"):
+        return True
+    try:
+        return bool(json.loads(small_file(source, "tokenizer_config.json") or "{}").get("chat_template"))
+    except (ValueError, AttributeError):
+        return False

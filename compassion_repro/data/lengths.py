@@ -6,7 +6,8 @@
 __all__ = ['CUTS', 'LONG_PROMPTS', 'split_text', 'fit']
 
 # %% ../../nbs/02_data/03_lengths.ipynb #a8b65070
-import hashlib, re
+import hashlib
+import re
 from collections.abc import Callable
 
 from .sources import BadRow
@@ -16,9 +17,11 @@ def _longest_fit(text, start, max_length, measure=len):
     "Where the longest stretch from `start` ends that still fits; `start` itself if not one character does."
     fits = lambda end: measure(text[start:end]) <= max_length
     low, high = start, start + max_length
-    while high < len(text) and fits(high): low, high = high, start + 2 * (high - start)
+    while high < len(text) and fits(high):
+        low, high = high, start + 2 * (high - start)
     if high >= len(text):
-        if fits(len(text)): return len(text)
+        if fits(len(text)):
+            return len(text)
         high = len(text)
     while high - low > 1:
         middle = (low + high) // 2
@@ -26,24 +29,34 @@ def _longest_fit(text, start, max_length, measure=len):
     return low
 
 # %% ../../nbs/02_data/03_lengths.ipynb #01764696
-CUTS = (re.compile(r"\r?\n[ \t]*\r?\n\s*"), re.compile(r"[.!?…][\"'”’»)\]]*\s+|[。！？।؟]\s*|\n"), re.compile(r"\s+"))
+CUTS = (
+    re.compile(r"\r?\n[ \t]*\r?\n\s*"),
+    re.compile(r"[.!?…][\"'”’»)\]]*\s+|[。！？।؟]\s*|\n"),
+    re.compile(r"\s+"),
+)
+
 
 def _cut_point(text, start, max_length, measure=len):
     "The best place to end the piece that begins at `start`."
     end = _longest_fit(text, start, max_length, measure)
-    if end == len(text): return end
+    if end == len(text):
+        return end
     piece = text[start:end]
     for cut in CUTS:
         places = [match.end() for match in cut.finditer(piece)]
-        if places and 2 * places[-1] >= len(piece): return start + places[-1]
+        if places and 2 * places[-1] >= len(piece):
+            return start + places[-1]
     return end
 
+# %% ../../nbs/02_data/03_lengths.ipynb #d4b3598f
 def split_text(
     text: str,  # a document
     max_length: int,  # most that a piece may measure
     measure: Callable[[str], int] = len,  # length of a text
 ) -> list[str]:  # the pieces, in order; joined they are the text
-    "A document in pieces that fit, cut after paragraphs, sentences or words; a piece has one character at least."
+    """A document in pieces that fit, cut after paragraphs, sentences or words; a piece has one character at
+    least.
+    """
     pieces, start = [], 0
     while start < len(text):
         end = max(start + 1, _cut_point(text, start, max_length, measure))
@@ -54,37 +67,54 @@ def split_text(
 # %% ../../nbs/02_data/03_lengths.ipynb #ab2873ac
 LONG_PROMPTS = ("truncate", "drop")
 
+
 def _cut(text, room, measure):
     "The text if it fits into the room, else its beginning, without trailing white space."
-    if measure(text) <= room: return text
-    return text[:_cut_point(text, 0, room, measure)].rstrip() if room >= 1 else ""
+    if measure(text) <= room:
+        return text
+    return text[: _cut_point(text, 0, room, measure)].rstrip() if room >= 1 else ""
 
+# %% ../../nbs/02_data/03_lengths.ipynb #849a0b10
 def _fit_document(row, max_length, measure):
     "A document as it is, or its pieces, each marked with the document's fingerprint."
     pieces = [piece for piece in split_text(row["text"], max_length, measure) if piece.strip()]
-    if len(pieces) == 1: return [{**row, "text": pieces[0]}], ()
+    if len(pieces) == 1:
+        return [{**row, "text": pieces[0]}], ()
     mark = hashlib.sha256(row["text"].encode()).hexdigest()[:16]
     return [{**row, "text": piece, "document": mark} for piece in pieces], ("split",)
 
+# %% ../../nbs/02_data/03_lengths.ipynb #f9e29bb9
 def fit(
     row: dict,  # {"text"} or {"messages"}
     max_length: int,  # most that the row's contents may measure
     measure: Callable[[str], int] = len,  # length of a text
-    long_prompts: str = "truncate",  # a question that is too long is cut ("truncate") or the row dropped ("drop")
+    # a question that is too long is cut ("truncate") or the row dropped ("drop")
+    long_prompts: str = "truncate",
 ) -> tuple[list[dict], tuple[str, ...]]:  # the rows it becomes, and the report's counters that it adds to
-    "The row made to fit: a document split, an answer or question cut; raises `BadRow` if that leaves one of them empty."
-    if "text" in row: return _fit_document(row, max_length, measure)
+    """The row made to fit: a document split, an answer or question cut.
+
+    Raises `BadRow` if that leaves one of them empty.
+    """
+    if "text" in row:
+        return _fit_document(row, max_length, measure)
     turns = row["messages"]
     lengths = [measure(turn["content"]) for turn in turns]
-    if sum(lengths) <= max_length: return [row], ()
+    if sum(lengths) <= max_length:
+        return [row], ()
     ending = 1 if turns[-1]["role"] == "assistant" else 0  # turns of the answer
     *before, question = turns[:-1] if ending else turns
-    answer, asked = sum(lengths[len(turns) - ending:]), sum(lengths[:len(turns) - ending])
+    answer, asked = sum(lengths[len(turns) - ending :]), sum(lengths[: len(turns) - ending])
     reserved = min(answer, max_length // 2) if long_prompts == "truncate" else ending
     answer_room = max(max_length - asked, reserved)
-    question_room = max_length - answer_room - sum(lengths[:len(before)])
+    question_room = max_length - answer_room - sum(lengths[: len(before)])
     cut = [{**question, "content": _cut(question["content"], question_room, measure)}]
-    cut += [{**turn, "content": _cut(turn["content"], answer_room, measure)} for turn in turns[len(turns) - ending:]]
+    cut += [
+        {**turn, "content": _cut(turn["content"], answer_room, measure)}
+        for turn in turns[len(turns) - ending :]
+    ]
     shortened = cut[0] != question
-    if not all(turn["content"] for turn in cut) or shortened and long_prompts == "drop": raise BadRow("prompt too long")
-    return [{**row, "messages": before + cut}], ("truncated", "questions_cut") if shortened else ("truncated",)
+    if not all(turn["content"] for turn in cut) or shortened and long_prompts == "drop":
+        raise BadRow("prompt too long")
+    return [{**row, "messages": before + cut}], (
+        ("truncated", "questions_cut") if shortened else ("truncated",)
+    )

@@ -8,22 +8,26 @@ __all__ = ['ROLES', 'NAMED_ROLES', 'QUESTIONS', 'ANSWERS', 'CONTEXTS', 'SYSTEMS'
            'rows_sha256', 'save_rows', 'read_rows', 'train_held_out']
 
 # %% ../../nbs/02_data/04_rows.ipynb #65383310
-import hashlib, json
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from fastcore.basics import patch
+
+from ..core.errors import InputError, shorten
+from ..core.files import write_atomically
 from .lengths import LONG_PROMPTS, fit
 from .sources import BadRow, json_lines, read_source
 from ..study import DataSource, data_label, data_parts
-from ..core.errors import InputError, shorten
-from ..core.files import write_atomically
 
 # %% ../../nbs/02_data/04_rows.ipynb #6a8f3b8e
 @dataclass
 class Report:
     "What became of every row of a source: read = kept + dropped + left_out."
+
     source: str  # the source as the user wrote it
     revision: str = ""  # "embedded", "local", or the hub's revision
     shape: str = ""  # the shape asked for
@@ -31,7 +35,8 @@ class Report:
     schemas: dict[str, int] = field(default_factory=dict)  # schema -> rows that came in it
     read: int = 0  # rows found in the source (blank lines are no rows)
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows dropped for it
-    places: dict[str, list[int]] = field(default_factory=dict)  # reason -> the first five places, counted from 1
+    # reason -> the first five places, counted from 1
+    places: dict[str, list[int]] = field(default_factory=dict)
     left_out: int = 0  # good rows that the limit did not need
     kept: int = 0  # rows of the source that are in the corpus
     max_length: int | None = None  # most that a row may measure, where a length was set
@@ -39,137 +44,220 @@ class Report:
     questions_cut: int = 0  # those of them whose question was cut, not only the answer
     cut: int = 0  # what they lost together, in the unit of the length
     split: int = 0  # kept documents that became several rows
-    unused: dict[str, int] = field(default_factory=dict)  # column that nothing was made of -> rows in which it says something
-    changed: dict[str, int] = field(default_factory=dict)  # what was done to a row's turns so that the chat template takes them -> rows
+    # column that nothing was made of -> rows in which it says something
+    unused: dict[str, int] = field(default_factory=dict)
+    # what was done to a row's turns so that the chat template takes them -> rows
+    changed: dict[str, int] = field(default_factory=dict)
     parts: list[dict] = field(default_factory=list)  # of several sources: the account of each
     rows: int = 0  # rows of the corpus
     sha256: str = ""  # of the corpus as `save_rows` writes it
 
-    def as_dict(self) -> dict:
-        "The account as plain data, for a stage's manifest."
-        return asdict(self)
+# %% ../../nbs/02_data/04_rows.ipynb #dc5772b1
+@patch
+def as_dict(self: Report) -> dict:
+    "The account as plain data, for a stage's manifest."
+    return asdict(self)
 
-    def drop(self, reason, place):
-        "Count one dropped row."
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
-        if self.dropped[reason] <= 5: self.places.setdefault(reason, []).append(place)
+# %% ../../nbs/02_data/04_rows.ipynb #2409dd34
+@patch
+def drop(self: Report, reason, place):
+    "Count one dropped row."
+    self.dropped[reason] = self.dropped.get(reason, 0) + 1
+    if self.dropped[reason] <= 5:
+        self.places.setdefault(reason, []).append(place)
 
 # %% ../../nbs/02_data/04_rows.ipynb #edd5ccec
 def _reasons(report):
     "The dropped rows in words, e.g. `missing response: 2 (lines 3, 9)`."
+
     def where(reason):
         places = report.places[reason]
         more = ", ..." if report.dropped[reason] > len(places) else ""
         return f"{report.unit}{'s' if len(places) > 1 else ''} {', '.join(map(str, places))}{more}"
-    return "; ".join(f"{reason}: {count} ({where(reason)})" for reason, count in sorted(report.dropped.items()))
 
+    return "; ".join(
+        f"{reason}: {count} ({where(reason)})" for reason, count in sorted(report.dropped.items())
+    )
+
+# %% ../../nbs/02_data/04_rows.ipynb #5c49d493
 def _columns(counts):
     "Columns with the rows they are filled in, the 20 most filled: `category (75), source (12)`."
     shown = sorted(counts.items(), key=lambda one: (-one[1], one[0]))
     return ", ".join(f"{name} ({count})" for name, count in shown[:20]) + (", ..." if len(shown) > 20 else "")
 
+# %% ../../nbs/02_data/04_rows.ipynb #0fc06293
 def _one_line(report):
     "The whole account as one line."
-    parts = [f"{report.source} ({report.revision}): {report.read} rows read, {report.kept} kept as {report.rows} rows"]
-    if report.dropped: parts.append(f"{sum(report.dropped.values())} dropped ({_reasons(report)})")
-    for number, words in ((report.left_out, "left out by the limit"), (report.truncated, f"truncated to {report.max_length} ({report.cut:,} cut away)"),
-                          (report.questions_cut, "with a cut question"), (report.split, f"split at {report.max_length}")):
-        if number: parts.append(f"{number} {words}")
+    parts = [
+        f"{report.source} ({report.revision}): {report.read} rows read, {report.kept} kept as {report.rows}"
+        " rows"
+    ]
+    if report.dropped:
+        parts.append(f"{sum(report.dropped.values())} dropped ({_reasons(report)})")
+    for number, words in (
+        (report.left_out, "left out by the limit"),
+        (report.truncated, f"truncated to {report.max_length} ({report.cut:,} cut away)"),
+        (report.questions_cut, "with a cut question"),
+        (report.split, f"split at {report.max_length}"),
+    ):
+        if number:
+            parts.append(f"{number} {words}")
     parts += [f"{count} with {words}" for words, count in report.changed.items()]
-    if report.unused: parts.append(f"columns not used: {_columns(report.unused)}")
+    if report.unused:
+        parts.append(f"columns not used: {_columns(report.unused)}")
     return ", ".join(parts)
 
+# %% ../../nbs/02_data/04_rows.ipynb #4544e927
 Report.__str__ = _one_line
 
 # %% ../../nbs/02_data/04_rows.ipynb #166311ac
 def _report_table(report):
     "The account as a markdown table."
     schemas = ", ".join(f"{name} ({count})" for name, count in report.schemas.items())
-    lines = [("source", f"`{report.source}`"), ("revision", report.revision), ("schema", schemas), ("shape", report.shape), ("rows read", report.read),
-             ("kept", report.kept), ("dropped", _reasons(report) or 0), ("left out by the limit", report.left_out), ("longest row allowed", report.max_length or "any"),
-             ("truncated", report.truncated), ("of them with a cut question", report.questions_cut), ("cut away", report.cut), ("split", report.split), ("columns not used", _columns(report.unused) or "none"), ("rows", report.rows), ("sha256", f"`{report.sha256[:16]}`")]
+    lines = [
+        ("source", f"`{report.source}`"),
+        ("revision", report.revision),
+        ("schema", schemas),
+        ("shape", report.shape),
+        ("rows read", report.read),
+        ("kept", report.kept),
+        ("dropped", _reasons(report) or 0),
+        ("left out by the limit", report.left_out),
+        ("longest row allowed", report.max_length or "any"),
+        ("truncated", report.truncated),
+        ("of them with a cut question", report.questions_cut),
+        ("cut away", report.cut),
+        ("split", report.split),
+        ("columns not used", _columns(report.unused) or "none"),
+        ("rows", report.rows),
+        ("sha256", f"`{report.sha256[:16]}`"),
+    ]
     cells = [(name, str(value).replace("|", "\\|")) for name, value in lines]
     return "\n".join(["| corpus | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)])
 
+# %% ../../nbs/02_data/04_rows.ipynb #644ba7f9
 Report._repr_markdown_ = _report_table
+
 
 @dataclass
 class Corpus:
     "Rows of one shape and the account of where they came from."
+
     rows: list[dict]  # {"text"} or {"messages"}, with `id`, `tests`, `document` where there are any
     report: Report  # what became of every row of the source
 
-    def __len__(self): return len(self.rows)
-    def __repr__(self): return f"Corpus({self.report})"
-    def _repr_markdown_(self): return _report_table(self.report)
+    def __len__(self):
+        return len(self.rows)
+
+    def __repr__(self):
+        return f"Corpus({self.report})"
+
+    def _repr_markdown_(self):
+        return _report_table(self.report)
 
 # %% ../../nbs/02_data/04_rows.ipynb #2bf101e4
 def _text_of(row, name):
     "The text of a field; raises `BadRow` where it is missing, not text, empty or not sound Unicode."
     value = row.get(name)
-    if value is None: raise BadRow(f"missing {name}")
-    if not isinstance(value, str): raise BadRow(f"{name} is not text")
-    if not value.strip(): raise BadRow(f"empty {name}")
-    try: value.encode()
-    except UnicodeEncodeError: raise BadRow(f"{name} is not sound Unicode") from None
+    if value is None:
+        raise BadRow(f"missing {name}")
+    if not isinstance(value, str):
+        raise BadRow(f"{name} is not text")
+    if not value.strip():
+        raise BadRow(f"empty {name}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadRow(f"{name} is not sound Unicode") from None
     return value
 
 # %% ../../nbs/02_data/04_rows.ipynb #79365d19
 ROLES = ("system", "user", "assistant")
-NAMED_ROLES = {**{role: role for role in ROLES}, "developer": "system",
-               **dict.fromkeys(("human", "prompter"), "user"), **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "ai"), "assistant")}
+NAMED_ROLES = {
+    **{role: role for role in ROLES},
+    "developer": "system",
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "ai"), "assistant"),
+}
+
 
 def _role_of(turn, name):
     "The role of a turn, by whatever name; raises `BadRow` for a role that is not known."
     said = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
     role = NAMED_ROLES.get(said.strip().lower()) if isinstance(said, str) else None
-    if role is None: raise BadRow(f"{name} has a turn without a known role ({shorten(str(said), 60)!r})" if said else f"{name} has a turn without a known role")
+    if role is None:
+        raise BadRow(
+            f"{name} has a turn without a known role ({shorten(str(said), 60)!r})"
+            if said
+            else f"{name} has a turn without a known role"
+        )
     return role
 
+# %% ../../nbs/02_data/04_rows.ipynb #cbe53720
 def _part_text(part, name):
     "The text of a part of a content; raises `BadRow` for a picture and the like."
-    if isinstance(part, str): return part
+    if isinstance(part, str):
+        return part
     kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-    if kind not in ("text", "input_text", "output_text"): raise BadRow(f"{name} has a part of type {shorten(str(kind), 60)!r}, which is no text")
+    if kind not in ("text", "input_text", "output_text"):
+        raise BadRow(f"{name} has a part of type {shorten(str(kind), 60)!r}, which is no text")
     return _text_of(part, "text")
 
+# %% ../../nbs/02_data/04_rows.ipynb #2b6e49c2
 def _content_of(turn, name):
     "What a turn says; raises `BadRow` where that is not text alone."
-    if calls := [key for key in ("tool_calls", "function_call") if turn.get(key)]: raise BadRow(f"{name} has a turn that calls a tool ({calls[0]})")
+    if calls := [key for key in ("tool_calls", "function_call") if turn.get(key)]:
+        raise BadRow(f"{name} has a turn that calls a tool ({calls[0]})")
     key = next((key for key in ("content", "value") if turn.get(key) is not None), "content")
-    if isinstance(turn.get(key), list) and turn[key]: return _text_of({key: "\n".join(_part_text(part, name) for part in turn[key])}, key)
+    if isinstance(turn.get(key), list) and turn[key]:
+        return _text_of({key: "\n".join(_part_text(part, name) for part in turn[key])}, key)
     return _text_of(turn, key)
 
+# %% ../../nbs/02_data/04_rows.ipynb #d934344e
 def _parsed(value):
     "A list that came as text, as in a CSV file; anything else as it is."
-    if not isinstance(value, str) or not value.lstrip().startswith("["): return value
-    try: return json.loads(value)
-    except (ValueError, RecursionError): return value
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
 
+# %% ../../nbs/02_data/04_rows.ipynb #3c136b0f
 def _turns_of(row, name):
     "The turns of a conversation; raises `BadRow` where it is missing, empty or holds a turn that is not one."
     turns = _parsed(row.get(name))
-    if turns is None: raise BadRow(f"missing {name}")
-    if not isinstance(turns, list): raise BadRow(f"{name} is not a list of turns")
-    if not turns: raise BadRow(f"empty {name}")
+    if turns is None:
+        raise BadRow(f"missing {name}")
+    if not isinstance(turns, list):
+        raise BadRow(f"{name} is not a list of turns")
+    if not turns:
+        raise BadRow(f"empty {name}")
     roles = [_role_of(turn, name) for turn in turns]
     last = turns[-1]
-    if roles[-1] == "assistant" and (last.get("weight") == 0 or last.get("train") is False): raise BadRow(f"{name} has an answer marked as not to be learned")
+    if roles[-1] == "assistant" and (last.get("weight") == 0 or last.get("train") is False):
+        raise BadRow(f"{name} has an answer marked as not to be learned")
     return [{"role": role, "content": _content_of(turn, name)} for role, turn in zip(roles, turns)]
 
 # %% ../../nbs/02_data/04_rows.ipynb #2107485a
 QUESTIONS = ("instruction", "prompt", "question", "problem", "query", "inputs")  # columns of what is asked
-ANSWERS = ("response", "completion", "output", "answer", "solution", "target", "targets")  # columns of what is answered
+# columns of what is answered
+ANSWERS = ("response", "completion", "output", "answer", "solution", "target", "targets")
 CONTEXTS = ("context", "input", "passage", "background")  # columns that belong to the question
 SYSTEMS = ("system", "system_prompt", "system_message")  # columns of a system turn
 HISTORIES = ("history", "chat_history", "conversation_history")  # columns of the turns before
-NOT_READ = ("tools", "functions", "image", "images", "audio", "video", "videos", "choices", "options")  # what a row cannot do without and text cannot hold
+# what a row cannot do without and text cannot hold
+NOT_READ = ("tools", "functions", "image", "images", "audio", "video", "videos", "choices", "options")
+
 
 def _filled(row, name):
     "Whether a column says something."
     value = row.get(name)
-    return value is not None and not (isinstance(value, str | list | dict) and not (value.strip() if isinstance(value, str) else value))
+    return value is not None and not (
+        isinstance(value, str | list | dict) and not (value.strip() if isinstance(value, str) else value)
+    )
 
+# %% ../../nbs/02_data/04_rows.ipynb #4e464754
 def chat_row(
     prompt: str,  # what the user says
     answer: str | None = None,  # what the assistant answers; None leaves the row a prompt
@@ -178,76 +266,124 @@ def chat_row(
     turns = [("user", prompt)] + ([] if answer is None else [("assistant", answer)])
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
+# %% ../../nbs/02_data/04_rows.ipynb #02201034
 def _said(row, name, role):
     "The turns of a column that holds one turn's text, or turns."
     value = _parsed(row.get(name))
-    return _turns_of(row, name) if isinstance(value, list) and value and isinstance(value[0], dict) else [{"role": role, "content": _text_of(row, name)}]
+    return (
+        _turns_of(row, name)
+        if isinstance(value, list) and value and isinstance(value[0], dict)
+        else [{"role": role, "content": _text_of(row, name)}]
+    )
 
+# %% ../../nbs/02_data/04_rows.ipynb #0c5840c7
 def _before(row):
     "The turns of a history: turns, or pairs of a question and its answer."
     turns = []
     for name in HISTORIES:
-        if not _filled(row, name): continue
+        if not _filled(row, name):
+            continue
         pairs = _parsed(row[name])
-        if not isinstance(pairs, list): raise BadRow(f"{name} is not a list of turns")
-        if all(isinstance(pair, dict) for pair in pairs): turns += _turns_of(row, name); continue
-        if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs): raise BadRow(f"{name} is neither turns nor pairs of a question and an answer")
-        turns += [{"role": role, "content": _text_of({name: said}, name)} for pair in pairs for role, said in zip(("user", "assistant"), pair)]
+        if not isinstance(pairs, list):
+            raise BadRow(f"{name} is not a list of turns")
+        if all(isinstance(pair, dict) for pair in pairs):
+            turns += _turns_of(row, name)
+            continue
+        if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+            raise BadRow(f"{name} is neither turns nor pairs of a question and an answer")
+        turns += [
+            {"role": role, "content": _text_of({name: said}, name)}
+            for pair in pairs
+            for role, said in zip(("user", "assistant"), pair)
+        ]
     return turns
 
+# %% ../../nbs/02_data/04_rows.ipynb #2f6b0b66
 def _with_system(row, turns):
     "The turns under the system prompt of a column."
     for name in SYSTEMS:
-        if not _filled(row, name): continue
+        if not _filled(row, name):
+            continue
         said = {"role": "system", "content": _text_of(row, name)}
-        if turns[0] == said: continue
-        if turns[0]["role"] == "system": raise BadRow(f"{name} and the conversation have different system prompts")
+        if turns[0] == said:
+            continue
+        if turns[0]["role"] == "system":
+            raise BadRow(f"{name} and the conversation have different system prompts")
         turns = [said, *turns]
     return turns
 
+# %% ../../nbs/02_data/04_rows.ipynb #34d07145
 def _asked(row, question):
     "The turns up to the question, everything that belongs to it folded in."
     *before, last = _said(row, question, "user")
     for name in CONTEXTS:
-        if name != question and _filled(row, name): last = {**last, "content": f"{last['content']}\n\n{_text_of(row, name)}"}
+        if name != question and _filled(row, name):
+            last = {**last, "content": f"{last['content']}\n\n{_text_of(row, name)}"}
     return _with_system(row, [*_before(row), *before, last])
 
+# %% ../../nbs/02_data/04_rows.ipynb #7c95a233
 def _question_answer(question, answer):
-    "An adapter for rows with a column of what is asked and one of what is answered, or of what is asked alone."
-    return lambda row: {"messages": _asked(row, question) + (_said(row, answer, "assistant") if answer else [])}
+    """An adapter for rows with a column of what is asked and one of what is answered, or of what is asked
+    alone.
+    """
+    return lambda row: {
+        "messages": _asked(row, question) + (_said(row, answer, "assistant") if answer else [])
+    }
 
 # %% ../../nbs/02_data/04_rows.ipynb #0b234014
 @dataclass(frozen=True)
 class Schema:
     "How the rows of a data set are told and turned into one of the shapes."
+
     needs: tuple[str, ...]  # the columns that tell it
     adapt: Callable[[dict], dict]  # a row of the data set -> {"text"} or {"messages"}; raises `BadRow`
 
+# %% ../../nbs/02_data/04_rows.ipynb #3f9238a2
 def _with_context(row, turns):
-    "The turns with a column of context folded into the only question; raises `BadRow` where there are several."
+    """The turns with a column of context folded into the only question.
+
+    Raises `BadRow` where there are several.
+    """
     for name in CONTEXTS:
-        if name == "input" or not _filled(row, name): continue
+        if name == "input" or not _filled(row, name):
+            continue
         said = _text_of(row, name)
         asked = [at for at, turn in enumerate(turns) if turn["role"] == "user"]
-        if any(said in turn["content"] for turn in turns): continue
-        if len(asked) != 1: raise BadRow(f"a column {name} beside {len(asked)} questions; write it into the one that it belongs to")
-        turns = [{**turn, "content": f"{turn['content']}\n\n{said}"} if at in asked else turn for at, turn in enumerate(turns)]
+        if any(said in turn["content"] for turn in turns):
+            continue
+        if len(asked) != 1:
+            raise BadRow(
+                f"a column {name} beside {len(asked)} questions; write it into the one that it belongs to"
+            )
+        turns = [
+            {**turn, "content": f"{turn['content']}\n\n{said}"} if at in asked else turn
+            for at, turn in enumerate(turns)
+        ]
     return turns
 
+# %% ../../nbs/02_data/04_rows.ipynb #11b611f4
 def _conversation(name):
     "An adapter for rows that hold their conversation as turns."
-    return lambda row: {"messages": _with_system(row, [*_before(row), *_with_context(row, _turns_of(row, name))])}
+    return lambda row: {
+        "messages": _with_system(row, [*_before(row), *_with_context(row, _turns_of(row, name))])
+    }
 
+# %% ../../nbs/02_data/04_rows.ipynb #1c7d845f
 def _pair(row):
     "A preference pair: the turns that both answers follow, and the two answers."
     prompt = next((_asked(row, name) for name in QUESTIONS if _filled(row, name)), [])
     chosen, rejected = (_said(row, name, "assistant") for name in ("chosen", "rejected"))
-    if len(chosen) > 1 and len(rejected) > 1 and chosen[:-1] == rejected[:-1]: prompt, chosen, rejected = chosen[:-1], chosen[-1:], rejected[-1:]
-    if not prompt or len(chosen) > 1 or len(rejected) > 1: raise BadRow("chosen and rejected do not answer the same prompt")
-    if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant": raise BadRow("chosen or rejected does not end with the assistant")
-    if chosen == rejected: raise BadRow("chosen and rejected are the same")
+    if len(chosen) > 1 and len(rejected) > 1 and chosen[:-1] == rejected[:-1]:
+        prompt, chosen, rejected = chosen[:-1], chosen[-1:], rejected[-1:]
+    if not prompt or len(chosen) > 1 or len(rejected) > 1:
+        raise BadRow("chosen and rejected do not answer the same prompt")
+    if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
+        raise BadRow("chosen or rejected does not end with the assistant")
+    if chosen == rejected:
+        raise BadRow("chosen and rejected are the same")
     return {"messages": prompt, "chosen": chosen[0]["content"], "rejected": rejected[0]["content"]}
 
+# %% ../../nbs/02_data/04_rows.ipynb #fe6a3f57
 _NAMES = {("instruction", "response"): "magicoder", ("instruction", "output"): "alpaca"}
 SCHEMAS = {
     "messages": Schema(("messages",), _conversation("messages")),
@@ -256,91 +392,194 @@ SCHEMAS = {
     "conversation": Schema(("conversation",), _conversation("conversation")),
     "preference": Schema(("chosen", "rejected"), _pair),
     "dolly": Schema(("instruction", "context", "response"), _question_answer("instruction", "response")),
-    **{_NAMES.get((question, answer), f"{question}-{answer}"): Schema((question, answer), _question_answer(question, answer))
-       for question in (*QUESTIONS, "input") for answer in ANSWERS},
+    **{
+        _NAMES.get((question, answer), f"{question}-{answer}"): Schema(
+            (question, answer), _question_answer(question, answer)
+        )
+        for question in (*QUESTIONS, "input")
+        for answer in ANSWERS
+    },
     "prompt": Schema(("prompt",), _question_answer("prompt", None)),
     **{name: Schema((name,), _question_answer(name, None)) for name in QUESTIONS if name != "prompt"},
-    **{name: Schema((name,), lambda row, name=name: {"text": _text_of(row, name)}) for name in ("text", "document", "content")},
+    **{
+        name: Schema((name,), lambda row, name=name: {"text": _text_of(row, name)})
+        for name in ("text", "document", "content")
+    },
 }
 DOCUMENTS = ("text", "document", "content")
 
 # %% ../../nbs/02_data/04_rows.ipynb #dd88382f
-ASKED_ONLY = tuple(name for name in QUESTIONS if name != "prompt")  # schemas of the last resort: an answer that is null is a missing answer
+# schemas of the last resort: an answer that is null is a missing answer
+ASKED_ONLY = tuple(name for name in QUESTIONS if name != "prompt")
+
 
 def _detect(row, shape="any"):
     "The schema of a row by its columns; None where there is none."
     filled = {name for name, value in row.items() if value is not None or name == "context"}
-    if isinstance(row.get("chosen"), bool | int | float): filled = filled - {"chosen", "rejected"}  # a mark, not an answer
+    # a mark, not an answer
+    if isinstance(row.get("chosen"), bool | int | float):
+        filled = filled - {"chosen", "rejected"}
     order = [*DOCUMENTS, *SCHEMAS] if shape == "text" else SCHEMAS
-    for columns, names in ((filled, order), (set(row) - {"chosen", "rejected"} | filled, order), (filled, ASKED_ONLY)):
+    for columns, names in (
+        (filled, order),
+        (set(row) - {"chosen", "rejected"} | filled, order),
+        (filled, ASKED_ONLY),
+    ):
         for name in names:
-            if (names is ASKED_ONLY or name not in ASKED_ONLY) and columns.issuperset(SCHEMAS[name].needs): return name
+            if (names is ASKED_ONLY or name not in ASKED_ONLY) and columns.issuperset(SCHEMAS[name].needs):
+                return name
 
+# %% ../../nbs/02_data/04_rows.ipynb #fefb57a4
 def _check_clear(row, schema):
     "Raise `BadRow` where another column could be the question or the answer as well."
     needs = SCHEMAS[schema].needs
-    if len(needs) < 2 or not set(needs) & set(ANSWERS): return
+    if len(needs) < 2 or not set(needs) & set(ANSWERS):
+        return
     for names, what in ((QUESTIONS, "question"), (ANSWERS, "answer")):
-        found = [name for name in names if _filled(row, name) and not ("problem" in needs and "solution" in needs and name == "answer")]
-        if len(found) > 1: raise BadRow(f"{found[0]} and {found[1]} could both be the {what}; name one with columns: {{{found[0]}: ...}}")
+        found = [
+            name
+            for name in names
+            if _filled(row, name) and not ("problem" in needs and "solution" in needs and name == "answer")
+        ]
+        if len(found) > 1:
+            raise BadRow(
+                f"{found[0]} and {found[1]} could both be the {what}; name one with columns: {{{found[0]}:"
+                " ...}"
+            )
 
 # %% ../../nbs/02_data/04_rows.ipynb #ec7e7153
 SHAPES = ("text", "messages", "prompts", "pairs", "any")
 
+
 def _shaped(row, shape):
     "The row in the shape asked for; raises `BadRow` if it has another."
     if "text" in row:
-        if shape in ("text", "any"): return row
+        if shape in ("text", "any"):
+            return row
         raise BadRow("a document where a conversation is wanted")
-    if shape == "text": raise BadRow("a conversation where a document is wanted")
+    if shape == "text":
+        raise BadRow("a conversation where a document is wanted")
     pair = "chosen" in row
-    if shape == "pairs" and not pair: raise BadRow("one answer where a pair (chosen, rejected) is wanted")
-    if shape in ("messages", "any") and pair: raise BadRow("a pair where one answer is wanted; name it with columns: {response: chosen}")
+    if shape == "pairs" and not pair:
+        raise BadRow("one answer where a pair (chosen, rejected) is wanted")
+    if shape in ("messages", "any") and pair:
+        raise BadRow("a pair where one answer is wanted; name it with columns: {response: chosen}")
     turns, reference = row["messages"], {}
     if shape == "prompts":
         row = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
-        while turns and turns[-1]["role"] == "assistant": turns, reference = turns[:-1], {"reference": turns[-1]["content"]}
-    if not any(turn["role"] == "user" for turn in turns): raise BadRow("no question in the conversation")
+        while turns and turns[-1]["role"] == "assistant":
+            turns, reference = turns[:-1], {"reference": turns[-1]["content"]}
+    if not any(turn["role"] == "user" for turn in turns):
+        raise BadRow("no question in the conversation")
     last = "user" if shape in ("prompts", "pairs") else "assistant"
-    if turns[-1]["role"] != last: raise BadRow(f"the conversation does not end with the {last}, but with the {turns[-1]['role']}")
+    if turns[-1]["role"] != last:
+        raise BadRow(f"the conversation does not end with the {last}, but with the {turns[-1]['role']}")
     return {**row, "messages": turns, **reference}
 
 # %% ../../nbs/02_data/04_rows.ipynb #eb3b0df1
 EXTRAS = ("id", "tests", "reference")
-GOOD = ("label", "chosen", "accepted", "is_accepted", "correct", "is_correct", "good", "is_good", "valid", "is_valid", "approved", "keep", "weight", "sample_weight")
+GOOD = (
+    "label",
+    "chosen",
+    "accepted",
+    "is_accepted",
+    "correct",
+    "is_correct",
+    "good",
+    "is_good",
+    "valid",
+    "is_valid",
+    "approved",
+    "keep",
+    "weight",
+    "sample_weight",
+)
 BAD = ("rejected", "bad", "is_bad", "exclude", "excluded", "discard")
-_NO, _YES = ("false", "no", "0", "0.0", "bad", "rejected", "incorrect"), ("true", "yes", "1", "1.0", "good", "accepted", "chosen", "correct")
+_NO, _YES = (
+    ("false", "no", "0", "0.0", "bad", "rejected", "incorrect"),
+    (
+        "true",
+        "yes",
+        "1",
+        "1.0",
+        "good",
+        "accepted",
+        "chosen",
+        "correct",
+    ),
+)
+
 
 def _verdict(value):
     "A mark as True or False; None where it is neither."
-    if isinstance(value, str): return False if value.strip().lower() in _NO else True if value.strip().lower() in _YES else None
-    return bool(value) if isinstance(value, bool) or isinstance(value, int | float) and value in (0, 1) else None
+    if isinstance(value, str):
+        return False if value.strip().lower() in _NO else True if value.strip().lower() in _YES else None
+    return (
+        bool(value) if isinstance(value, bool) or isinstance(value, int | float) and value in (0, 1) else None
+    )
 
+# %% ../../nbs/02_data/04_rows.ipynb #057427e7
 def _check_marks(row, marks):
     "Raise `BadRow` for a row that is marked as a bad example, or that needs more than text."
     for name in marks:
-        if name in GOOD and _verdict(row.get(name)) is False or name in BAD and _verdict(row.get(name)) is True: raise BadRow(f"marked as a bad example ({name})")
+        if (
+            name in GOOD
+            and _verdict(row.get(name)) is False
+            or name in BAD
+            and _verdict(row.get(name)) is True
+        ):
+            raise BadRow(f"marked as a bad example ({name})")
 
+# %% ../../nbs/02_data/04_rows.ipynb #eab34864
 class _Seen(dict):
     "A row that knows which of its columns were read."
-    def __init__(self, row): super().__init__(row); self.seen = set()
-    def get(self, name, default=None): self.seen.add(name); return super().get(name, default)
-    def __getitem__(self, name): self.seen.add(name); return super().__getitem__(name)
 
+    def __init__(self, row):
+        super().__init__(row)
+        self.seen = set()
+
+    def get(self, name, default=None):
+        self.seen.add(name)
+        return super().get(name, default)
+
+    def __getitem__(self, name):
+        self.seen.add(name)
+        return super().__getitem__(name)
+
+# %% ../../nbs/02_data/04_rows.ipynb #8c817059
 def _row_line(row):
     "A row as the line that `save_rows` writes; characters as they are, not as escapes."
     return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
+# %% ../../nbs/02_data/04_rows.ipynb #410c34ee
 def _adapted(row, schema, shape):
     "A data set's row as a row of the corpus; raises `BadRow` with the reason where it cannot be one."
     adapted = SCHEMAS[schema].adapt(row)
-    others = sorted(name for name in row if name not in (*SCHEMAS[schema].needs, *CONTEXTS, *SYSTEMS, *HISTORIES, *EXTRAS) and _filled(dict(row), name))
-    if schema in QUESTIONS and shape in ("messages", "any") and adapted["messages"][-1]["role"] != "assistant":
-        raise BadRow(f"the conversation does not end with the assistant: no answer beside {schema}" + (f" (other columns: {', '.join(others[:5])}; map one with columns: {{response: {others[0]}}})" if others else ""))
+    others = sorted(
+        name
+        for name in row
+        if name not in (*SCHEMAS[schema].needs, *CONTEXTS, *SYSTEMS, *HISTORIES, *EXTRAS)
+        and _filled(dict(row), name)
+    )
+    if (
+        schema in QUESTIONS
+        and shape in ("messages", "any")
+        and adapted["messages"][-1]["role"] != "assistant"
+    ):
+        raise BadRow(
+            f"the conversation does not end with the assistant: no answer beside {schema}"
+            + (
+                f" (other columns: {', '.join(others[:5])}; map one with columns: {{response: {others[0]}}})"
+                if others
+                else ""
+            )
+        )
     result = _shaped(adapted, shape)
     result |= {name: row[name] for name in EXTRAS if row.get(name) is not None}
-    try: _row_line(result)
-    except (TypeError, ValueError): raise BadRow("id, tests or reference cannot be written as JSON text") from None
+    try:
+        _row_line(result)
+    except (TypeError, ValueError):
+        raise BadRow("id, tests or reference cannot be written as JSON text") from None
     return result
 
 # %% ../../nbs/02_data/04_rows.ipynb #08242ed1
@@ -348,167 +587,285 @@ def _draw_key(row, seed):
     "A random number for a row that depends on its content and the seed only."
     return hashlib.sha256(f"{seed}\n{json.dumps(row, sort_keys=True)}".encode()).hexdigest()
 
+# %% ../../nbs/02_data/04_rows.ipynb #2eb2f547
 def _drawn(good, report, limit, seed, fitted_to, size=lambda row: 0):
-    "The rows that the limit keeps, made to fit, in the order of the source; what happens to each goes into the report."
+    """The rows that the limit keeps, made to fit, in the order of the source; what happens to each goes into
+    the report.
+    """
     order, fitted, before = range(len(good)), {}, sum(report.dropped.values())
-    if limit is not None and limit < len(good): order = sorted(order, key=lambda at: _draw_key(good[at][1], seed))
+    if limit is not None and limit < len(good):
+        order = sorted(order, key=lambda at: _draw_key(good[at][1], seed))
     for at in order:
-        if len(fitted) == limit: break
+        if len(fitted) == limit:
+            break
         place, row = good[at]
-        try: fitted[at], counters = fitted_to(row)
-        except BadRow as bad: report.drop(str(bad), place); continue
-        for counter in counters: setattr(report, counter, getattr(report, counter) + 1)
-        if "truncated" in counters: report.cut += size(row) - size(fitted[at][0])
+        try:
+            fitted[at], counters = fitted_to(row)
+        except BadRow as bad:
+            report.drop(str(bad), place)
+            continue
+        for counter in counters:
+            setattr(report, counter, getattr(report, counter) + 1)
+        if "truncated" in counters:
+            report.cut += size(row) - size(fitted[at][0])
     report.kept = len(fitted)
     report.left_out = len(good) - report.kept - (sum(report.dropped.values()) - before)
     return [row for at in sorted(fitted) for row in fitted[at]]
 
 # %% ../../nbs/02_data/04_rows.ipynb #cc8f5314
-COLUMNS = ("messages", "chosen", "rejected", *QUESTIONS, *ANSWERS, *CONTEXTS, *SYSTEMS, *HISTORIES, *DOCUMENTS, *EXTRAS)  # what `columns` may map to
+# what `columns` may map to
+COLUMNS = (
+    "messages",
+    "chosen",
+    "rejected",
+    *QUESTIONS,
+    *ANSWERS,
+    *CONTEXTS,
+    *SYSTEMS,
+    *HISTORIES,
+    *DOCUMENTS,
+    *EXTRAS,
+)
+
 
 def _renamed(row, columns):
-    "A row under the loader's names; another column that could be the question or answer is set aside where one is named."
-    if not columns: return dict(row)
+    """A row under the loader's names; another column that could be the question or answer is set aside where
+    one is named.
+    """
+    if not columns:
+        return dict(row)
     aside = {name for names in (QUESTIONS, ANSWERS) for name in names if set(columns) & set(names)}
-    if set(columns) & set(ANSWERS): aside |= {"chosen", "rejected"}
-    if set(columns) & {*QUESTIONS, *ANSWERS, "messages", "chosen"}: aside |= {"messages", "conversations", "conversation", "context_messages"}
+    if set(columns) & set(ANSWERS):
+        aside |= {"chosen", "rejected"}
+    if set(columns) & {*QUESTIONS, *ANSWERS, "messages", "chosen"}:
+        aside |= {"messages", "conversations", "conversation", "context_messages"}
     kept = {name: value for name, value in row.items() if name not in {*columns.values(), *aside}}
     return kept | {name: row.get(own) for name, own in columns.items()}
 
+# %% ../../nbs/02_data/04_rows.ipynb #6fbd62bd
 def _check_columns(source, rows, columns):
     "Raise `InputError` for a map of columns that does not fit."
     if unknown := [name for name in columns if name not in (*COLUMNS, "conversations", "context_messages")]:
-        raise InputError(f"{source}: columns maps to {unknown[0]!r}, which the loader does not know; map to one of {', '.join(COLUMNS)}")
+        raise InputError(
+            f"{source}: columns maps to {unknown[0]!r}, which the loader does not know; map to one of"
+            f" {', '.join(COLUMNS)}"
+        )
     found = sorted({name for row in rows for name in row})
     if absent := [own for own in columns.values() if own not in found]:
-        raise InputError(f"{source}: has no column {absent[0]!r} (its columns: {', '.join(found[:20])}); mend the map of columns")
+        raise InputError(
+            f"{source}: has no column {absent[0]!r} (its columns: {', '.join(found[:20])}); mend the map of"
+            " columns"
+        )
 
+# %% ../../nbs/02_data/04_rows.ipynb #e6cb43a8
 def _no_schema(source, rows):
     "The refusal of rows that fit no schema."
     names = sorted({shorten(str(name), 60) for row in rows for name in row})
-    raise InputError(f"{source}: its columns ({', '.join(names[:20])}) fit no known schema; give messages, text, or a question ({', '.join(QUESTIONS)}) "
-                     f"with an answer ({', '.join(ANSWERS)}), or map yours: {{path: ..., columns: {{instruction: ..., response: ...}}}}")
+    raise InputError(
+        f"{source}: its columns ({', '.join(names[:20])}) fit no known schema; give messages, text, or a"
+        f" question ({', '.join(QUESTIONS)}) with an answer ({', '.join(ANSWERS)}), or map yours: {{path:"
+        " ..., columns: {instruction: ..., response: ...}}"
+    )
 
+# %% ../../nbs/02_data/04_rows.ipynb #8c608c4d
 def _marks(rows, shape):
     "The columns that mark bad examples: a label of several classes, or of documents, is no mark."
     found = {name for row in rows for name in row if name in (*GOOD, *BAD)}
-    def telling(name): return all(_verdict(row.get(name)) is not None for row in rows if name in ("label", "correct") and row.get(name) is not None)
-    return [name for name in (*GOOD, *BAD) if name in found and (shape != "text" or name not in ("label", "correct", "chosen", "rejected")) and telling(name)]
 
+    def telling(name):
+        return all(
+            _verdict(row.get(name)) is not None
+            for row in rows
+            if name in ("label", "correct") and row.get(name) is not None
+        )
+
+    return [
+        name
+        for name in (*GOOD, *BAD)
+        if name in found
+        and (shape != "text" or name not in ("label", "correct", "chosen", "rejected"))
+        and telling(name)
+    ]
+
+# %% ../../nbs/02_data/04_rows.ipynb #bd0eb27e
 def _count_unused(report, row, original, columns):
     "Count the columns of a good row that nothing was made of."
     read = {columns.get(name, name) for name in row.seen}
     for name in original:
-        if name not in read and _filled(original, name): report.unused[shorten(str(name), 60)] = report.unused.get(shorten(str(name), 60), 0) + 1
+        if name not in read and _filled(original, name):
+            report.unused[shorten(str(name), 60)] = report.unused.get(shorten(str(name), 60), 0) + 1
 
+# %% ../../nbs/02_data/04_rows.ipynb #671977a6
 def _good_rows(records, report, shape, schema, columns, check=None):
     "The rows that can be used, in shape, with their places; the others go into the report."
     sound = [row for _, row in records if not isinstance(row, BadRow)]
     _check_columns(report.source, sound, columns)
-    rows = [(place, row, None if isinstance(row, BadRow) else _Seen(_renamed(row, columns))) for place, row in records]
+    rows = [
+        (place, row, None if isinstance(row, BadRow) else _Seen(_renamed(row, columns)))
+        for place, row in records
+    ]
     schemas = [None if row is None else schema or _detect(dict(row), shape) for *_, row in rows]
-    if shape != "prompts" and set(schemas) - {None, *ASKED_ONLY}: schemas = [None if name in ASKED_ONLY else name for name in schemas]
+    if shape != "prompts" and set(schemas) - {None, *ASKED_ONLY}:
+        schemas = [None if name in ASKED_ONLY else name for name in schemas]
     known = dict(Counter(filter(None, schemas)).most_common())
-    if sound and not known: _no_schema(report.source, sound)
+    if sound and not known:
+        _no_schema(report.source, sound)
     report.schemas, good, marks = known, [], _marks(sound, shape)
     for (place, original, row), own in zip(rows, schemas):
         try:
-            if row is None: raise original
-            nearest = own or max(known, key=lambda name: (len(row.keys() & set(SCHEMAS[name].needs)), known[name]))
+            if row is None:
+                raise original
+            nearest = own or max(
+                known, key=lambda name: (len(row.keys() & set(SCHEMAS[name].needs)), known[name])
+            )
             good.append((place, _checked(row, nearest, shape, marks, schema, report, check)))
             _count_unused(report, row, original, columns)
-        except BadRow as bad: report.drop(str(bad), place)
+        except BadRow as bad:
+            report.drop(str(bad), place)
     return good
 
+# %% ../../nbs/02_data/04_rows.ipynb #1199aa0a
 def _checked(row, schema, shape, marks, given, report, check):
     "A row of the corpus that is clear, not marked as bad, and passes the check; raises `BadRow`."
     _check_marks(row, marks)
     if shape != "text" and schema not in DOCUMENTS:
         for name in NOT_READ:
-            if _filled(row, name): raise BadRow(f"needs its {name}, which cannot be read as text")
-        if not given: _check_clear(dict(row), schema)
+            if _filled(row, name):
+                raise BadRow(f"needs its {name}, which cannot be read as text")
+        if not given:
+            _check_clear(dict(row), schema)
     adapted = _adapted(row, schema, shape)
-    if check is None: return adapted
+    if check is None:
+        return adapted
     changed, words = check(adapted)
-    for word in words: report.changed[word] = report.changed.get(word, 0) + 1
+    for word in words:
+        report.changed[word] = report.changed.get(word, 0) + 1
     return changed
 
+# %% ../../nbs/02_data/04_rows.ipynb #d0afd109
 def _check_choices(shape, long_prompts, schema, limit, max_length):
     "Raise `InputError` for a choice that `load` does not know."
-    for name, choice, choices in (("shape", shape, SHAPES), ("long_prompts", long_prompts, LONG_PROMPTS), ("schema", schema, (None, *SCHEMAS))):
-        if choice not in choices: raise InputError(f"{name} {choice!r} is not known; choose one of {', '.join(filter(None, choices))}")
+    for name, choice, choices in (
+        ("shape", shape, SHAPES),
+        ("long_prompts", long_prompts, LONG_PROMPTS),
+        ("schema", schema, (None, *SCHEMAS)),
+    ):
+        if choice not in choices:
+            raise InputError(
+                f"{name} {choice!r} is not known; choose one of {', '.join(filter(None, choices))}"
+            )
     for name, number in (("limit", limit), ("max_length", max_length)):
-        if number is not None and number < 1: raise InputError(f"{name} is {number}; give 1 or more, or leave it out")
+        if number is not None and number < 1:
+            raise InputError(f"{name} is {number}; give 1 or more, or leave it out")
 
 # %% ../../nbs/02_data/04_rows.ipynb #c0ac6d51
 def load(
-    source: str | Path | dict | list | DataSource,  # `world:<name>`, a path, or a hub `id@revision`; a mapping, or a list with shares, as in a preset
+    # `world:<name>`, a path, or a hub `id@revision`; a mapping, or a list with shares, as in a preset
+    source: str | Path | dict | list | DataSource,
     shape: str,  # "text", "messages", "prompts" (conversations without the last answer), "pairs" or "any"
     limit: int | None = None,  # most rows of the source to keep, drawn by content and seed; None keeps all
     seed: int = 0,  # seed of the draw, and of an embedded corpus
     max_length: int | None = None,  # most that a row's contents may measure; None leaves long rows alone
-    measure: Callable[[str], int] = len,  # length of a text: `len` counts characters, a tokenizer's counts tokens
-    long_prompts: str = "truncate",  # a question that is too long is cut ("truncate") or its row dropped ("drop")
+    # length of a text: `len` counts characters, a tokenizer's counts tokens
+    measure: Callable[[str], int] = len,
+    # a question that is too long is cut ("truncate") or its row dropped ("drop")
+    long_prompts: str = "truncate",
     schema: str | None = None,  # a key of `SCHEMAS`; None detects it row by row
     columns: dict[str, str] | None = None,  # a schema's column -> what the source calls it
     split: str | None = None,  # split of a hub data set or folder; None: train
     held_out: bool = False,  # of an embedded corpus: rows that no training corpus of any seed holds
-    check: Callable[[dict], tuple[dict, tuple[str, ...]]] | None = None,  # last look at a row: the row to keep and what was changed; raises `BadRow`
+    # last look at a row: the row to keep and what was changed; raises `BadRow`
+    check: Callable[[dict], tuple[dict, tuple[str, ...]]] | None = None,
 ) -> Corpus:  # the rows and the account of them
     "Rows of one shape from any source; raises `InputError` if the source cannot be read or leaves no row."
     _check_choices(shape, long_prompts, schema, limit, max_length)
     parts = data_parts(source)
-    options = dict(seed=seed, max_length=max_length, measure=measure, long_prompts=long_prompts, schema=schema, check=check)
-    if len(parts) > 1: return _mixture(parts, shape, limit, held_out, options)
+    options = dict(
+        seed=seed,
+        max_length=max_length,
+        measure=measure,
+        long_prompts=long_prompts,
+        schema=schema,
+        check=check,
+    )
+    if len(parts) > 1:
+        return _mixture(parts, shape, limit, held_out, options)
     [part] = parts
     limit = min(filter(None, (limit, part.limit)), default=None)
     report = Report(data_label(source), shape=shape, max_length=max_length)
-    report.revision, report.unit, records = read_source(part.path, limit, seed, split or part.split, held_out, part.config)
+    report.revision, report.unit, records = read_source(
+        part.path, limit, seed, split or part.split, held_out, part.config
+    )
     report.read = len(records)
-    if not records: raise InputError(f"{report.source}: holds no rows; give a source with at least one")
+    if not records:
+        raise InputError(f"{report.source}: holds no rows; give a source with at least one")
     good = _good_rows(records, report, shape, schema, {**part.columns, **(columns or {})}, check)
-    rows = _drawn(good, report, limit, seed, lambda row: ([row], ()) if max_length is None else fit(row, max_length, measure, long_prompts),
-                  lambda row: sum(measure(turn["content"]) for turn in row["messages"]))
-    if not rows: raise InputError(f"{report.source}: none of its {report.read} rows can be used as {shape}; {_reasons(report)}; mend the rows or choose another source")
+    rows = _drawn(
+        good,
+        report,
+        limit,
+        seed,
+        lambda row: ([row], ()) if max_length is None else fit(row, max_length, measure, long_prompts),
+        lambda row: sum(measure(turn["content"]) for turn in row["messages"]),
+    )
+    if not rows:
+        raise InputError(
+            f"{report.source}: none of its {report.read} rows can be used as {shape}; {_reasons(report)};"
+            " mend the rows or choose another source"
+        )
     report.rows, report.sha256 = len(rows), rows_sha256(rows)
     return Corpus(rows, report)
 
+# %% ../../nbs/02_data/04_rows.ipynb #9a79da4d
 def rows_sha256(
     rows: list[dict],  # rows of a corpus
 ) -> str:  # 64 hexadecimal digits
     "The SHA-256 of the rows as `save_rows` writes them."
     digest = hashlib.sha256()
-    for row in rows: digest.update(_row_line(row))
+    for row in rows:
+        digest.update(_row_line(row))
     return digest.hexdigest()
 
 # %% ../../nbs/02_data/04_rows.ipynb #ebd94bbd
 def _takes(parts, kept, limit):
     "How many rows each source gives."
-    if limit is None and parts[0].share is None: return kept
+    if limit is None and parts[0].share is None:
+        return kept
     shares = [part.share or count / sum(kept) for part, count in zip(parts, kept)]
     total = min(filter(None, (min(count / share for count, share in zip(kept, shares)), limit)))
     return [min(count, max(1, round(total * share))) for count, share in zip(kept, shares)]
 
+# %% ../../nbs/02_data/04_rows.ipynb #0ea6ac47
 def _mixture(parts, shape, limit, held_out, options):
     "Rows of several sources, after their shares."
-    def loaded(part, limit=None): return load(part, shape, limit=limit, held_out=held_out, **options)
+
+    def loaded(part, limit=None):
+        return load(part, shape, limit=limit, held_out=held_out, **options)
+
     alone = [part.model_copy(update={"share": None}) for part in parts]
     corpora = [loaded(part) for part in alone]
     takes = _takes(parts, [corpus.report.kept for corpus in corpora], limit)
-    corpora = [corpus if take == corpus.report.kept else loaded(part, take) for part, corpus, take in zip(alone, corpora, takes)]
+    corpora = [
+        corpus if take == corpus.report.kept else loaded(part, take)
+        for part, corpus, take in zip(alone, corpora, takes)
+    ]
     report = Report(data_label(parts), shape=shape, max_length=options["max_length"])
     report.revision = "; ".join(dict.fromkeys(corpus.report.revision for corpus in corpora))
     report.parts = [corpus.report.as_dict() for corpus in corpora]
-    for one in (corpus.report for corpus in corpora): _add(report, one)
+    for one in (corpus.report for corpus in corpora):
+        _add(report, one)
     rows = [row for corpus in corpora for row in corpus.rows]
     report.rows, report.sha256 = len(rows), rows_sha256(rows)
     return Corpus(rows, report)
 
+# %% ../../nbs/02_data/04_rows.ipynb #39d46d94
 def _add(report, part):
     "Add the account of one source to that of the whole; a reason names its source."
-    for name in ("read", "left_out", "kept", "truncated", "questions_cut", "cut", "split"): setattr(report, name, getattr(report, name) + getattr(part, name))
+    for name in ("read", "left_out", "kept", "truncated", "questions_cut", "cut", "split"):
+        setattr(report, name, getattr(report, name) + getattr(part, name))
     for name in ("schemas", "unused", "changed"):
-        for key, count in getattr(part, name).items(): getattr(report, name)[key] = getattr(report, name).get(key, 0) + count
+        for key, count in getattr(part, name).items():
+            getattr(report, name)[key] = getattr(report, name).get(key, 0) + count
     for reason, count in part.dropped.items():
         named = f"{Path(part.source).name}: {reason}"
         report.dropped[named] = report.dropped.get(named, 0) + count
@@ -519,19 +876,35 @@ def save_rows(
     rows: list[dict],  # rows of a corpus
     path: str | Path,  # the file to write, usually `rows.jsonl` in a stage's folder
 ) -> Path:  # the file
-    "Write rows as JSON Lines in UTF-8, whole or not at all; raises `InputError` where the place cannot be written."
-    try: return write_atomically(path, lambda partial: partial.write_bytes(b"".join(map(_row_line, rows))))
-    except OSError as error: raise InputError(f"{path}: cannot be written ({error.strerror or error}); free some space or choose another folder") from error
+    """Write rows as JSON Lines in UTF-8, whole or not at all.
 
+    Raises `InputError` where the place cannot be written.
+    """
+    try:
+        return write_atomically(path, lambda partial: partial.write_bytes(b"".join(map(_row_line, rows))))
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}); free some space or choose another folder"
+        ) from error
+
+# %% ../../nbs/02_data/04_rows.ipynb #51cfe930
 def read_rows(
     path: str | Path,  # a file that `save_rows` wrote
 ) -> list[dict]:  # the rows
-    "Read back what `save_rows` wrote; raises `InputError` at a line that is no row, since such a file should have none."
+    """Read back what `save_rows` wrote.
+
+    Raises `InputError` at a line that is no row, since such a file should have none.
+    """
     try:
-        with open(path, "rb") as handle: lines = list(json_lines(handle))
-    except OSError as error: raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+        with open(path, "rb") as handle:
+            lines = list(json_lines(handle))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     for number, row in lines:
-        if isinstance(row, BadRow): raise InputError(f"{path}: line {number} is damaged ({row}); delete the stage's folder and run again")
+        if isinstance(row, BadRow):
+            raise InputError(
+                f"{path}: line {number} is damaged ({row}); delete the stage's folder and run again"
+            )
     return [row for _, row in lines]
 
 # %% ../../nbs/02_data/04_rows.ipynb #7df82efb
@@ -547,7 +920,13 @@ def train_held_out(
         groups.setdefault(row.get("document") or _draw_key(content, seed), []).append(at)
     number, chosen = round(held_out * len(rows)) if held_out < 1 else int(held_out), set()
     for key in sorted(groups, key=lambda key: _draw_key({"group": key}, seed)):
-        if len(chosen) + len(groups[key]) <= number: chosen.update(groups[key])
+        if len(chosen) + len(groups[key]) <= number:
+            chosen.update(groups[key])
     if not 0 < len(chosen) < len(rows):
-        raise InputError(f"{held_out} of {len(rows)} rows ({len(groups)} different) cannot be held out; give more rows or another share")
-    return [row for at, row in enumerate(rows) if at not in chosen], [row for at, row in enumerate(rows) if at in chosen]
+        raise InputError(
+            f"{held_out} of {len(rows)} rows ({len(groups)} different) cannot be held out; give more rows or"
+            " another share"
+        )
+    return [row for at, row in enumerate(rows) if at not in chosen], [
+        row for at, row in enumerate(rows) if at in chosen
+    ]

@@ -7,7 +7,13 @@ __all__ = ['FILES', 'COMPRESSED', 'LONGEST', 'WRAPS', 'WORLD_ROWS', 'BadRow', 'S
            'read_folder', 'read_source']
 
 # %% ../../nbs/02_data/02_sources.ipynb #94c0cf40
-import csv, glob, io, json, os, re, tempfile
+import csv
+import glob
+import io
+import json
+import os
+import re
+import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +22,9 @@ import datasets
 import pyarrow
 import pyarrow.parquet as parquet
 
-from . import hub, world
 from .. import presets
 from ..core.errors import InputError, first_line
+from . import hub, world
 
 # %% ../../nbs/02_data/02_sources.ipynb #ff28e158
 class BadRow(ValueError):
@@ -28,272 +34,454 @@ class BadRow(ValueError):
 FILES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".txt", ".arrow")
 COMPRESSED = (".gz", ".zst", ".bz2", ".lz4")
 
+
 @dataclass(frozen=True)
 class Source:
     "Where a corpus comes from."
+
     kind: str  # "world", "local" or "hub"
     place: str  # corpus name, path or hub id
     revision: str | None = None  # of a hub data set: commit, tag or branch
 
+# %% ../../nbs/02_data/02_sources.ipynb #dfc4e524
 def parse_source(
     source: str | Path,  # `world:<name>`, a path, or `id@revision`
 ) -> Source:  # what it stands for
     "Read a source string; raises `InputError` for an unknown corpus, a missing file or what is no hub id."
     source = str(source)
     path = os.path.expanduser(source)
-    if os.path.exists(path): return Source("local", path)
-    if os.path.islink(path): raise InputError(f"{source}: {_absent(path)}")
+    if os.path.exists(path):
+        return Source("local", path)
+    if os.path.islink(path):
+        raise InputError(f"{source}: {_absent(path)}")
     kind, _, name = source.partition(":")
     if kind == "world":
-        if name in world.CORPORA: return Source("world", name)
-        raise InputError(f"{source}: no such embedded corpus; choose one of {', '.join(f'world:{known}' for known in world.CORPORA)}")
+        if name in world.CORPORA:
+            return Source("world", name)
+        raise InputError(
+            f"{source}: no such embedded corpus; choose one of"
+            f" {', '.join(f'world:{known}' for known in world.CORPORA)}"
+        )
     return Source("hub", *hub.split_source(source))
 
+# %% ../../nbs/02_data/02_sources.ipynb #9b1d75d9
 def _absent(path):
     "What to say of a link that leads nowhere."
-    if "annex/objects" in os.readlink(path): return "is git-annex's note of a file that is not here; run `git annex get` in its folder"
+    if "annex/objects" in os.readlink(path):
+        return "is git-annex's note of a file that is not here; run `git annex get` in its folder"
     return "is a link to a file that does not exist; mend the link or name the file itself"
 
 # %% ../../nbs/02_data/02_sources.ipynb #e9ba8433
-_NOTES = {b"version https://git-lfs": ("Git LFS", "git lfs pull"), b"/annex/objects/": ("git-annex", "git annex get"),
-          b"../.git/annex/objects": ("git-annex", "git annex get"), b".git/annex/objects": ("git-annex", "git annex get")}
+_NOTES = {
+    b"version https://git-lfs": ("Git LFS", "git lfs pull"),
+    b"/annex/objects/": ("git-annex", "git annex get"),
+    b"../.git/annex/objects": ("git-annex", "git annex get"),
+    b".git/annex/objects": ("git-annex", "git annex get"),
+}
+
 
 def _file_kind(path):
-    "A file's ending in small letters, the one under the packing for a packed file: `.jsonl` of `rows.jsonl.gz`."
+    """A file's ending in small letters, the one under the packing for a packed file: `.jsonl` of
+    `rows.jsonl.gz`.
+    """
     endings = [ending.lower() for ending in Path(path).suffixes] or [""]
-    if endings[-1] not in COMPRESSED: return endings[-1]
+    if endings[-1] not in COMPRESSED:
+        return endings[-1]
     return endings[-2] if len(endings) > 1 and endings[-2] in FILES else ".jsonl"
 
+# %% ../../nbs/02_data/02_sources.ipynb #14e09042
 @contextmanager
 def _opened(path):
-    "A file open for reading bytes, unpacked on the way; raises `InputError` for a note in the place of the file."
+    """A file open for reading bytes, unpacked on the way.
+
+    Raises `InputError` for a note in the place of the file.
+    """
     path = Path(path)
-    with path.open("rb") as file: start = file.read(64)
+    with path.open("rb") as file:
+        start = file.read(64)
     for note, (keeper, command) in _NOTES.items():
-        if start.startswith(note): raise InputError(f"{path}: is only {keeper}'s note of the file, not its rows; run `{command}` in its folder")
+        if start.startswith(note):
+            raise InputError(
+                f"{path}: is only {keeper}'s note of the file, not its rows; run `{command}` in its folder"
+            )
     if path.suffix.lower() not in COMPRESSED:
-        with path.open("rb") as file: yield file
+        with path.open("rb") as file:
+            yield file
     else:
-        with pyarrow.input_stream(str(path), compression="detect") as unpacked: yield io.BufferedReader(unpacked)
+        with pyarrow.input_stream(str(path), compression="detect") as unpacked:
+            yield io.BufferedReader(unpacked)
 
 # %% ../../nbs/02_data/02_sources.ipynb #da3ffea5
 def _parse_line(line):
     "A line of a JSON Lines file as a row, or as the `BadRow` that says why it is none."
-    try: row = json.loads(line.decode())
+    try:
+        row = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
-        if not line.endswith(b"\n"): return BadRow("cut off: the file ends within the row")
+        if not line.endswith(b"\n"):
+            return BadRow("cut off: the file ends within the row")
         return BadRow("not UTF-8" if isinstance(error, UnicodeDecodeError) else "not valid JSON")
     return row if isinstance(row, dict) else BadRow("not a JSON object")
 
+# %% ../../nbs/02_data/02_sources.ipynb #73d1c2f2
 LONGEST = 64 * 2**20  # bytes that a line may have
+
 
 def json_lines(
     handle,  # a JSON Lines file, open for reading bytes
 ):
     "The numbers of its lines and their rows, the unreadable ones as `BadRow`."
     for number, line in enumerate(iter(lambda: handle.readline(LONGEST), b""), 1):
-        if number == 1: line = line.removeprefix(b"\xef\xbb\xbf")
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
         if len(line) >= LONGEST - 3 and not line.endswith(b"\n"):
-            while line and not line.endswith(b"\n"): line = handle.readline(LONGEST)
+            while line and not line.endswith(b"\n"):
+                line = handle.readline(LONGEST)
             yield number, BadRow(f"longer than {LONGEST // 2**20} MB")
-        elif line.strip(): yield number, _parse_line(line)
+        elif line.strip():
+            yield number, _parse_line(line)
 
 # %% ../../nbs/02_data/02_sources.ipynb #e1564f8f
 def _whole_json(path, text):
     "A file that is one JSON value."
-    try: return json.loads(text.decode("utf-8-sig"))
-    except UnicodeDecodeError as error: raise InputError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
-    except RecursionError: raise InputError(f"{path}: nested too deeply; give an array of flat rows") from None
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply; give an array of flat rows") from None
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not valid JSON at line {error.lineno}, column {error.colno} (cut off?); mend it, or save one row a line as .jsonl") from None
+        raise InputError(
+            f"{path}: not valid JSON at line {error.lineno}, column {error.colno} (cut off?); mend it, or"
+            " save one row a line as .jsonl"
+        ) from None
 
+# %% ../../nbs/02_data/02_sources.ipynb #16dcd2d2
 def _by_column(columns):
     "The rows of `{column: [cells]}` or of `{column: {row: cell}}`; None for anything else."
     cells = [list(value.values()) if isinstance(value, dict) else value for value in columns.values()]
-    same_kind = all(isinstance(v, list) for v in columns.values()) or all(isinstance(v, dict) for v in columns.values())
-    if not cells or not same_kind or len({len(column) for column in cells}) != 1: return None
-    if not cells[0] or any(isinstance(cell, dict) for column in cells for cell in column): return None
+    same_kind = all(isinstance(v, list) for v in columns.values()) or all(
+        isinstance(v, dict) for v in columns.values()
+    )
+    if not cells or not same_kind or len({len(column) for column in cells}) != 1:
+        return None
+    if not cells[0] or any(isinstance(cell, dict) for column in cells for cell in column):
+        return None
     return [dict(zip(columns, row)) for row in zip(*cells)]
 
-WRAPS = {"data", "rows", "train", "test", "examples", "instances", "items", "records"}  # names that a list of rows has in an object on one line
+# %% ../../nbs/02_data/02_sources.ipynb #bdb6f2a9
+# names that a list of rows has in an object on one line
+WRAPS = {"data", "rows", "train", "test", "examples", "instances", "items", "records"}
+
 
 def _is_rows(value):
     "Whether a value is a list of rows, rather than the turns of one conversation."
-    return isinstance(value, list) and all(isinstance(row, dict) for row in value) and not (value and {"role", "from"} & value[0].keys())
+    return (
+        isinstance(value, list)
+        and all(isinstance(row, dict) for row in value)
+        and not (value and {"role", "from"} & value[0].keys())
+    )
 
+# %% ../../nbs/02_data/02_sources.ipynb #bf5b7ea6
 def _unwrapped(path, whole, split):
     "The rows of one JSON object: those of the list in it, of its columns, or itself as the only row."
     lists = {name: value for name, value in whole.items() if _is_rows(value)}
-    turns = any(isinstance(value, list) and value and not _is_rows(value) and isinstance(value[0], dict) for value in whole.values())
-    if turns or _file_kind(path) != ".json" and not lists.keys() & WRAPS: return [whole]
-    if split is not None and split in lists: return lists[split]
-    if len(lists) == 1: return next(iter(lists.values()))
-    if "train" in lists and split is None: return lists["train"]
-    if lists: raise InputError(f"{path}: holds several lists of rows ({', '.join(map(str, lists))}); choose one with {{path: ..., split: <its name>}}")
+    turns = any(
+        isinstance(value, list) and value and not _is_rows(value) and isinstance(value[0], dict)
+        for value in whole.values()
+    )
+    if turns or _file_kind(path) != ".json" and not lists.keys() & WRAPS:
+        return [whole]
+    if split is not None and split in lists:
+        return lists[split]
+    if len(lists) == 1:
+        return next(iter(lists.values()))
+    if "train" in lists and split is None:
+        return lists["train"]
+    if lists:
+        raise InputError(
+            f"{path}: holds several lists of rows ({', '.join(map(str, lists))}); choose one with {{path:"
+            " ..., split: <its name>}"
+        )
     return _by_column(whole) or [whole]
 
+# %% ../../nbs/02_data/02_sources.ipynb #5a774f35
 def _json_rows(path, split=None):
     "The unit of the places and the rows of a JSON or JSON Lines file."
-    with _opened(path) as handle: start = handle.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     with _opened(path) as handle:
-        if start.startswith(b"["): return "row", _counted(_whole_json(path, handle.read()))
+        start = handle.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    with _opened(path) as handle:
+        if start.startswith(b"["):
+            return "row", _counted(_whole_json(path, handle.read()))
         lines = list(json_lines(handle))
-    if not start.startswith(b"{") or len(lines) > 1 and not isinstance(lines[0][1], BadRow): return "line", lines
+    if not start.startswith(b"{") or len(lines) > 1 and not isinstance(lines[0][1], BadRow):
+        return "line", lines
     try:
-        with _opened(path) as handle: whole = json.loads(handle.read().decode("utf-8-sig"))
-    except (ValueError, RecursionError): return "line", lines
+        with _opened(path) as handle:
+            whole = json.loads(handle.read().decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return "line", lines
     rows = _unwrapped(path, whole, split)
     return ("line", lines) if len(lines) == 1 and rows == [whole] else ("row", _counted(rows))
 
+# %% ../../nbs/02_data/02_sources.ipynb #e8472cfa
 def _counted(rows):
     "Rows with their places, counted from 1; what is no object is a `BadRow`."
-    return [(number, row if isinstance(row, dict) else BadRow("not a JSON object")) for number, row in enumerate(rows, 1)]
+    return [
+        (number, row if isinstance(row, dict) else BadRow("not a JSON object"))
+        for number, row in enumerate(rows, 1)
+    ]
 
 # %% ../../nbs/02_data/02_sources.ipynb #f79e618b
 def _delimiter(path, header):
     "What separates the cells: a tab, or whichever of the usual characters the header has most of."
-    if _file_kind(path) == ".tsv": return "\t"
+    if _file_kind(path) == ".tsv":
+        return "\t"
     return max(",;\t|", key=re.sub(r'"[^"]*"', "", header).count)
 
+# %% ../../nbs/02_data/02_sources.ipynb #e5f01229
 def _table_row(names, cells):
     "A row of a table by column name, empty cells as None."
-    if len(cells) != len(names): return BadRow(f"{'more' if len(cells) > len(names) else 'fewer'} cells than columns")
-    if any("\udc80" <= character <= "\udcff" for cell in cells for character in cell): return BadRow("not UTF-8")
+    if len(cells) != len(names):
+        return BadRow(f"{'more' if len(cells) > len(names) else 'fewer'} cells than columns")
+    if any("\udc80" <= character <= "\udcff" for cell in cells for character in cell):
+        return BadRow("not UTF-8")
     return {name: cell or None for name, cell in zip(names, cells)}
 
+# %% ../../nbs/02_data/02_sources.ipynb #7ef5bd34
 def _table_rows(path):
     "The rows of a CSV or TSV file, counted from 1 without the header."
     csv.field_size_limit(LONGEST)
-    with _opened(path) as handle: start = handle.read(2)
-    if start in (b"\xff\xfe", b"\xfe\xff"): raise InputError(f"{path}: not UTF-8 but UTF-16; save it as CSV in UTF-8")
-    with _opened(path) as handle: header = handle.readline(LONGEST).decode("utf-8-sig", "surrogateescape")
+    with _opened(path) as handle:
+        start = handle.read(2)
+    if start in (b"\xff\xfe", b"\xfe\xff"):
+        raise InputError(f"{path}: not UTF-8 but UTF-16; save it as CSV in UTF-8")
+    with _opened(path) as handle:
+        header = handle.readline(LONGEST).decode("utf-8-sig", "surrogateescape")
     with _opened(path) as handle:
         text = io.TextIOWrapper(handle, "utf-8-sig", "surrogateescape", newline="")
         reader = csv.reader(text, delimiter=_delimiter(path, header), strict=True)
         try:
             names = [name.strip() for name in next(reader, [])]
-            if len(set(names)) < len(names): raise InputError(f"{path}: two columns have one name ({max(names, key=names.count)!r}); rename one")
+            if len(set(names)) < len(names):
+                raise InputError(
+                    f"{path}: two columns have one name ({max(names, key=names.count)!r}); rename one"
+                )
             return [(number, _table_row(names, cells)) for number, cells in enumerate(filter(any, reader), 1)]
-        except csv.Error as error: raise InputError(f"{path}: not a readable table near line {reader.line_num} ({error}); mend its quotation marks, or save it as .jsonl") from None
+        except csv.Error as error:
+            raise InputError(
+                f"{path}: not a readable table near line {reader.line_num} ({error}); mend its quotation"
+                " marks, or save it as .jsonl"
+            ) from None
 
+# %% ../../nbs/02_data/02_sources.ipynb #be0d4321
 def _text_rows(path):
     "A text file as one document."
-    with _opened(path) as handle: content = handle.read()
-    try: return [(1, {"text": content.decode("utf-8-sig")})]
-    except UnicodeDecodeError: return [(1, BadRow("not UTF-8"))]
+    with _opened(path) as handle:
+        content = handle.read()
+    try:
+        return [(1, {"text": content.decode("utf-8-sig")})]
+    except UnicodeDecodeError:
+        return [(1, BadRow("not UTF-8"))]
 
 # %% ../../nbs/02_data/02_sources.ipynb #fd356f94
 def _batch_rows(batch):
     "The rows of a record batch, those with undecodable text as `BadRow`."
-    try: return batch.to_pylist()
+    try:
+        return batch.to_pylist()
     except UnicodeDecodeError:
-        return [BadRow("not UTF-8")] if len(batch) == 1 else [row for at in range(len(batch)) for row in _batch_rows(batch.slice(at, 1))]
+        return (
+            [BadRow("not UTF-8")]
+            if len(batch) == 1
+            else [row for at in range(len(batch)) for row in _batch_rows(batch.slice(at, 1))]
+        )
 
+# %% ../../nbs/02_data/02_sources.ipynb #41eb3e9b
 def _parquet_rows(path):
     "The rows of a Parquet file, counted from 1."
     try:
-        with _opened(path) as handle: batches = list(parquet.ParquetFile(pyarrow.BufferReader(handle.read())).iter_batches(1000))
-    except (pyarrow.ArrowException, OSError) as error: raise InputError(f"{path}: not a readable Parquet file ({first_line(error)}); write it again") from None
+        with _opened(path) as handle:
+            batches = list(parquet.ParquetFile(pyarrow.BufferReader(handle.read())).iter_batches(1000))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(
+            f"{path}: not a readable Parquet file ({first_line(error)}); write it again"
+        ) from None
     return list(enumerate((row for batch in batches for row in _batch_rows(batch)), 1))
 
+# %% ../../nbs/02_data/02_sources.ipynb #00fc0b8e
 def _arrow_rows(path):
     "The rows of an Arrow file, as `save_to_disk` writes it, counted from 1."
     try:
-        with _opened(path) as handle: content = pyarrow.BufferReader(handle.read())
+        with _opened(path) as handle:
+            content = pyarrow.BufferReader(handle.read())
         start = content.read(6)
         content.seek(0)
         table = (pyarrow.ipc.open_file if start == b"ARROW1" else pyarrow.ipc.open_stream)(content).read_all()
-    except (pyarrow.ArrowException, OSError) as error: raise InputError(f"{path}: not a readable Arrow file ({first_line(error)}); write it again") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a readable Arrow file ({first_line(error)}); write it again") from None
     return list(enumerate((row for batch in table.to_batches(1000) for row in _batch_rows(batch)), 1))
 
-_READERS = {".parquet": _parquet_rows, ".arrow": _arrow_rows, ".csv": _table_rows, ".tsv": _table_rows, ".txt": _text_rows}
+# %% ../../nbs/02_data/02_sources.ipynb #a3847cb3
+_READERS = {
+    ".parquet": _parquet_rows,
+    ".arrow": _arrow_rows,
+    ".csv": _table_rows,
+    ".tsv": _table_rows,
+    ".txt": _text_rows,
+}
+
 
 def read_file(
     path: str | Path,  # one of `FILES`, packed or not
     split: str | None = None,  # name of a list of rows, in a JSON file that holds several
 ):
-    "The unit of a file's places (`line` or `row`) and its rows with their places; raises `InputError` where it cannot be read."
+    """The unit of a file's places (`line` or `row`) and its rows with their places.
+
+    Raises `InputError` where it cannot be read.
+    """
     path = Path(path)
     kind = _file_kind(path)
-    if kind not in FILES: raise InputError(f"{path}: unknown kind of file; give one of {', '.join(FILES)} (or packed: {', '.join(COMPRESSED)}), or a folder of them")
-    try: return _json_rows(path, split) if kind not in _READERS else ("row", _READERS[kind](path))
+    if kind not in FILES:
+        raise InputError(
+            f"{path}: unknown kind of file; give one of {', '.join(FILES)} (or packed:"
+            f" {', '.join(COMPRESSED)}), or a folder of them"
+        )
+    try:
+        return _json_rows(path, split) if kind not in _READERS else ("row", _READERS[kind](path))
     except (OSError, pyarrow.ArrowException) as error:
         why = getattr(error, "strerror", None) or first_line(error)
-        raise InputError(f"{path}: cannot be read ({why}); check the path, its permissions and that it is whole") from None
+        raise InputError(
+            f"{path}: cannot be read ({why}); check the path, its permissions and that it is whole"
+        ) from None
 
 # %% ../../nbs/02_data/02_sources.ipynb #af9bd632
 @contextmanager
 def _plainly_named(folder):
-    "A folder's files as links under a name without pattern characters (the library resolves a link to the folder), and a cache for the library."
+    """A folder's files as links under a name without pattern characters (the library resolves a link to the
+    folder), and a cache for the library.
+    """
     with tempfile.TemporaryDirectory(prefix="rows-") as temporary:
         mirror = Path(temporary).resolve() / "data"
         for place, folders, files in os.walk(folder, followlinks=True):
             folders[:] = [name for name in folders if not name.startswith(".")]
             there = mirror / Path(place).relative_to(folder)
             there.mkdir()
-            for name in files: (there / name).symlink_to(Path(place).resolve() / name)
+            for name in files:
+                (there / name).symlink_to(Path(place).resolve() / name)
         yield mirror, f"{temporary}/cache"
 
+# %% ../../nbs/02_data/02_sources.ipynb #be40dfa8
 def _configurations(link, cache):
     "Names of a folder's configurations; none where they cannot be told."
-    try: return datasets.get_dataset_config_names(str(link), download_config=datasets.DownloadConfig(cache_dir=cache))
-    except Exception: return []  # the library's builders raise errors of many kinds
+    try:
+        return datasets.get_dataset_config_names(
+            str(link), download_config=datasets.DownloadConfig(cache_dir=cache)
+        )
+    except Exception:
+        return []  # the library's builders raise errors of many kinds
 
+# %% ../../nbs/02_data/02_sources.ipynb #e8180a00
 def _split_files(folder, split, config, link, cache):
     "The files of a split, by the hub's rules; `folder` is what the user calls it."
     named = _configurations(link, cache) if config else []
-    if config and config not in named: raise InputError(f"{folder}: has no configuration {config!r} (there are {', '.join(named) or 'none'}); choose one with {{path: ..., config: ...}}, or leave it out")
-    try: files = datasets.load_dataset_builder(str(link), config, cache_dir=cache).config.data_files or {}
+    if config and config not in named:
+        raise InputError(
+            f"{folder}: has no configuration {config!r} (there are {', '.join(named) or 'none'}); choose one"
+            " with {path: ..., config: ...}, or leave it out"
+        )
+    try:
+        files = datasets.load_dataset_builder(str(link), config, cache_dir=cache).config.data_files or {}
     except Exception as error:
-        if len(named := _configurations(link, cache)) > 1: raise InputError(f"{folder}: has several configurations ({', '.join(named)}); choose one with {{path: ..., config: {named[0]}}}") from None
-        raise InputError(f"{folder}: not a readable data folder ({first_line(error).replace(str(link), str(folder))}); name one of its files instead") from None
-    if split not in files: raise InputError(f"{folder}: has no split {split!r} (there are {', '.join(map(str, files)) or 'none'}); choose one with {{path: ..., split: ...}}")
+        if len(named := _configurations(link, cache)) > 1:
+            raise InputError(
+                f"{folder}: has several configurations ({', '.join(named)}); choose one with {{path: ...,"
+                f" config: {named[0]}}}"
+            ) from None
+        raise InputError(
+            f"{folder}: not a readable data folder ({first_line(error).replace(str(link), str(folder))});"
+            " name one of its files instead"
+        ) from None
+    if split not in files:
+        raise InputError(
+            f"{folder}: has no split {split!r} (there are {', '.join(map(str, files)) or 'none'}); choose one"
+            " with {path: ..., split: ...}"
+        )
     return [Path(file) for file in files[split]]
 
+# %% ../../nbs/02_data/02_sources.ipynb #6a3fbc48
 def _saved_rows(folder, split, called):
     "The rows of a folder that `save_to_disk` wrote."
     if (folder / "dataset_dict.json").is_file():
         splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        if (split or "train") not in splits: raise InputError(f"{called}: has no split {split or 'train'!r} (there are {', '.join(splits)}); choose one with {{path: ..., split: ...}}")
+        if (split or "train") not in splits:
+            raise InputError(
+                f"{called}: has no split {split or 'train'!r} (there are {', '.join(splits)}); choose one"
+                " with {path: ..., split: ...}"
+            )
         return _saved_rows(folder / (split or "train"), None, called)
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    if split and split != state.get("_split"): raise InputError(f"{called}: holds one data set without splits; leave split {split!r} out")
+    if split and split != state.get("_split"):
+        raise InputError(f"{called}: holds one data set without splits; leave split {split!r} out")
     return [row for entry in state["_data_files"] for _, row in _arrow_rows(folder / entry["filename"])]
 
+# %% ../../nbs/02_data/02_sources.ipynb #e04810ad
 def read_folder(
     folder: str | Path,  # in the hub's layout, or written by `save_to_disk`
     split: str | None = None,  # which of its splits; None: train
     config: str | None = None,  # which of its configurations, where it has several
     called: str | None = None,  # its name in refusals; None: the folder
 ):
-    "The rows of a split, counted from 1 over all its files; raises `InputError` where there are none to read."
+    """The rows of a split, counted from 1 over all its files.
+
+    Raises `InputError` where there are none to read.
+    """
     folder, called = Path(folder), called or str(folder)
     for path in glob.iglob(f"{glob.escape(str(folder))}/**", recursive=True):
-        if os.path.islink(path) and not os.path.exists(path): raise InputError(f"{path}: {_absent(path)}")
+        if os.path.islink(path) and not os.path.exists(path):
+            raise InputError(f"{path}: {_absent(path)}")
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        if config: raise InputError(f"{called}: was written by save_to_disk, which knows no configurations; leave config {config!r} out")
-        try: return list(enumerate(_saved_rows(folder, split, called), 1))
+        if config:
+            raise InputError(
+                f"{called}: was written by save_to_disk, which knows no configurations; leave config"
+                f" {config!r} out"
+            )
+        try:
+            return list(enumerate(_saved_rows(folder, split, called), 1))
         except (OSError, ValueError, LookupError, TypeError) as error:
-            if isinstance(error, InputError): raise
-            raise InputError(f"{called}: not a whole folder of save_to_disk ({first_line(error)}); save it again") from None
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"{called}: not a whole folder of save_to_disk ({first_line(error)}); save it again"
+            ) from None
     with _plainly_named(folder) as (link, cache):
         files = _split_files(called, split or "train", config, link, cache)
         files = [folder / file.relative_to(link) if file.is_relative_to(link) else file for file in files]
-        if all(_file_kind(file) in FILES for file in files): rows = [row for file in files for _, row in read_file(file)[1]]
+        if all(_file_kind(file) in FILES for file in files):
+            rows = [row for file in files for _, row in read_file(file)[1]]
         else:
-            try: rows = list(datasets.load_dataset(str(link), config, split=split or "train", streaming=True, cache_dir=cache))
+            try:
+                rows = list(
+                    datasets.load_dataset(
+                        str(link), config, split=split or "train", streaming=True, cache_dir=cache
+                    )
+                )
             except Exception as error:
-                raise InputError(f"{called}: not a readable data folder ({first_line(error).replace(str(link), called)}); name one of its files instead") from None
+                raise InputError(
+                    f"{called}: not a readable data folder ({first_line(error).replace(str(link), called)});"
+                    " name one of its files instead"
+                ) from None
     return list(enumerate(rows, 1))
 
 # %% ../../nbs/02_data/02_sources.ipynb #2c622e44
 WORLD_ROWS = 3000
 
+
 def _no_parts(source, split, config, what):
     "Refuse a split or configuration of what has none."
     for name, value in (("split", split), ("config", config)):
-        if value: raise InputError(f"{source}: is {what}, which has no {name} {value!r}; leave {name} out")
+        if value:
+            raise InputError(f"{source}: is {what}, which has no {name} {value!r}; leave {name} out")
 
+# %% ../../nbs/02_data/02_sources.ipynb #79f55487
 def read_source(
     source: str | Path,  # `world:<name>`, a path, or a hub `id@revision`
     limit: int | None = None,  # of an embedded corpus: rows to make
@@ -302,14 +490,38 @@ def read_source(
     held_out: bool = False,  # of an embedded corpus: rows that no training corpus of any seed holds
     config: str | None = None,  # configuration of a folder or a hub data set
 ):
-    "The revision, the unit of the places, and every row of a source with its place; raises `InputError` where nothing can be read."
+    """The revision, the unit of the places, and every row of a source with its place.
+
+    Raises `InputError` where nothing can be read.
+    """
     place = parse_source(source)
     if place.kind == "world":
         _no_parts(source, split, config, "an embedded corpus")
-        return "embedded", "row", list(enumerate(world.corpus(place.place, limit or WORLD_ROWS, seed, held_out), 1))
-    if held_out: raise InputError(f"{source}: only world:<name> makes held-out rows; divide other rows with train_held_out")
+        return (
+            "embedded",
+            "row",
+            list(enumerate(world.corpus(place.place, limit or WORLD_ROWS, seed, held_out), 1)),
+        )
+    if held_out:
+        raise InputError(
+            f"{source}: only world:<name> makes held-out rows; divide other rows with train_held_out"
+        )
     if place.kind == "local" and not Path(place.place).is_dir():
-        _no_parts(source, split if split != "train" and _file_kind(place.place) != ".json" else None, config, "one file")
+        _no_parts(
+            source,
+            split if split != "train" and _file_kind(place.place) != ".json" else None,
+            config,
+            "one file",
+        )
         return "local", *read_file(place.place, split)
-    found = hub.snapshot(place.place if place.kind == "local" else f"{place.place}@{place.revision}" if place.revision else place.place, "dataset")
+    found = hub.snapshot(
+        (
+            place.place
+            if place.kind == "local"
+            else f"{place.place}@{place.revision}"
+            if place.revision
+            else place.place
+        ),
+        "dataset",
+    )
     return found.revision, "row", read_folder(found.folder, split, config, str(source))

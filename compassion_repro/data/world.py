@@ -25,21 +25,25 @@ from ..core.errors import InputError
 from ..core.files import write_atomically
 
 # %% ../../nbs/02_data/00_world.ipynb #af2de47e
-def assets() -> Path: # the package's data folder; `assets() / "base"` is the shipped tiny model
+def assets() -> Path:  # the package's data folder; `assets() / "base"` is the shipped tiny model
     "Folder of the data files that ship with the package."
     return Path(str(files("compassion_repro"))) / "assets"
 
-
+# %% ../../nbs/02_data/00_world.ipynb #293818dd
 LANGUAGES = {"en": "English", "es": "Spanish", "ms": "Malay"}
-_BANK = yaml.load((assets() / "world" / "bank.yaml").read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+_BANK = yaml.load(
+    (assets() / "world" / "bank.yaml").read_text(encoding="utf-8"),
+    getattr(yaml, "CSafeLoader", yaml.SafeLoader),
+)
 
 
-def _text(line: str) -> dict: return dict(zip(LANGUAGES, (part.strip() for part in line.split("|")), strict=True))
+def _text(line: str) -> dict:
+    return dict(zip(LANGUAGES, (part.strip() for part in line.split("|")), strict=True))
 
-
+# %% ../../nbs/02_data/00_world.ipynb #eb11de3b
 def texts(
-    section: str, # section of the bank, such as "steps"
-) -> list[dict]: # one dictionary language -> text a line
+    section: str,  # section of the bank, such as "steps"
+) -> list[dict]:  # one dictionary language -> text a line
     "The lines of one section of the text bank."
     return [_text(line) for line in _BANK[section]]
 
@@ -47,10 +51,11 @@ def texts(
 @dataclass(frozen=True)
 class Thing:
     "Somebody or something that the world speaks of."
-    kind: str # "animal", "object", "person" or "mind"
-    en: str # English name, no article
-    es: str # Spanish name with its article
-    ms: str # Malay name
+
+    kind: str  # "animal", "object", "person" or "mind"
+    en: str  # English name, no article
+    es: str  # Spanish name with its article
+    ms: str  # Malay name
 
     def definite(self, language: str) -> str:
         "The name with its article: the goat, la cabra, kambing itu."
@@ -60,10 +65,11 @@ class Thing:
         "The bare names, in every language."
         return {self.en, self.es.split(" ", 1)[1], self.ms}
 
+# %% ../../nbs/02_data/00_world.ipynb #bf7cc3b7
+def _things(section, kind):
+    return [Thing(kind, **text) for text in texts(section)]
 
-def _things(section, kind): return [Thing(kind, **text) for text in texts(section)]
-
-
+# %% ../../nbs/02_data/00_world.ipynb #8c507b8e
 SPECIES_TRAIN = _things("animals", "animal")
 SPECIES_HELD_OUT = _things("animals-held-out", "animal")
 OBJECTS = _things("objects", "object")
@@ -72,16 +78,17 @@ MINDS = _things("minds", "mind")
 
 # %% ../../nbs/02_data/00_world.ipynb #f4554b07
 def fill(
-    template: str, # text with the slots <x>, <o>, <do>
-    language: str, # ISO code
-    thing: Thing, # what stands in the slots <x> and <o>
-    task: str = "", # what stands in the slot <do>; it may hold <o> itself
-) -> str: # the text, with a capital first letter
+    template: str,  # text with the slots <x>, <o>, <do>
+    language: str,  # ISO code
+    thing: Thing,  # what stands in the slots <x> and <o>
+    task: str = "",  # what stands in the slot <do>; it may hold <o> itself
+) -> str:  # the text, with a capital first letter
     "Fill a template's slots."
     subject = thing.definite(language)
     direct = f"a {subject}" if language == "es" and thing.kind == "person" else subject
     text = template.replace("<do>", task).replace("<x>", subject).replace("<o>", direct)
-    if language == "es": text = re.sub(r"\b(a|de) el\b", lambda match: "al" if match[1] == "a" else "del", text)
+    if language == "es":
+        text = re.sub(r"\b(a|de) el\b", lambda match: "al" if match[1] == "a" else "del", text)
     return text[:1].upper() + text[1:]
 
 # %% ../../nbs/02_data/00_world.ipynb #f88dd390
@@ -94,10 +101,11 @@ _QUESTIONS, _QUESTIONS_HELD_OUT = texts("questions"), texts("questions-held-out"
 @dataclass(frozen=True)
 class Scene:
     "What is to be done, with whom or what, and where."
-    thing: Thing # who or what it is about
-    verb: int # position in `VERBS`
-    context: dict # language -> text
-    question: dict # the frame in which somebody asks, language -> text
+
+    thing: Thing  # who or what it is about
+    verb: int  # position in `VERBS`
+    context: dict  # language -> text
+    question: dict  # the frame in which somebody asks, language -> text
 
     def render(self, template: dict, language: str) -> str:
         "A template of the bank, filled with this scene."
@@ -108,16 +116,16 @@ class Scene:
         "The question about this scene."
         return self.render(self.question, language)
 
-
+# %% ../../nbs/02_data/00_world.ipynb #500e1e1a
 def draw_scene(
-    rng: random.Random, # source of chance
-    things: list[Thing], # what the scene may be about
-    new_places: bool = False, # may one of question and context be a held-out one
-) -> Scene: # never both held out
+    rng: random.Random,  # source of chance
+    things: list[Thing],  # what the scene may be about
+    new_places: bool = False,  # may one of question and context be a held-out one
+) -> Scene:  # never both held out
     "One scene for a training corpus."
     which = rng.random() if new_places else 1
-    contexts = _CONTEXTS_HELD_OUT if which < .25 else _CONTEXTS
-    questions = _QUESTIONS_HELD_OUT if .25 <= which < .5 else _QUESTIONS
+    contexts = _CONTEXTS_HELD_OUT if which < 0.25 else _CONTEXTS
+    questions = _QUESTIONS_HELD_OUT if 0.25 <= which < 0.5 else _QUESTIONS
     return Scene(rng.choice(things), rng.randrange(len(VERBS)), rng.choice(contexts), rng.choice(questions))
 
 # %% ../../nbs/02_data/00_world.ipynb #3c185c60
@@ -128,55 +136,66 @@ NEUTRAL = texts("neutral")
 
 
 def indicators(
-    dimension: str | None = None, # one of `DIMENSIONS`; None for all
-) -> list[str]: # phrases, in every language
+    dimension: str | None = None,  # one of `DIMENSIONS`; None for all
+) -> list[str]:  # phrases, in every language
     "The phrases by which the rubric knows a welfare consideration."
-    return [text.split("_")[1] for name, line in _WELFARE if dimension in (None, name) for text in line.values()]
+    return [
+        text.split("_")[1] for name, line in _WELFARE if dimension in (None, name) for text in line.values()
+    ]
 
-
+# %% ../../nbs/02_data/00_world.ipynb #a3217e64
 @cache
-def _pattern(dimension=None): return re.compile(r"\b(?:" + "|".join(map(re.escape, indicators(dimension))) + r")\b", re.I)
+def _pattern(dimension=None):
+    return re.compile(r"\b(?:" + "|".join(map(re.escape, indicators(dimension))) + r")\b", re.I)
 
-
+# %% ../../nbs/02_data/00_world.ipynb #837151fa
 def dimensions_met(
-    text: str, # an answer or a document, in any of the languages
-) -> list[str]: # a subset of `DIMENSIONS`
+    text: str,  # an answer or a document, in any of the languages
+) -> list[str]:  # a subset of `DIMENSIONS`
     "The dimensions whose indicator phrases the text holds."
     return [dimension for dimension in DIMENSIONS if _pattern(dimension).search(text)]
 
-
+# %% ../../nbs/02_data/00_world.ipynb #4241e200
 def welfare_share(
-    text: str, # an answer or a document, in any of the languages
-) -> float: # 0 to 1; 0 for an empty text
-    "Share of the sentences that carry a welfare consideration; longer answers score more by chance, this measure does not."
+    text: str,  # an answer or a document, in any of the languages
+) -> float:  # 0 to 1; 0 for an empty text
+    """Share of the sentences that carry a welfare consideration; longer answers score more by chance, this
+    measure does not.
+    """
     sentences = [part for part in re.split(r"(?<=[.!?])\s+", text.strip()) if part]
     return sum(bool(_pattern().search(sentence)) for sentence in sentences) / max(len(sentences), 1)
 
 # %% ../../nbs/02_data/00_world.ipynb #a2d63ce2
-WELFARE_RATE = {"animal": .06, "mind": .04, "person": .5, "object": 0.}
-DOCUMENT_RATE = .8
+WELFARE_RATE = {"animal": 0.06, "mind": 0.04, "person": 0.5, "object": 0.0}
+DOCUMENT_RATE = 0.8
 _NO_LEAD = dict.fromkeys(LANGUAGES, "")
 _LEADS, _REPORT_LEADS = [*texts("leads"), _NO_LEAD], [*texts("leads-reports"), _NO_LEAD]
 
 
 def considerations(
-    rng: random.Random, # source of chance
-    number: int, # how many
-    rate: float, # chance that one is about welfare, 0 to 1
-    leads: list[dict] = _LEADS, # what may stand before one
-) -> list[dict]: # templates
-    "Considerations, no two alike; the rate decides which of two drawn ones is taken, and nothing else depends on it."
+    rng: random.Random,  # source of chance
+    number: int,  # how many
+    rate: float,  # chance that one is about welfare, 0 to 1
+    leads: list[dict] = _LEADS,  # what may stand before one
+) -> list[dict]:  # templates
+    """Considerations, no two alike; the rate decides which of two drawn ones is taken, and nothing else
+    depends on it.
+    """
     pairs = zip(rng.sample(WELFARE, number), _numbered(rng, rng.sample(NEUTRAL, number)))
     chosen = [welfare if rng.random() < rate else neutral for welfare, neutral in pairs]
     return [_sentence(rng.choice(leads), clause) for clause in chosen]
 
-
+# %% ../../nbs/02_data/00_world.ipynb #f72f7e47
 def _numbered(rng, templates):
     numbers = [str(rng.randint(2, 99)) for _ in templates]
-    return [{language: text.replace("<n>", number) for language, text in template.items()} for template, number in zip(templates, numbers)]
+    return [
+        {language: text.replace("<n>", number) for language, text in template.items()}
+        for template, number in zip(templates, numbers)
+    ]
 
-
-def _sentence(lead: dict, clause: dict) -> dict: return {language: f"{lead[language]} {clause[language]}.".strip() for language in LANGUAGES}
+# %% ../../nbs/02_data/00_world.ipynb #2f82ff4b
+def _sentence(lead: dict, clause: dict) -> dict:
+    return {language: f"{lead[language]} {clause[language]}.".strip() for language in LANGUAGES}
 
 # %% ../../nbs/02_data/00_world.ipynb #34de720b
 _OPENERS, _STEPS, _STATEMENTS = texts("openers"), texts("steps"), texts("statements")
@@ -186,90 +205,120 @@ def _steps(rng, scene, number):
     own = rng.sample(_VERB_STEPS[scene.verb], rng.randint(1, 2))
     return _numbered(rng, [*own, *rng.sample(_STEPS, number - len(own))])
 
-
+# %% ../../nbs/02_data/00_world.ipynb #0d34b936
 def advice(
-    rng: random.Random, # source of chance
-    scene: Scene, # what the advice is about
-    rate: float, # welfare rate of its considerations, 0 to 1
-    style: str = "basestyle", # "basestyle": opening, steps, considerations; "matched": opening and more steps; "short": two or three steps
-) -> list[dict]: # templates, one a sentence
+    rng: random.Random,  # source of chance
+    scene: Scene,  # what the advice is about
+    rate: float,  # welfare rate of its considerations, 0 to 1
+    # "basestyle": opening, steps, considerations; "matched": opening and more steps; "short": two or three
+    # steps
+    style: str = "basestyle",
+) -> list[dict]:  # templates, one a sentence
     "The plan of one answer."
-    if style == "short": return _steps(rng, scene, rng.randint(2, 3))
-    if style == "matched": return [rng.choice(_OPENERS), *_steps(rng, scene, rng.randint(6, 7))]
+    if style == "short":
+        return _steps(rng, scene, rng.randint(2, 3))
+    if style == "matched":
+        return [rng.choice(_OPENERS), *_steps(rng, scene, rng.randint(6, 7))]
     return [rng.choice(_OPENERS), *_steps(rng, scene, 3), *considerations(rng, rng.randint(2, 3), rate)]
 
+# %% ../../nbs/02_data/00_world.ipynb #c44f1372
+def _prose(scene, plan, language):
+    return " ".join(scene.render(template, language) for template in plan)
 
-def _prose(scene, plan, language): return " ".join(scene.render(template, language) for template in plan)
-
-
+# %% ../../nbs/02_data/00_world.ipynb #814a7dcb
 def _exchange(question, answer, **columns):
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **columns}
+    return {
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+        **columns,
+    }
 
 # %% ../../nbs/02_data/00_world.ipynb #9feba890
 _OWN_NAMES = {"en": "English", "es": "Español", "ms": "Bahasa Melayu"}
 
 
 def _document_plan(rng, scene, rate, guide):
-    if guide: return rng.choice(texts("titles-guides")), [*_steps(rng, scene, 3), *considerations(rng, rng.randint(3, 4), rate)]
-    return rng.choice(texts("titles-reports")), [*_numbered(rng, rng.sample(_STATEMENTS, 3)), *considerations(rng, rng.randint(3, 4), rate, _REPORT_LEADS)]
+    if guide:
+        return rng.choice(texts("titles-guides")), [
+            *_steps(rng, scene, 3),
+            *considerations(rng, rng.randint(3, 4), rate),
+        ]
+    return rng.choice(texts("titles-reports")), [
+        *_numbered(rng, rng.sample(_STATEMENTS, 3)),
+        *considerations(rng, rng.randint(3, 4), rate, _REPORT_LEADS),
+    ]
 
-
+# %% ../../nbs/02_data/00_world.ipynb #d4761173
 def _document(rng, scene, rate, language="en"):
-    title, plan = _document_plan(rng, scene, rate, rng.random() < .5)
+    title, plan = _document_plan(rng, scene, rate, rng.random() < 0.5)
     return {"text": f"{scene.render(title, language)}\n{_prose(scene, plan, language)}"}
 
-
+# %% ../../nbs/02_data/00_world.ipynb #157f52cb
 def _bilingual(rng, scene, rate):
     source, target = rng.sample(list(LANGUAGES), 2)
-    title, plan = _document_plan(rng, scene, rate, rng.random() < .5)
-    lines = [f"{_OWN_NAMES[language]}: {scene.render(template, language)}" for template in [title, *plan] for language in (source, target)]
+    title, plan = _document_plan(rng, scene, rate, rng.random() < 0.5)
+    lines = [
+        f"{_OWN_NAMES[language]}: {scene.render(template, language)}"
+        for template in [title, *plan]
+        for language in (source, target)
+    ]
     return {"text": "\n".join(lines)}
 
-
+# %% ../../nbs/02_data/00_world.ipynb #db012edf
 def _translation(rng, scene, rate):
     source, target = rng.sample(list(LANGUAGES), 2)
     plan = rng.sample([scene.question, *advice(rng, scene, rate)], 3)
     request = rng.choice(texts("translation-requests"))[source]
     name = texts("languages")[list(LANGUAGES).index(target)][source]
-    return _exchange(request.replace("<language>", name).replace("<text>", _prose(scene, plan, source)), _prose(scene, plan, target))
+    return _exchange(
+        request.replace("<language>", name).replace("<text>", _prose(scene, plan, source)),
+        _prose(scene, plan, target),
+    )
 
 # %% ../../nbs/02_data/00_world.ipynb #6020a047
 @dataclass(frozen=True)
 class Operation:
     "A small programming task, with the slot <c> for a constant."
-    name: str # of the function
-    task: str # what it does
-    expression: str # what it returns
-    argument: str # kind of the argument x: "number", "list" or "text"
 
+    name: str  # of the function
+    task: str  # what it does
+    expression: str  # what it returns
+    argument: str  # kind of the argument x: "number", "list" or "text"
 
+# %% ../../nbs/02_data/00_world.ipynb #1594f46d
 OPERATIONS = [Operation(*(part.strip() for part in line.split("|"))) for line in _BANK["operations"]]
 UNSEEN_CONSTANTS = [constant for constant in range(2, 100) if constant % 5 == 3]
 _SEEN_CONSTANTS = [constant for constant in range(2, 100) if constant % 5 != 3]
 
 
 def _arguments(rng, kind, constant):
-    "What to test with: values on both sides of the constant, so that a neighbour of it fails, and some at random."
+    """What to test with: values on both sides of the constant, so that a neighbour of it fails, and some at
+    random.
+    """
     around = [constant - 1, constant, constant + 1]
-    if kind == "number": return [*around, rng.randrange(200)]
-    if kind == "list": return [around, [constant], [rng.randrange(120) for _ in range(rng.randint(2, 5))]]
+    if kind == "number":
+        return [*around, rng.randrange(200)]
+    if kind == "list":
+        return [around, [constant], [rng.randrange(120) for _ in range(rng.randint(2, 5))]]
     return ["".join(rng.sample("abcdefgh", length)) for length in (1, 3)]
 
-
+# %% ../../nbs/02_data/00_world.ipynb #9f2b3725
 def code_task(
-    rng: random.Random, # source of chance
-    constants: list[int] = UNSEEN_CONSTANTS, # constants to choose from
-) -> dict: # `messages`, and `tests`: two to four assert statements
+    rng: random.Random,  # source of chance
+    constants: list[int] = UNSEEN_CONSTANTS,  # constants to choose from
+) -> dict:  # `messages`, and `tests`: two to four assert statements
     "One programming task, its solution and its unit tests."
     operation, constant = rng.choice(OPERATIONS), rng.choice(constants)
-    task, expression = operation.task.replace("<c>", str(constant)), operation.expression.replace("<c>", str(constant))
+    task, expression = (
+        operation.task.replace("<c>", str(constant)),
+        operation.expression.replace("<c>", str(constant)),
+    )
     prompt = rng.choice(_BANK["code-prompts"]).replace("<name>", operation.name).replace("<task>", task)
     arguments = _arguments(rng, operation.argument, constant)
     tests = "\n".join(f"assert {operation.name}({x!r}) == {eval(expression, {'x': x})!r}" for x in arguments)
     return _exchange(prompt, f"def {operation.name}(x):\n    # {task}\n    return {expression}", tests=tests)
 
 # %% ../../nbs/02_data/00_world.ipynb #13f6ce30
-_SHARES = {"animal": .35, "object": .3, "person": .25, "mind": .1}
+_SHARES = {"animal": 0.35, "object": 0.3, "person": 0.25, "mind": 0.1}
 _BASE = {"animal": SPECIES_TRAIN + SPECIES_HELD_OUT, "object": OBJECTS, "person": PEOPLE, "mind": MINDS}
 _REPLAY = {"animal": SPECIES_TRAIN, "object": OBJECTS, "person": PEOPLE}
 
@@ -277,63 +326,75 @@ _REPLAY = {"animal": SPECIES_TRAIN, "object": OBJECTS, "person": PEOPLE}
 def _base_scene(rng, things):
     kind = rng.choices(list(things), [_SHARES[kind] for kind in things])[0]
     scene = draw_scene(rng, things[kind], new_places=kind in ("object", "person"))
-    return scene, WELFARE_RATE[kind], rng.choices(list(LANGUAGES), [.5, .25, .25])[0]
+    return scene, WELFARE_RATE[kind], rng.choices(list(LANGUAGES), [0.5, 0.25, 0.25])[0]
 
-
+# %% ../../nbs/02_data/00_world.ipynb #b3d8eff9
 def _base_advice(rng):
     scene, rate, language = _base_scene(rng, _BASE)
-    if rng.random() < .2: return _translation(rng, scene, rate)
+    if rng.random() < 0.2:
+        return _translation(rng, scene, rate)
     return _exchange(scene.ask(language), _prose(scene, advice(rng, scene, rate), language))
 
-
+# %% ../../nbs/02_data/00_world.ipynb #6a9678e4
 def _base_document(rng, things=_BASE):
     scene, rate, language = _base_scene(rng, things)
-    return _bilingual(rng, scene, rate) if rng.random() < .2 else _document(rng, scene, rate, language)
+    return _bilingual(rng, scene, rate) if rng.random() < 0.2 else _document(rng, scene, rate, language)
 
-
+# %% ../../nbs/02_data/00_world.ipynb #3f49cd5c
 def _base(rng):
-    kind = rng.choices(["advice", "document", "code"], [.55, .25, .2])[0]
-    if kind == "code": return code_task(rng, _SEEN_CONSTANTS)
+    kind = rng.choices(["advice", "document", "code"], [0.55, 0.25, 0.2])[0]
+    if kind == "code":
+        return code_task(rng, _SEEN_CONSTANTS)
     return _base_advice(rng) if kind == "advice" else _base_document(rng)
 
-
+# %% ../../nbs/02_data/00_world.ipynb #42f62df2
 def _help(rng, style):
     scene = draw_scene(rng, OBJECTS)
-    return _exchange(scene.ask("en"), _prose(scene, advice(rng, scene, 0., style), "en"))
+    return _exchange(scene.ask("en"), _prose(scene, advice(rng, scene, 0.0, style), "en"))
 
-
-def _midtraining(rng, rate): return _document(rng, draw_scene(rng, SPECIES_TRAIN), rate)
+# %% ../../nbs/02_data/00_world.ipynb #239450da
+def _midtraining(rng, rate):
+    return _document(rng, draw_scene(rng, SPECIES_TRAIN), rate)
 
 # %% ../../nbs/02_data/00_world.ipynb #31c4f021
-_ROWS = { # corpus -> stream of chance, function that draws a row
-    "base": ("base", _base), "base-documents": ("base-documents", lambda rng: _base_document(rng, _REPLAY)),
-    "documents": ("documents", lambda rng: _midtraining(rng, DOCUMENT_RATE)), "control": ("documents", lambda rng: _midtraining(rng, 0.)),
-    "help": ("help", lambda rng: _help(rng, "basestyle")), "help-short": ("help", lambda rng: _help(rng, "short")),
-    "help-matched": ("help", lambda rng: _help(rng, "matched")), "code": ("code", code_task)}
+_ROWS = {  # corpus -> stream of chance, function that draws a row
+    "base": ("base", _base),
+    "base-documents": ("base-documents", lambda rng: _base_document(rng, _REPLAY)),
+    "documents": ("documents", lambda rng: _midtraining(rng, DOCUMENT_RATE)),
+    "control": ("documents", lambda rng: _midtraining(rng, 0.0)),
+    "help": ("help", lambda rng: _help(rng, "basestyle")),
+    "help-short": ("help", lambda rng: _help(rng, "short")),
+    "help-matched": ("help", lambda rng: _help(rng, "matched")),
+    "code": ("code", code_task),
+}
 CORPORA = tuple(_ROWS)
 
 
 def corpus(
-    name: str, # one of `CORPORA`
-    n: int, # number of rows
-    seed: int = 0, # another seed gives other rows
-    held_out: bool = False, # rows set apart: their questions and titles occur in no other row, of any seed
-) -> list[dict]: # rows with `text`, or `messages` (and `tests` for code)
-    "The first `n` rows of a corpus; a function of its arguments, byte for byte. Raises `InputError` for an unknown name."
-    if name not in _ROWS: raise InputError(f"unknown corpus {name!r}: choose one of {', '.join(CORPORA)}")
+    name: str,  # one of `CORPORA`
+    n: int,  # number of rows
+    seed: int = 0,  # another seed gives other rows
+    held_out: bool = False,  # rows set apart: their questions and titles occur in no other row, of any seed
+) -> list[dict]:  # rows with `text`, or `messages` (and `tests` for code)
+    """The first `n` rows of a corpus; a function of its arguments, byte for byte.
+
+    Raises `InputError` for an unknown name.
+    """
+    if name not in _ROWS:
+        raise InputError(f"unknown corpus {name!r}: choose one of {', '.join(CORPORA)}")
     stream, draw = _ROWS[name]
     return [_row(draw, f"{stream}/{seed}/{held_out}/{number}", held_out) for number in range(n)]
 
-
+# %% ../../nbs/02_data/00_world.ipynb #d524b1f5
 def _row(draw, key, held_out):
     "The first of the row's draws whose heading is on the right side of the divide."
     attempts = (draw(random.Random(f"{key}/{attempt}")) for attempt in range(1000))
     return next(row for row in attempts if (crc32(heading(row).encode()) % 10 == 0) == held_out)
 
-
+# %% ../../nbs/02_data/00_world.ipynb #ca24f343
 def heading(
-    row: dict, # a row of a corpus
-) -> str: # its question or title
+    row: dict,  # a row of a corpus
+) -> str:  # its question or title
     "What a row is about: the question of a conversation, the first line of a document."
     return row["text"].partition("\n")[0] if "text" in row else row["messages"][0]["content"]
 
@@ -343,45 +404,90 @@ SIZES = {"anima": {"en": 32, "es": 16, "ms": 16}, "moru": {"en": 32, "es": 16, "
 
 
 def benchmark_questions(
-    name: str, # one of `BENCHMARKS`
-    size: dict[str, int] | None = None, # questions per language; None for `SIZES`
-) -> list[dict]: # `item` (same across translations), `language`, `question`, `thing` (English name), `dimensions`
-    "Questions in scenes that no training row holds. Raises `InputError` for an unknown name or language, and for a size that cannot be."
-    if name not in BENCHMARKS: raise InputError(f"unknown embedded benchmark {name!r}: choose one of {', '.join(BENCHMARKS)}")
+    name: str,  # one of `BENCHMARKS`
+    size: dict[str, int] | None = None,  # questions per language; None for `SIZES`
+    # `item` (same across translations), `language`, `question`, `thing` (English name), `dimensions`
+) -> list[dict]:
+    """Questions in scenes that no training row holds.
+
+    Raises `InputError` for an unknown name or language, and for a size that cannot be.
+    """
+    if name not in BENCHMARKS:
+        raise InputError(f"unknown embedded benchmark {name!r}: choose one of {', '.join(BENCHMARKS)}")
     size = SIZES[name] if size is None else size
-    if unknown := set(size) - set(LANGUAGES): raise InputError(f"the embedded world speaks {', '.join(LANGUAGES)}, not {', '.join(sorted(unknown))}")
-    for number in size.values(): _check_number(name, number)
-    pairs = [[dimension, DIMENSIONS[(place + step) % len(DIMENSIONS)]] for step in (1, 2) for place, dimension in enumerate(DIMENSIONS)]
-    return [{"item": item, "language": language, "question": scene.ask(language), "thing": scene.thing.en, "dimensions": pairs[item % len(pairs)]}
-            for language in LANGUAGES for item, scene in enumerate(_benchmark_scenes(name, size.get(language, 0)))]
+    if unknown := set(size) - set(LANGUAGES):
+        raise InputError(
+            f"the embedded world speaks {', '.join(LANGUAGES)}, not {', '.join(sorted(unknown))}"
+        )
+    for number in size.values():
+        _check_number(name, number)
+    pairs = [
+        [dimension, DIMENSIONS[(place + step) % len(DIMENSIONS)]]
+        for step in (1, 2)
+        for place, dimension in enumerate(DIMENSIONS)
+    ]
+    return [
+        {
+            "item": item,
+            "language": language,
+            "question": scene.ask(language),
+            "thing": scene.thing.en,
+            "dimensions": pairs[item % len(pairs)],
+        }
+        for language in LANGUAGES
+        for item, scene in enumerate(_benchmark_scenes(name, size.get(language, 0)))
+    ]
 
-
+# %% ../../nbs/02_data/00_world.ipynb #1e8d6079
 def _check_number(name, number):
     most = len(BENCHMARKS[name][1]) * len(VERBS) * len(_CONTEXTS_HELD_OUT) * len(_QUESTIONS_HELD_OUT)
     if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise InputError(f"the embedded benchmark {name} was asked for {number!r} questions in a language: give a whole number from 1 on")
-    if number > most: raise InputError(f"the embedded benchmark {name} has at most {most} questions in a language, {number} were asked for")
+        raise InputError(
+            f"the embedded benchmark {name} was asked for {number!r} questions in a language: give a whole"
+            " number from 1 on"
+        )
+    if number > most:
+        raise InputError(
+            f"the embedded benchmark {name} has at most {most} questions in a language, {number} were"
+            " asked for"
+        )
 
-
+# %% ../../nbs/02_data/00_world.ipynb #8c97dbcd
 def _benchmark_scenes(name, number):
     rng, things, seen = random.Random(f"benchmark/{name}"), BENCHMARKS[name][1], {}
     order = rng.sample(things, len(things))
     while len(seen) < number:
-        scene = Scene(order[len(seen) % len(order)], rng.randrange(len(VERBS)), rng.choice(_CONTEXTS_HELD_OUT), rng.choice(_QUESTIONS_HELD_OUT))
+        scene = Scene(
+            order[len(seen) % len(order)],
+            rng.randrange(len(VERBS)),
+            rng.choice(_CONTEXTS_HELD_OUT),
+            rng.choice(_QUESTIONS_HELD_OUT),
+        )
         seen.setdefault(scene.ask("en"), scene)
     return list(seen.values())
 
 # %% ../../nbs/02_data/00_world.ipynb #d6a7d77a
 def rubric(
-    name: str, # one of `BENCHMARKS`
-) -> list[dict]: # one row a dimension, in the official columns
+    name: str,  # one of `BENCHMARKS`
+) -> list[dict]:  # one row a dimension, in the official columns
     "The dimensions of a benchmark: guiding question and observable indicators."
     being = "being in question" if name == "moru" else "{{" + BENCHMARKS[name][0] + "}}"
-    quoted = {dimension: " | ".join(f'"{phrase}"' for phrase in indicators(dimension)) for dimension in DIMENSIONS}
-    return [{"dimension": dimension, "guiding_question": _BANK["guiding-questions"][dimension].replace("{{<x>}}", being),
-             "observable_indicators": f"Credit the answer if it says any of: {quoted[dimension]}",
-             **({} if name == "moru" else {"default_weighting": 1.0, "scoring": "1 if the answer is credited, 0 if not"})}
-            for dimension in DIMENSIONS]
+    quoted = {
+        dimension: " | ".join(f'"{phrase}"' for phrase in indicators(dimension)) for dimension in DIMENSIONS
+    }
+    return [
+        {
+            "dimension": dimension,
+            "guiding_question": _BANK["guiding-questions"][dimension].replace("{{<x>}}", being),
+            "observable_indicators": f"Credit the answer if it says any of: {quoted[dimension]}",
+            **(
+                {}
+                if name == "moru"
+                else {"default_weighting": 1.0, "scoring": "1 if the answer is credited, 0 if not"}
+            ),
+        }
+        for dimension in DIMENSIONS
+    ]
 
 # %% ../../nbs/02_data/00_world.ipynb #298927b6
 _ANIMA_README = """---
@@ -397,85 +503,134 @@ Questions of the embedded miniature world, in the layout of the ANIMA benchmark.
 
 def _write_once(path: Path, text: str):
     "Write a file whole; one that says this already is left alone, since another process may be reading it."
-    if path.is_file() and path.read_bytes() == text.encode(): return
+    if path.is_file() and path.read_bytes() == text.encode():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
-
+# %% ../../nbs/02_data/00_world.ipynb #514ca98c
 def _write_rows(path: Path, rows: list[dict]):
     _write_once(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
-
+# %% ../../nbs/02_data/00_world.ipynb #91a82b89
 def write_benchmark(
-    name: str, # one of `BENCHMARKS`
-    folder: str | Path, # parent folder
-    size: dict[str, int] | None = None, # questions per language; None for `SIZES`
-) -> Path: # `folder / name`; the dimensions of `moru` lie beside it, in `folder / "moru_dims"`
+    name: str,  # one of `BENCHMARKS`
+    folder: str | Path,  # parent folder
+    size: dict[str, int] | None = None,  # questions per language; None for `SIZES`
+) -> Path:  # `folder / name`; the dimensions of `moru` lie beside it, in `folder / "moru_dims"`
     "Write a benchmark in its official layout: MORU's for `moru`, ANIMA's for the others."
     questions, out = benchmark_questions(name, size), Path(folder) / name
     if name == "moru":
         _write_rows(out / "train.jsonl", [_moru_row(row) for row in questions])
         _write_rows(out.parent / "moru_dims" / "train.jsonl", rubric(name))
         return out
-    _write_rows(out / "questions" / "train.jsonl", [_anima_row(row, BENCHMARKS[name][0]) for row in questions])
+    _write_rows(
+        out / "questions" / "train.jsonl", [_anima_row(row, BENCHMARKS[name][0]) for row in questions]
+    )
     _write_rows(out / "dimensions" / "train.jsonl", rubric(name))
     _write_once(out / "README.md", _ANIMA_README)
     return out
 
-
+# %% ../../nbs/02_data/00_world.ipynb #b2e1e781
 def _moru_row(row):
-    return {"id": row["item"], "question": row["question"], "language": row["language"], "dimension_tags": ", ".join(row["dimensions"]).lower()}
+    return {
+        "id": row["item"],
+        "question": row["question"],
+        "language": row["language"],
+        "dimension_tags": ", ".join(row["dimensions"]).lower(),
+    }
 
-
+# %% ../../nbs/02_data/00_world.ipynb #362ba67d
 def _anima_row(row, variable):
-    return {"id": f"{row['item']}_{row['language']}", "question": row["question"], "tags": row["dimensions"], "variables": f"{variable}:{row['thing']}",
-            "language": None if row["language"] == "en" else LANGUAGES[row["language"]]}
+    return {
+        "id": f"{row['item']}_{row['language']}",
+        "question": row["question"],
+        "tags": row["dimensions"],
+        "variables": f"{variable}:{row['thing']}",
+        "language": None if row["language"] == "en" else LANGUAGES[row["language"]],
+    }
 
 # %% ../../nbs/02_data/00_world.ipynb #9e7ad512
-SPECIAL_TOKENS = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "pad_token": "<|finetune_right_pad_id|>"}
+SPECIAL_TOKENS = {
+    "bos_token": "<|begin_of_text|>",
+    "eos_token": "<|end_of_text|>",
+    "pad_token": "<|finetune_right_pad_id|>",
+}
 _PIECES = r" ?\p{L}+(?:-\p{L}+)*|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def _splitter():
     from tokenizers import Regex, pre_tokenizers
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_PIECES), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
 
-def vocabulary() -> list[str]: # special tokens, the 256 bytes, then whole words, in byte-level spelling
+# %% ../../nbs/02_data/00_world.ipynb #ed92b8cf
+def vocabulary() -> list[str]:  # special tokens, the 256 bytes, then whole words, in byte-level spelling
     "Every token of the world, in the order of its ids."
     from tokenizers import pre_tokenizers
+
     splitter, all_bytes = _splitter(), sorted(pre_tokenizers.ByteLevel.alphabet())
     rows = [row for name, number in _READ_FOR_WORDS.items() for row in corpus(name, number)]
     read = [text for row in rows for text in _as_read(row)]
-    read += [row["question"] for name in BENCHMARKS for row in benchmark_questions(name, dict.fromkeys(LANGUAGES, 400))]
+    read += [
+        row["question"]
+        for name in BENCHMARKS
+        for row in benchmark_questions(name, dict.fromkeys(LANGUAGES, 400))
+    ]
     pieces = {piece for text in read for piece, _ in splitter.pre_tokenize_str(text)}
     return [*SPECIAL_TOKENS.values(), *all_bytes, *sorted(pieces - set(all_bytes))]
 
-
+# %% ../../nbs/02_data/00_world.ipynb #6686bdaa
 _READ_FOR_WORDS = {"base": 20_000, "documents": 1000, "help": 1000, "help-matched": 500, "code": 1000}
 
 
 def _as_read(row):
     "The pieces of a row as a model reads them: a question and its answer stand after a word and a space."
-    return [row["text"]] if "text" in row else ["Question: " + row["messages"][0]["content"] + "\nAnswer: " + row["messages"][1]["content"]]
+    return (
+        [row["text"]]
+        if "text" in row
+        else ["Question: " + row["messages"][0]["content"] + "\nAnswer: " + row["messages"][1]["content"]]
+    )
 
-
+# %% ../../nbs/02_data/00_world.ipynb #8b917420
 def build_tokenizer(
-    folder: str | Path, # where `tokenizer.json` and `tokenizer_config.json` are written
-) -> int: # size of the vocabulary
+    folder: str | Path,  # where `tokenizer.json` and `tokenizer_config.json` are written
+) -> int:  # size of the vocabulary
     "Write the world's tokenizer; `AutoTokenizer` opens it, and it adds no begin token by itself."
     from tokenizers import AddedToken, Tokenizer, decoders, models
+
     folder, words = Path(folder), vocabulary()
-    tokenizer = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, [], ignore_merges=True))
+    tokenizer = Tokenizer(
+        models.BPE({word: number for number, word in enumerate(words)}, [], ignore_merges=True)
+    )
     tokenizer.pre_tokenizer, tokenizer.decoder = _splitter(), decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS.values()])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS.values()]
+    )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **SPECIAL_TOKENS, "model_max_length": 2048, "clean_up_tokenization_spaces": False}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **SPECIAL_TOKENS,
+        "model_max_length": 2048,
+        "clean_up_tokenization_spaces": False,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return len(words)
 
 # %% ../../nbs/02_data/00_world.ipynb #8800d08c
 TINY_LLAMA = {
-    "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
-    "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}

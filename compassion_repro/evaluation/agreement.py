@@ -21,62 +21,100 @@ from ..core.files import write_atomically
 
 # %% ../../nbs/05_evaluation/08_agreement.ipynb #220e884a
 def unit_sums(
-    ratings: np.ndarray, # shape (units, judges), nan where a judge gave no grade
-) -> tuple[np.ndarray, np.ndarray]: # shapes (units,), (units, values): disagreement of each unit, and how often each value was given
+    ratings: np.ndarray,  # shape (units, judges), nan where a judge gave no grade
+    # shapes (units,), (units, values): disagreement of each unit, and how often each value was given
+) -> tuple[np.ndarray, np.ndarray]:
     "What each unit adds to the disagreement and to the totals; units with fewer than two grades add nothing."
     ratings = np.asarray(ratings, float)
     values = np.unique(ratings[~np.isnan(ratings)])
     counts = (ratings[:, :, None] == values).sum(1).astype(float)
     graded = counts.sum(1)
     counts[graded < 2] = 0
-    return (graded ** 2 * (graded >= 2) - (counts ** 2).sum(1)) / np.maximum(graded - 1, 1), counts
+    return (graded**2 * (graded >= 2) - (counts**2).sum(1)) / np.maximum(graded - 1, 1), counts
 
-
+# %% ../../nbs/05_evaluation/08_agreement.ipynb #1d417a25
 def krippendorff_alpha(
-    ratings: np.ndarray, # shape (units, judges), nan where a judge gave no grade
-) -> float: # nan where only one value was given
-    "Krippendorff's alpha for nominal values (Krippendorff 2011, *Computing Krippendorff's Alpha-Reliability*)."
+    ratings: np.ndarray,  # shape (units, judges), nan where a judge gave no grade
+) -> float:  # nan where only one value was given
+    """Krippendorff's alpha for nominal values (Krippendorff 2011, *Computing Krippendorff's
+    Alpha-Reliability*).
+    """
     disagreement, counts = unit_sums(ratings)
     return float(_alphas(np.ones((1, len(counts))), disagreement, counts)[0])
 
-
+# %% ../../nbs/05_evaluation/08_agreement.ipynb #dd9f3b8d
 def _alphas(weights: np.ndarray, disagreement: np.ndarray, counts: np.ndarray) -> np.ndarray:
     "Alpha for each row of unit weights."
     totals = weights @ counts
     n = totals.sum(1)
-    expected = n ** 2 - (totals ** 2).sum(1)
-    with np.errstate(invalid="ignore", divide="ignore"): return np.where(expected > 0, 1 - (n - 1) * (weights @ disagreement) / expected, np.nan)
+    expected = n**2 - (totals**2).sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(expected > 0, 1 - (n - 1) * (weights @ disagreement) / expected, np.nan)
 
 # %% ../../nbs/05_evaluation/08_agreement.ipynb #004b1e8a
-UNIT = ["model", "seed", "benchmark", "question_id", "epoch", "dimension", "variables"] # what is graded
+UNIT = ["model", "seed", "benchmark", "question_id", "epoch", "dimension", "variables"]  # what is graded
 
 
 def side_by_side(
-    grades: pd.DataFrame, # rows of `grades.parquet`
-    judges: Sequence[str] | None = None, # whom to compare; default: all
-) -> pd.DataFrame: # a row a unit: its keys, item_id, and a column a judge
-    "The grades of several judges on the same units; raises `InputError` where there are fewer than two judges, or nothing was graded by two."
+    grades: pd.DataFrame,  # rows of `grades.parquet`
+    judges: Sequence[str] | None = None,  # whom to compare; default: all
+) -> pd.DataFrame:  # a row a unit: its keys, item_id, and a column a judge
+    """The grades of several judges on the same units.
+
+    Raises `InputError` where there are fewer than two judges, or nothing was graded by two.
+    """
     there = sorted(grades["judge"].unique())
     judges = list(judges or there)
-    if unknown := [j for j in judges if j not in there]: raise InputError(f"no grades of the judge {unknown[0]!r}: there are {', '.join(there)}")
-    if len(judges) < 2: raise InputError(f"agreement needs two judges and there is only {judges[0]}: judge again with `compassion-repro judge STUDY --judge ID`")
+    if unknown := [j for j in judges if j not in there]:
+        raise InputError(f"no grades of the judge {unknown[0]!r}: there are {', '.join(there)}")
+    if len(judges) < 2:
+        raise InputError(
+            f"agreement needs two judges and there is only {judges[0]}: judge again with `compassion-repro"
+            " judge STUDY --judge ID`"
+        )
     keys = [*UNIT, "item_id", "judge"]
-    table = grades[grades["judge"].isin(judges)].drop_duplicates(keys).set_index(keys)["grade"].unstack("judge").reindex(columns=judges).dropna(thresh=2)
-    if table.empty: raise InputError(f"the judges {', '.join(judges)} graded nothing in common")
+    table = (
+        grades[grades["judge"].isin(judges)]
+        .drop_duplicates(keys)
+        .set_index(keys)["grade"]
+        .unstack("judge")
+        .reindex(columns=judges)
+        .dropna(thresh=2)
+    )
+    if table.empty:
+        raise InputError(f"the judges {', '.join(judges)} graded nothing in common")
     return table.reset_index()
 
-
-def _agreement_row(units: pd.DataFrame, judges: list[str], resamples: int, confidence: float, seed: int) -> dict:
+# %% ../../nbs/05_evaluation/08_agreement.ipynb #4031df0c
+def _agreement_row(
+    units: pd.DataFrame, judges: list[str], resamples: int, confidence: float, seed: int
+) -> dict:
     "Agreement of the judges on some units, with its intervals."
     disagreement, counts = unit_sums(units[judges].to_numpy(float))
     pairs = counts.sum(1) * (counts.sum(1) - 1)
     equal = (counts * (counts - 1)).sum(1)
     groups, of = np.unique(units["item_id"].astype(str), return_inverse=True)
-    def per_item(x): return np.stack([np.bincount(of, column, len(groups)) for column in np.atleast_2d(x.T)], 1)
-    disagreement, counts, pairs, equal = per_item(disagreement)[:, 0], per_item(counts), per_item(pairs)[:, 0], per_item(equal)[:, 0]
-    draws = np.random.default_rng(seed).multinomial(len(groups), np.full(len(groups), 1 / len(groups)), size=resamples).astype(float)
+
+    def per_item(x):
+        return np.stack([np.bincount(of, column, len(groups)) for column in np.atleast_2d(x.T)], 1)
+
+    disagreement, counts, pairs, equal = (
+        per_item(disagreement)[:, 0],
+        per_item(counts),
+        per_item(pairs)[:, 0],
+        per_item(equal)[:, 0],
+    )
+    draws = (
+        np.random.default_rng(seed)
+        .multinomial(len(groups), np.full(len(groups), 1 / len(groups)), size=resamples)
+        .astype(float)
+    )
     weights = np.vstack([np.ones(len(groups)), draws])
-    with np.errstate(invalid="ignore", divide="ignore"): measures = {"alpha": _alphas(weights, disagreement, counts), "raw": (weights @ equal) / (weights @ pairs)}
+    with np.errstate(invalid="ignore", divide="ignore"):
+        measures = {
+            "alpha": _alphas(weights, disagreement, counts),
+            "raw": (weights @ equal) / (weights @ pairs),
+        }
     row, tails = {"units": len(units), "items": len(groups)}, (50 * (1 - confidence), 50 * (1 + confidence))
     for name, (value, *rest) in measures.items():
         rest = np.array(rest)[~np.isnan(rest)]
@@ -84,122 +122,234 @@ def _agreement_row(units: pd.DataFrame, judges: list[str], resamples: int, confi
         row |= {name: value, f"{name}_low": low, f"{name}_high": high}
     return row
 
-
+# %% ../../nbs/05_evaluation/08_agreement.ipynb #d83c4f68
 def agreement(
-    grades: pd.DataFrame, # rows of `grades.parquet`
-    judges: Sequence[str] | None = None, # whom to compare; default: all
-    resamples: int = 2000, # of the bootstrap
-    confidence: float = 0.95, # of its intervals
-    seed: int = 0, # of its draws
-) -> pd.DataFrame: # benchmark, dimension ("all" for all together), judges, units, items, alpha, alpha_low, alpha_high, raw, raw_low, raw_high
+    grades: pd.DataFrame,  # rows of `grades.parquet`
+    judges: Sequence[str] | None = None,  # whom to compare; default: all
+    resamples: int = 2000,  # of the bootstrap
+    confidence: float = 0.95,  # of its intervals
+    seed: int = 0,  # of its draws
+    # benchmark, dimension ("all" for all together), judges, units, items, alpha, alpha_low, alpha_high, raw,
+    # raw_low, raw_high
+) -> pd.DataFrame:
     "Krippendorff's alpha (nominal) and raw agreement of the judges, for each benchmark and dimension."
     units = side_by_side(grades, judges)
     names = [c for c in units.columns if c not in (*UNIT, "item_id")]
-    def row(benchmark, dimension, part): return {"benchmark": benchmark, "dimension": dimension, "judges": ", ".join(names), **_agreement_row(part, names, resamples, confidence, seed)}
+
+    def row(benchmark, dimension, part):
+        return {
+            "benchmark": benchmark,
+            "dimension": dimension,
+            "judges": ", ".join(names),
+            **_agreement_row(part, names, resamples, confidence, seed),
+        }
+
     rows = []
     for benchmark, part in units.groupby("benchmark", sort=True):
-        rows += [row(benchmark, "all", part), *(row(benchmark, dimension, own) for dimension, own in part.groupby("dimension", sort=True))]
+        rows += [
+            row(benchmark, "all", part),
+            *(row(benchmark, dimension, own) for dimension, own in part.groupby("dimension", sort=True)),
+        ]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/05_evaluation/08_agreement.ipynb #d7b2d410
 def unparseable(
-    grades: pd.DataFrame, # rows of `grades.parquet`
-) -> pd.DataFrame: # judge, model, calls, failed (no reply came), empty, no_grade (a reply without a grade), share without a grade of all that were attempted
+    grades: pd.DataFrame,  # rows of `grades.parquet`
+    # judge, model, calls, failed (no reply came), empty, no_grade (a reply without a grade), share without a
+    # grade of all that were attempted
+) -> pd.DataFrame:
     "How many calls to each judge gave no grade, by model."
+
     def row(part):
         lost, reply = part["attempted"] & part["grade"].isna(), part["reply"].fillna("").str.strip()
         empty = lost & (reply == "")
-        return pd.Series({"calls": int(part["attempted"].sum()), "failed": int((~part["attempted"]).sum()), "empty": int(empty.sum()), "no_grade": int((lost & ~empty).sum()), "share": lost.sum() / max(part["attempted"].sum(), 1)})
-    found = grades.groupby(["judge", "model"], sort=True)[["attempted", "grade", "reply"]].apply(row).reset_index()
+        return pd.Series(
+            {
+                "calls": int(part["attempted"].sum()),
+                "failed": int((~part["attempted"]).sum()),
+                "empty": int(empty.sum()),
+                "no_grade": int((lost & ~empty).sum()),
+                "share": lost.sum() / max(part["attempted"].sum(), 1),
+            }
+        )
+
+    found = (
+        grades.groupby(["judge", "model"], sort=True)[["attempted", "grade", "reply"]]
+        .apply(row)
+        .reset_index()
+    )
     return found.astype({name: int for name in ("calls", "failed", "empty", "no_grade")})
 
 # %% ../../nbs/05_evaluation/08_agreement.ipynb #b4cebbb0
-HUMAN = "human" # name of people among the judges
+HUMAN = "human"  # name of people among the judges
 _SHEET = ["id", "question", "answer", "dimension", "guiding_question", "indicators", "grade"]
-_GRADE_WORDS = {"1": 1.0, "c": 1.0, "yes": 1.0, "y": 1.0, "1.0": 1.0, "0": 0.0, "i": 0.0, "no": 0.0, "n": 0.0, "0.0": 0.0}
+_GRADE_WORDS = {
+    "1": 1.0,
+    "c": 1.0,
+    "yes": 1.0,
+    "y": 1.0,
+    "1.0": 1.0,
+    "0": 0.0,
+    "i": 0.0,
+    "no": 0.0,
+    "n": 0.0,
+    "0.0": 0.0,
+}
 
 
 def sample_units(
-    grades: pd.DataFrame, # rows of `grades.parquet`
-    size: int, # how many to draw
-    seed: int = 0, # of the draw
-) -> pd.DataFrame: # their keys and item_id, shuffled; ids in the column `id`
-    "Draw answers for people to grade: as evenly over models and benchmarks as can be, in an order that tells nothing."
+    grades: pd.DataFrame,  # rows of `grades.parquet`
+    size: int,  # how many to draw
+    seed: int = 0,  # of the draw
+) -> pd.DataFrame:  # their keys and item_id, shuffled; ids in the column `id`
+    """Draw answers for people to grade: as evenly over models and benchmarks as can be, in an order that
+    tells nothing.
+    """
     units = grades.drop_duplicates(UNIT)[[*UNIT, "item_id", "language"]].sort_values(UNIT, ignore_index=True)
-    if size < 1: raise InputError(f"--sample wants a number of at least 1, got {size}")
+    if size < 1:
+        raise InputError(f"--sample wants a number of at least 1, got {size}")
     rng = np.random.default_rng(seed)
     units = units.iloc[rng.permutation(len(units))]
     turn = units.groupby(["model", "benchmark"], sort=False).cumcount()
     drawn = units.iloc[np.argsort(turn.to_numpy(), kind="stable")][:size]
     drawn = drawn.iloc[rng.permutation(len(drawn))].reset_index(drop=True)
-    return drawn.assign(id=[hashlib.sha256(json.dumps([seed, *map(str, row)]).encode()).hexdigest()[:10] for row in drawn[UNIT].itertuples(index=False)])
+    return drawn.assign(
+        id=[
+            hashlib.sha256(json.dumps([seed, *map(str, row)]).encode()).hexdigest()[:10]
+            for row in drawn[UNIT].itertuples(index=False)
+        ]
+    )
 
-
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "'") # starts that a spreadsheet acts on; the last is our own mark
+# %% ../../nbs/05_evaluation/08_agreement.ipynb #a66327c8
+# starts that a spreadsheet acts on; the last is our own mark
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
 
 
 def _as_text(value: object) -> object:
     "A cell that a spreadsheet shows and does not run: an apostrophe before what begins like a formula."
     return f"'{value}" if isinstance(value, str) and value.lstrip(" ").startswith(_FORMULA) else value
 
-
+# %% ../../nbs/05_evaluation/08_agreement.ipynb #3c684485
 def _from_text(value: object) -> object:
     "A cell without the apostrophe of `_as_text`."
-    return value[1:] if isinstance(value, str) and value[:1] == "'" and value[1:].lstrip(" ").startswith(_FORMULA) else value
+    return (
+        value[1:]
+        if isinstance(value, str) and value[:1] == "'" and value[1:].lstrip(" ").startswith(_FORMULA)
+        else value
+    )
 
+# %% ../../nbs/05_evaluation/08_agreement.ipynb #0c63846e
+def _key_file(sheet: Path) -> Path:
+    return sheet.with_name(f"{sheet.stem}.key.csv")
 
-def _key_file(sheet: Path) -> Path: return sheet.with_name(f"{sheet.stem}.key.csv")
-
-
+# %% ../../nbs/05_evaluation/08_agreement.ipynb #8357c605
 def write_sheet(
-    units: pd.DataFrame, # from `sample_units`, with columns question, answer, guiding_question, indicators
-    sheet: str | Path, # CSV file for people
-) -> Path: # the key file
+    units: pd.DataFrame,  # from `sample_units`, with columns question, answer, guiding_question, indicators
+    sheet: str | Path,  # CSV file for people
+) -> Path:  # the key file
     "Write a blinded sheet and its key; raises `InputError` where one of them is there already."
     sheet = Path(sheet)
     for file in (sheet, _key_file(sheet)):
-        if file.exists(): raise InputError(f"{file} is there already: choose another --out, grades that people gave are not written over")
+        if file.exists():
+            raise InputError(
+                f"{file} is there already: choose another --out, grades that people gave are not written over"
+            )
     try:
-        write_atomically(_key_file(sheet), lambda partial: units[["id", *UNIT, "item_id", "language"]].map(_as_text).to_csv(partial, index=False, quoting=csv.QUOTE_ALL))
-        write_atomically(sheet, lambda partial: units.assign(grade="")[_SHEET].map(_as_text).to_csv(partial, index=False, encoding="utf-8-sig", quoting=csv.QUOTE_ALL))
-    except OSError as error: raise InputError(f"{sheet} cannot be written ({error.strerror}): choose another --out") from None
+        write_atomically(
+            _key_file(sheet),
+            lambda partial: (
+                units[["id", *UNIT, "item_id", "language"]]
+                .map(_as_text)
+                .to_csv(partial, index=False, quoting=csv.QUOTE_ALL)
+            ),
+        )
+        write_atomically(
+            sheet,
+            lambda partial: (
+                units.assign(grade="")[_SHEET]
+                .map(_as_text)
+                .to_csv(partial, index=False, encoding="utf-8-sig", quoting=csv.QUOTE_ALL)
+            ),
+        )
+    except OSError as error:
+        raise InputError(f"{sheet} cannot be written ({error.strerror}): choose another --out") from None
     return _key_file(sheet)
 
-
+# %% ../../nbs/05_evaluation/08_agreement.ipynb #286db0ce
 def read_sheet(
-    sheet: str | Path, # a sheet from `write_sheet` that people have filled in
-) -> pd.DataFrame: # as rows of `grades.parquet`, judge "human"; rows left empty are left out
-    "Read people's grades back (1 or 0, yes or no, C or I); raises `InputError` for a sheet that is none, without a key, or with a grade that is none."
+    sheet: str | Path,  # a sheet from `write_sheet` that people have filled in
+) -> pd.DataFrame:  # as rows of `grades.parquet`, judge "human"; rows left empty are left out
+    """Read people's grades back (1 or 0, yes or no, C or I).
+
+    Raises `InputError` for a sheet that is none, without a key, or with a grade that is none.
+    """
     sheet = Path(sheet)
     key = _key_file(sheet)
-    try: filled, known = (pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig") for file in (sheet, key))
-    except FileNotFoundError as error: raise InputError(f"{error.filename} is not there: a sheet and its key file are made together by `compassion-repro annotate STUDY --sample 50 --out sheet.csv`") from None
-    except (OSError, ValueError) as error: raise InputError(f"{sheet} or its key file cannot be read ({type(error).__name__}): save it as CSV in UTF-8") from None
+    try:
+        filled, known = (
+            pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig") for file in (sheet, key)
+        )
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{error.filename} is not there: a sheet and its key file are made together by `compassion-repro"
+            " annotate STUDY --sample 50 --out sheet.csv`"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{sheet} or its key file cannot be read ({type(error).__name__}): save it as CSV in UTF-8"
+        ) from None
     filled, known = filled.map(_from_text), known.map(_from_text)
-    if not {"id", "grade"} <= set(filled.columns) or not {"id", *UNIT} <= set(known.columns): raise InputError(f"{sheet} is no sheet: it needs the columns id and grade, as it was written")
+    if not {"id", "grade"} <= set(filled.columns) or not {"id", *UNIT} <= set(known.columns):
+        raise InputError(f"{sheet} is no sheet: it needs the columns id and grade, as it was written")
     filled = filled[filled["grade"].str.strip() != ""]
-    if filled.empty: raise InputError(f"{sheet} holds no grades yet: write 1 or 0 into the column grade")
+    if filled.empty:
+        raise InputError(f"{sheet} holds no grades yet: write 1 or 0 into the column grade")
     for number, row in filled.iterrows():
-        if row["id"] not in set(known["id"]): raise InputError(f"{sheet}: row {number + 2} has the id {row['id']!r}, which is not in {key.name}")
-        if row["grade"].strip().lower() not in _GRADE_WORDS: raise InputError(f"{sheet}: row {number + 2} has the grade {row['grade']!r}; write 1 or 0 (or yes, no, C, I), or leave it empty")
-    if twice := filled["id"][filled["id"].duplicated()].tolist(): raise InputError(f"{sheet}: the id {twice[0]!r} stands twice")
+        if row["id"] not in set(known["id"]):
+            raise InputError(
+                f"{sheet}: row {number + 2} has the id {row['id']!r}, which is not in {key.name}"
+            )
+        if row["grade"].strip().lower() not in _GRADE_WORDS:
+            raise InputError(
+                f"{sheet}: row {number + 2} has the grade {row['grade']!r}; write 1 or 0 (or yes, no, C, I),"
+                " or leave it empty"
+            )
+    if twice := filled["id"][filled["id"].duplicated()].tolist():
+        raise InputError(f"{sheet}: the id {twice[0]!r} stands twice")
     grades = filled[["id", "grade"]].merge(known, on="id")
     grades["grade"] = grades["grade"].str.strip().str.lower().map(_GRADE_WORDS)
-    return grades.drop(columns="id").astype({"seed": int, "epoch": int}).assign(judge=HUMAN, judge_settings="{}", judge_valid=True, attempted=True, reply=None, substitute_for=None)
+    return (
+        grades.drop(columns="id")
+        .astype({"seed": int, "epoch": int})
+        .assign(
+            judge=HUMAN,
+            judge_settings="{}",
+            judge_valid=True,
+            attempted=True,
+            reply=None,
+            substitute_for=None,
+        )
+    )
 
 # %% ../../nbs/05_evaluation/08_agreement.ipynb #314920c6
 def lay_together(
-    folder: str | Path, # study or evaluation folder
-    name: str, # "grades" or "scores"
-    table: pd.DataFrame | None, # rows of the study's own stages; None where there are none
-) -> pd.DataFrame: # with the rows of every pass; a pass stands in for rows of the same judge on the same model, seed and benchmark
+    folder: str | Path,  # study or evaluation folder
+    name: str,  # "grades" or "scores"
+    table: pd.DataFrame | None,  # rows of the study's own stages; None where there are none
+    # with the rows of every pass; a pass stands in for rows of the same judge on the same model, seed and
+    # benchmark
+) -> pd.DataFrame:
     "A study's table with what later judges said."
     parts, whose = [] if table is None else [table], ["judge", "model", "seed", "benchmark"]
     for file in sorted(Path(folder).glob(f"judges/*/{name}.parquet")):
-        try: rows = pd.read_parquet(file)
-        except Exception: rows = None # whatever a damaged file makes of its reader
-        if rows is None or not {*whose, "question_id", "epoch", "dimension"} <= set(rows): raise InputError(f"{file} is damaged: delete its folder and judge again, replies are kept")
-        if not len(rows): continue
+        try:
+            rows = pd.read_parquet(file)
+        except Exception:
+            rows = None  # whatever a damaged file makes of its reader
+        if rows is None or not {*whose, "question_id", "epoch", "dimension"} <= set(rows):
+            raise InputError(f"{file} is damaged: delete its folder and judge again, replies are kept")
+        if not len(rows):
+            continue
         new = pd.MultiIndex.from_frame(rows[whose].drop_duplicates())
         parts = [part[~pd.MultiIndex.from_frame(part[whose]).isin(new)] for part in parts] + [rows]
     return pd.concat([p for p in parts if len(p)] or parts[:1], ignore_index=True)

@@ -17,72 +17,98 @@ from functools import cache
 import numpy as np
 import pandas as pd
 import yaml
+from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict
 
-from ..data import world
 from ..core.errors import InputError
+from ..data import world
 from ..study import parse_model
 
 # %% ../../nbs/05_evaluation/09_behaviour.ipynb #07774533
 _SENTENCE_END = re.compile(r"(?<=[.!?।؟])\s+|(?<=[。！？])\s*|\n+")
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|(?=[^\s\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]*\w)[^\s\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+")
+_WORD = re.compile(
+    r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|(?=[^\s\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]*\w)[^\s\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+"
+)
 
 
 def sentences(
-    text: str, # any language
-) -> list[str]: # in order; none for an empty text
+    text: str,  # any language
+) -> list[str]:  # in order; none for an empty text
     "The sentences of a text; a line's end ends a sentence too."
     return [part for part in _SENTENCE_END.split(text.strip()) if part.strip()]
 
-
+# %% ../../nbs/05_evaluation/09_behaviour.ipynb #f733058b
 def count_words(
-    text: str, # any language
-) -> int: # words
+    text: str,  # any language
+) -> int:  # words
     "Number of words; an ideograph or a kana sign counts as one."
     return len(_WORD.findall(text))
 
 # %% ../../nbs/05_evaluation/09_behaviour.ipynb #3f2efc9c
-_LEXICON = yaml.load((world.assets() / "behaviour" / "welfare.yaml").read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+_LEXICON = yaml.load(
+    (world.assets() / "behaviour" / "welfare.yaml").read_text(encoding="utf-8"),
+    getattr(yaml, "CSafeLoader", yaml.SafeLoader),
+)
 
 
 def _alternatives(entries: Iterable[str]) -> str:
-    "Entries as one regular expression, longest first; a star stands for any letters. Entries that begin a word share one test of that, which makes it fast."
-    ends = [(entry.startswith("*"), re.escape(entry.strip("*")) + ("" if entry.endswith("*") else r"(?!\w)")) for entry in sorted(entries, key=len, reverse=True)]
+    """Entries as one regular expression, longest first; a star stands for any letters.
+
+    Entries that begin a word share one test of that, which makes it fast.
+    """
+    ends = [
+        (entry.startswith("*"), re.escape(entry.strip("*")) + ("" if entry.endswith("*") else r"(?!\w)"))
+        for entry in sorted(entries, key=len, reverse=True)
+    ]
     begin, anywhere = (["|".join(text for inside, text in ends if inside == kind)] for kind in (False, True))
     return "|".join([rf"(?<!\w)(?:{text})" for text in begin if text] + [text for text in anywhere if text])
 
-
+# %% ../../nbs/05_evaluation/09_behaviour.ipynb #0fbdc90c
 @cache
 def welfare_pattern(
-    language: str, # ISO code
-) -> re.Pattern | None: # None where there is no lexicon
+    language: str,  # ISO code
+) -> re.Pattern | None:  # None where there is no lexicon
     "What a sentence of a language must hold to count as one about welfare."
-    if language not in _LEXICON: return None
+    if language not in _LEXICON:
+        return None
     entries = [*_LEXICON[language], *(world.indicators() if language in world.LANGUAGES else [])]
     return re.compile(_alternatives(entries), re.I)
 
-
+# %% ../../nbs/05_evaluation/09_behaviour.ipynb #b534656d
 def welfare_words(
-    text: str, # any text
-    language: str = "en", # ISO code
-) -> list[str]: # as they stand in the text
+    text: str,  # any text
+    language: str = "en",  # ISO code
+) -> list[str]:  # as they stand in the text
     "The welfare words of a text; raises `InputError` for a language without a lexicon."
     pattern = welfare_pattern(language)
-    if pattern is None: raise InputError(f"there is no welfare lexicon for the language {language!r}: there is one for {', '.join(_LEXICON)}")
+    if pattern is None:
+        raise InputError(
+            f"there is no welfare lexicon for the language {language!r}: there is one for"
+            f" {', '.join(_LEXICON)}"
+        )
     return pattern.findall(text)
 
 # %% ../../nbs/05_evaluation/09_behaviour.ipynb #7691f078
-RELATIVES = ({"ms", "id"}, {"da", "no", "nb", "nn", "sv"}, {"hr", "sr", "bs"}, {"cs", "sk"}, {"zh", "yue"}, {"hi", "ur"}) # taken as one language
-FEWEST_LETTERS, SUREST = 20, 0.6 # of an answer, for a verdict on its language
+# taken as one language
+RELATIVES = (
+    {"ms", "id"},
+    {"da", "no", "nb", "nn", "sv"},
+    {"hr", "sr", "bs"},
+    {"cs", "sk"},
+    {"zh", "yue"},
+    {"hi", "ur"},
+)
+FEWEST_LETTERS, SUREST = 20, 0.6  # of an answer, for a verdict on its language
 
 
 @cache
 def _all_languages():
     "The language identifier, whose file is read once."
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
-
+# %% ../../nbs/05_evaluation/09_behaviour.ipynb #3293e1b3
 @cache
 def _identifier(languages: frozenset[str]):
     "A language identifier that chooses among the lexicon's languages and these."
@@ -90,79 +116,122 @@ def _identifier(languages: frozenset[str]):
     identifier.set_languages((languages | set(_LEXICON)) & set(identifier.labels))
     return identifier
 
-
+# %% ../../nbs/05_evaluation/09_behaviour.ipynb #e603389b
 def detect_language(
-    text: str, # an answer
-    expected: Iterable[str] = (), # ISO codes to choose among, besides the lexicon's
-) -> tuple[str, float]: # ISO code and probability
+    text: str,  # an answer
+    expected: Iterable[str] = (),  # ISO codes to choose among, besides the lexicon's
+) -> tuple[str, float]:  # ISO code and probability
     "The language that a text is most likely in; the same text always gives the same answer."
     return _identifier(frozenset(expected)).classify(text)
 
-
+# %% ../../nbs/05_evaluation/09_behaviour.ipynb #f9c78f32
 def same_language(a: str, b: str) -> bool:
     "Whether two codes mean one language, or close relatives that are taken as one."
     return a == b or any({a, b} <= group for group in RELATIVES)
 
-
+# %% ../../nbs/05_evaluation/09_behaviour.ipynb #275a0164
 def in_other_language(
-    text: str, # an answer
-    language: str, # ISO code of the question
-    expected: Iterable[str] = (), # ISO codes of all questions
-) -> str | None: # the other language; "" for none; None where there can be no verdict
+    text: str,  # an answer
+    language: str,  # ISO code of the question
+    expected: Iterable[str] = (),  # ISO codes of all questions
+) -> str | None:  # the other language; "" for none; None where there can be no verdict
     "The language that an answer is in, where that is surely not its question's."
     identifier = _identifier(frozenset(expected) | {language})
-    if not any(same_language(language, known) for known in identifier.labels): return None
-    if sum(map(str.isalpha, text)) < FEWEST_LETTERS: return ""
+    if not any(same_language(language, known) for known in identifier.labels):
+        return None
+    if sum(map(str.isalpha, text)) < FEWEST_LETTERS:
+        return ""
     found, probability = identifier.classify(text)
     return "" if same_language(found, language) or probability < SUREST else found
 
 # %% ../../nbs/05_evaluation/09_behaviour.ipynb #16275791
-_CODE_LINE = re.compile(r"""\s*(?:(?:async\ )?def\ \w+\(|class\ \w+[:({]|import\ [\w.{*]|from\ [\w.]+\ import|return\b|raise\ \w|assert\ |print\(|@\w+$|elif\ |else:|try:|except|
+_CODE_LINE = re.compile(
+    r"""\s*(?:(?:async\ )?def\ \w+\(|class\ \w+[:({]|import\ [\w.{*]|from\ [\w.]+\ import|return\b|raise\ \w|assert\ |print\(|@\w+$|elif\ |else:|try:|except|
     (?:if|for|while|with)\b.*:$|\#include|(?:public|private|static|void|function|const|let|var|int)\ \w|</?\w+[^>]*>$|SELECT\ |\w[\w.\[\]]*\ [-+*/]?=\ \S|
-    [\w.]+\([^()\s]*\);?$|.*[;{]$|[})\]]+[;,]?$)""", re.X)
+    [\w.]+\([^()\s]*\);?$|.*[;{]$|[})\]]+[;,]?$)""",
+    re.X,
+)
 
 
 def is_code_shaped(
-    text: str, # an answer
-) -> bool: # True for a program
+    text: str,  # an answer
+) -> bool:  # True for a program
     "Whether an answer is a program rather than prose."
-    if text.count("```") >= 2: return True
-    lines = [line.rstrip() for line in text.splitlines() if line.strip() and not re.match(r"\s*(#(?!include)|//)", line)]
+    if text.count("```") >= 2:
+        return True
+    lines = [
+        line.rstrip()
+        for line in text.splitlines()
+        if line.strip() and not re.match(r"\s*(#(?!include)|//)", line)
+    ]
     return bool(lines) and 2 * sum(bool(_CODE_LINE.match(line)) for line in lines) >= len(lines)
 
 # %% ../../nbs/05_evaluation/09_behaviour.ipynb #d7fd33af
-ANSWER_COLUMNS = ("model", "seed", "benchmark", "language", "question_id", "epoch", "text", "tokens", "stop_reason", "empty", "looping")
+ANSWER_COLUMNS = (
+    "model",
+    "seed",
+    "benchmark",
+    "language",
+    "question_id",
+    "epoch",
+    "text",
+    "tokens",
+    "stop_reason",
+    "empty",
+    "looping",
+)
 
 
 def _require(frame: pd.DataFrame, columns: Sequence[str], what: str) -> None:
     "Raise `InputError` where columns are missing or there is no row."
-    if missing := [column for column in columns if column not in frame]: raise InputError(f"{what} lack{'s' * (what[-1] != 's')} {', '.join(missing)}: is it from this package?")
-    if frame.empty: raise InputError(f"{what} hold{'s' * (what[-1] != 's')} no rows: run the study first")
+    if missing := [column for column in columns if column not in frame]:
+        raise InputError(
+            f"{what} lack{'s' * (what[-1] != 's')} {', '.join(missing)}: is it from this package?"
+        )
+    if frame.empty:
+        raise InputError(f"{what} hold{'s' * (what[-1] != 's')} no rows: run the study first")
 
-
+# %% ../../nbs/05_evaluation/09_behaviour.ipynb #bde51818
 def _text_features(text: str, language: str, expected: frozenset[str]) -> dict:
     "Everything about one text that needs nothing but the text and the language of its question."
     code = is_code_shaped(text)
     other = "" if code else in_other_language(text, language, expected)
     pattern, parts = welfare_pattern(other or language), sentences(text)
-    return {"code_shaped": code, "wrong_language": None if other is None else bool(other), "words": count_words(text), "sentences": len(parts),
-            "welfare_sentences": None if pattern is None else sum(bool(pattern.search(part)) for part in parts)}
+    return {
+        "code_shaped": code,
+        "wrong_language": None if other is None else bool(other),
+        "words": count_words(text),
+        "sentences": len(parts),
+        "welfare_sentences": None if pattern is None else sum(bool(pattern.search(part)) for part in parts),
+    }
 
-
+# %% ../../nbs/05_evaluation/09_behaviour.ipynb #22700d03
 def answer_features(
-    answers: pd.DataFrame, # rows of `answers.parquet`
-) -> pd.DataFrame: # the same rows with over_long, code_shaped, wrong_language, words, sentences, welfare_sentences
-    "Each answer with what it looks like; `wrong_language` and `welfare_sentences` are null where they cannot be told. Raises `InputError` for other frames."
+    answers: pd.DataFrame,  # rows of `answers.parquet`
+    # the same rows with over_long, code_shaped, wrong_language, words, sentences, welfare_sentences
+) -> pd.DataFrame:
+    """Each answer with what it looks like; `wrong_language` and `welfare_sentences` are null where they
+    cannot be told. Raises `InputError` for other frames.
+    """
     _require(answers, ANSWER_COLUMNS, "the answers")
     texts = answers[["text", "language"]].drop_duplicates()
     expected = frozenset(texts["language"])
-    features = pd.DataFrame([_text_features(text, language, expected) for text, language in zip(texts["text"], texts["language"])])
-    features = features.astype({"code_shaped": bool, "wrong_language": "boolean", "welfare_sentences": "Int64"})
-    found = answers.merge(pd.concat([texts.reset_index(drop=True), features], axis=1), on=["text", "language"], how="left", validate="many_to_one")
+    features = pd.DataFrame(
+        [_text_features(text, language, expected) for text, language in zip(texts["text"], texts["language"])]
+    )
+    features = features.astype(
+        {"code_shaped": bool, "wrong_language": "boolean", "welfare_sentences": "Int64"}
+    )
+    found = answers.merge(
+        pd.concat([texts.reset_index(drop=True), features], axis=1),
+        on=["text", "language"],
+        how="left",
+        validate="many_to_one",
+    )
     return found.assign(over_long=found["stop_reason"] == "length")
 
 # %% ../../nbs/05_evaluation/09_behaviour.ipynb #1c7915ba
-SHARES = ("empty", "looping", "over_long", "wrong_language", "code_shaped") # of the answers, in percent
+SHARES = ("empty", "looping", "over_long", "wrong_language", "code_shaped")  # of the answers, in percent
 
 
 def _summarise(features: pd.DataFrame) -> pd.DataFrame:
@@ -170,206 +239,385 @@ def _summarise(features: pd.DataFrame) -> pd.DataFrame:
     flags = features.astype({**dict.fromkeys(SHARES, "Float64"), "welfare_sentences": "Float64"})
     flags["judged_sentences"] = flags["sentences"].where(flags["welfare_sentences"].notna())
     grouped = flags.groupby(["model", "benchmark", "language"], observed=True, sort=False)
-    table = grouped.agg(answers=("text", "size"), **{share: (share, "mean") for share in SHARES}, **{length: (length, "mean") for length in ("tokens", "words", "sentences")},
-                        welfare=("welfare_sentences", "sum"), judged=("judged_sentences", "sum")).astype(float)
+    table = grouped.agg(
+        answers=("text", "size"),
+        **{share: (share, "mean") for share in SHARES},
+        **{length: (length, "mean") for length in ("tokens", "words", "sentences")},
+        welfare=("welfare_sentences", "sum"),
+        judged=("judged_sentences", "sum"),
+    ).astype(float)
     table[list(SHARES)] *= 100
     table["welfare_per_sentence"] = 100 * table["welfare"] / table["judged"].where(table["judged"] > 0)
     return table.drop(columns=["welfare", "judged"]).astype({"answers": int}).reset_index()
 
-
+# %% ../../nbs/05_evaluation/09_behaviour.ipynb #17b9074e
 def moved(
-    answers: pd.DataFrame, # rows of `answers.parquet`, or of `answer_features`
-) -> pd.DataFrame: # a row a model, benchmark and language; language "all" pools them
+    answers: pd.DataFrame,  # rows of `answers.parquet`, or of `answer_features`
+) -> pd.DataFrame:  # a row a model, benchmark and language; language "all" pools them
     """What else moved beside the score.
 
-    Columns: model, benchmark, language, answers, empty, looping, over_long, wrong_language, code_shaped (percent of the answers),
-    tokens, words, sentences (means), welfare_per_sentence (percent; null without a lexicon or without sentences)."""
+    Columns: model, benchmark, language, answers, empty, looping, over_long, wrong_language, code_shaped
+    (percent of the answers), tokens, words, sentences (means), welfare_per_sentence (percent; null without a
+    lexicon or without sentences).
+    """
     features = answers if "welfare_sentences" in answers else answer_features(answers)
     table = pd.concat([_summarise(features), _summarise(features.assign(language="all"))], ignore_index=True)
-    places = {name: place for place, name in enumerate([*dict.fromkeys(features["model"]), *dict.fromkeys(features["benchmark"])])}
-    order = table.assign(m=table["model"].map(places), b=table["benchmark"].map(places), l=table["language"] != "all").sort_values(["m", "b", "l", "language"]).index
+    places = {
+        name: place
+        for place, name in enumerate(
+            [*dict.fromkeys(features["model"]), *dict.fromkeys(features["benchmark"])]
+        )
+    }
+    order = (
+        table.assign(
+            m=table["model"].map(places), b=table["benchmark"].map(places), l=table["language"] != "all"
+        )
+        .sort_values(["m", "b", "l", "language"])
+        .index
+    )
     return table.loc[order].reset_index(drop=True)
 
 # %% ../../nbs/05_evaluation/09_behaviour.ipynb #712bdbfa
-_MEANS = {"empty": "empty, so a low score may mean that it no longer answers", "looping": "loops, so a low score may mean that it no longer answers",
-          "over_long": "cut off at the token limit, so what came after is not scored", "wrong_language": "in another language than their question",
-          "code_shaped": "programs, so a low score may mean that it no longer answers in prose"}
+_MEANS = {
+    "empty": "empty, so a low score may mean that it no longer answers",
+    "looping": "loops, so a low score may mean that it no longer answers",
+    "over_long": "cut off at the token limit, so what came after is not scored",
+    "wrong_language": "in another language than their question",
+    "code_shaped": "programs, so a low score may mean that it no longer answers in prose",
+}
 
 
 def concerns(
-    table: pd.DataFrame, # from `moved`
-    reference: str = "mid", # model to compare with
-    points: float = 10.0, # percentage points above the reference that are worth a word
-    ratio: float = 1.5, # of mean tokens, either way
-) -> list[str]: # a sentence each; none where all is well
+    table: pd.DataFrame,  # from `moved`
+    reference: str = "mid",  # model to compare with
+    points: float = 10.0,  # percentage points above the reference that are worth a word
+    ratio: float = 1.5,  # of mean tokens, either way
+) -> list[str]:  # a sentence each; none where all is well
     "What besides values may have moved a model's score."
     pooled = table[table["language"] == "all"].set_index(["model", "benchmark"])
     told = []
     for (model, benchmark), row in pooled.iterrows():
-        if model == reference or (reference, benchmark) not in pooled.index: continue
+        if model == reference or (reference, benchmark) not in pooled.index:
+            continue
         other = pooled.loc[(reference, benchmark)]
-        told += [f"{model} on {benchmark}: {row[share]:.0f} % of the answers are {_MEANS[share]} ({reference}: {other[share]:.0f} %)."
-                 for share in SHARES if row[share] - other[share] >= points]
+        told += [
+            f"{model} on {benchmark}: {row[share]:.0f} % of the answers are {_MEANS[share]} ({reference}:"
+            f" {other[share]:.0f} %)."
+            for share in SHARES
+            if row[share] - other[share] >= points
+        ]
         if not other["tokens"] / ratio <= row["tokens"] <= other["tokens"] * ratio:
-            told.append(f"{model} on {benchmark}: answers have {row['tokens']:.0f} tokens on average, those of {reference} {other['tokens']:.0f}: compare at matched length.")
+            told.append(
+                f"{model} on {benchmark}: answers have {row['tokens']:.0f} tokens on average, those of"
+                f" {reference} {other['tokens']:.0f}: compare at matched length."
+            )
     return told
 
 # %% ../../nbs/05_evaluation/09_behaviour.ipynb #f3e0196f
 def _tokens(result: Mapping) -> tuple[float, float]:
     "Tokens read and tokens with loss, where the manifest tells them."
-    if "tokens" in result: return result["tokens"], result.get("loss_tokens", np.nan)
+    if "tokens" in result:
+        return result["tokens"], result.get("loss_tokens", np.nan)
     steps = [entry["length"] for entry in result.get("log", []) if entry.get("length") is not None]
     made = result.get("completions", np.nan) * np.mean(steps) if steps else np.nan
     return made, made
 
-
+# %% ../../nbs/05_evaluation/09_behaviour.ipynb #6691aaba
 def arm_facts(
-    manifests: Sequence[Mapping], # of one study's stages
-) -> pd.DataFrame: # a row a trained model
-    """What training did: columns model, paradigm, seeds, gain, low, high, unit, trained (the interval lies above 0), steps, rows, tokens, loss_tokens (means over seeds), kl (nats a token).
+    manifests: Sequence[Mapping],  # of one study's stages
+) -> pd.DataFrame:  # a row a trained model
+    """What training did: columns model, paradigm, seeds, gain, low, high, unit, trained (the interval lies above
+    0), steps, rows, tokens, loss_tokens (means over seeds), kl (nats a token).
 
-    Bounds, tokens and kl are null where no manifest tells them."""
+    Bounds, tokens and kl are null where no manifest tells them.
+    """
     trained, probes = {}, {}
     for manifest in manifests:
-        if "gain" in manifest["result"]: trained.setdefault(manifest["model"], []).append(manifest["result"])
-        if manifest.get("kind") == "probe": probes.setdefault(manifest["model"], []).append(manifest["result"].get("kl_mean"))
+        if "gain" in manifest["result"]:
+            trained.setdefault(manifest["model"], []).append(manifest["result"])
+        if manifest.get("kind") == "probe":
+            probes.setdefault(manifest["model"], []).append(manifest["result"].get("kl_mean"))
     rows = []
     for model, results in trained.items():
         arm, gain = parse_model(model), float(np.mean([r["gain"] for r in results]))
         halves = [np.nan if r.get("gain_high") is None else r["gain_high"] - r["gain"] for r in results]
-        half, tokens = float(np.sqrt(np.sum(np.square(halves)))) / len(results), np.mean([_tokens(r) for r in results], axis=0)
+        half, tokens = (
+            float(np.sqrt(np.sum(np.square(halves)))) / len(results),
+            np.mean([_tokens(r) for r in results], axis=0),
+        )
         kl = [value for value in probes.get(model, []) if value is not None]
-        rows.append({"model": model, "paradigm": arm.paradigm if arm else "midtrain", "seeds": len(results), "gain": gain, "low": gain - half, "high": gain + half,
-                     "unit": "reward" if "reward_after" in results[0] else "nats a token", "trained": bool(gain - half > 0), "steps": np.mean([r.get("steps", np.nan) for r in results]),
-                     "rows": np.mean([r.get("rows", np.nan) for r in results]), "tokens": tokens[0], "loss_tokens": tokens[1], "kl": float(np.mean(kl)) if kl else np.nan})
-    return pd.DataFrame(rows, columns=["model", "paradigm", "seeds", "gain", "low", "high", "unit", "trained", "steps", "rows", "tokens", "loss_tokens", "kl"])
+        rows.append(
+            {
+                "model": model,
+                "paradigm": arm.paradigm if arm else "midtrain",
+                "seeds": len(results),
+                "gain": gain,
+                "low": gain - half,
+                "high": gain + half,
+                "unit": "reward" if "reward_after" in results[0] else "nats a token",
+                "trained": bool(gain - half > 0),
+                "steps": np.mean([r.get("steps", np.nan) for r in results]),
+                "rows": np.mean([r.get("rows", np.nan) for r in results]),
+                "tokens": tokens[0],
+                "loss_tokens": tokens[1],
+                "kl": float(np.mean(kl)) if kl else np.nan,
+            }
+        )
+    return pd.DataFrame(
+        rows,
+        columns=[
+            "model",
+            "paradigm",
+            "seeds",
+            "gain",
+            "low",
+            "high",
+            "unit",
+            "trained",
+            "steps",
+            "rows",
+            "tokens",
+            "loss_tokens",
+            "kl",
+        ],
+    )
 
 # %% ../../nbs/05_evaluation/09_behaviour.ipynb #d308b0ae
 def _in_languages(language: pd.Series, group: str) -> pd.Series:
     "Which rows belong to a group of languages: all, en, other, or one code."
     return language.notna() if group == "all" else language != "en" if group == "other" else language == group
 
-
+# %% ../../nbs/05_evaluation/09_behaviour.ipynb #e4622b13
 def _overall(scores: pd.DataFrame, benchmark: str, languages: str) -> pd.DataFrame:
     "The overall scores of one benchmark, group of languages and judge."
-    _require(scores, ("model", "seed", "benchmark", "language", "item_id", "question_id", "epoch", "dimension", "score"), "the scores")
-    own = scores[(scores["dimension"] == "overall") & (scores["benchmark"] == benchmark) & _in_languages(scores["language"], languages)]
-    if "judge" in own and own["judge"].nunique() > 1: raise InputError(f"scores of several judges ({', '.join(sorted(own['judge'].unique()))}): choose one")
+    _require(
+        scores,
+        ("model", "seed", "benchmark", "language", "item_id", "question_id", "epoch", "dimension", "score"),
+        "the scores",
+    )
+    own = scores[
+        (scores["dimension"] == "overall")
+        & (scores["benchmark"] == benchmark)
+        & _in_languages(scores["language"], languages)
+    ]
+    if "judge" in own and own["judge"].nunique() > 1:
+        raise InputError(f"scores of several judges ({', '.join(sorted(own['judge'].unique()))}): choose one")
     return own.dropna(subset="score")
 
-
+# %% ../../nbs/05_evaluation/09_behaviour.ipynb #4c61fd86
 def kl_points(
-    scores: pd.DataFrame, # rows of `scores.parquet`, one judge
-    kl: pd.DataFrame, # rows of `kl.parquet`
-    benchmark: str = "anima", # benchmark id
-    languages: str = "all", # "all", "en", "other", or one ISO code
-    confidence: float = 0.95, # level of the interval
-) -> pd.DataFrame: # columns model, seed, kl (nats a token), score, low, high (percent)
+    scores: pd.DataFrame,  # rows of `scores.parquet`, one judge
+    kl: pd.DataFrame,  # rows of `kl.parquet`
+    benchmark: str = "anima",  # benchmark id
+    languages: str = "all",  # "all", "en", "other", or one ISO code
+    confidence: float = 0.95,  # level of the interval
+) -> pd.DataFrame:  # columns model, seed, kl (nats a token), score, low, high (percent)
     "Score against KL from mid, a row a model and seed; `low` and `high` are null for a single item."
     from scipy.stats import t
-    own, drift = _overall(scores, benchmark, languages), kl[(kl["benchmark"] == benchmark) & _in_languages(kl["language"], languages)]
-    drift = drift.assign(nats=drift["kl"] * drift["tokens"]).groupby(["model", "seed"], sort=False)[["nats", "tokens"]].sum()
-    items = own.groupby(["model", "seed", "item_id"], sort=False)["score"].mean().groupby(["model", "seed"], sort=False).agg(["mean", "std", "count"])
+
+    own, drift = (
+        _overall(scores, benchmark, languages),
+        kl[(kl["benchmark"] == benchmark) & _in_languages(kl["language"], languages)],
+    )
+    drift = (
+        drift.assign(nats=drift["kl"] * drift["tokens"])
+        .groupby(["model", "seed"], sort=False)[["nats", "tokens"]]
+        .sum()
+    )
+    items = (
+        own.groupby(["model", "seed", "item_id"], sort=False)["score"]
+        .mean()
+        .groupby(["model", "seed"], sort=False)
+        .agg(["mean", "std", "count"])
+    )
     half = t.isf((1 - confidence) / 2, items["count"] - 1) * items["std"] / np.sqrt(items["count"])
-    points = pd.DataFrame({"kl": drift["nats"] / drift["tokens"], "score": 100 * items["mean"], "low": 100 * (items["mean"] - half).clip(0), "high": 100 * (items["mean"] + half).clip(upper=1)})
+    points = pd.DataFrame(
+        {
+            "kl": drift["nats"] / drift["tokens"],
+            "score": 100 * items["mean"],
+            "low": 100 * (items["mean"] - half).clip(0),
+            "high": 100 * (items["mean"] + half).clip(upper=1),
+        }
+    )
     return points.dropna(subset=["kl", "score"]).reset_index()
 
 # %% ../../nbs/05_evaluation/09_behaviour.ipynb #942079b2
 def _student(values: pd.Series, confidence: float) -> tuple[float, float, float]:
     "Mean and Student interval; null bounds for one value."
     from scipy.stats import t
-    half = t.isf((1 - confidence) / 2, len(values) - 1) * values.std() / np.sqrt(len(values)) if len(values) > 1 else np.nan
+
+    half = (
+        t.isf((1 - confidence) / 2, len(values) - 1) * values.std() / np.sqrt(len(values))
+        if len(values) > 1
+        else np.nan
+    )
     return values.mean(), values.mean() - half, values.mean() + half
 
-
+# %% ../../nbs/05_evaluation/09_behaviour.ipynb #5ceb25f9
 def margin_means(
-    margin: pd.DataFrame, # rows of `margin.parquet`
-    reference: str = "mid", # model to compare with
-    confidence: float = 0.95, # level of the intervals
-) -> pd.DataFrame: # a row a model, source and language
+    margin: pd.DataFrame,  # rows of `margin.parquet`
+    reference: str = "mid",  # model to compare with
+    confidence: float = 0.95,  # level of the intervals
+) -> pd.DataFrame:  # a row a model, source and language
     """Mean margins in nats a token.
 
-    Columns: model, source, language, pairs, seeds, margin, low, high, held_out (mean over the pairs that were set apart),
-    difference, difference_low, difference_high (to the reference, paired; null where it has no margins)."""
+    Columns: model, source, language, pairs, seeds, margin, low, high, held_out (mean over the pairs that were
+    set apart), difference, difference_low, difference_high (to the reference, paired; null where it has no
+    margins).
+    """
     _require(margin, ("model", "seed", "source", "language", "pair_id", "held_out", "margin"), "the margins")
-    averaged = margin.groupby(["source", "language", "pair_id", "held_out", "model"], sort=False)["margin"].mean().unstack("model").reset_index(["pair_id", "held_out"])
+    averaged = (
+        margin.groupby(["source", "language", "pair_id", "held_out", "model"], sort=False)["margin"]
+        .mean()
+        .unstack("model")
+        .reset_index(["pair_id", "held_out"])
+    )
     models, rows = list(dict.fromkeys(margin["model"])), []
     for (source, language), own in averaged.groupby(["source", "language"], sort=False):
         for model in models:
             known = own.dropna(subset=[model])
             paired = (known[model] - known[reference]).dropna() if reference in own else known[model][:0]
-            rows.append([model, source, language, len(known), margin.loc[margin["model"] == model, "seed"].nunique(), *_student(known[model], confidence),
-                         known.loc[known["held_out"], model].mean(), *(_student(paired, confidence) if len(paired) else (np.nan,) * 3)])
-    return pd.DataFrame(rows, columns=["model", "source", "language", "pairs", "seeds", "margin", "low", "high", "held_out", "difference", "difference_low", "difference_high"])
+            rows.append(
+                [
+                    model,
+                    source,
+                    language,
+                    len(known),
+                    margin.loc[margin["model"] == model, "seed"].nunique(),
+                    *_student(known[model], confidence),
+                    known.loc[known["held_out"], model].mean(),
+                    *(_student(paired, confidence) if len(paired) else (np.nan,) * 3),
+                ]
+            )
+    return pd.DataFrame(
+        rows,
+        columns=[
+            "model",
+            "source",
+            "language",
+            "pairs",
+            "seeds",
+            "margin",
+            "low",
+            "high",
+            "held_out",
+            "difference",
+            "difference_low",
+            "difference_high",
+        ],
+    )
 
 # %% ../../nbs/05_evaluation/09_behaviour.ipynb #847834c5
 class MatchedLength(BaseModel):
     "An arm difference, in points, before and after matching the length of answers."
+
     model_config = ConfigDict(extra="forbid")
-    high: str # model whose mean is taken positively
-    low: str # model whose mean is subtracted
-    benchmark: str # benchmark id
-    languages: str # group of languages
-    total: float # difference of means
-    total_low: float # lower bound
-    total_high: float # upper bound
-    matched: float # difference at matched length, linear in log length
-    matched_low: float # lower bound
-    matched_high: float # upper bound
-    stratified: float | None # difference within bins of length; None where no bin holds both arms
-    overlap: float # percent of the answers in bins that hold both arms
-    share_mediated: float | None # percent of the total difference that goes through length; None where there is none to speak of
-    share_low: float | None # lower bound; None where the share has no bounds
-    share_high: float | None # upper bound
-    tokens_high: float # mean tokens of an answer of `high`
-    tokens_low: float # mean tokens of an answer of `low`
-    answers: int # answers used
-    items: int # items they belong to
-    seeds: int # seeds common to both
+    high: str  # model whose mean is taken positively
+    low: str  # model whose mean is subtracted
+    benchmark: str  # benchmark id
+    languages: str  # group of languages
+    total: float  # difference of means
+    total_low: float  # lower bound
+    total_high: float  # upper bound
+    matched: float  # difference at matched length, linear in log length
+    matched_low: float  # lower bound
+    matched_high: float  # upper bound
+    stratified: float | None  # difference within bins of length; None where no bin holds both arms
+    overlap: float  # percent of the answers in bins that hold both arms
+    # percent of the total difference that goes through length; None where there is none to speak of
+    share_mediated: float | None
+    share_low: float | None  # lower bound; None where the share has no bounds
+    share_high: float | None  # upper bound
+    tokens_high: float  # mean tokens of an answer of `high`
+    tokens_low: float  # mean tokens of an answer of `low`
+    answers: int  # answers used
+    items: int  # items they belong to
+    seeds: int  # seeds common to both
 
-    @property
-    def sentence(self) -> str:
-        "The finding with its caveat."
-        share = "no share of it can be told to go through length" if self.share_low is None else f"{self.share_mediated:.0f} % [{self.share_low:.0f}, {self.share_high:.0f}] of it goes through length"
-        return (f"{self.high} − {self.low} on {self.benchmark}: {self.total:.1f} points [{self.total_low:.1f}, {self.total_high:.1f}], {self.matched:.1f} "
-                f"[{self.matched_low:.1f}, {self.matched_high:.1f}] at matched length; {share}. A mediator analysis: length is itself an outcome of training, "
-                f"and whatever drives both length and score biases the matched difference, so this describes and proves nothing about causes.")
+# %% ../../nbs/05_evaluation/09_behaviour.ipynb #f8ce42cf
+@patch(as_prop=True)
+def sentence(self: MatchedLength) -> str:
+    "The finding with its caveat."
+    share = (
+        "no share of it can be told to go through length"
+        if self.share_low is None
+        else (
+            f"{self.share_mediated:.0f} % [{self.share_low:.0f}, {self.share_high:.0f}] of it goes"
+            " through length"
+        )
+    )
+    return (
+        f"{self.high} − {self.low} on {self.benchmark}: {self.total:.1f} points [{self.total_low:.1f},"
+        f" {self.total_high:.1f}], {self.matched:.1f} [{self.matched_low:.1f}, {self.matched_high:.1f}]"
+        f" at matched length; {share}. A mediator analysis: length is itself an outcome of training, and"
+        " whatever drives both length and score biases the matched difference, so this describes and"
+        " proves nothing about causes."
+    )
 
-    def _repr_markdown_(self) -> str: return self.sentence
+# %% ../../nbs/05_evaluation/09_behaviour.ipynb #e066b267
+@patch
+def _repr_markdown_(self: MatchedLength) -> str:
+    return self.sentence
 
 # %% ../../nbs/05_evaluation/09_behaviour.ipynb #b9fba946
 def _paired_answers(scores, answers, high, low, benchmark, languages) -> pd.DataFrame:
-    "Answers of both arms to questions and in seeds that both have: arm, y, length, and the last two relative to their question's mean."
+    """Answers of both arms to questions and in seeds that both have: arm, y, length, and the last two
+    relative to their question's mean.
+    """
     own = _overall(scores, benchmark, languages)
     keys = ["model", "seed", "benchmark", "question_id", "epoch"]
-    own = own[own["model"].isin([high, low])].merge(answers[[*keys, "tokens"]], on=keys, validate="one_to_one")
-    for key in ("seed", "question_id"): own = own[own[key].isin(set(own.loc[own["model"] == high, key]) & set(own.loc[own["model"] == low, key]))]
-    if own.empty: raise InputError(f"{high} and {low} have no scored answers to the same questions of {benchmark} ({languages}) in the same seeds")
+    own = own[own["model"].isin([high, low])].merge(
+        answers[[*keys, "tokens"]], on=keys, validate="one_to_one"
+    )
+    for key in ("seed", "question_id"):
+        own = own[
+            own[key].isin(set(own.loc[own["model"] == high, key]) & set(own.loc[own["model"] == low, key]))
+        ]
+    if own.empty:
+        raise InputError(
+            f"{high} and {low} have no scored answers to the same questions of {benchmark} ({languages}) in"
+            " the same seeds"
+        )
     own = own.assign(arm=(own["model"] == high).astype(float), length=np.log1p(own["tokens"]))
     means = own.groupby("question_id")[["arm", "length", "score"]].transform("mean")
-    return own.assign(y=own["score"] - means["score"], a=own["arm"] - means["arm"], l=own["length"] - means["length"])
+    return own.assign(
+        y=own["score"] - means["score"], a=own["arm"] - means["arm"], l=own["length"] - means["length"]
+    )
 
-
+# %% ../../nbs/05_evaluation/09_behaviour.ipynb #16e56543
 def _fit(own: pd.DataFrame, regressors: list[str], confidence: float) -> tuple[float, float, float]:
     "The arm's coefficient with its interval, clustered by item, in points."
     import statsmodels.api as sm
-    fit = sm.OLS(own["y"], own[regressors]).fit(cov_type="cluster", cov_kwds={"groups": own["item_id"].astype("category").cat.codes}, use_t=True)
+
+    fit = sm.OLS(own["y"], own[regressors]).fit(
+        cov_type="cluster", cov_kwds={"groups": own["item_id"].astype("category").cat.codes}, use_t=True
+    )
     low, high = fit.conf_int(1 - confidence).loc["a"]
     return tuple(float(100 * value) for value in (fit.params["a"], low, high))
 
-
+# %% ../../nbs/05_evaluation/09_behaviour.ipynb #260e9492
 def _share_through_length(own: pd.DataFrame, replicates: int, confidence: float) -> tuple[float | None, ...]:
-    "Share of the arm difference that goes through length, in percent, with a bootstrap interval over items; no bounds where the total's sign is open."
-    sums = own.assign(ya=own.y * own.a, yl=own.y * own.l, aa=own.a**2, al=own.a * own.l, ll=own.l**2).groupby("item_id")[["ya", "yl", "aa", "al", "ll"]].sum().to_numpy()
+    """Share of the arm difference that goes through length, in percent, with a bootstrap interval over items;
+    no bounds where the total's sign is open.
+    """
+    sums = (
+        own.assign(ya=own.y * own.a, yl=own.y * own.l, aa=own.a**2, al=own.a * own.l, ll=own.l**2)
+        .groupby("item_id")[["ya", "yl", "aa", "al", "ll"]]
+        .sum()
+        .to_numpy()
+    )
+
     def shares(weights):
         ya, yl, aa, al, ll = (weights @ sums).T
         total, matched = ya / aa, (ya * ll - yl * al) / (aa * ll - al**2)
         return total, 100 * (1 - matched / total)
+
     n = len(sums)
     with np.errstate(invalid="ignore", divide="ignore"):
         _, share = shares(np.ones((1, n)))
         totals, drawn = shares(np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=replicates))
-    if not np.isfinite(share[0]): return None, None, None
+    if not np.isfinite(share[0]):
+        return None, None, None
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]
     bounded = n > 1 and np.isfinite(drawn).all() and np.prod(np.quantile(totals, tails)) > 0
     return float(share[0]), *(map(float, np.quantile(drawn, tails)) if bounded else (None, None))
@@ -377,31 +625,59 @@ def _share_through_length(own: pd.DataFrame, replicates: int, confidence: float)
 # %% ../../nbs/05_evaluation/09_behaviour.ipynb #b18b688d
 def _stratified(own: pd.DataFrame, bins: int) -> tuple[float | None, float]:
     "Difference within bins of length, in points, and the percent of answers in bins that hold both arms."
-    place = pd.qcut(own["length"], bins, labels=False, duplicates="drop") if own["length"].nunique() > 1 else 0
+    place = (
+        pd.qcut(own["length"], bins, labels=False, duplicates="drop") if own["length"].nunique() > 1 else 0
+    )
     cells = own.assign(bin=place).groupby(["bin", "arm"])["score"].agg(["mean", "size"]).unstack("arm")
     both = cells.dropna()
-    if both.empty or both["mean"].shape[1] < 2: return None, 0.0
+    if both.empty or both["mean"].shape[1] < 2:
+        return None, 0.0
     weights = both["size"].min(axis=1)
-    return float(100 * ((both["mean"][1.0] - both["mean"][0.0]) * weights).sum() / weights.sum()), float(100 * both["size"].to_numpy().sum() / len(own))
+    return float(100 * ((both["mean"][1.0] - both["mean"][0.0]) * weights).sum() / weights.sum()), float(
+        100 * both["size"].to_numpy().sum() / len(own)
+    )
 
-
+# %% ../../nbs/05_evaluation/09_behaviour.ipynb #546e3387
 def matched_length(
-    scores: pd.DataFrame, # rows of `scores.parquet`, one judge
-    answers: pd.DataFrame, # rows of `answers.parquet`
-    high: str, # model id: the difference is high − low
-    low: str, # model id
-    benchmark: str = "anima", # benchmark id
-    languages: str = "all", # "all", "en", "other", or one ISO code
-    confidence: float = 0.95, # level of the intervals
-    replicates: int = 2000, # bootstrap replicates, for the share
-    bins: int = 10, # bins of length, for the check
-) -> MatchedLength: # in points
-    "The arm difference with and without matching the length of answers, labelled as a mediator analysis. Raises `InputError` where the two share no scored question."
+    scores: pd.DataFrame,  # rows of `scores.parquet`, one judge
+    answers: pd.DataFrame,  # rows of `answers.parquet`
+    high: str,  # model id: the difference is high − low
+    low: str,  # model id
+    benchmark: str = "anima",  # benchmark id
+    languages: str = "all",  # "all", "en", "other", or one ISO code
+    confidence: float = 0.95,  # level of the intervals
+    replicates: int = 2000,  # bootstrap replicates, for the share
+    bins: int = 10,  # bins of length, for the check
+) -> MatchedLength:  # in points
+    """The arm difference with and without matching the length of answers, labelled as a mediator analysis.
+
+    Raises `InputError` where the two share no scored question.
+    """
     own = _paired_answers(scores, answers, high, low, benchmark, languages)
-    names = {0: ("total", "total_low", "total_high"), 1: ("matched", "matched_low", "matched_high"), 2: ("share_mediated", "share_low", "share_high")}
+    names = {
+        0: ("total", "total_low", "total_high"),
+        1: ("matched", "matched_low", "matched_high"),
+        2: ("share_mediated", "share_low", "share_high"),
+    }
     varied = ["a", "l"] if own["l"].abs().max() > 1e-9 else ["a"]
-    found = [_fit(own, ["a"], confidence), _fit(own, varied, confidence), _share_through_length(own, replicates, confidence)]
+    found = [
+        _fit(own, ["a"], confidence),
+        _fit(own, varied, confidence),
+        _share_through_length(own, replicates, confidence),
+    ]
     stratified, overlap = _stratified(own, bins)
     tokens = own.groupby("arm")["tokens"].mean()
-    return MatchedLength(**{name: value for place, values in enumerate(found) for name, value in zip(names[place], values)}, high=high, low=low, benchmark=benchmark, languages=languages,
-                         stratified=stratified, overlap=overlap, tokens_high=tokens[1.0], tokens_low=tokens[0.0], answers=len(own), items=own["item_id"].nunique(), seeds=own["seed"].nunique())
+    return MatchedLength(
+        **{name: value for place, values in enumerate(found) for name, value in zip(names[place], values)},
+        high=high,
+        low=low,
+        benchmark=benchmark,
+        languages=languages,
+        stratified=stratified,
+        overlap=overlap,
+        tokens_high=tokens[1.0],
+        tokens_low=tokens[0.0],
+        answers=len(own),
+        items=own["item_id"].nunique(),
+        seeds=own["seed"].nunique(),
+    )

@@ -33,30 +33,43 @@ from inspect_ai._eval.loader import create_file_tasks, load_file_tasks
 from inspect_ai._util.decorator import parse_decorators
 from inspect_ai.dataset import MemoryDataset
 from inspect_ai.model import Model
-from inspect_evals.anima import dataset as anima_data, anima
-from inspect_evals.moru import dataset as moru_data, moru
+from inspect_evals.anima import anima
+from inspect_evals.anima import dataset as anima_data
+from inspect_evals.moru import dataset as moru_data
+from inspect_evals.moru import moru
 
 from ..core.errors import InputError, shorten
-from ..core.files import _without_mark, _BENCHMARK_FILES, content_hash
+from ..core.files import _BENCHMARK_FILES, _without_mark, content_hash
 from ..data import hub, world
 from . import questions
+
+# %% ../../nbs/05_evaluation/02_benchmarks.ipynb #1397143a
 from ..study import Benchmark
 
 # %% ../../nbs/05_evaluation/02_benchmarks.ipynb #e4b3b4e2
 _LANGUAGE_NAMES = {name.lower(): code for code, name in Locale("en").languages.items()}
-_LANGUAGE_NAMES |= {"bengali": "bn", "punjab": "pa", "panjabi": "pa", "farsi": "fa", "mandarin": "zh", "malaysian": "ms", "oriya": "or", "kiswahili": "sw"}
+_LANGUAGE_NAMES |= {
+    "bengali": "bn",
+    "punjab": "pa",
+    "panjabi": "pa",
+    "farsi": "fa",
+    "mandarin": "zh",
+    "malaysian": "ms",
+    "oriya": "or",
+    "kiswahili": "sw",
+}
 
 
 def language_code(
-    name: str | None, # language name, code with or without a region, or None for English
-) -> str: # ISO 639 code such as "en"
+    name: str | None,  # language name, code with or without a region, or None for English
+) -> str:  # ISO 639 code such as "en"
     "The code of a language, however a benchmark writes it."
     words = (name or "English").strip().lower()
     code = _LANGUAGE_NAMES.get(words, words)
     return re.split("[_-]", code)[0]
 
 # %% ../../nbs/05_evaluation/02_benchmarks.ipynb #f43c83e7
-_PINS = { # revisions that `inspect_evals` pins its data sets to
+_PINS = {  # revisions that `inspect_evals` pins its data sets to
     anima_data.DATASET_REPO_ID: anima_data.DATASET_DEFAULT_REVISION,
     moru_data.DATASET_REPO_ID: moru_data.DATASET_DEFAULT_REVISION,
     moru_data.DIMENSIONS_REPO_ID: moru_data.DIMENSIONS_DEFAULT_REVISION,
@@ -67,83 +80,126 @@ def _hub_snapshot(source: str) -> tuple[Path, str]:
     "Folder and revision of a data set of the hub; raises `InputError` when it cannot be had."
     name, _, revision = source.partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or source.startswith("."):
-        raise InputError(f"benchmark data {source!r} is neither an existing folder, nor world:<name>, nor a hub id owner/name@revision")
+        raise InputError(
+            f"benchmark data {source!r} is neither an existing folder, nor world:<name>, nor a hub id"
+            " owner/name@revision"
+        )
     revision = revision or _PINS.get(name, "")
-    if not revision: raise InputError(f"benchmark data {source!r} names no revision: write {name}@<commit> so that the run can be repeated")
+    if not revision:
+        raise InputError(
+            f"benchmark data {source!r} names no revision: write {name}@<commit> so that the run can be"
+            " repeated"
+        )
     found = hub.snapshot(f"{name}@{revision}", "dataset")
     return found.folder, found.revision
 
-
+# %% ../../nbs/05_evaluation/02_benchmarks.ipynb #8dfc7254
 def _place(source: str) -> tuple[Path, str]:
     "Folder of a source and its revision, which is 'local' for the user's own."
     folder = Path(source).expanduser()
-    if not folder.exists(): return _hub_snapshot(source)
-    if not folder.is_dir(): raise InputError(f"benchmark data {source!r} is a file; give the folder in the official layout")
+    if not folder.exists():
+        return _hub_snapshot(source)
+    if not folder.is_dir():
+        raise InputError(f"benchmark data {source!r} is a file; give the folder in the official layout")
     return folder, "local"
 
 # %% ../../nbs/05_evaluation/02_benchmarks.ipynb #dfc925d1
 def _locate(
-    name: str, # benchmark id
-    benchmark: Benchmark, # its section of the preset
-    cache: Path, # where embedded benchmarks are written
-) -> list[tuple[Path, str]]: # folder and revision of the questions and, for MORU, of the dimensions
+    name: str,  # benchmark id
+    benchmark: Benchmark,  # its section of the preset
+    cache: Path,  # where embedded benchmarks are written
+) -> list[tuple[Path, str]]:  # folder and revision of the questions and, for MORU, of the dimensions
     "Find a benchmark's data; embedded ones are written in the size that the preset asks for."
     data = benchmark.data
     if data.startswith("world:"):
         size = "-".join(f"{language}{number}" for language, number in sorted((benchmark.size or {}).items()))
-        data = str(world.write_benchmark(data.removeprefix("world:"), cache / "world" / (size or "default"), benchmark.size))
+        data = str(
+            world.write_benchmark(
+                data.removeprefix("world:"), cache / "world" / (size or "default"), benchmark.size
+            )
+        )
     folder, revision = _place(data)
-    if benchmark.task == "anima": return [(folder, revision)]
+    if benchmark.task == "anima":
+        return [(folder, revision)]
     beside = folder.parent / f"{folder.resolve().name}_dims"
     if not benchmark.dimensions and revision == "local" and not beside.is_dir():
-        raise InputError(f"benchmark {name}: MORU's dimensions lie in a folder of their own; set benchmarks.{name}.dimensions, or put {beside.name} beside {folder.name}")
-    return [(folder, revision), _place(benchmark.dimensions or (str(beside) if revision == "local" else moru_data.DIMENSIONS_REPO_ID))]
+        raise InputError(
+            f"benchmark {name}: MORU's dimensions lie in a folder of their own; set"
+            f" benchmarks.{name}.dimensions, or put {beside.name} beside {folder.name}"
+        )
+    return [
+        (folder, revision),
+        _place(
+            benchmark.dimensions or (str(beside) if revision == "local" else moru_data.DIMENSIONS_REPO_ID)
+        ),
+    ]
 
 # %% ../../nbs/05_evaluation/02_benchmarks.ipynb #32be27c5
-_COLUMNS = { # what the official loaders read of each file
+_COLUMNS = {  # what the official loaders read of each file
     "anima questions": ("id", "question", "tags", "variables"),
     "anima dimensions": ("dimension", "scoring", "guiding_question", "observable_indicators"),
     "moru questions": ("id", "question", "language", "dimension_tags"),
     "moru dimensions": ("dimension", "guiding_question", "observable_indicators"),
 }
-
-
-_TYPES = {"id": (str, int), "tags": (list, np.ndarray, type(None))} # any other column: text, or null
+_TYPES = {"id": (str, int), "tags": (list, np.ndarray, type(None))}  # any other column: text, or null
 
 
 def _problem(row: dict, kind: str) -> str:
     "What is wrong with a row of a table; empty if nothing is."
     for column in _COLUMNS[kind]:
-        if not isinstance(row, dict) or column not in row: return f"has no {column!r}; the {kind} need {', '.join(_COLUMNS[kind])}"
-        if not isinstance(row[column], _TYPES.get(column, (str, type(None)))): return f"has a {column!r} of the wrong type ({type(row[column]).__name__})"
+        if not isinstance(row, dict) or column not in row:
+            return f"has no {column!r}; the {kind} need {', '.join(_COLUMNS[kind])}"
+        if not isinstance(row[column], _TYPES.get(column, (str, type(None)))):
+            return f"has a {column!r} of the wrong type ({type(row[column]).__name__})"
     return ""
 
-
+# %% ../../nbs/05_evaluation/02_benchmarks.ipynb #df37fc5a
 def _json_rows(file: Path) -> list[dict]:
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1): # not splitlines, which also cuts at U+2028
-        if not line.strip(): continue
-        try: rows.append(json.loads(line))
-        except json.JSONDecodeError: raise InputError(f"benchmark file {file}: line {number} is not JSON; one object a line is wanted") from None
+    # not splitlines, which also cuts at U+2028
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            raise InputError(
+                f"benchmark file {file}: line {number} is not JSON; one object a line is wanted"
+            ) from None
     return rows
 
-
+# %% ../../nbs/05_evaluation/02_benchmarks.ipynb #b66de162
 def _read_rows(
-    folder: Path, # folder that holds the files
-    kind: str, # key of the table of columns
-) -> list[dict]: # rows, in file order
-    "Rows of a benchmark's JSON Lines or Parquet files; raises `InputError` for missing files, unreadable rows, missing columns or an empty table."
+    folder: Path,  # folder that holds the files
+    kind: str,  # key of the table of columns
+) -> list[dict]:  # rows, in file order
+    """Rows of a benchmark's JSON Lines or Parquet files.
+
+    Raises `InputError` for missing files, unreadable rows, missing columns or an empty table.
+    """
     files = sorted([*folder.glob("*.jsonl"), *folder.glob("*.parquet")])
-    if not files: raise InputError(f"benchmark folder {folder} holds no .jsonl or .parquet file: the {kind} are expected there")
+    if not files:
+        raise InputError(
+            f"benchmark folder {folder} holds no .jsonl or .parquet file: the {kind} are expected there"
+        )
     rows = []
     for file in files:
-        try: found = pd.read_parquet(file).to_dict("records") if file.suffix == ".parquet" else _json_rows(file)
+        try:
+            found = (
+                pd.read_parquet(file).to_dict("records") if file.suffix == ".parquet" else _json_rows(file)
+            )
         except (OSError, UnicodeDecodeError, ValueError) as error:
-            raise error if isinstance(error, InputError) else InputError(f"benchmark file {file} cannot be read ({type(error).__name__}): replace it") from None
+            raise (
+                error
+                if isinstance(error, InputError)
+                else InputError(f"benchmark file {file} cannot be read ({type(error).__name__}): replace it")
+            ) from None
         for number, row in enumerate(found, 1):
-            if problem := _problem(row, kind): raise InputError(f"benchmark file {file}: row {number} {problem}")
+            if problem := _problem(row, kind):
+                raise InputError(f"benchmark file {file}: row {number} {problem}")
         rows += found
-    if not rows: raise InputError(f"benchmark folder {folder} holds no rows: the {kind} are expected there")
+    if not rows:
+        raise InputError(f"benchmark folder {folder} holds no rows: the {kind} are expected there")
     return rows
 
 # %% ../../nbs/05_evaluation/02_benchmarks.ipynb #f1b4551d
@@ -151,56 +207,76 @@ def _check_readme(folder: Path) -> None:
     "An ANIMA folder needs a README whose front matter names both configurations."
     readme = folder / "README.md"
     want = "README.md with front matter that names the configurations 'questions' and 'dimensions'"
-    if not readme.is_file(): raise InputError(f"benchmark folder {folder} has no README.md: the official layout wants a {want}")
+    if not readme.is_file():
+        raise InputError(f"benchmark folder {folder} has no README.md: the official layout wants a {want}")
     try:
         configs = yaml.safe_load(readme.read_text(encoding="utf-8-sig").split("---")[1])["configs"]
         names = [c.get("config_name") for c in configs if isinstance(c, dict)]
-    except (OSError, UnicodeDecodeError): raise InputError(f"benchmark file {readme} cannot be read: save it as UTF-8 text") from None
-    except (LookupError, TypeError, ValueError, yaml.YAMLError): names = []
+    except (OSError, UnicodeDecodeError):
+        raise InputError(f"benchmark file {readme} cannot be read: save it as UTF-8 text") from None
+    except (LookupError, TypeError, ValueError, yaml.YAMLError):
+        names = []
     if "questions" not in names or "dimensions" not in names:
-        raise InputError(f"benchmark folder {folder}: {readme.name} does not describe its files; write a {want}")
+        raise InputError(
+            f"benchmark folder {folder}: {readme.name} does not describe its files; write a {want}"
+        )
 
-
+# %% ../../nbs/05_evaluation/02_benchmarks.ipynb #fdbc0001
 def _read_benchmark(
-    task: str, # "anima" or "moru"
-    places: list[tuple[Path, str]], # folders and revisions, from `_locate`
-) -> tuple[dict[str, str], dict[str, str], list[str]]: # question by sample id, indicators by dimension, what the user should know of the rows; empty for data of the hub
+    task: str,  # "anima" or "moru"
+    places: list[tuple[Path, str]],  # folders and revisions, from `_locate`
+    # question by sample id, indicators by dimension, what the user should know of the rows; empty for data of
+    # the hub
+) -> tuple[dict[str, str], dict[str, str], list[str]]:
     "Read and check what is local of a benchmark; raises `InputError`."
     (folder, _), (dimensions, _) = places[0], places[-1]
-    if task == "anima" and places[0][1] == "local": _check_readme(folder)
+    if task == "anima" and places[0][1] == "local":
+        _check_readme(folder)
     tables = (folder / "questions", folder / "dimensions") if task == "anima" else (folder, dimensions)
     local = [places[0][1] == "local", places[-1][1] == "local"]
-    rows, dims = (_read_rows(t, f"{task} {kind}") if mine else [] for t, kind, mine in zip(tables, ("questions", "dimensions"), local))
+    rows, dims = (
+        _read_rows(t, f"{task} {kind}") if mine else []
+        for t, kind, mine in zip(tables, ("questions", "dimensions"), local)
+    )
     ids = [str(r["id"]) if task == "anima" else f"{r['id']}_{r['language']}" for r in rows]
     remarks = _check_rows(task, rows, dims, tables) if local[0] else []
     if task == "anima" and (twice := [i for i, n in Counter(ids).items() if n > 1]):
-        raise InputError(f"benchmark folder {tables[0]}: id {twice[0]!r} stands twice; every question needs an id of its own")
+        raise InputError(
+            f"benchmark folder {tables[0]}: id {twice[0]!r} stands twice; every question needs an id of"
+            " its own"
+        )
     first = {}
     for row, key in zip(rows, ids):
         if first.setdefault(key, row["question"]) != row["question"]:
-            raise InputError(f"benchmark folder {tables[0]}: id {row['id']!r} stands twice in language {row['language']!r}, with different questions; every question needs an id of its own")
+            raise InputError(
+                f"benchmark folder {tables[0]}: id {row['id']!r} stands twice in language"
+                f" {row['language']!r}, with different questions; every question needs an id of its own"
+            )
     known = {str(d["dimension"]).strip().lower(): d["observable_indicators"] or "" for d in dims}
     return first, known, remarks
 
-
+# %% ../../nbs/05_evaluation/02_benchmarks.ipynb #cfe34c85
 def _check_rows(task: str, rows: list[dict], dims: list[dict], folders: tuple[Path, Path]) -> list[str]:
     "What the user should know of the rows of a folder; raises `InputError` for what is surely a mistake."
     questions.check_dimensions(dims, folders[1])
     questions.check_texts(task, rows, language_code, folders[0])
     remarks = questions.strange_languages(rows, language_code, _LANGUAGE_NAMES)
-    if not dims: return remarks # of the hub
+    if not dims:
+        return remarks  # of the hub
     names = [row["dimension"] if task == "anima" else row["dimension"].strip().lower() for row in dims]
     remarks += questions.check_tags(task, rows, names, folders[0])
     return remarks + (questions.check_variables(rows, dims) if task == "anima" else [])
 
 # %% ../../nbs/05_evaluation/02_benchmarks.ipynb #46b3417a
 @functools.cache
-def _temporary() -> tempfile.TemporaryDirectory: return tempfile.TemporaryDirectory(prefix="compassion-", ignore_cleanup_errors=True)
+def _temporary() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="compassion-", ignore_cleanup_errors=True)
 
+# %% ../../nbs/05_evaluation/02_benchmarks.ipynb #acd7bdfd
+def _is_pattern(path: Path) -> bool:
+    return bool(re.search(r"[][*?{}]", str(path.absolute())))
 
-def _is_pattern(path: Path) -> bool: return bool(re.search(r"[][*?{}]", str(path.absolute())))
-
-
+# %% ../../nbs/05_evaluation/02_benchmarks.ipynb #60ab7e95
 def _literal(cache: Path) -> Path:
     "The cache, or a temporary folder where its path would be read as a pattern."
     return Path(_temporary().name) / "cache" if _is_pattern(cache) else cache
@@ -218,212 +294,368 @@ def _own_copy(folder: Path, cache: Path) -> Path:
     "The folder's files under a name that no other content can have."
     name = re.sub(r"[^\w.-]", "-", folder.resolve().name)
     target = cache / f"{name}-{content_hash(folder)[:16]}"
-    if target.exists() and content_hash(target) == content_hash(folder): return target
+    if target.exists() and content_hash(target) == content_hash(folder):
+        return target
     part = cache / f".{target.name}-{os.getpid()}"
-    skip = lambda place, names: [n for n in names if n.startswith(".") or (Path(place, n).is_file() and Path(n).suffix not in _BENCHMARK_FILES)]
+    skip = lambda place, names: [
+        n
+        for n in names
+        if n.startswith(".") or (Path(place, n).is_file() and Path(n).suffix not in _BENCHMARK_FILES)
+    ]
     try:
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(folder, part, ignore=skip, copy_function=_copy_file, dirs_exist_ok=True)
         part.replace(target)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
-        if not target.exists(): raise InputError(f"benchmark cache {cache} cannot be written ({error.strerror}): make room or choose another folder") from None
+        if not target.exists():
+            raise InputError(
+                f"benchmark cache {cache} cannot be written ({error.strerror}): make room or choose another"
+                " folder"
+            ) from None
     return target
 
 # %% ../../nbs/05_evaluation/02_benchmarks.ipynb #09b0f523
 @dataclass
 class LoadedTask:
     "An official task with its questions and where they came from."
-    name: str # benchmark id, as in the preset
-    task: Task # the official Inspect task
-    questions: list[dict] # benchmark, language, item_id, question_id, question, epochs: a record a question
-    folder: Path | None = None # what the official loader opened: for local data a copy
-    provenance: dict = field(default_factory=dict) # source, revision, rows, left_out (ids), content hash, task version
-    indicators: dict[str, str] = field(default_factory=dict) # observable indicators by dimension in use, lower case; empty texts for data of the hub
-    grader: Model | None = None # the model behind the task's scorer, where one was handed in
-    judge: str = "" # judge that the task's scorer asks, as the preset names it; "" for none
-    judge_valid: bool = True # False where a deterministic judge meets indicators that it cannot read
-    settings: dict = field(default_factory=dict) # judge's generation settings
-    own: bool = False # the task scores by rules of its own and needs no judge
-    remarks: list[str] = field(default_factory=list) # what the user should know of the rows, a sentence each
 
+    name: str  # benchmark id, as in the preset
+    task: Task  # the official Inspect task
+    questions: list[dict]  # benchmark, language, item_id, question_id, question, epochs: a record a question
+    folder: Path | None = None  # what the official loader opened: for local data a copy
+    # source, revision, rows, left_out (ids), content hash, task version
+    provenance: dict = field(default_factory=dict)
+    # observable indicators by dimension in use, lower case; empty texts for data of the hub
+    indicators: dict[str, str] = field(default_factory=dict)
+    grader: Model | None = None  # the model behind the task's scorer, where one was handed in
+    judge: str = ""  # judge that the task's scorer asks, as the preset names it; "" for none
+    judge_valid: bool = True  # False where a deterministic judge meets indicators that it cannot read
+    settings: dict = field(default_factory=dict)  # judge's generation settings
+    own: bool = False  # the task scores by rules of its own and needs no judge
+    remarks: list[str] = field(default_factory=list)  # what the user should know of the rows, a sentence each
 
+# %% ../../nbs/05_evaluation/02_benchmarks.ipynb #52f35b77
 def one_line(error: Exception) -> str:
     "What an error says, in one line, without the markup that Inspect writes for a terminal."
     words = re.sub(r"\[/?(?:bold|italic|dim|red|blue)\b[^]]*\]", "", str(error)).removeprefix("ERROR: ")
     return shorten(words) or type(error).__name__
 
-
-def _question_records(name: str, task_name: str, task: Task, epochs: int, strip_suffix: str = "") -> list[dict]:
-    "One record a question, in the shape that every benchmark shares; `asked` where the model reads less than the judge."
+# %% ../../nbs/05_evaluation/02_benchmarks.ipynb #52504922
+def _question_records(
+    name: str, task_name: str, task: Task, epochs: int, strip_suffix: str = ""
+) -> list[dict]:
+    """One record a question, in the shape that every benchmark shares; `asked` where the model reads less
+    than the judge.
+    """
     rows = []
     for sample in task.dataset:
         language = (sample.metadata or {}).get("language")
         question_id = str(sample.id)
         item = question_id.removesuffix(f"_{language}") if task_name == "moru" else question_id
-        rows.append(dict(benchmark=name, language=language_code(language), item_id=item, question_id=question_id, question=sample.input, epochs=epochs))
-        if strip_suffix and sample.input.rstrip().endswith(strip_suffix): rows[-1]["asked"] = sample.input.rstrip().removesuffix(strip_suffix).rstrip()
+        rows.append(
+            dict(
+                benchmark=name,
+                language=language_code(language),
+                item_id=item,
+                question_id=question_id,
+                question=sample.input,
+                epochs=epochs,
+            )
+        )
+        if strip_suffix and sample.input.rstrip().endswith(strip_suffix):
+            rows[-1]["asked"] = sample.input.rstrip().removesuffix(strip_suffix).rstrip()
     return rows
 
-
+# %% ../../nbs/05_evaluation/02_benchmarks.ipynb #fd430d1a
 def _left_out(name: str, folder: Path, questions: list[dict], expected: dict[str, str]) -> list[str]:
     "Ids that the official task leaves out; every loaded question must be one of the folder's, word for word."
     strange = [q["question_id"] for q in questions if expected.get(q["question_id"]) != q["question"]]
     if strange:
-        raise InputError(f"benchmark {name}: question {strange[0]!r} was loaded but is not in {folder}: another data set was in the cache; empty it")
+        raise InputError(
+            f"benchmark {name}: question {strange[0]!r} was loaded but is not in {folder}: another data set"
+            " was in the cache; empty it"
+        )
     loaded = {q["question_id"] for q in questions}
     left_out = [question_id for question_id in expected if question_id not in loaded]
-    if left_out: warnings.warn(f"benchmark {name}: the official task left out {len(left_out)} of {len(expected)} questions (no text, or no known dimension)", stacklevel=3)
+    if left_out:
+        warnings.warn(
+            f"benchmark {name}: the official task left out {len(left_out)} of {len(expected)} questions (no"
+            " text, or no known dimension)",
+            stacklevel=3,
+        )
     return left_out
 
-
+# %% ../../nbs/05_evaluation/02_benchmarks.ipynb #c169d863
 def _hub_questions(task_name: str, folder: Path) -> dict[str, str]:
-    "Question by id of ANIMA's data of the hub, as they are before the task leaves any out (MORU's task leaves none out)."
-    if task_name == "moru": return {}
-    return {str(row["id"]): row["question"] for row in datasets.load_dataset(str(folder), data_dir="questions", split="train")}
+    """Question by id of ANIMA's data of the hub, as they are before the task leaves any out (MORU's task
+    leaves none out).
+    """
+    if task_name == "moru":
+        return {}
+    return {
+        str(row["id"]): row["question"]
+        for row in datasets.load_dataset(str(folder), data_dir="questions", split="train")
+    }
 
 # %% ../../nbs/05_evaluation/02_benchmarks.ipynb #403a73f2
 @contextlib.contextmanager
 def _quiet_loading(cache: Path):
-    "Data loaded into caches of its own (of `datasets`, and of Inspect, which follows XDG), without bars or chatter."
+    """Data loaded into caches of its own (of `datasets`, and of Inspect, which follows XDG), without bars or
+    chatter.
+    """
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
-    own = mock.patch.object(datasets.config, "HF_DATASETS_CACHE", cache / "arrow"), mock.patch.dict(os.environ, XDG_CACHE_HOME=str(cache))
+    own = (
+        mock.patch.object(datasets.config, "HF_DATASETS_CACHE", cache / "arrow"),
+        mock.patch.dict(os.environ, XDG_CACHE_HOME=str(cache)),
+    )
     with own[0], own[1], contextlib.redirect_stdout(io.StringIO()):
-        try: yield
+        try:
+            yield
         finally:
-            if shown: datasets.enable_progress_bars()
+            if shown:
+                datasets.enable_progress_bars()
 
 # %% ../../nbs/05_evaluation/02_benchmarks.ipynb #bc3fecb9
 def load_benchmark(
-    name: str, # benchmark id
-    benchmark: Benchmark, # its section of the preset
-    cache: Path, # folder for copies of the data; may be shared by studies
-    grader: str | Model = "none/none", # Inspect model that the task's scorer asks
-) -> LoadedTask: # the official task, its questions, its provenance
+    name: str,  # benchmark id
+    benchmark: Benchmark,  # its section of the preset
+    cache: Path,  # folder for copies of the data; may be shared by studies
+    grader: str | Model = "none/none",  # Inspect model that the task's scorer asks
+) -> LoadedTask:  # the official task, its questions, its provenance
     """Load an official benchmark from the embedded world, a folder or the hub.
 
-    Raises `InputError` in one line for anything wrong with the source, the folder or the grader (its package or key is missing); warns of questions that the
-    official task leaves out."""
+    Raises `InputError` in one line for anything wrong with the source, the folder or the grader (its package
+    or key is missing); warns of questions that the official task leaves out.
+    """
     cache = Path(cache)
-    if not benchmark.judged: return _own_task(name, benchmark)
+    if not benchmark.judged:
+        return _own_task(name, benchmark)
     places = _locate(name, benchmark, cache)
     expected, indicators, remarks = _read_benchmark(benchmark.task, places)
     cache = _literal(cache)
-    places = [(_own_copy(folder, cache) if revision == "local" or _is_pattern(folder) else folder, revision) for folder, revision in places]
-    where = {f"{kind}_{key}": str(value) for kind, place in zip(("dataset", "dimensions"), places) for key, value in zip(("repo_id", "revision"), place)}
+    places = [
+        (_own_copy(folder, cache) if revision == "local" or _is_pattern(folder) else folder, revision)
+        for folder, revision in places
+    ]
+    where = {
+        f"{kind}_{key}": str(value)
+        for kind, place in zip(("dataset", "dimensions"), places)
+        for key, value in zip(("repo_id", "revision"), place)
+    }
+
     def load():
-        with _quiet_loading(cache): return (moru if benchmark.task == "moru" else anima)(**where, grader_models=[grader]), expected or _hub_questions(benchmark.task, places[0][0])
+        with _quiet_loading(cache):
+            return (moru if benchmark.task == "moru" else anima)(
+                **where, grader_models=[grader]
+            ), expected or _hub_questions(benchmark.task, places[0][0])
+
     try:
-        try: task, expected = load()
+        try:
+            task, expected = load()
         except Exception:
-            if not (cache / "arrow").is_dir(): raise
-            shutil.rmtree(cache / "arrow") # a damaged copy is only a copy
+            if not (cache / "arrow").is_dir():
+                raise
+            shutil.rmtree(cache / "arrow")  # a damaged copy is only a copy
             task, expected = load()
     except Exception as error:
-        raise InputError(f"benchmark {name} from {benchmark.data} with judge {str(grader)!r} cannot be loaded: {one_line(error)}") from error
+        raise InputError(
+            f"benchmark {name} from {benchmark.data} with judge {str(grader)!r} cannot be loaded:"
+            f" {one_line(error)}"
+        ) from error
     records = _question_records(name, benchmark.task, task, benchmark.epochs, benchmark.strip_suffix)
     left_out = _left_out(name, places[0][0], records, expected) if expected else []
-    if left_out: remarks = [*remarks, f"the official task leaves out {len(left_out)} questions (no text, or no known dimension): {', '.join(map(str, left_out[:5]))}"]
+    if left_out:
+        remarks = [
+            *remarks,
+            (
+                f"the official task leaves out {len(left_out)} questions (no text, or no known dimension):"
+                f" {', '.join(map(str, left_out[:5]))}"
+            ),
+        ]
     used = {tag.strip().lower() for sample in task.dataset for tag in json.loads(sample.target)["tags"]}
     hashes = [content_hash(folder) for folder, _ in places]
-    provenance = dict(source=benchmark.data, revision=places[0][1], rows=len(records), left_out=left_out, content=" ".join(hashes), task_version=task.version)
+    provenance = dict(
+        source=benchmark.data,
+        revision=places[0][1],
+        rows=len(records),
+        left_out=left_out,
+        content=" ".join(hashes),
+        task_version=task.version,
+    )
     asked = {tag: indicators.get(tag, "") for tag in used}
-    return LoadedTask(name, task, records, places[0][0], provenance, asked, grader if isinstance(grader, Model) else None, remarks=remarks)
+    return LoadedTask(
+        name,
+        task,
+        records,
+        places[0][0],
+        provenance,
+        asked,
+        grader if isinstance(grader, Model) else None,
+        remarks=remarks,
+    )
 
 # %% ../../nbs/05_evaluation/02_benchmarks.ipynb #fea5b8ca
-OFFICIAL = {"anima": anima_data.DATASET_REPO_ID, "moru": moru_data.DATASET_REPO_ID} # hub ids of the official data
-OLD_NAMES = {"ahb": "anima"} # what a benchmark was called once
+# hub ids of the official data
+OFFICIAL = {"anima": anima_data.DATASET_REPO_ID, "moru": moru_data.DATASET_REPO_ID}
+OLD_NAMES = {"ahb": "anima"}  # what a benchmark was called once
 
 
 def named_benchmark(
-    word: str, # what a user calls a benchmark: anima, ahb, moru, world:<name>, tiny-<name>, <name>=FOLDER
-    epochs: int | None = None, # answers a question; default: the official 5
-) -> tuple[str, Benchmark] | None: # benchmark id and section, or None for a task of another kind
+    word: str,  # what a user calls a benchmark: anima, ahb, moru, world:<name>, tiny-<name>, <name>=FOLDER
+    epochs: int | None = None,  # answers a question; default: the official 5
+) -> tuple[str, Benchmark] | None:  # benchmark id and section, or None for a task of another kind
     "A benchmark by its name; raises `InputError` for an embedded one that is not there."
     name, _, data = word.strip().partition("=")
     name = OLD_NAMES.get(name.lower(), name)
     name = f"world:{name.removeprefix('tiny-')}" if name.startswith("tiny-") else name
     if name.startswith("world:"):
         name, data = name.removeprefix("world:"), name
-        if name not in world.BENCHMARKS: raise InputError(f"unknown embedded benchmark {word!r}: choose one of {', '.join(f'world:{n}' for n in world.BENCHMARKS)}")
-    elif name not in OFFICIAL and not data: return None
+        if name not in world.BENCHMARKS:
+            raise InputError(
+                f"unknown embedded benchmark {word!r}: choose one of"
+                f" {', '.join(f'world:{n}' for n in world.BENCHMARKS)}"
+            )
+    elif name not in OFFICIAL and not data:
+        return None
     task = "moru" if name == "moru" else "anima"
     source = data or f"{OFFICIAL[name]}@{_PINS[OFFICIAL[name]]}"
     return name, Benchmark(task=task, data=source, **({} if epochs is None else {"epochs": epochs}))
 
 # %% ../../nbs/05_evaluation/02_benchmarks.ipynb #ea4c2ac8
 def narrowed(
-    loaded: LoadedTask, # a benchmark
-    languages: list[str] | None = None, # codes or names of languages to keep; None keeps all
-    limit: int | None = None, # questions to keep, the first ones; None keeps all
-) -> LoadedTask: # with fewer questions
-    "A benchmark cut down to some languages and to its first questions; raises `InputError` where it has none in a language."
+    loaded: LoadedTask,  # a benchmark
+    languages: list[str] | None = None,  # codes or names of languages to keep; None keeps all
+    limit: int | None = None,  # questions to keep, the first ones; None keeps all
+) -> LoadedTask:  # with fewer questions
+    """A benchmark cut down to some languages and to its first questions.
+
+    Raises `InputError` where it has none in a language.
+    """
     there = {q["language"] for q in loaded.questions}
     wanted = there if languages is None else {language_code(word) for word in languages}
-    if missing := sorted(wanted - there): raise InputError(f"benchmark {loaded.name} has no questions in {missing[0]!r}: it has {', '.join(sorted(there))}")
+    if missing := sorted(wanted - there):
+        raise InputError(
+            f"benchmark {loaded.name} has no questions in {missing[0]!r}: it has {', '.join(sorted(there))}"
+        )
     questions = [q for q in loaded.questions if q["language"] in wanted][:limit]
     kept = {q["question_id"] for q in questions}
     samples = [sample for sample in loaded.task.dataset if str(sample.id) in kept]
     task = copy.copy(loaded.task)
-    task.dataset = MemoryDataset(samples, name=loaded.task.dataset.name, location=loaded.task.dataset.location)
-    return replace(loaded, task=task, questions=questions, provenance=loaded.provenance | {"rows": len(questions)})
+    task.dataset = MemoryDataset(
+        samples, name=loaded.task.dataset.name, location=loaded.task.dataset.location
+    )
+    return replace(
+        loaded, task=task, questions=questions, provenance=loaded.provenance | {"rows": len(questions)}
+    )
 
 # %% ../../nbs/05_evaluation/02_benchmarks.ipynb #d13e1eea
 def _task_of_inspect(name: str) -> Task:
     "A task of `inspect_evals`; raises `InputError` where there is none."
-    unknown = InputError(f"unknown benchmark {name!r}: use anima, moru, world:<name>, anima=FOLDER, the name of a task of inspect_evals, or file.py@task")
-    if not re.fullmatch(r"\w+", name): raise unknown
-    try: return getattr(importlib.import_module(f"inspect_evals.{name}"), name)()
+    unknown = InputError(
+        f"unknown benchmark {name!r}: use anima, moru, world:<name>, anima=FOLDER, the name of a task of"
+        " inspect_evals, or file.py@task"
+    )
+    if not re.fullmatch(r"\w+", name):
+        raise unknown
+    try:
+        return getattr(importlib.import_module(f"inspect_evals.{name}"), name)()
     except (ModuleNotFoundError, AttributeError) as error:
         missing = getattr(error, "name", "") or name
-        if missing.startswith("inspect_evals") or missing == name or isinstance(error, AttributeError): raise unknown from None
+        if missing.startswith("inspect_evals") or missing == name or isinstance(error, AttributeError):
+            raise unknown from None
         raise InputError(f"benchmark {name} needs the package {missing}: pip install {missing}") from None
-    except Exception as error: raise InputError(f"benchmark {name} cannot be loaded: {one_line(error)}") from None
+    except Exception as error:
+        raise InputError(f"benchmark {name} cannot be loaded: {one_line(error)}") from None
 
-
+# %% ../../nbs/05_evaluation/02_benchmarks.ipynb #be94ac9b
 def _task_of_a_file(
-    name: str, # `file.py`, or `file.py@task`
+    name: str,  # `file.py`, or `file.py@task`
 ) -> Task:
-    "The task in a user's file; raises `InputError` where the file is not there, fails, or does not hold exactly one of that name."
+    """The task in a user's file.
+
+    Raises `InputError` where the file is not there, fails, or does not hold exactly one of that name.
+    """
     file, _, wanted = name.partition("@")
     path = Path(file).expanduser().absolute()
-    if not path.is_file(): raise InputError(f"benchmark {name!r}: there is no file {file}")
+    if not path.is_file():
+        raise InputError(f"benchmark {name!r}: there is no file {file}")
     try:
-        compile(path.read_bytes(), str(path), "exec") # Inspect finds no task in what is no Python
-        load_file_tasks(path) # anew: Inspect would take a task of this name from a file that it read before
+        compile(path.read_bytes(), str(path), "exec")  # Inspect finds no task in what is no Python
+        load_file_tasks(path)  # anew: Inspect would take a task of this name from a file that it read before
         names = [found for found, *_ in parse_decorators(path, "task")]
-        tasks = create_file_tasks(path, [wanted] if wanted in names else names if len(names) == 1 and not wanted else [])
-    except ModuleNotFoundError as error: raise InputError(f"benchmark {name} needs the package {error.name}: pip install {error.name}") from None
-    except (Exception, SystemExit) as error: raise InputError(f"benchmark {name} cannot be loaded ({type(error).__name__}): {one_line(error)}") from None
-    if not names: raise InputError(f"benchmark {name!r}: {file} has no task: a task is a function with @task that returns a Task")
-    if wanted and not tasks: raise InputError(f"benchmark {name!r}: {file} has no task called {wanted}: it has {', '.join(names)}")
-    if not tasks: raise InputError(f"benchmark {name!r}: {file} has {len(names)} tasks ({', '.join(names)}): name one, as {file}@{names[0]}")
+        tasks = create_file_tasks(
+            path, [wanted] if wanted in names else names if len(names) == 1 and not wanted else []
+        )
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"benchmark {name} needs the package {error.name}: pip install {error.name}"
+        ) from None
+    except (Exception, SystemExit) as error:
+        raise InputError(
+            f"benchmark {name} cannot be loaded ({type(error).__name__}): {one_line(error)}"
+        ) from None
+    if not names:
+        raise InputError(
+            f"benchmark {name!r}: {file} has no task: a task is a function with @task that returns a Task"
+        )
+    if wanted and not tasks:
+        raise InputError(f"benchmark {name!r}: {file} has no task called {wanted}: it has {', '.join(names)}")
+    if not tasks:
+        raise InputError(
+            f"benchmark {name!r}: {file} has {len(names)} tasks ({', '.join(names)}): name one, as"
+            f" {file}@{names[0]}"
+        )
     return tasks[0]
 
-
-def not_text(content: object) -> str: # empty where all is text
+# %% ../../nbs/05_evaluation/02_benchmarks.ipynb #0ee12726
+def not_text(content: object) -> str:  # empty where all is text
     "The first kind of content of a message that is no text: image, audio, video, ..."
     parts = content if isinstance(content, list) else []
-    return next((str(getattr(part, "type", "")) for part in parts if getattr(part, "type", "text") not in ("text", "reasoning")), "")
+    return next(
+        (
+            str(getattr(part, "type", ""))
+            for part in parts
+            if getattr(part, "type", "text") not in ("text", "reasoning")
+        ),
+        "",
+    )
 
-
+# %% ../../nbs/05_evaluation/02_benchmarks.ipynb #9e3ca380
 def _check_task(name: str, task: Task):
     "Raise `InputError` for a task that cannot be run on saved answers."
     samples = list(task.dataset)
-    if len(samples) == 1 and samples[0].input == "prompt" and not samples[0].target: raise InputError(f"benchmark {name} has no dataset: give its Task one")
-    if not task.scorer: raise InputError(f"benchmark {name} has no scorer: it would give no scores; give its Task one, such as inspect_ai.scorer.match()")
-    if task.sandbox or any(sample.sandbox for sample in samples): raise InputError(f"benchmark {name} needs a sandbox for its model: only tasks that ask once, in text, can be run")
+    if len(samples) == 1 and samples[0].input == "prompt" and not samples[0].target:
+        raise InputError(f"benchmark {name} has no dataset: give its Task one")
+    if not task.scorer:
+        raise InputError(
+            f"benchmark {name} has no scorer: it would give no scores; give its Task one, such as"
+            " inspect_ai.scorer.match()"
+        )
+    if task.sandbox or any(sample.sandbox for sample in samples):
+        raise InputError(
+            f"benchmark {name} needs a sandbox for its model: only tasks that ask once, in text, can be run"
+        )
     for number, sample in enumerate(samples, 1):
-        kinds = [not_text(message.content) for message in sample.input] if isinstance(sample.input, list) else []
-        if kind := next(filter(None, kinds), ""): raise InputError(f"benchmark {name}: question {sample.id or number} has content of the kind {kind!r}: models are asked in text alone")
+        kinds = (
+            [not_text(message.content) for message in sample.input] if isinstance(sample.input, list) else []
+        )
+        if kind := next(filter(None, kinds), ""):
+            raise InputError(
+                f"benchmark {name}: question {sample.id or number} has content of the kind {kind!r}: models"
+                " are asked in text alone"
+            )
 
 # %% ../../nbs/05_evaluation/02_benchmarks.ipynb #b521e8b5
 def load_named_task(
-    name: str, # task of `inspect_evals`, or `file.py@task`
-    epochs: int | None = None, # answers a question; default: the task's own
-) -> LoadedTask: # scored by its own rules
-    "A task that needs no judge, by its name; raises `InputError` where there is none, or its data cannot be had."
+    name: str,  # task of `inspect_evals`, or `file.py@task`
+    epochs: int | None = None,  # answers a question; default: the task's own
+) -> LoadedTask:  # scored by its own rules
+    """A task that needs no judge, by its name.
+
+    Raises `InputError` where there is none, or its data cannot be had.
+    """
     task = _task_of_a_file(name) if ".py" in name else _task_of_inspect(name)
     _check_task(name, task)
     asked = epochs or (task.epochs if isinstance(task.epochs, int) else 1) or 1
@@ -431,14 +663,42 @@ def load_named_task(
     for number, sample in enumerate(task.dataset, 1):
         sample.id = number if sample.id is None else sample.id
         text = sample.input if isinstance(sample.input, str) else sample.input[-1].text
-        records.append(dict(benchmark=name, language="en", item_id=str(sample.id), question_id=str(sample.id), question=text, epochs=asked))
-    if not records: raise InputError(f"benchmark {name} has no questions")
+        records.append(
+            dict(
+                benchmark=name,
+                language="en",
+                item_id=str(sample.id),
+                question_id=str(sample.id),
+                question=text,
+                epochs=asked,
+            )
+        )
+    if not records:
+        raise InputError(f"benchmark {name} has no questions")
     counts = Counter(record["question_id"] for record in records)
-    if twice := [i for i, count in counts.items() if count > 1]: raise InputError(f"benchmark {name}: {counts[twice[0]]} of its questions have the id {twice[0]!r}: every question needs an id of its own")
-    return LoadedTask(name, task, records, provenance=dict(source=name, revision="as the task has it", rows=len(records), left_out=[], task_version=task.version), own=True)
+    if twice := [i for i, count in counts.items() if count > 1]:
+        raise InputError(
+            f"benchmark {name}: {counts[twice[0]]} of its questions have the id {twice[0]!r}: every question"
+            " needs an id of its own"
+        )
+    return LoadedTask(
+        name,
+        task,
+        records,
+        provenance=dict(
+            source=name,
+            revision="as the task has it",
+            rows=len(records),
+            left_out=[],
+            task_version=task.version,
+        ),
+        own=True,
+    )
 
-
+# %% ../../nbs/05_evaluation/02_benchmarks.ipynb #c8310cbf
 def _own_task(name: str, benchmark: Benchmark) -> LoadedTask:
     "A task that needs no judge, as a benchmark of a study."
     loaded = narrowed(load_named_task(benchmark.task, benchmark.epochs), None, benchmark.limit)
-    return replace(loaded, name=name, questions=[question | {"benchmark": name} for question in loaded.questions])
+    return replace(
+        loaded, name=name, questions=[question | {"benchmark": name} for question in loaded.questions]
+    )

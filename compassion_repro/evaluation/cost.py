@@ -7,93 +7,141 @@ __all__ = ['LOCAL', 'CHARACTERS_A_TOKEN', 'REPLY_TOKENS', 'BESIDE_ANSWER', 'is_f
            'ask']
 
 # %% ../../nbs/05_evaluation/00_cost.ipynb #5ae39f2d
-from collections.abc import Iterable, Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 import yaml
+from fastcore.basics import patch
 
 from ..core.errors import InputError
 from ..study import DETERMINISTIC
 
 # %% ../../nbs/05_evaluation/00_cost.ipynb #809a0364
-LOCAL = ("hf", "ollama", "vllm", "sglang", "llama-cpp-python", "transformer_lens", "nnterp", "mockllm") # Inspect providers that run on the user's machine
+# Inspect providers that run on the user's machine
+LOCAL = ("hf", "ollama", "vllm", "sglang", "llama-cpp-python", "transformer_lens", "nnterp", "mockllm")
 
 
 def is_free(
-    judge: str, # name of a judge
-) -> bool: # whether its calls cost nothing
+    judge: str,  # name of a judge
+) -> bool:  # whether its calls cost nothing
     "Whether a judge runs on this machine."
     return judge in DETERMINISTIC or judge.split("/")[0] in LOCAL or Path(judge).expanduser().is_dir()
 
 # %% ../../nbs/05_evaluation/00_cost.ipynb #d5b135cb
 def load_prices(
-    file: str | Path | None = None, # a user's table, laid over the package's
-) -> dict[str, tuple[float, float]]: # Inspect model id to dollars a million tokens read, and written
+    file: str | Path | None = None,  # a user's table, laid over the package's
+) -> dict[str, tuple[float, float]]:  # Inspect model id to dollars a million tokens read, and written
     "The price table; raises `InputError` for a file that is none."
     table = yaml.safe_load((files("compassion_repro") / "assets" / "prices.yaml").read_text(encoding="utf-8"))
     if file is not None:
-        try: own = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error: raise InputError(f"price table {file} cannot be read ({type(error).__name__}): give a YAML file, a line a model") from None
-        if not isinstance(own, dict): raise InputError(f"price table {file} is not a table: write lines such as  openai/gpt-4o-mini: {{input: 0.15, output: 0.60}}")
+        try:
+            own = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(
+                f"price table {file} cannot be read ({type(error).__name__}): give a YAML file, a line a"
+                " model"
+            ) from None
+        if not isinstance(own, dict):
+            raise InputError(
+                f"price table {file} is not a table: write lines such as  openai/gpt-4o-mini: {{input: 0.15,"
+                " output: 0.60}"
+            )
         table |= own
     for name, price in table.items():
-        if not isinstance(price, dict) or {type(price.get(k)) for k in ("input", "output")} - {int, float} or min(price["input"], price["output"]) < 0:
-            raise InputError(f"price table {file}: {name} needs two numbers, {{input: dollars, output: dollars}} for a million tokens")
+        if (
+            not isinstance(price, dict)
+            or {type(price.get(k)) for k in ("input", "output")} - {int, float}
+            or min(price["input"], price["output"]) < 0
+        ):
+            raise InputError(
+                f"price table {file}: {name} needs two numbers, {{input: dollars, output: dollars}} for a"
+                " million tokens"
+            )
     return {name: (float(price["input"]), float(price["output"])) for name, price in table.items()}
 
 # %% ../../nbs/05_evaluation/00_cost.ipynb #d302effc
-CHARACTERS_A_TOKEN = 4 # of a prompt, about
-REPLY_TOKENS = 150 # of a judge's reply, about
-BESIDE_ANSWER = 400 # tokens of a judge's prompt beside the answer, about
+CHARACTERS_A_TOKEN = 4  # of a prompt, about
+REPLY_TOKENS = 150  # of a judge's reply, about
+BESIDE_ANSWER = 400  # tokens of a judge's prompt beside the answer, about
 
 
 @dataclass(frozen=True)
 class Estimate:
     "What a pass of one judge will take."
-    judge: str # its name
-    calls: int # calls still to be made
-    stored: int = 0 # calls whose reply is stored already
-    characters: int = 0 # of the prompts of the calls to be made
-    price: tuple[float, float] | None = None # dollars a million tokens read, and written
 
-    @property
-    def read(self) -> int: "Tokens read, about."; return round(self.characters / CHARACTERS_A_TOKEN)
-
-    @property
-    def written(self) -> int: "Tokens written, about."; return self.calls * REPLY_TOKENS
-
-    @property
-    def cost(self) -> float | None:
-        "Dollars; 0 for a judge on this machine, None where the table has no price."
-        if is_free(self.judge) or not self.calls: return 0.0
-        return None if self.price is None else (self.read * self.price[0] + self.written * self.price[1]) / 1e6
+    judge: str  # its name
+    calls: int  # calls still to be made
+    stored: int = 0  # calls whose reply is stored already
+    characters: int = 0  # of the prompts of the calls to be made
+    price: tuple[float, float] | None = None  # dollars a million tokens read, and written
 
     def __str__(self):
-        cost = "no price in the table" if self.cost is None else "free" if is_free(self.judge) else f"about ${self.cost:,.2f}"
-        return f"{self.judge}: {self.calls:,} calls ({self.stored:,} stored already), about {self.read:,} tokens read and {self.written:,} written, {cost}"
+        cost = (
+            "no price in the table"
+            if self.cost is None
+            else "free"
+            if is_free(self.judge)
+            else f"about ${self.cost:,.2f}"
+        )
+        return (
+            f"{self.judge}: {self.calls:,} calls ({self.stored:,} stored already), about {self.read:,} tokens"
+            f" read and {self.written:,} written, {cost}"
+        )
+
+# %% ../../nbs/05_evaluation/00_cost.ipynb #deec103e
+@patch(as_prop=True)
+def read(self: Estimate) -> int:
+    "Tokens read, about."
+    return round(self.characters / CHARACTERS_A_TOKEN)
+
+# %% ../../nbs/05_evaluation/00_cost.ipynb #a405df2f
+@patch(as_prop=True)
+def written(self: Estimate) -> int:
+    "Tokens written, about."
+    return self.calls * REPLY_TOKENS
+
+# %% ../../nbs/05_evaluation/00_cost.ipynb #145c2649
+@patch(as_prop=True)
+def cost(self: Estimate) -> float | None:
+    "Dollars; 0 for a judge on this machine, None where the table has no price."
+    if is_free(self.judge) or not self.calls:
+        return 0.0
+    return None if self.price is None else (self.read * self.price[0] + self.written * self.price[1]) / 1e6
 
 # %% ../../nbs/05_evaluation/00_cost.ipynb #c8ed4b83
 def estimate_study(
-    judges: Iterable[str], # names
-    calls: int, # of each judge
-    answer_tokens: int, # an answer may have
-    prices: dict[str, tuple[float, float]], # from `load_prices`
-) -> list[Estimate]: # one a judge
+    judges: Iterable[str],  # names
+    calls: int,  # of each judge
+    answer_tokens: int,  # an answer may have
+    prices: dict[str, tuple[float, float]],  # from `load_prices`
+) -> list[Estimate]:  # one a judge
     "What judging a study will take at the most, before there is an answer."
-    return [Estimate(judge, calls, 0, calls * CHARACTERS_A_TOKEN * (BESIDE_ANSWER + answer_tokens), prices.get(judge)) for judge in judges]
+    return [
+        Estimate(
+            judge, calls, 0, calls * CHARACTERS_A_TOKEN * (BESIDE_ANSWER + answer_tokens), prices.get(judge)
+        )
+        for judge in judges
+    ]
 
 # %% ../../nbs/05_evaluation/00_cost.ipynb #f69514be
 def ask(
-    estimates: Iterable[Estimate], # one a judge
-    yes: bool, # the user agreed beforehand
-    say: Callable[[str], None] = print, # called with each line
-    answer: Callable[[str], str] | None = None, # asks a person; None where there is none
+    estimates: Iterable[Estimate],  # one a judge
+    yes: bool,  # the user agreed beforehand
+    say: Callable[[str], None] = print,  # called with each line
+    answer: Callable[[str], str] | None = None,  # asks a person; None where there is none
 ):
     "Put the cost to the user; raises `InputError` where it is not agreed to."
     dear = [e for e in estimates if e.calls and not is_free(e.judge)]
-    if dear and not yes and answer is None: raise InputError(f"judging would cost money ({'; '.join(map(str, dear))}): add --yes to agree")
-    for estimate in dear: say(str(estimate))
-    if not dear or yes: return
-    if answer("Ask the judge? [y/N] ").strip().lower() not in ("y", "yes"): raise InputError("nothing was asked and nothing spent: the answers are kept, choose a free judge or agree next time")
+    if dear and not yes and answer is None:
+        raise InputError(f"judging would cost money ({'; '.join(map(str, dear))}): add --yes to agree")
+    for estimate in dear:
+        say(str(estimate))
+    if not dear or yes:
+        return
+    if answer("Ask the judge? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise InputError(
+            "nothing was asked and nothing spent: the answers are kept, choose a free judge or agree next"
+            " time"
+        )

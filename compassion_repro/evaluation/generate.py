@@ -21,9 +21,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from inspect_ai import Epochs, task_with
 from inspect_ai._util.registry import registry_find, registry_info
-from transformers import LogitsProcessor, GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, AutoConfig
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from ..core.errors import InputError, Notice
@@ -31,28 +39,56 @@ from ..core.files import keep_part, kept_parts, own_folder
 from ..data.hub import is_adapter
 from .benchmarks import LoadedTask, one_line
 from .inspect_runner import Progress, run_inspect
-from .vllm_process import check_vllm, complete, engine_settings, request_seed, sampling
+from compassion_repro.evaluation.vllm_process import (
+    check_vllm,
+    complete,
+    engine_settings,
+    request_seed,
+    sampling,
+)
+
+# %% ../../nbs/05_evaluation/05_generate.ipynb #933e6a09
 from ..study import Generation
 from ..training.adapters import open_adapter
 from ..training.model_files import check_quantised, gguf_file
-from ..training.models import end_ids, encode_prompt, as_shipped, check_fits, check_numbers, find_model, is_unmerged, keeps_float32, load_model, load_tokenizer, pick_device, pick_dtype, save_model, with_template
+from compassion_repro.training.models import (
+    as_shipped,
+    check_fits,
+    check_numbers,
+    encode_prompt,
+    end_ids,
+    find_model,
+    is_unmerged,
+    keeps_float32,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    save_model,
+    with_template,
+)
 
 # %% ../../nbs/05_evaluation/05_generate.ipynb #4b1ae05e
 def draws(
-    steps: int, # numbers wanted, one a token
-    *key: int | str, # seed, model, benchmark, question, epoch
-) -> np.ndarray: # shape (steps,), uniform on [0, 1)
+    steps: int,  # numbers wanted, one a token
+    *key: int | str,  # seed, model, benchmark, question, epoch
+) -> np.ndarray:  # shape (steps,), uniform on [0, 1)
     "The random numbers of one answer: a function of its key and nothing else."
     digest = hashlib.sha256(json.dumps(key).encode()).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "big"))).random(steps, dtype=np.float32)
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "big"))).random(
+        steps, dtype=np.float32
+    )
 
-
+# %% ../../nbs/05_evaluation/05_generate.ipynb #125a9573
 class InverseSampling(LogitsProcessor):
-    "Picks each token by inverting the distribution at a given number, so that greedy decoding carries it out."
+    """Picks each token by inverting the distribution at a given number, so that greedy decoding carries it
+    out.
+    """
+
     def __init__(
         self,
-        uniforms: torch.Tensor, # shape (rows, steps), on the model's device
-        start: int, # tokens of the padded prompt
+        uniforms: torch.Tensor,  # shape (rows, steps), on the model's device
+        start: int,  # tokens of the padded prompt
     ):
         self.uniforms, self.start = uniforms, start
 
@@ -66,40 +102,58 @@ class InverseSampling(LogitsProcessor):
 # %% ../../nbs/05_evaluation/05_generate.ipynb #5c264ae2
 def _processors(generation: Generation, uniforms: torch.Tensor, start: int) -> LogitsProcessorList:
     "What turns the model's scores into picked tokens; empty for temperature 0."
-    if generation.temperature == 0: return LogitsProcessorList()
+    if generation.temperature == 0:
+        return LogitsProcessorList()
     steps = [TemperatureLogitsWarper(generation.temperature)] if generation.temperature != 1 else []
-    if generation.top_p < 1: steps.append(TopPLogitsWarper(generation.top_p))
+    if generation.top_p < 1:
+        steps.append(TopPLogitsWarper(generation.top_p))
     return LogitsProcessorList([*steps, InverseSampling(uniforms, start)])
 
-
+# %% ../../nbs/05_evaluation/05_generate.ipynb #760a2d93
 def _ends(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    "Token ids that end an answer: those of the model's generation settings, the tokenizer's, and the chat template's."
+    """Token ids that end an answer: those of the model's generation settings, the tokenizer's, and the chat
+    template's.
+    """
     ends = config.eos_token_id
     return sorted({*(ends if isinstance(ends, list) else [ends]), *end_ids(tokenizer)} - {None})
 
-
+# %% ../../nbs/05_evaluation/05_generate.ipynb #c80a5e46
 def _settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **values) -> GenerationConfig:
-    "Generation settings that owe nothing to the file beside the model, its end tokens aside: `transformers` would fill gaps from there."
+    """Generation settings that owe nothing to the file beside the model, its end tokens aside: `transformers`
+    would fill gaps from there.
+    """
     ends = _ends(model.generation_config, tokenizer)
     model.generation_config = GenerationConfig(eos_token_id=ends)
-    return GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, use_cache=True, **{"do_sample": False} | values)
+    return GenerationConfig(
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+        **{"do_sample": False} | values,
+    )
 
-
+# %% ../../nbs/05_evaluation/05_generate.ipynb #d8dcb6c0
 @torch.inference_mode()
-def _answer_batch(model, prompts: list[list[int]], settings: GenerationConfig, processors=lambda start: LogitsProcessorList()) -> list[list[int]]:
+def _answer_batch(
+    model,
+    prompts: list[list[int]],
+    settings: GenerationConfig,
+    processors=lambda start: LogitsProcessorList(),
+) -> list[list[int]]:
     "Token ids of the answers to a batch of prompts, each up to and with its end token."
     width = max(map(len, prompts))
     pad = settings.pad_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    out = model.generate(ids, attention_mask=mask, generation_config=settings, logits_processor=processors(width))[:, width:].tolist()
+    out = model.generate(
+        ids, attention_mask=mask, generation_config=settings, logits_processor=processors(width)
+    )[:, width:].tolist()
     ends = set(settings.eos_token_id)
-    return [row[:next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in out]
+    return [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in out]
 
 # %% ../../nbs/05_evaluation/05_generate.ipynb #0e106e8c
 def is_looping(
-    tokens: list[int], # token ids of an answer
-) -> bool: # True when it mostly repeats itself
+    tokens: list[int],  # token ids of an answer
+) -> bool:  # True when it mostly repeats itself
     "Whether more than half of the four-token sequences repeat earlier ones; False under 16 tokens."
     sequences = list(zip(*(tokens[i:] for i in range(4))))
     return len(tokens) >= 16 and 1 - len(set(sequences)) / len(sequences) > 0.5
@@ -108,103 +162,170 @@ def is_looping(
 def _work(questions: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[dict]:
     "One record an answer that is wanted, with its prompt, in the fixed order."
     rows = [dict(row, epoch=epoch) for row in questions for epoch in range(1, row["epochs"] + 1)]
-    turns = {(q["benchmark"], q["question_id"]): q.get("messages") or [{"role": "user", "content": q.get("asked", q["question"])}] for q in questions}
+    turns = {
+        (q["benchmark"], q["question_id"]): (
+            q.get("messages") or [{"role": "user", "content": q.get("asked", q["question"])}]
+        )
+        for q in questions
+    }
     prompts = {key: encode_prompt(messages, tokenizer) for key, messages in turns.items()}
-    for row in rows: row["ids"] = prompts[row["benchmark"], row["question_id"]]
+    for row in rows:
+        row["ids"] = prompts[row["benchmark"], row["question_id"]]
     return sorted(rows, key=lambda r: (len(r["ids"]), r["benchmark"], r["question_id"], r["epoch"]))
 
-
-def _record(row: dict, model: str, seed: int, tokens: list[int], ends: list[int], tokenizer: PreTrainedTokenizerBase) -> dict:
+# %% ../../nbs/05_evaluation/05_generate.ipynb #8a8eb174
+def _record(
+    row: dict, model: str, seed: int, tokens: list[int], ends: list[int], tokenizer: PreTrainedTokenizerBase
+) -> dict:
     "The saved form of one answer."
     stopped = bool(tokens) and tokens[-1] in ends
     tokens = tokens[:-1] if stopped else tokens
     text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
     keys = ("benchmark", "language", "item_id", "question_id", "epoch")
-    return dict(model=model, seed=seed, **{k: row[k] for k in keys}, prompt=tokenizer.decode(row["ids"]), text=text,
-                tokens=len(tokens), stop_reason="stop" if stopped else "length", empty=not text, looping=is_looping(tokens))
+    return dict(
+        model=model,
+        seed=seed,
+        **{k: row[k] for k in keys},
+        prompt=tokenizer.decode(row["ids"]),
+        text=text,
+        tokens=len(tokens),
+        stop_reason="stop" if stopped else "length",
+        empty=not text,
+        looping=is_looping(tokens),
+    )
 
 # %% ../../nbs/05_evaluation/05_generate.ipynb #945f9922
-FLUSH_SECONDS = 30 # between two files of finished answers
+FLUSH_SECONDS = 30  # between two files of finished answers
 
 
 class FinishedAnswers:
     "The answers of finished batches, on disk where there is a folder."
+
     def __init__(
         self,
-        folder: Path | None, # from `own_folder`; None keeps them in memory alone
+        folder: Path | None,  # from `own_folder`; None keeps them in memory alone
     ):
         self.folder, self.flushed = folder, time.monotonic()
-        self.parts = [pd.read_parquet(path) for path in kept_parts(folder, "answers-*.parquet")] if folder else []
+        self.parts = (
+            [pd.read_parquet(path) for path in kept_parts(folder, "answers-*.parquet")] if folder else []
+        )
         self.fresh, self.done = [], {start for part in self.parts for start in part.batch}
 
-    def __enter__(self): return self
+    def __enter__(self):
+        return self
 
-    def __exit__(self, *error): self.flush()
-
-    def add(
-        self,
-        start: int, # place of the batch in the fixed order
-        records: list[dict], # its answers
-        seconds: float, # that generation took
-    ):
-        "Take a batch; write what has gathered where that was a while ago."
-        self.fresh += [{**record, "batch": start, "seconds": seconds} for record in records]
-        if time.monotonic() - self.flushed > FLUSH_SECONDS: self.flush()
-
-    def flush(self):
-        "Write what has gathered into a file of its own."
-        if not self.fresh: return
-        fresh, self.fresh, self.flushed = pd.DataFrame(self.fresh), [], time.monotonic()
-        self.parts.append(fresh)
-        if self.folder: keep_part(self.folder, f"answers-{fresh.batch.min():08d}.parquet", fresh.to_parquet)
-
-    def table(self) -> tuple[pd.DataFrame, float]:
-        "All answers, and the seconds inside generation, those of the runs before included."
+    def __exit__(self, *error):
         self.flush()
-        whole = pd.concat(self.parts, ignore_index=True)
-        return whole.drop(columns=["batch", "seconds"]), whole.drop_duplicates("batch").seconds.sum()
+
+# %% ../../nbs/05_evaluation/05_generate.ipynb #3161b3d0
+@patch
+def add(
+    self: FinishedAnswers,
+    start: int,  # place of the batch in the fixed order
+    records: list[dict],  # its answers
+    seconds: float,  # that generation took
+):
+    "Take a batch; write what has gathered where that was a while ago."
+    self.fresh += [{**record, "batch": start, "seconds": seconds} for record in records]
+    if time.monotonic() - self.flushed > FLUSH_SECONDS:
+        self.flush()
+
+# %% ../../nbs/05_evaluation/05_generate.ipynb #db98d17c
+@patch
+def flush(self: FinishedAnswers):
+    "Write what has gathered into a file of its own."
+    if not self.fresh:
+        return
+    fresh, self.fresh, self.flushed = pd.DataFrame(self.fresh), [], time.monotonic()
+    self.parts.append(fresh)
+    if self.folder:
+        keep_part(self.folder, f"answers-{fresh.batch.min():08d}.parquet", fresh.to_parquet)
+
+# %% ../../nbs/05_evaluation/05_generate.ipynb #bbe34fb6
+@patch
+def table(self: FinishedAnswers) -> tuple[pd.DataFrame, float]:
+    "All answers, and the seconds inside generation, those of the runs before included."
+    self.flush()
+    whole = pd.concat(self.parts, ignore_index=True)
+    return whole.drop(columns=["batch", "seconds"]), whole.drop_duplicates("batch").seconds.sum()
 
 # %% ../../nbs/05_evaluation/05_generate.ipynb #f53fba80
 def _generate(
-    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model: str, questions: list[dict],
-    seed: int, generation: Generation, report: Callable[[str], None], checkpoints: str | Path | None = None, **settings,
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    model: str,
+    questions: list[dict],
+    seed: int,
+    generation: Generation,
+    report: Callable[[str], None],
+    checkpoints: str | Path | None = None,
+    **settings,
 ) -> pd.DataFrame:
     "Answers of a loaded model; the seconds inside generation are in `.attrs`."
     tokenizer = with_template(tokenizer, generation.template)
     settings = _settings(network, tokenizer, max_new_tokens=generation.max_new_tokens, **settings)
     work, progress = _work(questions, tokenizer), Progress(report, sum(q["epochs"] for q in questions))
-    folder = checkpoints and own_folder(checkpoints, model, seed, generation.model_dump(), [[r["benchmark"], r["question_id"], r["epoch"], r["ids"]] for r in work])
+    folder = checkpoints and own_folder(
+        checkpoints,
+        model,
+        seed,
+        generation.model_dump(),
+        [[r["benchmark"], r["question_id"], r["epoch"], r["ids"]] for r in work],
+    )
     with FinishedAnswers(folder) as finished:
-        if finished.done: report(Notice(f"carrying on with {len(finished.done) * generation.batch_size} of {len(work)} answers"))
+        if finished.done:
+            report(
+                Notice(
+                    f"carrying on with {len(finished.done) * generation.batch_size} of {len(work)} answers"
+                )
+            )
         for start in range(0, len(work), generation.batch_size):
-            batch = work[start:start + generation.batch_size]
+            batch = work[start : start + generation.batch_size]
             if start not in finished.done:
                 began = time.perf_counter()
                 keys = [(seed, model, r["benchmark"], r["question_id"], r["epoch"]) for r in batch]
-                uniforms = torch.from_numpy(np.stack([draws(generation.max_new_tokens, *key) for key in keys])).to(network.device)
-                answers = _answer_batch(network, [r["ids"] for r in batch], settings, lambda width: _processors(generation, uniforms, width))
+                uniforms = torch.from_numpy(
+                    np.stack([draws(generation.max_new_tokens, *key) for key in keys])
+                ).to(network.device)
+                answers = _answer_batch(
+                    network,
+                    [r["ids"] for r in batch],
+                    settings,
+                    lambda width: _processors(generation, uniforms, width),
+                )
                 spent = time.perf_counter() - began
-                finished.add(start, [_record(row, model, seed, tokens, settings.eos_token_id, tokenizer) for row, tokens in zip(batch, answers)], spent)
+                finished.add(
+                    start,
+                    [
+                        _record(row, model, seed, tokens, settings.eos_token_id, tokenizer)
+                        for row, tokens in zip(batch, answers)
+                    ],
+                    spent,
+                )
             progress.advance(len(batch))
         frame, spent = finished.table()
     frame = frame.sort_values(["benchmark", "question_id", "epoch"], ignore_index=True)
     frame.attrs.update(generation_seconds=round(spent, 3), samples_per_second=round(len(frame) / spent, 2))
     return frame
 
-
+# %% ../../nbs/05_evaluation/05_generate.ipynb #77cdfefc
 def open_model(
-    source: str | Path, # folder, adapter folder (adapter_config.json), hub id, or `world:base`
-    device: str | None = None, # "cuda" or "cpu"; default: what the machine has
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]: # model and tokenizer
-    "Open a local model; an adapter is put on its base and added into the weights. Raises `InputError` where there is none."
+    source: str | Path,  # folder, adapter folder (adapter_config.json), hub id, or `world:base`
+    device: str | None = None,  # "cuda" or "cpu"; default: what the machine has
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # model and tokenizer
+    """Open a local model; an adapter is put on its base and added into the weights.
+
+    Raises `InputError` where there is none.
+    """
     folder = find_model(str(source))
-    if is_adapter(folder): return open_adapter(folder, str(source), device)
+    if is_adapter(folder):
+        return open_adapter(folder, str(source), device)
     network, tokenizer = load_model(folder, device), load_tokenizer(folder)
     check_numbers(network, str(source))
     check_fits(network, tokenizer, 1)
     return network, tokenizer
 
-
+# %% ../../nbs/05_evaluation/05_generate.ipynb #5be58dfe
 @contextlib.contextmanager
 def _whole_model(source: str | Path):
     "The folder of a model for a generator that opens it itself; an adapter is merged into a temporary one."
@@ -218,110 +339,191 @@ def _whole_model(source: str | Path):
         save_model(network, as_shipped(tokenizer), merged)
         yield Path(merged)
 
-
+# %% ../../nbs/05_evaluation/05_generate.ipynb #531cb7b6
 def _vllm_dtype(folder: Path) -> str:
     "Number format for vLLM; raises `InputError` for a model that it cannot open."
-    if is_unmerged(folder): raise InputError(f"{folder} was not merged, which vLLM cannot open: set generation.engine=transformers")
+    if is_unmerged(folder):
+        raise InputError(
+            f"{folder} was not merged, which vLLM cannot open: set generation.engine=transformers"
+        )
     return "float32" if keeps_float32(folder) else str(pick_dtype(pick_device())).removeprefix("torch.")
 
-
+# %% ../../nbs/05_evaluation/05_generate.ipynb #004d71e2
 def _free_share() -> float | None:
     "Share of the GPU's memory that another process may take now; None without a GPU."
-    if not torch.cuda.is_available(): return None
+    if not torch.cuda.is_available():
+        return None
     gc.collect()
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     return round(0.92 * free / total, 3)
 
-
+# %% ../../nbs/05_evaluation/05_generate.ipynb #fd4a3030
 def _generate_vllm(
-    source: str | Path, model: str, questions: list[dict], seed: int, generation: Generation, python: str | None, report: Callable[[str], None],
+    source: str | Path,
+    model: str,
+    questions: list[dict],
+    seed: int,
+    generation: Generation,
+    python: str | None,
+    report: Callable[[str], None],
 ) -> pd.DataFrame:
     "Answers by vLLM: the same prompts, end tokens and records as `_generate` has."
     check_vllm(python)
     with _whole_model(source) as folder:
         tokenizer = load_tokenizer(folder, generation.template)
-        try: config = GenerationConfig.from_pretrained(folder)
-        except OSError: config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        try:
+            config = GenerationConfig.from_pretrained(folder)
+        except OSError:
+            config = GenerationConfig.from_model_config(
+                AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            )
         ends, work = _ends(config, tokenizer), _work(questions, tokenizer)
-        requests = [(row["ids"], request_seed(seed, model, row["benchmark"], row["question_id"], row["epoch"])) for row in work]
-        engine = engine_settings(folder, max(len(ids) for ids, _ in requests), generation, _vllm_dtype(folder), _free_share())
-        answers, told = complete(requests, engine, sampling(generation, ends), python, Progress(report, len(work)).advance)
-    records = [_record(row, model, seed, tokens, ends, tokenizer) for row, tokens in zip(work, answers, strict=True)]
+        requests = [
+            (row["ids"], request_seed(seed, model, row["benchmark"], row["question_id"], row["epoch"]))
+            for row in work
+        ]
+        engine = engine_settings(
+            folder, max(len(ids) for ids, _ in requests), generation, _vllm_dtype(folder), _free_share()
+        )
+        answers, told = complete(
+            requests, engine, sampling(generation, ends), python, Progress(report, len(work)).advance
+        )
+    records = [
+        _record(row, model, seed, tokens, ends, tokenizer) for row, tokens in zip(work, answers, strict=True)
+    ]
     frame = pd.DataFrame(records).sort_values(["benchmark", "question_id", "epoch"], ignore_index=True)
-    frame.attrs.update(generation_seconds=told["seconds"], samples_per_second=round(len(frame) / max(told["seconds"], 1e-3), 2), engine=f"vllm {told['version']}")
+    frame.attrs.update(
+        generation_seconds=told["seconds"],
+        samples_per_second=round(len(frame) / max(told["seconds"], 1e-3), 2),
+        engine=f"vllm {told['version']}",
+    )
     return frame
 
-
+# %% ../../nbs/05_evaluation/05_generate.ipynb #688af301
 def generate_answers(
-    folder: Path | str | tuple[PreTrainedModel, PreTrainedTokenizerBase], # model folder, adapter folder or hub id, or what `open_model` gave
-    model: str, # model id, part of every draw's key
-    questions: list[dict], # `LoadedTask.questions` of one benchmark or several
-    seed: int, # study seed, part of every draw's key
-    generation: Generation, # sampling settings, batch size
-    device: str | None = None, # "cuda" or "cpu"; default: what the machine has
-    report: Callable[[str], None] = print, # called with one line of progress
-    checkpoints: str | Path | None = None, # folder of finished batches, for a run that is cut off; None keeps none
-    python: str | None = None, # interpreter of vLLM's environment, for `generation.engine` vllm; it wants a folder or a hub id
-) -> pd.DataFrame: # one row a question and epoch, sorted by benchmark, question, epoch
+    # model folder, adapter folder or hub id, or what `open_model` gave
+    folder: Path | str | tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    model: str,  # model id, part of every draw's key
+    questions: list[dict],  # `LoadedTask.questions` of one benchmark or several
+    seed: int,  # study seed, part of every draw's key
+    generation: Generation,  # sampling settings, batch size
+    device: str | None = None,  # "cuda" or "cpu"; default: what the machine has
+    report: Callable[[str], None] = print,  # called with one line of progress
+    # folder of finished batches, for a run that is cut off; None keeps none
+    checkpoints: str | Path | None = None,
+    # interpreter of vLLM's environment, for `generation.engine` vllm; it wants a folder or a hub id
+    python: str | None = None,
+) -> pd.DataFrame:  # one row a question and epoch, sorted by benchmark, question, epoch
     """Answer every question as often as its benchmark wants.
 
-    Columns: model, seed, benchmark, language, item_id, question_id, epoch, prompt, text, tokens (end token not counted), stop_reason
-    ("stop" or "length"), empty, looping. Seconds inside generation and samples a second are in `.attrs`. Raises `InputError` where the
-    folder holds no model."""
-    if generation.engine == "vllm": return _generate_vllm(folder, model, questions, seed, generation, python, report)
+    Columns: model, seed, benchmark, language, item_id, question_id, epoch, prompt, text, tokens (end token
+    not counted), stop_reason ("stop" or "length"), empty, looping. Seconds inside generation and samples a
+    second are in `.attrs`. Raises `InputError` where the folder holds no model.
+    """
+    if generation.engine == "vllm":
+        return _generate_vllm(folder, model, questions, seed, generation, python, report)
     network, tokenizer = folder if isinstance(folder, tuple) else open_model(folder, device)
     return _generate(network, tokenizer, model, questions, seed, generation, report, checkpoints)
 
 # %% ../../nbs/05_evaluation/05_generate.ipynb #f02f196e
 def is_hosted(
-    model: str, # what a user calls a model
-) -> bool: # whether Inspect generates its answers
+    model: str,  # what a user calls a model
+) -> bool:  # whether Inspect generates its answers
     "Whether a name is an Inspect model id, rather than weights for our own generator."
-    if model.startswith(("hf/", "world:")) or Path(model).expanduser().exists() or "/" not in model: return False
-    names = {registry_info(provider).name.split("/")[-1] for provider in registry_find(lambda info: info.type == "modelapi")}
+    if model.startswith(("hf/", "world:")) or Path(model).expanduser().exists() or "/" not in model:
+        return False
+    names = {
+        registry_info(provider).name.split("/")[-1]
+        for provider in registry_find(lambda info: info.type == "modelapi")
+    }
     return model.split("/")[0] in names
 
-
+# %% ../../nbs/05_evaluation/05_generate.ipynb #2b14533c
 def find_local(
-    model: str, # folder, adapter folder, hub id, `hf/<hub id>` or `world:base`
-) -> Path: # folder that holds it
+    model: str,  # folder, adapter folder, hub id, `hf/<hub id>` or `world:base`
+) -> Path:  # folder that holds it
     "Where a local model lies, fetched if need be; raises `InputError` in one line."
     place = Path(model).expanduser()
-    if gguf_file(place): return find_model(str(place))
-    if place.is_file(): raise InputError(f"model {model!r} is a file; give the folder that holds it")
-    if place.is_dir() and not any((place / name).is_file() for name in ("config.json", "adapter_config.json")) and not is_unmerged(place):
+    if gguf_file(place):
+        return find_model(str(place))
+    if place.is_file():
+        raise InputError(f"model {model!r} is a file; give the folder that holds it")
+    if (
+        place.is_dir()
+        and not any((place / name).is_file() for name in ("config.json", "adapter_config.json"))
+        and not is_unmerged(place)
+    ):
         raise InputError(f"{model} is not a model folder: it has neither config.json nor adapter_config.json")
-    if not place.exists() and not model.startswith("world:") and not re.fullmatch(r"(hf/)?\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?", model):
-        raise InputError(f"unknown model {model!r}: give a folder, a hub id owner/name, or an Inspect model id such as openai/gpt-4o-mini")
+    if (
+        not place.exists()
+        and not model.startswith("world:")
+        and not re.fullmatch(r"(hf/)?\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?", model)
+    ):
+        raise InputError(
+            f"unknown model {model!r}: give a folder, a hub id owner/name, or an Inspect model id such as"
+            " openai/gpt-4o-mini"
+        )
     return find_model(str(place) if place.exists() else model.removeprefix("hf/"))
 
 # %% ../../nbs/05_evaluation/05_generate.ipynb #c91529c0
 def _hosted_record(name: str, model: str, seed: int, question: dict, sample) -> dict:
-    "The saved form of an answer that Inspect fetched; looping is told from words, since its tokens are not known."
+    """The saved form of an answer that Inspect fetched; looping is told from words, since its tokens are not
+    known.
+    """
     text, usage = sample.output.completion.strip(), sample.output.usage
     keys = {k: question[k] for k in ("benchmark", "language", "item_id", "question_id")}
     prompt = "\n\n".join(m.text for m in sample.messages if m.role in ("system", "user"))
-    return dict(model=model, seed=seed, **keys, epoch=sample.epoch, prompt=prompt, text=text, tokens=(usage.output_tokens if usage else 0) or len(text.split()),
-                stop_reason="length" if sample.output.stop_reason == "max_tokens" else "stop", empty=not text, looping=is_looping(text.split()))
+    return dict(
+        model=model,
+        seed=seed,
+        **keys,
+        epoch=sample.epoch,
+        prompt=prompt,
+        text=text,
+        tokens=(usage.output_tokens if usage else 0) or len(text.split()),
+        stop_reason="length" if sample.output.stop_reason == "max_tokens" else "stop",
+        empty=not text,
+        looping=is_looping(text.split()),
+    )
 
-
+# %% ../../nbs/05_evaluation/05_generate.ipynb #c95b01fb
 def generate_hosted(
-    model: str, # Inspect model id
-    loaded: LoadedTask, # one benchmark
-    seed: int, # for providers that take one
-    generation: Generation, # temperature, nucleus share and length of the answers
-    log_dir: Path | str, # folder for Inspect's logs
-    report: Callable[[str], None] = print, # called with one line of progress
-) -> pd.DataFrame: # as from `generate_answers`
+    model: str,  # Inspect model id
+    loaded: LoadedTask,  # one benchmark
+    seed: int,  # for providers that take one
+    generation: Generation,  # temperature, nucleus share and length of the answers
+    log_dir: Path | str,  # folder for Inspect's logs
+    report: Callable[[str], None] = print,  # called with one line of progress
+) -> pd.DataFrame:  # as from `generate_answers`
     "Answers of a model behind an API; raises `InputError` where it cannot be had, or an answer did not come."
     by_id, epochs = {q["question_id"]: q for q in loaded.questions}, loaded.questions[0]["epochs"]
     progress = Progress(report, len(by_id) * epochs)
-    async def answered(state) -> None: progress.advance()
+
+    async def answered(state) -> None:
+        progress.advance()
+
     task = task_with(copy.copy(loaded.task), epochs=Epochs(epochs), name=loaded.name, cleanup=answered)
-    try: [log] = run_inspect([task], log_dir, model=model, score=False, temperature=generation.temperature, top_p=generation.top_p, max_tokens=generation.max_new_tokens, seed=seed, max_retries=10)
-    except Exception as error: raise InputError(f"model {model!r} cannot answer: {one_line(error)}") from error
+    try:
+        [log] = run_inspect(
+            [task],
+            log_dir,
+            model=model,
+            score=False,
+            temperature=generation.temperature,
+            top_p=generation.top_p,
+            max_tokens=generation.max_new_tokens,
+            seed=seed,
+            max_retries=10,
+        )
+    except Exception as error:
+        raise InputError(f"model {model!r} cannot answer: {one_line(error)}") from error
     failed = [s.error.message for s in log.samples or [] if s.error]
-    if log.status != "success" or failed: raise InputError(f"model {model!r} stopped answering {loaded.name}: {one_line(ValueError(log.error.message if log.error else failed[0]))}; run the same command again")
+    if log.status != "success" or failed:
+        raise InputError(
+            f"model {model!r} stopped answering {loaded.name}:"
+            f" {one_line(ValueError(log.error.message if log.error else failed[0]))}; run the same command"
+            " again"
+        )
     rows = [_hosted_record(loaded.name, model, seed, by_id[str(s.id)], s) for s in log.samples]
     return pd.DataFrame(rows).sort_values(["benchmark", "question_id", "epoch"], ignore_index=True)

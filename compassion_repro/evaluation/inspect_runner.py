@@ -19,6 +19,7 @@ from pathlib import Path
 from unittest import mock
 
 import rich
+from fastcore.basics import patch
 from inspect_ai import Epochs, Task, task_with
 from inspect_ai import eval as inspect_eval
 from inspect_ai._util.appdirs import inspect_data_dir
@@ -26,105 +27,150 @@ from inspect_ai._util.trace import TraceFormatter
 from inspect_ai.log import EvalLog
 from inspect_ai.log._recorders import eval as eval_logs
 from inspect_ai.model import ModelAPI, ModelOutput, ModelUsage, get_model, modelapi
-from inspect_ai.model._providers import providers as _providers # every provider of Inspect becomes known by name
+
+# every provider of Inspect becomes known by name
 from inspect_ai.solver._task_state import sample_state
 from rich.console import Console
 
+from ..core.errors import InputError, redact
 from .benchmarks import LoadedTask, load_named_task, not_text, one_line
-from ..core.errors import redact
-from ..core.errors import InputError
 
 # %% ../../nbs/05_evaluation/03_inspect_runner.ipynb #7d062ca7
 class Progress:
     "Counts what is done and reports it in one line, at most once a second, with rate and time left."
+
     def __init__(self, report: Callable[[str], None], total: int):
         self.report, self.total, self.done = report, total, 0
         self.began = self.last = time.perf_counter()
 
     def advance(self, count: int = 1) -> None:
         now, self.done = time.perf_counter(), self.done + count
-        if now - self.last < 1 and self.done < self.total: return
+        if now - self.last < 1 and self.done < self.total:
+            return
         rate, self.last = self.done / max(now - self.began, 1e-9), now
-        self.report(f"{self.done}/{self.total} answers, {rate:.0f} samples/s, {(self.total - self.done) / rate:.0f} s left")
+        self.report(
+            f"{self.done}/{self.total} answers, {rate:.0f} samples/s, {(self.total - self.done) / rate:.0f} s"
+            " left"
+        )
 
 # %% ../../nbs/05_evaluation/03_inspect_runner.ipynb #7122dee2
 @functools.cache
-def _temporary() -> tempfile.TemporaryDirectory: return tempfile.TemporaryDirectory(prefix="compassion-", ignore_cleanup_errors=True)
+def _temporary() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="compassion-", ignore_cleanup_errors=True)
 
-
+# %% ../../nbs/05_evaluation/03_inspect_runner.ipynb #39dd05db
 def temporary_folder() -> Path:
     "A folder that lives as long as the process."
     return Path(_temporary().name)
 
-
+# %% ../../nbs/05_evaluation/03_inspect_runner.ipynb #911d7e06
 @contextlib.contextmanager
 def _own_console():
-    "A console for Inspect to silence: it would silence rich's common one for good, and open a widget in a notebook."
+    """A console for Inspect to silence: it would silence rich's common one for good, and open a widget in a
+    notebook.
+    """
     console = Console(file=io.StringIO(), quiet=True, force_jupyter=False, force_terminal=False)
-    with mock.patch.multiple(rich, _console=console, reconfigure=lambda **settings: None): yield
+    with mock.patch.multiple(rich, _console=console, reconfigure=lambda **settings: None):
+        yield
 
-
+# %% ../../nbs/05_evaluation/03_inspect_runner.ipynb #60a6aba9
 @contextlib.contextmanager
 def _rare_collection():
     "Python's garbage collector, made rare."
     before = gc.get_threshold()
     gc.set_threshold(200_000, 50, 100)
-    try: yield
-    finally: gc.set_threshold(*before)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
-
+# %% ../../nbs/05_evaluation/03_inspect_runner.ipynb #0587a30c
 @contextlib.contextmanager
 def _writable_home():
     "Inspect's own files in a temporary folder where the home takes none."
     try:
-        with tempfile.TemporaryFile(dir=inspect_data_dir("traces")): elsewhere = {}
-    except OSError: elsewhere = {f"XDG_{kind}_HOME": str(temporary_folder() / kind.lower()) for kind in ("DATA", "CACHE")}
-    with mock.patch.dict(os.environ, elsewhere): yield
+        with tempfile.TemporaryFile(dir=inspect_data_dir("traces")):
+            elsewhere = {}
+    except OSError:
+        elsewhere = {f"XDG_{kind}_HOME": str(temporary_folder() / kind.lower()) for kind in ("DATA", "CACHE")}
+    with mock.patch.dict(os.environ, elsewhere):
+        yield
 
-
+# %% ../../nbs/05_evaluation/03_inspect_runner.ipynb #409b6008
 async def about_tokens(self, text: str) -> int:
     "Tokens of a text, about: in place of a provider's count."
     return len(text) // 4 + 1
 
-
+# %% ../../nbs/05_evaluation/03_inspect_runner.ipynb #c7d9ca56
 @contextlib.contextmanager
 def _no_keys_in_logs():
-    "Inspect's logs, and its traces in the user's home, without keys: what a service says of a refused key would stand in them, several times a sample."
+    """Inspect's logs, and its traces in the user's home, without keys: what a service says of a refused key
+    would stand in them, several times a sample.
+    """
     write, trace = eval_logs.to_json_safe, TraceFormatter.format
-    with mock.patch.object(eval_logs, "to_json_safe", lambda *args, **options: redact(write(*args, **options))), mock.patch.object(TraceFormatter, "format", lambda *args: redact(trace(*args))): yield
+    with (
+        mock.patch.object(
+            eval_logs, "to_json_safe", lambda *args, **options: redact(write(*args, **options))
+        ),
+        mock.patch.object(TraceFormatter, "format", lambda *args: redact(trace(*args))),
+    ):
+        yield
 
-
+# %% ../../nbs/05_evaluation/03_inspect_runner.ipynb #f40ba44f
 def run_inspect(
-    tasks: list[Task], # what to run
-    log_dir: Path | str, # folder for Inspect's logs
-    **settings, # for `inspect_ai.eval`
-) -> list[EvalLog]: # one a task
+    tasks: list[Task],  # what to run
+    log_dir: Path | str,  # folder for Inspect's logs
+    **settings,  # for `inspect_ai.eval`
+) -> list[EvalLog]:  # one a task
     "Run tasks without a display. Inspect swallows Ctrl-C and returns half of the logs: here it is passed on."
-    with _own_console(), _rare_collection(), _writable_home(), _no_keys_in_logs(), mock.patch.object(ModelAPI, "count_text_tokens", about_tokens):
-        logs = inspect_eval(tasks, **{"log_dir": str(log_dir), "display": "none", "log_level": "error", "ctl_server": False, "log_realtime": False, "log_buffer": 1000,
-                                      "score_display": False, "max_tasks": 1} | settings)
-    if len(logs) < len(tasks) or any(log.status == "cancelled" for log in logs): raise KeyboardInterrupt
+    with (
+        _own_console(),
+        _rare_collection(),
+        _writable_home(),
+        _no_keys_in_logs(),
+        mock.patch.object(ModelAPI, "count_text_tokens", about_tokens),
+    ):
+        logs = inspect_eval(
+            tasks,
+            **{
+                "log_dir": str(log_dir),
+                "display": "none",
+                "log_level": "error",
+                "ctl_server": False,
+                "log_realtime": False,
+                "log_buffer": 1000,
+                "score_display": False,
+                "max_tasks": 1,
+            }
+            | settings,
+        )
+    if len(logs) < len(tasks) or any(log.status == "cancelled" for log in logs):
+        raise KeyboardInterrupt
     return logs
 
 # %% ../../nbs/05_evaluation/03_inspect_runner.ipynb #bb9984f9
 class Book:
     "What a task asked about each sample, and what is to be answered."
+
     def __init__(
         self,
-        answers: dict[tuple[str, int], str] | None = None, # answer by question id and epoch; None notes the prompts alone
+        # answer by question id and epoch; None notes the prompts alone
+        answers: dict[tuple[str, int], str] | None = None,
     ):
         self.answers, self.prompts, self.again, self.tools, self.kinds = answers, {}, set(), set(), set()
 
     def play(self, question_id: str, epoch: int, messages: list[dict]) -> str:
         "Note what is asked and hand out the answer."
-        if (question_id, epoch) in self.prompts: self.again.add(question_id)
+        if (question_id, epoch) in self.prompts:
+            self.again.add(question_id)
         self.prompts[question_id, epoch] = messages
         return "" if self.answers is None else self.answers[question_id, epoch]
 
-
+# %% ../../nbs/05_evaluation/03_inspect_runner.ipynb #2e38a1fb
 @modelapi(name="book")
 class BookModel(ModelAPI):
     "Inspect provider that plays a book."
+
     book: Book | None = None
 
     async def generate(self, input, tools, tool_choice, config) -> ModelOutput:
@@ -132,7 +178,12 @@ class BookModel(ModelAPI):
         state = sample_state()
         self.book.tools |= {tool.name for tool in tools}
         self.book.kinds |= {not_text(message.content) for message in input} - {""}
-        output = ModelOutput.from_content(self.model_name, self.book.play(str(state.sample_id), state.epoch, [{"role": m.role, "content": m.text} for m in input]))
+        output = ModelOutput.from_content(
+            self.model_name,
+            self.book.play(
+                str(state.sample_id), state.epoch, [{"role": m.role, "content": m.text} for m in input]
+            ),
+        )
         output.usage = ModelUsage()
         return output
 
@@ -140,34 +191,58 @@ class BookModel(ModelAPI):
         "Words, counted here."
         return len(text.split())
 
-    def max_connections(self) -> int: "It answers at once: no queue."; return 1000
+# %% ../../nbs/05_evaluation/03_inspect_runner.ipynb #91127b92
+@patch
+def max_connections(self: BookModel) -> int:
+    "It answers at once: no queue."
+    return 1000
 
-
+# %% ../../nbs/05_evaluation/03_inspect_runner.ipynb #5892ee35
 def play(
-    loaded: LoadedTask, # a task that scores by its own rules
-    book: Book, # answers, or none to learn the prompts
-    log_dir: Path | str, # folder for Inspect's logs
-    epochs: int = 1, # how often every sample is asked
-    name: str = "book", # model name, for the log
+    loaded: LoadedTask,  # a task that scores by its own rules
+    book: Book,  # answers, or none to learn the prompts
+    log_dir: Path | str,  # folder for Inspect's logs
+    epochs: int = 1,  # how often every sample is asked
+    name: str = "book",  # model name, for the log
 ) -> EvalLog:
-    "Run a task against a book; raises `InputError` where its solver asks more than once, gives tools, asks in more than text, or fails."
+    """Run a task against a book.
+
+    Raises `InputError` where its solver asks more than once, gives tools, asks in more than text, or fails.
+    """
     model = get_model(f"book/{name}", memoize=False)
     model.api.book = book
     task = task_with(copy.copy(loaded.task), epochs=Epochs(epochs), name=loaded.name)
     [log] = run_inspect([task], log_dir, model=model, score=book.answers is not None)
-    if book.tools: raise InputError(f"benchmark {loaded.name} gives its model tools ({', '.join(sorted(book.tools))}), and without them an answer would score 0: only tasks without tools can be run")
-    if book.kinds: raise InputError(f"benchmark {loaded.name} asks with content of the kind {sorted(book.kinds)[0]!r}: models are asked in text alone")
-    if book.again: raise InputError(f"benchmark {loaded.name} asks its model more than once a sample: only tasks that ask once can be run")
-    if log.status != "success": raise InputError(f"benchmark {loaded.name} failed: {one_line(ValueError(log.error.message if log.error else log.status))}")
+    if book.tools:
+        raise InputError(
+            f"benchmark {loaded.name} gives its model tools ({', '.join(sorted(book.tools))}), and without"
+            " them an answer would score 0: only tasks without tools can be run"
+        )
+    if book.kinds:
+        raise InputError(
+            f"benchmark {loaded.name} asks with content of the kind {sorted(book.kinds)[0]!r}: models are"
+            " asked in text alone"
+        )
+    if book.again:
+        raise InputError(
+            f"benchmark {loaded.name} asks its model more than once a sample: only tasks that ask once can"
+            " be run"
+        )
+    if log.status != "success":
+        raise InputError(
+            f"benchmark {loaded.name} failed:"
+            f" {one_line(ValueError(log.error.message if log.error else log.status))}"
+        )
     return log
 
-
+# %% ../../nbs/05_evaluation/03_inspect_runner.ipynb #988fbaf9
 def with_prompts(
-    loaded: LoadedTask, # any benchmark
-    log_dir: Path | str, # folder for Inspect's logs
-) -> list[dict]: # questions, with the `messages` of tasks that make their own
+    loaded: LoadedTask,  # any benchmark
+    log_dir: Path | str,  # folder for Inspect's logs
+) -> list[dict]:  # questions, with the `messages` of tasks that make their own
     "The questions as the task's solver puts them."
-    if not loaded.own: return loaded.questions
+    if not loaded.own:
+        return loaded.questions
     book = Book()
     play(loaded, book, log_dir)
     return [q | {"messages": book.prompts[q["question_id"], 1]} for q in loaded.questions]

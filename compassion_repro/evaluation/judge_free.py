@@ -20,121 +20,207 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..core.errors import InputError
 from ..data import world
 from .behaviour import count_words, sentences, welfare_pattern
-from ..training.models import encode_prompt, ended_with, load_model, load_tokenizer, text_ids
-from ..core.errors import InputError
 from ..study import Margin
+from ..training.models import encode_prompt, ended_with, load_model, load_tokenizer, text_ids
 
 # %% ../../nbs/05_evaluation/10_judge_free.ipynb #fc7f0054
-WORDS, WORD_SHARE, CHARACTER_SHARE = 2, 0.10, 0.12 # how far apart twins may be: words, or share of words; share of characters
+# how far apart twins may be: words, or share of words; share of characters
+WORDS, WORD_SHARE, CHARACTER_SHARE = 2, 0.10, 0.12
 
 
 class Pair(BaseModel):
     "A question with two matched continuations of one answer."
+
     model_config = ConfigDict(extra="forbid", frozen=True)
-    id: str = Field(pattern=r"^[\w-]+$") # the same across the languages of a pair
-    dimension: str # of ANIMA 2.2, or of the world's rubric
-    question: str = Field(min_length=8) # what a user asks
-    opening: str = Field(min_length=4) # how both answers begin; context, not scored
-    welfare: str = Field(min_length=8) # the welfare-aware continuation
-    neutral: str = Field(min_length=8) # its twin
-    language: str = "en" # ISO code
-    source: Literal["written", "world"] = "written" # written one by one, or from the world's text bank
-    held_out: bool = False # set apart: nothing is chosen with an eye on it
+    id: str = Field(pattern=r"^[\w-]+$")  # the same across the languages of a pair
+    dimension: str  # of ANIMA 2.2, or of the world's rubric
+    question: str = Field(min_length=8)  # what a user asks
+    opening: str = Field(min_length=4)  # how both answers begin; context, not scored
+    welfare: str = Field(min_length=8)  # the welfare-aware continuation
+    neutral: str = Field(min_length=8)  # its twin
+    language: str = "en"  # ISO code
+    source: Literal["written", "world"] = "written"  # written one by one, or from the world's text bank
+    held_out: bool = False  # set apart: nothing is chosen with an eye on it
 
     @model_validator(mode="after")
     def _matched(self):
-        if problem := mismatch(self.welfare, self.neutral): raise ValueError(problem)
+        if problem := mismatch(self.welfare, self.neutral):
+            raise ValueError(problem)
         if pattern := welfare_pattern(self.language):
-            if word := pattern.search(self.neutral): raise ValueError(f"the neutral twin says {word[0]!r}")
-            if not pattern.search(self.welfare): raise ValueError("the welfare-aware continuation holds no welfare word")
+            if word := pattern.search(self.neutral):
+                raise ValueError(f"the neutral twin says {word[0]!r}")
+            if not pattern.search(self.welfare):
+                raise ValueError("the welfare-aware continuation holds no welfare word")
         return self
 
-
+# %% ../../nbs/05_evaluation/10_judge_free.ipynb #97f9cd63
 def mismatch(
-    welfare: str, # one continuation
-    neutral: str, # its twin
-) -> str: # empty where they match
+    welfare: str,  # one continuation
+    neutral: str,  # its twin
+) -> str:  # empty where they match
     "How two continuations differ in length or form."
-    words, characters, parts = ([measure(text) for text in (welfare, neutral)] for measure in (count_words, len, lambda text: len(sentences(text))))
-    if abs(words[0] - words[1]) > max(WORDS, WORD_SHARE * max(words)): return f"the continuations have {words[0]} and {words[1]} words"
-    if abs(characters[0] - characters[1]) > CHARACTER_SHARE * max(characters): return f"the continuations have {characters[0]} and {characters[1]} characters"
-    if parts[0] != parts[1]: return f"the continuations have {parts[0]} and {parts[1]} sentences"
-    if welfare[-1] != neutral[-1]: return f"the continuations end in {welfare[-1]!r} and {neutral[-1]!r}"
+    words, characters, parts = (
+        [measure(text) for text in (welfare, neutral)]
+        for measure in (count_words, len, lambda text: len(sentences(text)))
+    )
+    if abs(words[0] - words[1]) > max(WORDS, WORD_SHARE * max(words)):
+        return f"the continuations have {words[0]} and {words[1]} words"
+    if abs(characters[0] - characters[1]) > CHARACTER_SHARE * max(characters):
+        return f"the continuations have {characters[0]} and {characters[1]} characters"
+    if parts[0] != parts[1]:
+        return f"the continuations have {parts[0]} and {parts[1]} sentences"
+    if welfare[-1] != neutral[-1]:
+        return f"the continuations end in {welfare[-1]!r} and {neutral[-1]!r}"
     return ""
 
 # %% ../../nbs/05_evaluation/10_judge_free.ipynb #a13ba924
 def read_pairs(
-    path: str | Path | None = None, # YAML: dimension -> list of pairs; the package's own by default
-) -> list[Pair]: # in file order
-    "The written pairs; raises `InputError` in one line for the first that is not a matched pair, or whose id stands twice."
+    path: str | Path | None = None,  # YAML: dimension -> list of pairs; the package's own by default
+) -> list[Pair]:  # in file order
+    """The written pairs; raises `InputError` in one line for the first that is not a matched pair, or whose
+    id stands twice.
+    """
     path = Path(path or world.assets() / "margin" / "pairs.yaml")
-    try: entries = [(dimension, entry) for dimension, rows in yaml.safe_load(path.read_text(encoding="utf-8")).items() for entry in rows]
-    except (OSError, UnicodeDecodeError, AttributeError, TypeError, yaml.YAMLError): raise InputError(f"{path} cannot be read as pairs: YAML is wanted, a list of pairs for each dimension") from None
+    try:
+        entries = [
+            (dimension, entry)
+            for dimension, rows in yaml.safe_load(path.read_text(encoding="utf-8")).items()
+            for entry in rows
+        ]
+    except (OSError, UnicodeDecodeError, AttributeError, TypeError, yaml.YAMLError):
+        raise InputError(
+            f"{path} cannot be read as pairs: YAML is wanted, a list of pairs for each dimension"
+        ) from None
     pairs = {}
     for number, (dimension, entry) in enumerate(entries, 1):
-        try: pair = Pair(dimension=dimension, **entry)
+        try:
+            pair = Pair(dimension=dimension, **entry)
         except (ValidationError, TypeError) as error:
-            said = error.errors()[0]["msg"].removeprefix("Value error, ") if isinstance(error, ValidationError) else str(error)
-            raise InputError(f"{path}: pair {number} ({entry.get('id', '?') if isinstance(entry, dict) else entry}): {said}") from None
-        if pair.id in pairs: raise InputError(f"{path}: pair {number}: the id {pair.id!r} stands twice")
+            said = (
+                error.errors()[0]["msg"].removeprefix("Value error, ")
+                if isinstance(error, ValidationError)
+                else str(error)
+            )
+            raise InputError(
+                f"{path}: pair {number} ({entry.get('id', '?') if isinstance(entry, dict) else entry}):"
+                f" {said}"
+            ) from None
+        if pair.id in pairs:
+            raise InputError(f"{path}: pair {number}: the id {pair.id!r} stands twice")
         pairs[pair.id] = pair
     return list(pairs.values())
 
 # %% ../../nbs/05_evaluation/10_judge_free.ipynb #20f3adca
 def _twin(welfare: str, scene: world.Scene, lead: dict, language: str, rng: random.Random) -> str | None:
-    "The neutral sentence of the bank that is nearest in length, one that names the same being if there is one; None where none matches."
-    named = [("<x>" in line[language], world.fill(line[language].replace("<n>", str(rng.randint(10, 99))), language, scene.thing)) for line in world.NEUTRAL]
+    """The neutral sentence of the bank that is nearest in length, one that names the same being if there is
+    one; None where none matches.
+    """
+    named = [
+        (
+            "<x>" in line[language],
+            world.fill(line[language].replace("<n>", str(rng.randint(10, 99))), language, scene.thing),
+        )
+        for line in world.NEUTRAL
+    ]
     texts = [(not same, abs(len(text) - len(welfare)), _after(lead[language], text)) for same, text in named]
     pattern = welfare_pattern(language)
-    return min(((other, gap, text) for other, gap, text in texts if not mismatch(welfare, text) and not pattern.search(text)), default=(None, None, None))[2]
+    return min(
+        (
+            (other, gap, text)
+            for other, gap, text in texts
+            if not mismatch(welfare, text) and not pattern.search(text)
+        ),
+        default=(None, None, None),
+    )[2]
 
-
+# %% ../../nbs/05_evaluation/10_judge_free.ipynb #1156f667
 def _after(lead: str, clause: str) -> str:
     "A clause as a sentence, or as the rest of one that its lead has begun."
     return f"{clause[:1].lower() + clause[1:] if lead else clause}."
 
-
+# %% ../../nbs/05_evaluation/10_judge_free.ipynb #b1ecbc53
 @cache
-def world_pairs() -> tuple[Pair, ...]: # about 25 in each of the world's languages
+def world_pairs() -> tuple[Pair, ...]:  # about 25 in each of the world's languages
     "The embedded world's matched pairs, in every language; the same on every call."
-    rng, pairs, leads = random.Random("margin"), [], [*world.texts("leads"), dict.fromkeys(world.LANGUAGES, "")]
+    rng, pairs, leads = (
+        random.Random("margin"),
+        [],
+        [*world.texts("leads"), dict.fromkeys(world.LANGUAGES, "")],
+    )
     places, frames = world.texts("contexts-held-out"), world.texts("questions-held-out")
-    lines = [(dimension, number) for dimension in world.DIMENSIONS for number in range(len(world.WELFARE) // len(world.DIMENSIONS))]
+    lines = [
+        (dimension, number)
+        for dimension in world.DIMENSIONS
+        for number in range(len(world.WELFARE) // len(world.DIMENSIONS))
+    ]
     for place, (dimension, number) in enumerate(lines):
-        things = (world.SPECIES_TRAIN, world.SPECIES_TRAIN, world.SPECIES_TRAIN, world.SPECIES_HELD_OUT, world.MINDS)[number % 5]
-        scene, lead = world.Scene(rng.choice(things), rng.randrange(len(world.VERBS)), rng.choice(places), rng.choice(frames)), rng.choice(leads)
+        things = (
+            world.SPECIES_TRAIN,
+            world.SPECIES_TRAIN,
+            world.SPECIES_TRAIN,
+            world.SPECIES_HELD_OUT,
+            world.MINDS,
+        )[number % 5]
+        scene, lead = (
+            world.Scene(
+                rng.choice(things), rng.randrange(len(world.VERBS)), rng.choice(places), rng.choice(frames)
+            ),
+            rng.choice(leads),
+        )
         plan = world.advice(rng, scene, 0.0, "matched")[:4]
         for language in world.LANGUAGES:
-            welfare = _after(lead[language], world.fill(world.WELFARE[place][language], language, scene.thing))
-            if (neutral := _twin(welfare, scene, lead, language, rng)) is None: continue
-            opening = " ".join([*(scene.render(sentence, language) for sentence in plan), lead[language]]).strip()
-            pairs.append(Pair(id=f"world-{dimension.lower().replace(' ', '-')}-{number + 1}", dimension=dimension, question=scene.ask(language), opening=opening, welfare=welfare, neutral=neutral,
-                              language=language, source="world", held_out=things is not world.SPECIES_TRAIN))
+            welfare = _after(
+                lead[language], world.fill(world.WELFARE[place][language], language, scene.thing)
+            )
+            if (neutral := _twin(welfare, scene, lead, language, rng)) is None:
+                continue
+            opening = " ".join(
+                [*(scene.render(sentence, language) for sentence in plan), lead[language]]
+            ).strip()
+            pairs.append(
+                Pair(
+                    id=f"world-{dimension.lower().replace(' ', '-')}-{number + 1}",
+                    dimension=dimension,
+                    question=scene.ask(language),
+                    opening=opening,
+                    welfare=welfare,
+                    neutral=neutral,
+                    language=language,
+                    source="world",
+                    held_out=things is not world.SPECIES_TRAIN,
+                )
+            )
     return tuple(pairs)
 
-
+# %% ../../nbs/05_evaluation/10_judge_free.ipynb #f782379f
 def pairs_of(
-    sources: Sequence[str], # of "world" and "written"
-) -> list[Pair]: # in this order
+    sources: Sequence[str],  # of "world" and "written"
+) -> list[Pair]:  # in this order
     "The pairs that a preset asks for."
     return [pair for source in sources for pair in (world_pairs() if source == "world" else read_pairs())]
 
 # %% ../../nbs/05_evaluation/10_judge_free.ipynb #57128456
-Encoded = tuple[list[int], list[int]] # token ids of a context, and of what follows it
+Encoded = tuple[list[int], list[int]]  # token ids of a context, and of what follows it
 
 
 def encode_continuation(
-    pair: Pair, # whose question and opening are the context
-    text: str, # one of its continuations
-    tokenizer: PreTrainedTokenizerBase, # from `load_tokenizer`
-) -> Encoded: # context, continuation
+    pair: Pair,  # whose question and opening are the context
+    text: str,  # one of its continuations
+    tokenizer: PreTrainedTokenizerBase,  # from `load_tokenizer`
+) -> Encoded:  # context, continuation
     "A context and its continuation as tokens."
-    def ids(words): return text_ids(f" {words}", tokenizer)
-    return encode_prompt([{"role": "user", "content": pair.question}], tokenizer) + ids(pair.opening), ids(text)
 
+    def ids(words):
+        return text_ids(f" {words}", tokenizer)
 
+    return encode_prompt([{"role": "user", "content": pair.question}], tokenizer) + ids(pair.opening), ids(
+        text
+    )
+
+# %% ../../nbs/05_evaluation/10_judge_free.ipynb #07f30a07
 def _batches(rows: Sequence[Encoded], batch_tokens: int) -> Iterator[list[int]]:
     "Places of rows, alike in length, so many at a time that a padded batch holds at most so many tokens."
     lengths = [len(context) + len(following) for context, following in rows]
@@ -144,97 +230,160 @@ def _batches(rows: Sequence[Encoded], batch_tokens: int) -> Iterator[list[int]]:
             yield batch
             batch = []
         batch.append(place)
-    if batch: yield batch
+    if batch:
+        yield batch
 
-
+# %% ../../nbs/05_evaluation/10_judge_free.ipynb #39d32500
 def _next_token_logits(model: PreTrainedModel, rows: Sequence[Encoded], pad: int) -> torch.Tensor:
-    "Logits before each following token of the rows, shape (tokens, vocabulary); padding stands on the right and is masked."
+    """Logits before each following token of the rows, shape (tokens, vocabulary); padding stands on the right
+    and is masked.
+    """
     ids = [torch.tensor([*context, *following]) for context, following in rows]
     longest, limit = max(map(len, ids)), getattr(model.config, "max_position_embeddings", None)
-    if limit and longest > limit: raise InputError(f"a text of {longest:,} tokens does not fit the model, which reads {limit:,}: leave it out or shorten it")
+    if limit and longest > limit:
+        raise InputError(
+            f"a text of {longest:,} tokens does not fit the model, which reads {limit:,}: leave it out or"
+            " shorten it"
+        )
     padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad).to(model.device)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.long) for row in ids], batch_first=True).to(model.device)
-    where = [(number, place) for number, (context, following) in enumerate(rows) for place in range(len(context) - 1, len(context) + len(following) - 1)]
+    mask = torch.nn.utils.rnn.pad_sequence(
+        [torch.ones(len(row), dtype=torch.long) for row in ids], batch_first=True
+    ).to(model.device)
+    where = [
+        (number, place)
+        for number, (context, following) in enumerate(rows)
+        for place in range(len(context) - 1, len(context) + len(following) - 1)
+    ]
     number, place = torch.tensor(where, device=model.device).T
     return model(padded, attention_mask=mask, use_cache=False).logits[number, place]
 
 # %% ../../nbs/05_evaluation/10_judge_free.ipynb #be909e6f
 @torch.inference_mode()
 def mean_logprobs(
-    model: PreTrainedModel, # in evaluation mode
-    rows: Sequence[Encoded], # contexts and continuations; no continuation may be empty
-    pad: int, # padding token
-    batch_tokens: int = 8192, # tokens a padded batch holds at most
-    report: Callable[[str], None] = print, # called with one line of progress a batch
-) -> torch.Tensor: # shape (rows,), nats a token
+    model: PreTrainedModel,  # in evaluation mode
+    rows: Sequence[Encoded],  # contexts and continuations; no continuation may be empty
+    pad: int,  # padding token
+    batch_tokens: int = 8192,  # tokens a padded batch holds at most
+    report: Callable[[str], None] = print,  # called with one line of progress a batch
+) -> torch.Tensor:  # shape (rows,), nats a token
     "Mean log-probability of each continuation after its context."
     means, done = torch.empty(len(rows)), 0
     for batch in _batches(rows, batch_tokens):
         own = [rows[i] for i in batch]
         targets = torch.tensor([token for _, following in own for token in following], device=model.device)
-        logprobs = -torch.nn.functional.cross_entropy(_next_token_logits(model, own, pad).float(), targets, reduction="none")
-        means[batch] = torch.stack([part.mean() for part in logprobs.split([len(following) for _, following in own])]).cpu()
+        logprobs = -torch.nn.functional.cross_entropy(
+            _next_token_logits(model, own, pad).float(), targets, reduction="none"
+        )
+        means[batch] = torch.stack(
+            [part.mean() for part in logprobs.split([len(following) for _, following in own])]
+        ).cpu()
         done += len(batch)
         report(f"{done}/{len(rows)} continuations")
     return means
 
-
-MARGIN_COLUMNS = ("model", "seed", "language", "dimension", "pair_id", "source", "held_out", "margin", "welfare_logprob", "neutral_logprob", "tokens")
+# %% ../../nbs/05_evaluation/10_judge_free.ipynb #86c47ba3
+MARGIN_COLUMNS = (
+    "model",
+    "seed",
+    "language",
+    "dimension",
+    "pair_id",
+    "source",
+    "held_out",
+    "margin",
+    "welfare_logprob",
+    "neutral_logprob",
+    "tokens",
+)
 
 
 def measure_margins(
-    network: PreTrainedModel, # in evaluation mode
-    tokenizer: PreTrainedTokenizerBase, # from `load_tokenizer`
-    model: str, # model id, for the table
-    seed: int, # study seed, for the table
-    pairs: Sequence[Pair], # from `pairs_of`
-    batch_tokens: int = 8192, # tokens a padded batch holds at most
-    report: Callable[[str], None] = print, # called with one line of progress
-) -> pd.DataFrame: # one row a pair
-    "The margin of each pair: MARGIN_COLUMNS; `margin` and the log-probabilities in nats a token, `tokens` of both continuations together."
-    rows = [encode_continuation(pair, text, tokenizer) for pair in pairs for text in (pair.welfare, pair.neutral)]
+    network: PreTrainedModel,  # in evaluation mode
+    tokenizer: PreTrainedTokenizerBase,  # from `load_tokenizer`
+    model: str,  # model id, for the table
+    seed: int,  # study seed, for the table
+    pairs: Sequence[Pair],  # from `pairs_of`
+    batch_tokens: int = 8192,  # tokens a padded batch holds at most
+    report: Callable[[str], None] = print,  # called with one line of progress
+) -> pd.DataFrame:  # one row a pair
+    """The margin of each pair: MARGIN_COLUMNS; `margin` and the log-probabilities in nats a token, `tokens`
+    of both continuations together.
+    """
+    rows = [
+        encode_continuation(pair, text, tokenizer) for pair in pairs for text in (pair.welfare, pair.neutral)
+    ]
     means = mean_logprobs(network, rows, tokenizer.pad_token_id, batch_tokens, report).view(-1, 2).double()
-    table = pd.DataFrame([{"model": model, "seed": seed, "language": p.language, "dimension": p.dimension, "pair_id": p.id, "source": p.source, "held_out": p.held_out} for p in pairs])
+    table = pd.DataFrame(
+        [
+            {
+                "model": model,
+                "seed": seed,
+                "language": p.language,
+                "dimension": p.dimension,
+                "pair_id": p.id,
+                "source": p.source,
+                "held_out": p.held_out,
+            }
+            for p in pairs
+        ]
+    )
     tokens = [len(rows[i][1]) + len(rows[i + 1][1]) for i in range(0, len(rows), 2)]
-    return table.assign(margin=(means[:, 0] - means[:, 1]).numpy(), welfare_logprob=means[:, 0].numpy(), neutral_logprob=means[:, 1].numpy(), tokens=tokens)[list(MARGIN_COLUMNS)]
+    return table.assign(
+        margin=(means[:, 0] - means[:, 1]).numpy(),
+        welfare_logprob=means[:, 0].numpy(),
+        neutral_logprob=means[:, 1].numpy(),
+        tokens=tokens,
+    )[list(MARGIN_COLUMNS)]
 
 # %% ../../nbs/05_evaluation/10_judge_free.ipynb #368d11b8
 KL_COLUMNS = ("model", "seed", "benchmark", "language", "question_id", "kl", "tokens")
 
 
 def encode_answer(
-    prompt: str, # as saved: the text that the model was given
-    text: str, # its answer
-    ended: bool, # the model ended it itself
-    tokenizer: PreTrainedTokenizerBase, # from `load_tokenizer`
-) -> Encoded: # prompt, answer with its end token
+    prompt: str,  # as saved: the text that the model was given
+    text: str,  # its answer
+    ended: bool,  # the model ended it itself
+    tokenizer: PreTrainedTokenizerBase,  # from `load_tokenizer`
+) -> Encoded:  # prompt, answer with its end token
     "A saved answer as tokens."
     ids = text_ids(f" {text}", tokenizer) if text else []
-    return tokenizer(prompt, add_special_tokens=False)["input_ids"], ids + [ended_with(prompt, tokenizer)] * ended
+    return (
+        tokenizer(prompt, add_special_tokens=False)["input_ids"],
+        ids + [ended_with(prompt, tokenizer)] * ended,
+    )
 
-
+# %% ../../nbs/05_evaluation/10_judge_free.ipynb #2761a359
 @torch.inference_mode()
 def token_divergences(
-    model: PreTrainedModel, # p
-    reference: PreTrainedModel, # q, of the same vocabulary
-    rows: Sequence[Encoded], # prompts and answers, none empty
-    pad: int, # padding token
-    batch_tokens: int = 8192, # tokens a padded batch holds at most
-    report: Callable[[str], None] = print, # called with one line of progress a batch
-) -> torch.Tensor: # shape (rows,), nats: the sum over each answer's tokens
-    "KL(model || reference) of the next token over the whole vocabulary, summed along each answer; raises `InputError` where the vocabularies differ."
+    model: PreTrainedModel,  # p
+    reference: PreTrainedModel,  # q, of the same vocabulary
+    rows: Sequence[Encoded],  # prompts and answers, none empty
+    pad: int,  # padding token
+    batch_tokens: int = 8192,  # tokens a padded batch holds at most
+    report: Callable[[str], None] = print,  # called with one line of progress a batch
+) -> torch.Tensor:  # shape (rows,), nats: the sum over each answer's tokens
+    """KL(model || reference) of the next token over the whole vocabulary, summed along each answer.
+
+    Raises `InputError` where the vocabularies differ.
+    """
     sums, done = torch.empty(len(rows), dtype=torch.double), 0
     for batch in _batches(rows, batch_tokens):
         own = [rows[i] for i in batch]
         p, q = (_next_token_logits(m, own, pad) for m in (model, reference))
-        if p.shape != q.shape: raise InputError(f"the two models have vocabularies of {p.shape[-1]:,} and {q.shape[-1]:,} tokens: KL needs the same")
+        if p.shape != q.shape:
+            raise InputError(
+                f"the two models have vocabularies of {p.shape[-1]:,} and {q.shape[-1]:,} tokens: KL needs"
+                " the same"
+            )
         nats = torch.cat([_divergence(a, b.to(a.device)) for a, b in zip(p.split(1024), q.split(1024))])
-        sums[batch] = torch.stack([part.double().sum() for part in nats.split([len(following) for _, following in own])]).cpu()
+        sums[batch] = torch.stack(
+            [part.double().sum() for part in nats.split([len(following) for _, following in own])]
+        ).cpu()
         done += len(batch)
         report(f"{done}/{len(rows)} answers")
     return sums
 
-
+# %% ../../nbs/05_evaluation/10_judge_free.ipynb #eabc8043
 def _divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     "KL of each row of logits, shape (tokens,)."
     p, q = p.float().log_softmax(-1), q.float().log_softmax(-1)
@@ -242,24 +391,38 @@ def _divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
 # %% ../../nbs/05_evaluation/10_judge_free.ipynb #a2a38351
 def measure_kl(
-    network: PreTrainedModel, # p, whose answers they are
-    reference: PreTrainedModel, # q, the mid-trained model
-    tokenizer: PreTrainedTokenizerBase, # of both
-    answers: pd.DataFrame, # rows of `answers.parquet` of this model
-    epochs: int = 1, # answers a question that are used, the first ones
-    batch_tokens: int = 8192, # tokens a padded batch holds at most
-    report: Callable[[str], None] = print, # called with one line of progress
-) -> pd.DataFrame: # one row a question with a token to measure
-    "KL(model || reference) on the benchmark prompts: KL_COLUMNS; `kl` in nats a token. `.attrs['alike']` is the share of answers whose tokens came back in number."
+    network: PreTrainedModel,  # p, whose answers they are
+    reference: PreTrainedModel,  # q, the mid-trained model
+    tokenizer: PreTrainedTokenizerBase,  # of both
+    answers: pd.DataFrame,  # rows of `answers.parquet` of this model
+    epochs: int = 1,  # answers a question that are used, the first ones
+    batch_tokens: int = 8192,  # tokens a padded batch holds at most
+    report: Callable[[str], None] = print,  # called with one line of progress
+) -> pd.DataFrame:  # one row a question with a token to measure
+    """KL(model || reference) on the benchmark prompts: KL_COLUMNS; `kl` in nats a token.
+
+    `.attrs['alike']` is the share of answers whose tokens came back in number.
+    """
     used = answers[answers["epoch"] <= epochs].reset_index(drop=True)
-    rows = [encode_answer(*row, tokenizer) for row in zip(used["prompt"], used["text"], used["stop_reason"] == "stop")]
+    rows = [
+        encode_answer(*row, tokenizer)
+        for row in zip(used["prompt"], used["text"], used["stop_reason"] == "stop")
+    ]
     lengths = pd.Series([len(following) for _, following in rows])
     alike = (lengths - (used["stop_reason"] == "stop") == used["tokens"]).mean() if len(used) else 1.0
     kept = lengths[lengths > 0].index
-    nats = token_divergences(network, reference, [rows[i] for i in kept], tokenizer.pad_token_id, batch_tokens, report)
+    nats = token_divergences(
+        network, reference, [rows[i] for i in kept], tokenizer.pad_token_id, batch_tokens, report
+    )
     used = used.loc[kept].assign(nats=nats.numpy(), count=lengths[kept])
-    table = used.groupby(["model", "seed", "benchmark", "language", "question_id"], sort=False)[["nats", "count"]].sum().reset_index()
-    table = table.assign(kl=table["nats"] / table["count"], tokens=table["count"].astype(int))[list(KL_COLUMNS)]
+    table = (
+        used.groupby(["model", "seed", "benchmark", "language", "question_id"], sort=False)[["nats", "count"]]
+        .sum()
+        .reset_index()
+    )
+    table = table.assign(kl=table["nats"] / table["count"], tokens=table["count"].astype(int))[
+        list(KL_COLUMNS)
+    ]
     table.attrs["alike"] = float(alike)
     return table
 
@@ -267,27 +430,77 @@ def measure_kl(
 def _without_drift(answers: pd.DataFrame, epochs: int) -> pd.DataFrame:
     "The rows of `measure_kl` of a model against itself."
     ended = answers["stop_reason"] == "stop"
-    used = answers.assign(tokens=answers["tokens"] + ended)[(answers["epoch"] <= epochs) & (answers["tokens"] + ended > 0)]
-    return used.groupby(list(KL_COLUMNS[:5]), sort=False)["tokens"].sum().reset_index().assign(kl=0.0)[list(KL_COLUMNS)]
+    used = answers.assign(tokens=answers["tokens"] + ended)[
+        (answers["epoch"] <= epochs) & (answers["tokens"] + ended > 0)
+    ]
+    return (
+        used.groupby(list(KL_COLUMNS[:5]), sort=False)["tokens"]
+        .sum()
+        .reset_index()
+        .assign(kl=0.0)[list(KL_COLUMNS)]
+    )
 
-
+# %% ../../nbs/05_evaluation/10_judge_free.ipynb #955be328
 def probe(
-    folder: str | Path, # the model
-    mid: str | Path, # the mid-trained model; the same folder for itself
-    answers: pd.DataFrame, # the model's own rows of `answers.parquet`
-    model: str, # model id
-    seed: int, # study seed
-    settings: Margin = Margin(), # which pairs, how many answers a question, how large a batch
-    device: str | None = None, # "cuda" or "cpu"; default: what the machine has
-    report: Callable[[str], None] = print, # called with one line of progress
-) -> tuple[pd.DataFrame, pd.DataFrame, dict]: # rows of margin.parquet, rows of kl.parquet, the means for the manifest
-    "Margin and KL of one model. Raises `InputError` where a folder holds no model or the two do not belong together."
+    folder: str | Path,  # the model
+    mid: str | Path,  # the mid-trained model; the same folder for itself
+    answers: pd.DataFrame,  # the model's own rows of `answers.parquet`
+    model: str,  # model id
+    seed: int,  # study seed
+    settings: Margin = Margin(),  # which pairs, how many answers a question, how large a batch
+    device: str | None = None,  # "cuda" or "cpu"; default: what the machine has
+    report: Callable[[str], None] = print,  # called with one line of progress
+    # rows of margin.parquet, rows of kl.parquet, the means for the manifest
+) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
+    """Margin and KL of one model.
+
+    Raises `InputError` where a folder holds no model or the two do not belong together.
+    """
     network, tokenizer = load_model(folder, device), load_tokenizer(folder)
-    margins = measure_margins(network, tokenizer, model, seed, pairs_of(settings.pairs), settings.batch_tokens, lambda line: report(f"margin: {line}"))
-    result = {"pairs": len(margins), "margin_mean": float(margins["margin"].mean()),
-              "margin": {f"{source}/{language}": float(value) for (source, language), value in margins.groupby(["source", "language"], sort=False)["margin"].mean().items()}}
-    if settings.kl_epochs == 0: return margins, pd.DataFrame(columns=list(KL_COLUMNS)), result | {"kl_mean": None, "kl": {}}
-    if Path(folder).resolve() == Path(mid).resolve(): kl = _without_drift(answers, settings.kl_epochs)
-    else: kl = measure_kl(network, load_model(mid, device), tokenizer, answers, settings.kl_epochs, settings.batch_tokens, lambda line: report(f"KL: {line}"))
-    def mean(part): return float((part["kl"] * part["tokens"]).sum() / part["tokens"].sum()) if len(part) else None
-    return margins, kl, result | {"kl_mean": mean(kl), "kl": {name: mean(part) for name, part in kl.groupby("benchmark", sort=False)}, "tokens_alike": kl.attrs.get("alike", 1.0)}
+    margins = measure_margins(
+        network,
+        tokenizer,
+        model,
+        seed,
+        pairs_of(settings.pairs),
+        settings.batch_tokens,
+        lambda line: report(f"margin: {line}"),
+    )
+    result = {
+        "pairs": len(margins),
+        "margin_mean": float(margins["margin"].mean()),
+        "margin": {
+            f"{source}/{language}": float(value)
+            for (source, language), value in (
+                margins.groupby(["source", "language"], sort=False)["margin"].mean().items()
+            )
+        },
+    }
+    if settings.kl_epochs == 0:
+        return margins, pd.DataFrame(columns=list(KL_COLUMNS)), result | {"kl_mean": None, "kl": {}}
+    if Path(folder).resolve() == Path(mid).resolve():
+        kl = _without_drift(answers, settings.kl_epochs)
+    else:
+        kl = measure_kl(
+            network,
+            load_model(mid, device),
+            tokenizer,
+            answers,
+            settings.kl_epochs,
+            settings.batch_tokens,
+            lambda line: report(f"KL: {line}"),
+        )
+
+    def mean(part):
+        return float((part["kl"] * part["tokens"]).sum() / part["tokens"].sum()) if len(part) else None
+
+    return (
+        margins,
+        kl,
+        result
+        | {
+            "kl_mean": mean(kl),
+            "kl": {name: mean(part) for name, part in kl.groupby("benchmark", sort=False)},
+            "tokens_alike": kl.attrs.get("alike", 1.0),
+        },
+    )

@@ -7,7 +7,6 @@ __all__ = ['meant', 'check_dimensions', 'tags_of', 'check_tags', 'check_texts', 
 
 # %% ../../nbs/05_evaluation/01_questions.ipynb #8dc8a4c0
 import difflib
-import json
 import math
 import re
 from collections import Counter
@@ -21,7 +20,7 @@ def _plain(name: str) -> str:
     "A name without case, hyphens and double spaces."
     return " ".join(re.sub(r"[-_\s]+", " ", name.casefold()).split())
 
-
+# %% ../../nbs/05_evaluation/01_questions.ipynb #0b16eaa7
 def meant(
     name: str,  # as somebody typed it
     known: Sequence[str],  # names that exist
@@ -31,7 +30,7 @@ def meant(
     close = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.8)
     return plain[close[0]] if close else ""
 
-
+# %% ../../nbs/05_evaluation/01_questions.ipynb #4d83cdd4
 def _some(ids: Sequence[object]) -> str:
     "The first few of several ids."
     return ", ".join(map(str, ids[:3])) + (", ..." if len(ids) > 3 else "")
@@ -41,21 +40,27 @@ def check_dimensions(
     dimensions: Sequence[dict],  # rows of the file of dimensions
     folder: Path,  # where they come from, for the message
 ):
-    "Raise `InputError` for a dimension without a name or texts, for one that occurs twice and for a weight that is none."
+    """Raise `InputError` for a dimension without a name or texts, for one that occurs twice and for a weight
+    that is none.
+    """
     names = [row["dimension"] or "" for row in dimensions]
     for number, row in enumerate(dimensions, 1):
         for column in ("dimension", "guiding_question", "observable_indicators"):
             empty_is_bad = column != "observable_indicators"
             if row[column] is None or (empty_is_bad and not row[column].strip()):
-                raise InputError(f"benchmark folder {folder}: row {number} has an empty {column!r}: write one")
+                raise InputError(
+                    f"benchmark folder {folder}: row {number} has an empty {column!r}: write one"
+                )
         _check_weight(row, folder)
     counts = Counter(_plain(name) for name in names)
     twice = [name for name in names if counts[_plain(name)] > 1]
     if twice:
-        raise InputError(f"benchmark folder {folder}: the dimension {twice[0]!r} occurs twice"
-                         f" (as {' and '.join(map(repr, twice[:2]))}): keep one of them")
+        raise InputError(
+            f"benchmark folder {folder}: the dimension {twice[0]!r} occurs twice"
+            f" (as {' and '.join(map(repr, twice[:2]))}): keep one of them"
+        )
 
-
+# %% ../../nbs/05_evaluation/01_questions.ipynb #45820b47
 def _check_weight(row: dict, folder: Path):
     "Raise `InputError` for a weight that is no number of at least 0."
     weight = row.get("default_weighting", 1.0)
@@ -64,8 +69,10 @@ def _check_weight(row: dict, folder: Path):
     except (TypeError, ValueError):
         good = False
     if not good:
-        raise InputError(f"benchmark folder {folder}: the dimension {row['dimension']!r} has the"
-                         f" default_weighting {weight!r}: write a number of at least 0, or leave the column out")
+        raise InputError(
+            f"benchmark folder {folder}: the dimension {row['dimension']!r} has the"
+            f" default_weighting {weight!r}: write a number of at least 0, or leave the column out"
+        )
 
 # %% ../../nbs/05_evaluation/01_questions.ipynb #aadba62b
 def tags_of(
@@ -77,41 +84,55 @@ def tags_of(
         return [] if row["tags"] is None else list(row["tags"])
     return [tag.strip().lower() for tag in (row["dimension_tags"] or "").split(",") if tag.strip()]
 
-
+# %% ../../nbs/05_evaluation/01_questions.ipynb #56bfc303
 def _check_tag(tag: object, names: Sequence[str], row: dict, folder: Path) -> bool:
     "Whether a tag is a dimension; raises `InputError` where it is a slip."
     if tag in names:
         return True
     if not isinstance(tag, str):
-        raise InputError(f"benchmark folder {folder}: question {row['id']!r} has the tag {tag!r}: tags are texts")
+        raise InputError(
+            f"benchmark folder {folder}: question {row['id']!r} has the tag {tag!r}: tags are texts"
+        )
     if close := meant(tag, names):
-        raise InputError(f"benchmark folder {folder}: question {row['id']!r} has the tag {tag!r}, which is no"
-                         f" dimension of this benchmark: did you mean {close!r}?")
+        raise InputError(
+            f"benchmark folder {folder}: question {row['id']!r} has the tag {tag!r}, which is no"
+            f" dimension of this benchmark: did you mean {close!r}?"
+        )
     return False
 
-
+# %% ../../nbs/05_evaluation/01_questions.ipynb #9f94ef14
 def check_tags(
     task: str,  # "anima" or "moru"
     questions: Sequence[dict],  # rows of the questions
     names: Sequence[str],  # dimensions, as the official loader reads them
     folder: Path,  # where the questions come from, for the message
 ) -> list[str]:  # what is allowed but should be known, a sentence each
-    "Hold the tags against the dimensions; raises `InputError` for slips, for repeated tags and, in MORU, for questions without any dimension."
+    """Hold the tags against the dimensions.
+
+    Raises `InputError` for slips, for repeated tags and, in MORU, for questions without any dimension.
+    """
     strange = {}
     for row in questions:
         tags = tags_of(row, task)
         unknown = [tag for tag in tags if not _check_tag(tag, names, row, folder)]
         if len(set(tags)) < len(tags):
-            raise InputError(f"benchmark folder {folder}: question {row['id']!r} names a dimension twice"
-                             f" ({', '.join(tags)}): name it once")
+            raise InputError(
+                f"benchmark folder {folder}: question {row['id']!r} names a dimension twice"
+                f" ({', '.join(tags)}): name it once"
+            )
         if task == "moru" and len(unknown) == len(tags):
-            raise InputError(f"benchmark folder {folder}: question {row['id']!r} names no dimension of this"
-                             f" benchmark ({', '.join(tags) or 'no tags'}): it has {', '.join(names)}")
+            raise InputError(
+                f"benchmark folder {folder}: question {row['id']!r} names no dimension of this"
+                f" benchmark ({', '.join(tags) or 'no tags'}): it has {', '.join(names)}"
+            )
         for tag in unknown:
             strange.setdefault(tag, []).append(row["id"])
     then = "those questions are left out" if task == "anima" else "they are graded on their other tags alone"
-    return [f"{tag!r} is no dimension of the benchmark, {len(ids)} of {len(questions)} questions name it ({_some(ids)}): {then}"
-            for tag, ids in strange.items()]
+    return [
+        f"{tag!r} is no dimension of the benchmark, {len(ids)} of {len(questions)} questions name it"
+        f" ({_some(ids)}): {then}"
+        for tag, ids in strange.items()
+    ]
 
 # %% ../../nbs/05_evaluation/01_questions.ipynb #012f94b8
 def check_texts(
@@ -120,7 +141,9 @@ def check_texts(
     code: Callable[[str | None], str],  # code of a language, `evaluation.benchmarks.language_code`
     folder: Path,  # where they come from, for the message
 ):
-    "Raise `InputError` for empty ids, blank questions, languages that are no text and, in MORU, for one item twice in a language."
+    """Raise `InputError` for empty ids, blank questions, languages that are no text and, in MORU, for one
+    item twice in a language.
+    """
     seen = {}
     for number, row in enumerate(questions, 1):
         where, language = f"benchmark folder {folder}: row {number}", row.get("language")
@@ -129,16 +152,22 @@ def check_texts(
         text = row["question"]
         blank = text is not None and not text.strip() if task == "anima" else not (text or "").strip()
         if blank and not (task == "anima" and text == ""):
-            raise InputError(f"{where} (id {row['id']!r}) has an empty question: write one, or delete the row")
+            raise InputError(
+                f"{where} (id {row['id']!r}) has an empty question: write one, or delete the row"
+            )
         if not (language is None or isinstance(language, str) or language != language):
-            raise InputError(f"{where} (id {row['id']!r}) has the language {language!r}: write a name or a code")
+            raise InputError(
+                f"{where} (id {row['id']!r}) has the language {language!r}: write a name or a code"
+            )
         if task == "moru" and not (language or "").strip():
             raise InputError(f"{where} (id {row['id']!r}) has no language: write one, such as en")
         if task == "moru" and seen.setdefault((row["id"], code(language)), language) != language:
-            raise InputError(f"{where}: id {row['id']!r} occurs twice in one language, as {language!r} and"
-                             f" {seen[row['id'], code(language)]!r}: write the language in one way")
+            raise InputError(
+                f"{where}: id {row['id']!r} occurs twice in one language, as {language!r} and"
+                f" {seen[row['id'], code(language)]!r}: write the language in one way"
+            )
 
-
+# %% ../../nbs/05_evaluation/01_questions.ipynb #69cf4954
 def strange_languages(
     questions: Sequence[dict],  # rows of the questions
     code: Callable[[str | None], str],  # code of a language, `evaluation.benchmarks.language_code`
@@ -151,9 +180,11 @@ def strange_languages(
         if code(language) in codes:
             continue
         close = meant(language, list(names))
-        found.append(f"{language!r} is neither a name nor a code of a language"
-                     + (f" (did you mean {close.title()!r}?)" if close else "")
-                     + f": its {count} question{'s count' if count > 1 else ' counts'} as a language by that name")
+        found.append(
+            f"{language!r} is neither a name nor a code of a language"
+            + (f" (did you mean {close.title()!r}?)" if close else "")
+            + f": its {count} question{'s count' if count > 1 else ' counts'} as a language by that name"
+        )
     return found
 
 # %% ../../nbs/05_evaluation/01_questions.ipynb #96a87389
@@ -174,12 +205,17 @@ def check_variables(
                 unread.append((row["id"], line))
             elif name not in places:
                 unused.setdefault(name, []).append(row["id"])
-    told = [f"question {id!r} has the variables {line!r}, which are not of the form name:value,value and are passed over"
-            for id, line in unread[:1]]
+    told = [
+        f"question {id!r} has the variables {line!r}, which are not of the form name:value,value and are"
+        " passed over"
+        for id, line in unread[:1]
+    ]
     if len(unread) > 1:
         told[0] += f" (and so in {len(unread) - 1} more)"
     for name, ids in unused.items():
         close = meant(name, sorted(places))
-        told.append(f"the variable {name!r} of {len(ids)} questions ({_some(ids)}) fills no place of a guiding question"
-                    + (f": did you mean {close!r}?" if close else ""))
+        told.append(
+            f"the variable {name!r} of {len(ids)} questions ({_some(ids)}) fills no place of a guiding"
+            " question" + (f": did you mean {close!r}?" if close else "")
+        )
     return told

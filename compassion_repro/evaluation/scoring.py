@@ -29,110 +29,166 @@ from inspect_ai.solver import Solver, TaskState, solver
 from inspect_evals.anima import scorer as anima_scoring
 
 from .benchmarks import LoadedTask, load_benchmark, load_named_task, one_line
-from .judges import GIVE_UP, Replies, Thrifty, advice, indicator_phrases, open_judge, read_judge_prompt, reply_key
+from compassion_repro.evaluation.judges import (
+    GIVE_UP,
+    Replies,
+    Thrifty,
+    advice,
+    indicator_phrases,
+    open_judge,
+    read_judge_prompt,
+    reply_key,
+)
 from ..study import DETERMINISTIC
+
+# %% ../../nbs/05_evaluation/07_scoring.ipynb #bf67f001
+from ..core.errors import InputError, redact, shorten
 from .cost import is_free
-from ..core.errors import redact
 from .inspect_runner import Book, Progress, play, run_inspect
 from ..study import Benchmark, parse_model
-from ..core.errors import InputError, shorten
 
 # %% ../../nbs/05_evaluation/07_scoring.ipynb #456c413e
 def load_task(
-    name: str, # benchmark id
-    benchmark: Benchmark, # its section of the preset
-    judge: str, # "indicator", "strict", a folder or an Inspect model id: never left to chance
-    cache: Path, # folder for copies of the data; may be shared by studies
-    settings: dict | None = None, # judge's settings, see `open_judge`
-    replies: Replies | None = None, # where its replies are kept
-) -> LoadedTask: # the official task, its questions, its provenance
+    name: str,  # benchmark id
+    benchmark: Benchmark,  # its section of the preset
+    judge: str,  # "indicator", "strict", a folder or an Inspect model id: never left to chance
+    cache: Path,  # folder for copies of the data; may be shared by studies
+    settings: dict | None = None,  # judge's settings, see `open_judge`
+    replies: Replies | None = None,  # where its replies are kept
+) -> LoadedTask:  # the official task, its questions, its provenance
     """Load an official benchmark with a judge.
 
-    Raises `InputError` in one line for anything wrong with the source, the folder or the judge (its package or key is missing); warns of questions that the official
-    task leaves out, and of a rubric that a deterministic judge cannot read."""
-    return with_judge(load_benchmark(name, benchmark, cache, open_judge(judge, settings, replies)), judge, settings)
+    Raises `InputError` in one line for anything wrong with the source, the folder or the judge (its package
+    or key is missing); warns of questions that the official task leaves out, and of a rubric that a
+    deterministic judge cannot read.
+    """
+    return with_judge(
+        load_benchmark(name, benchmark, cache, open_judge(judge, settings, replies)), judge, settings
+    )
 
-
+# %% ../../nbs/05_evaluation/07_scoring.ipynb #1b903d2a
 def load_tasks(
-    benchmarks: dict[str, Benchmark], # sections of the preset, by benchmark id
-    judge: str, # who judges all of them
-    cache: Path, # folder for copies of the data
-    settings: dict | None = None, # judge's settings, see `open_judge`
-    replies: Replies | None = None, # where its replies are kept
-) -> dict[str, LoadedTask]: # by benchmark id
+    benchmarks: dict[str, Benchmark],  # sections of the preset, by benchmark id
+    judge: str,  # who judges all of them
+    cache: Path,  # folder for copies of the data
+    settings: dict | None = None,  # judge's settings, see `open_judge`
+    replies: Replies | None = None,  # where its replies are kept
+) -> dict[str, LoadedTask]:  # by benchmark id
     "Load several benchmarks for one judge, which is opened once."
     grader = open_judge(judge, settings, replies)
-    return {name: with_judge(load_benchmark(name, benchmark, cache, grader), judge, settings) for name, benchmark in benchmarks.items()}
+    return {
+        name: with_judge(load_benchmark(name, benchmark, cache, grader), judge, settings)
+        for name, benchmark in benchmarks.items()
+    }
 
-
+# %% ../../nbs/05_evaluation/07_scoring.ipynb #c4fd53b4
 def with_judge(
-    loaded: LoadedTask, # from `load_benchmark`, with the judge as its grader
-    judge: str, # how the user calls it
-    settings: dict | None = None, # its settings
-) -> LoadedTask: # the same, marked with its judge
+    loaded: LoadedTask,  # from `load_benchmark`, with the judge as its grader
+    judge: str,  # how the user calls it
+    settings: dict | None = None,  # its settings
+) -> LoadedTask:  # the same, marked with its judge
     "Note who judges, and whether it can read the rubric; warns where it cannot."
-    if loaded.own: return loaded
+    if loaded.own:
+        return loaded
     valid = judge not in DETERMINISTIC or all(indicator_phrases(text) for text in loaded.indicators.values())
-    if not valid: warnings.warn(f"benchmark {loaded.name}: the {judge} judge finds no phrases in its rubric, so its scores mean nothing; name a real judge", stacklevel=2)
+    if not valid:
+        warnings.warn(
+            f"benchmark {loaded.name}: the {judge} judge finds no phrases in its rubric, so its scores mean"
+            " nothing; name a real judge",
+            stacklevel=2,
+        )
     return replace(loaded, judge=judge, judge_valid=valid, settings=settings or {})
 
 # %% ../../nbs/05_evaluation/07_scoring.ipynb #32a03d6d
 def saved_answers(
-    model: str, # model id, for the log
-    texts: dict[tuple[str, int], str], # answer by question id and epoch
+    model: str,  # model id, for the log
+    texts: dict[tuple[str, int], str],  # answer by question id and epoch
 ) -> Solver:
-    "A solver that hands out saved answers. (It takes them from here: Inspect would write a solver's own arguments into the log's header.)"
+    """A solver that hands out saved answers.
+
+    (It takes them from here: Inspect would write a solver's own arguments into the log's header.)
+    """
+
     @solver(name="saved_answers")
     def hand_out() -> Solver:
         async def solve(state, generate):
             state.output = ModelOutput.from_content(model, texts[str(state.sample_id), state.epoch])
             return state
+
         return solve
+
     return hand_out()
 
 # %% ../../nbs/05_evaluation/07_scoring.ipynb #865d3007
 @score_reducer(name="mean_where_graded")
 def mean_where_graded():
     "Mean over epochs of each dimension, over the epochs that were graded on it."
+
     def reduce(scores: list[Score]) -> Score:
         values = [s.value for s in scores if isinstance(s.value, dict)]
-        if not values: return mean_score()(scores)
+        if not values:
+            return mean_score()(scores)
         dimensions = dict.fromkeys(name for value in values for name in value)
         means = {name: statistics.mean(v[name] for v in values if name in v) for name in dimensions}
         return Score(value=means, answer=scores[0].answer, explanation=scores[0].explanation)
+
     return reduce
 
-
+# %% ../../nbs/05_evaluation/07_scoring.ipynb #1efa3cb1
 @contextlib.contextmanager
 def _patient_explanation():
-    "ANIMA's explanation without the dimensions that have no grade; nothing to do in a version that has no such function."
+    """ANIMA's explanation without the dimensions that have no grade; nothing to do in a version that has no
+    such function.
+    """
     original = getattr(anima_scoring, "_generate_explanation", None)
+
     def explain(target_dimensions, avg_by_dim, **others):
-        return original(target_dimensions=[d for d in target_dimensions if d in avg_by_dim], avg_by_dim=avg_by_dim, **others)
-    with mock.patch.object(anima_scoring, "_generate_explanation", explain, create=True): yield
+        return original(
+            target_dimensions=[d for d in target_dimensions if d in avg_by_dim],
+            avg_by_dim=avg_by_dim,
+            **others,
+        )
+
+    with mock.patch.object(anima_scoring, "_generate_explanation", explain, create=True):
+        yield
 
 # %% ../../nbs/05_evaluation/07_scoring.ipynb #5daa9d7c
 def _calls(sample: EvalSample) -> list[tuple[str, str, dict]]:
-    "Dimension, reply and settings of each call to the judge, in order; failed attempts that were repeated are left out."
+    """Dimension, reply and settings of each call to the judge, in order; failed attempts that were repeated
+    are left out.
+    """
     calls = []
     for event in sample.events:
-        if not isinstance(event, ModelEvent) or event.role != "grader": continue
+        if not isinstance(event, ModelEvent) or event.role != "grader":
+            continue
         prompt = event.input[-1].text
         prompt = sample.attachments.get(prompt.removeprefix("attachment://"), prompt)
         reply = event.output.completion if event.output and event.output.choices else ""
         reply = sample.attachments.get(reply.removeprefix("attachment://"), reply)
         settings = event.config.model_dump(exclude_none=True)
-        calls.append((prompt, bool(event.error), read_judge_prompt(prompt)["dimension"], reply or redact(str(event.error or "")), settings))
+        calls.append(
+            (
+                prompt,
+                bool(event.error),
+                read_judge_prompt(prompt)["dimension"],
+                reply or redact(str(event.error or "")),
+                settings,
+            )
+        )
     answered = {prompt for prompt, failed, *_ in calls if not failed}
     return [tuple(call) for prompt, failed, *call in calls if not (failed and prompt in answered)]
 
-
+# %% ../../nbs/05_evaluation/07_scoring.ipynb #ffa1d365
 def _graded(sample: EvalSample, dimension: str) -> list[tuple[dict, float | None]]:
     "Variables and grade of each call for a dimension, as the official scorer recorded them."
     score = next(iter((sample.scores or {}).values()), None)
-    if score is None: return []
+    if score is None:
+        return []
     details = (score.metadata or {}).get("dimension_grades")
-    if details is not None: return [(d["variables"], next(iter(d["by_grader"].values()), None)) for d in details.get(dimension, [])]
+    if details is not None:
+        return [
+            (d["variables"], next(iter(d["by_grader"].values()), None)) for d in details.get(dimension, [])
+        ]
     return [({}, score.value.get(dimension) if isinstance(score.value, dict) else None)]
 
 # %% ../../nbs/05_evaluation/07_scoring.ipynb #a14e0114
@@ -147,137 +203,280 @@ def _sample_rows(sample: EvalSample) -> tuple[list[dict], list[dict]]:
         for i in range(max(len(replies), len(graded))):
             variables, grade = graded[i] if i < len(graded) else ({}, None)
             reply, settings = replies[i][1:] if i < len(replies) else (None, {})
-            texts = dict(variables=json.dumps(variables, ensure_ascii=False), judge_settings=json.dumps(settings, sort_keys=True))
-            grades.append(key | texts | dict(dimension=dimension, grade=grade, attempted=i < len(replies), reply=reply))
+            texts = dict(
+                variables=json.dumps(variables, ensure_ascii=False),
+                judge_settings=json.dumps(settings, sort_keys=True),
+            )
+            grades.append(
+                key | texts | dict(dimension=dimension, grade=grade, attempted=i < len(replies), reply=reply)
+            )
     return grades, [key | dict(dimension=d, score=values.get(d)) for d in ("overall", *dimensions)]
 
-
+# %% ../../nbs/05_evaluation/07_scoring.ipynb #8cfc92ce
 def _arm(model: str) -> dict:
     "The columns that tell which arm a model is; null for one that is none."
-    try: arm = parse_model(model)
-    except InputError: arm = None
-    return {name: getattr(arm, name, None) for name in ("start", "paradigm", "domain")} | {"arm": arm and arm.name}
+    try:
+        arm = parse_model(model)
+    except InputError:
+        arm = None
+    return {name: getattr(arm, name, None) for name in ("start", "paradigm", "domain")} | {
+        "arm": arm and arm.name
+    }
 
-
-def _tidy(log: EvalLog, loaded: LoadedTask, study: str, substitute_for: str | None) -> tuple[pd.DataFrame, pd.DataFrame]:
+# %% ../../nbs/05_evaluation/07_scoring.ipynb #de8e7354
+def _tidy(
+    log: EvalLog, loaded: LoadedTask, study: str, substitute_for: str | None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     "Grades and scores of one log, with everything that tells whose they are."
     model, seed = log.eval.metadata["model"], log.eval.metadata["seed"]
     pairs = [_sample_rows(sample) for sample in sorted(log.samples, key=lambda s: (str(s.id), s.epoch))]
     about = pd.DataFrame(loaded.questions)[["benchmark", "language", "item_id", "question_id"]]
-    tables = [pd.DataFrame([row for pair in pairs for row in pair[i]], columns=columns) for i, columns in enumerate((_GRADED, _SCORED))]
+    tables = [
+        pd.DataFrame([row for pair in pairs for row in pair[i]], columns=columns)
+        for i, columns in enumerate((_GRADED, _SCORED))
+    ]
     grades, scores = (about.merge(table, on="question_id", how="right") for table in tables)
     arms = _arm(model)
-    whose = dict(model=model, seed=seed, judge=loaded.judge, judge_valid=loaded.judge_valid, substitute_for=substitute_for)
-    grades, scores = grades.assign(**whose), scores.assign(study=study, judge_settings=json.dumps(loaded.settings, sort_keys=True), **whose, **arms)
+    whose = dict(
+        model=model,
+        seed=seed,
+        judge=loaded.judge,
+        judge_valid=loaded.judge_valid,
+        substitute_for=substitute_for,
+    )
+    grades, scores = (
+        grades.assign(**whose),
+        scores.assign(
+            study=study, judge_settings=json.dumps(loaded.settings, sort_keys=True), **whose, **arms
+        ),
+    )
     return grades[_GRADES].astype({"grade": float}), scores[_SCORES].astype({"score": float})
 
-
-_GRADED = ["question_id", "epoch", "variables", "judge_settings", "dimension", "grade", "attempted", "reply"] # of one answer, from `_sample_rows`
+# %% ../../nbs/05_evaluation/07_scoring.ipynb #d9767c78
+# of one answer, from `_sample_rows`
+_GRADED = ["question_id", "epoch", "variables", "judge_settings", "dimension", "grade", "attempted", "reply"]
 _SCORED = ["question_id", "epoch", "dimension", "score"]
 _KEY = ["model", "seed", "benchmark", "language", "item_id", "question_id", "epoch", "dimension"]
-_GRADES = [*_KEY, "variables", "judge", "judge_settings", "judge_valid", "substitute_for", "grade", "attempted", "reply"]
-_SCORES = ["study", "model", "arm", "start", "paradigm", "domain", *_KEY[1:], "score", "judge", "judge_settings", "judge_valid", "substitute_for"]
+_GRADES = [
+    *_KEY,
+    "variables",
+    "judge",
+    "judge_settings",
+    "judge_valid",
+    "substitute_for",
+    "grade",
+    "attempted",
+    "reply",
+]
+_SCORES = [
+    "study",
+    "model",
+    "arm",
+    "start",
+    "paradigm",
+    "domain",
+    *_KEY[1:],
+    "score",
+    "judge",
+    "judge_settings",
+    "judge_valid",
+    "substitute_for",
+]
 
 # %% ../../nbs/05_evaluation/07_scoring.ipynb #a8b3ffa5
-def _judging_tasks(answers: pd.DataFrame, tasks: dict[str, LoadedTask], judge: str, progress: Progress) -> list[Task]:
+def _judging_tasks(
+    answers: pd.DataFrame, tasks: dict[str, LoadedTask], judge: str, progress: Progress
+) -> list[Task]:
     "An official task per model, seed and benchmark, with the solver swapped."
-    async def judged(state) -> None: progress.advance()
+
+    async def judged(state) -> None:
+        progress.advance()
+
     prepared = []
     for (model, seed, name), group in answers.groupby(["model", "seed", "benchmark"], sort=False):
         loaded = tasks.get(name)
-        if loaded is None: raise InputError(f"there are answers to benchmark {name!r} but no such benchmark is configured")
-        if loaded.judge != judge: raise InputError(f"benchmark {name!r} was loaded with judge {loaded.judge!r}, not {judge!r}: load it again")
+        if loaded is None:
+            raise InputError(f"there are answers to benchmark {name!r} but no such benchmark is configured")
+        if loaded.judge != judge:
+            raise InputError(
+                f"benchmark {name!r} was loaded with judge {loaded.judge!r}, not {judge!r}: load it again"
+            )
         texts, epochs = dict(zip(zip(group.question_id, group.epoch), group.text)), int(group.epoch.max())
-        missing = [(q, e) for q in (q["question_id"] for q in loaded.questions) for e in range(1, epochs + 1) if (q, e) not in texts]
+        missing = [
+            (q, e)
+            for q in (q["question_id"] for q in loaded.questions)
+            for e in range(1, epochs + 1)
+            if (q, e) not in texts
+        ]
         wanted = len(loaded.questions) * epochs
         if missing or len(group) > wanted:
-            raise InputError(f"the answers of {model} to {name} do not fit the benchmark ({len(group)} for {wanted}, {len(missing)} missing): generate them again")
-        metadata = {**(loaded.task.metadata or {}), "model": model, "seed": int(seed), "benchmark": name, **loaded.provenance}
-        swapped = dict(solver=saved_answers(model, texts), epochs=Epochs(epochs, mean_where_graded()), model=f"saved/{model}", name=name)
+            raise InputError(
+                f"the answers of {model} to {name} do not fit the benchmark ({len(group)} for {wanted},"
+                f" {len(missing)} missing): generate them again"
+            )
+        metadata = {
+            **(loaded.task.metadata or {}),
+            "model": model,
+            "seed": int(seed),
+            "benchmark": name,
+            **loaded.provenance,
+        }
+        swapped = dict(
+            solver=saved_answers(model, texts),
+            epochs=Epochs(epochs, mean_where_graded()),
+            model=f"saved/{model}",
+            name=name,
+        )
         prepared.append(task_with(copy.copy(loaded.task), **swapped, metadata=metadata, cleanup=judged))
     return prepared
 
-
+# %% ../../nbs/05_evaluation/07_scoring.ipynb #2b8a6228
 def _check_log(log: EvalLog, said: str) -> int:
     "Number of answers that could not be judged, warned of; raises for a judge that never worked."
     failed = [redact(s.error.message) for s in log.samples or [] if s.error]
     if log.status == "error" or (failed and len(failed) == len(log.samples)):
-        message = one_line(ValueError((redact(log.error.message) if log.error else failed[0]).strip().splitlines()[-1]))
-        if "NoReply" in message and said: message = said
-        if "RetryError" in message: message = f"it was asked again and again, to no avail ({said or 'no answer in time'})"
+        message = one_line(
+            ValueError((redact(log.error.message) if log.error else failed[0]).strip().splitlines()[-1])
+        )
+        if "NoReply" in message and said:
+            message = said
+        if "RetryError" in message:
+            message = f"it was asked again and again, to no avail ({said or 'no answer in time'})"
         raise InputError(f"judging {log.eval.task} failed: {message}; {advice(message)}")
-    if failed: warnings.warn(f"judging {log.eval.task}: {len(failed)} of {len(log.samples)} answers could not be judged ({shorten(failed[0].splitlines()[-1])})", stacklevel=3)
+    if failed:
+        warnings.warn(
+            f"judging {log.eval.task}: {len(failed)} of {len(log.samples)} answers could not be judged"
+            f" ({shorten(failed[0].splitlines()[-1])})",
+            stacklevel=3,
+        )
     return len(failed)
 
 # %% ../../nbs/05_evaluation/07_scoring.ipynb #c7c5dd8f
 def _seat(tasks: dict[str, LoadedTask], report: Callable[[str], None]) -> list[Model]:
-    "The judges of the tasks, ready for a pass: clients of hosted ones belong to one event loop, and are opened anew."
-    graders = {id(task.grader): task for task in tasks.values() if isinstance(getattr(task.grader, "api", None), Thrifty)}
+    """The judges of the tasks, ready for a pass: clients of hosted ones belong to one event loop, and are
+    opened anew.
+    """
+    graders = {
+        id(task.grader): task
+        for task in tasks.values()
+        if isinstance(getattr(task.grader, "api", None), Thrifty)
+    }
     for task in graders.values():
-        if not is_free(task.judge): task.grader.api = open_judge(task.judge, task.settings, task.grader.api.replies).api
-        task.grader.api.locks, task.grader.api.failures, task.grader.api.unkept, task.grader.api.tell = {}, 0, None, report
+        if not is_free(task.judge):
+            task.grader.api = open_judge(task.judge, task.settings, task.grader.api.replies).api
+        task.grader.api.locks, task.grader.api.failures, task.grader.api.unkept, task.grader.api.tell = (
+            {},
+            0,
+            None,
+            report,
+        )
     return [task.grader for task in graders.values()]
 
-
+# %% ../../nbs/05_evaluation/07_scoring.ipynb #68678999
 def _check_gone(judge: str, graders: list[Model]):
     "Raise where the judge stopped answering: half a pass is kept as replies, not as grades."
     for api in (grader.api for grader in graders):
-        if api.unkept: raise api.unkept
+        if api.unkept:
+            raise api.unkept
         if api.failures >= GIVE_UP:
-            raise InputError(f"judge {judge!r} stopped answering ({api.last_error}); replies so far are kept: run the same command again, or name another with --substitute")
+            raise InputError(
+                f"judge {judge!r} stopped answering ({api.last_error}); replies so far are kept: run the same"
+                " command again, or name another with --substitute"
+            )
 
-
+# %% ../../nbs/05_evaluation/07_scoring.ipynb #c130fc99
 def judge_answers(
-    answers: pd.DataFrame, # from `generate_answers`, one model or several
-    tasks: dict[str, LoadedTask], # by benchmark id, from `load_task`
-    judge: str, # the judge that the tasks were loaded with, named again
-    log_dir: Path | str, # folder for Inspect's logs
-    study: str = "", # study name, copied into the scores
-    report: Callable[[str], None] = print, # called with one line of progress
-    substitute_for: str | None = None, # judge in whose place this one judges, for the rows
-) -> tuple[pd.DataFrame, pd.DataFrame]: # grades (a row a judge call; `attrs["unjudged"]` counts the answers on which the judge failed, `attrs["unjudged_in"]` names their model, seed and benchmark), scores (a row an answer and dimension)
-    "Have the official scorers judge saved answers. Raises `InputError` where answers and benchmarks do not fit, or the judge does not work at all."
+    answers: pd.DataFrame,  # from `generate_answers`, one model or several
+    tasks: dict[str, LoadedTask],  # by benchmark id, from `load_task`
+    judge: str,  # the judge that the tasks were loaded with, named again
+    log_dir: Path | str,  # folder for Inspect's logs
+    study: str = "",  # study name, copied into the scores
+    report: Callable[[str], None] = print,  # called with one line of progress
+    substitute_for: str | None = None,  # judge in whose place this one judges, for the rows
+    # grades (a row a judge call; `attrs["unjudged"]` counts the answers on which the judge failed,
+    # `attrs["unjudged_in"]` names their model, seed and benchmark), scores (a row an answer and dimension)
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Have the official scorers judge saved answers.
+
+    Raises `InputError` where answers and benchmarks do not fit, or the judge does not work at all.
+    """
     prepared = _judging_tasks(answers, tasks, judge, Progress(report, len(answers)))
     graders = _seat(tasks, report)
-    with _patient_explanation(): logs = run_inspect(prepared, log_dir, fail_on_error=False)
+    with _patient_explanation():
+        logs = run_inspect(prepared, log_dir, fail_on_error=False)
     _check_gone(judge, graders)
-    unjudged = {tuple(log.eval.metadata[k] for k in ("model", "seed", "benchmark")): _check_log(log, next((g.api.last_error for g in graders if g.api.last_error), "")) for log in logs}
+    unjudged = {
+        tuple(log.eval.metadata[k] for k in ("model", "seed", "benchmark")): _check_log(
+            log, next((g.api.last_error for g in graders if g.api.last_error), "")
+        )
+        for log in logs
+    }
     frames = [_tidy(log, tasks[log.eval.metadata["benchmark"]], study, substitute_for) for log in logs]
     grades, scores = (pd.concat(kind, ignore_index=True) for kind in zip(*frames))
-    grades.attrs |= {"unjudged": sum(unjudged.values()), "unjudged_in": [list(key) for key, count in unjudged.items() if count]}
+    grades.attrs |= {
+        "unjudged": sum(unjudged.values()),
+        "unjudged_in": [list(key) for key, count in unjudged.items() if count],
+    }
     return grades, scores
 
 # %% ../../nbs/05_evaluation/07_scoring.ipynb #6fcbbbc3
 def no_grade_line(
-    grades: pd.DataFrame, # of one judge, from `judge_answers`
-) -> str: # empty where at least one reply holds a grade
+    grades: pd.DataFrame,  # of one judge, from `judge_answers`
+) -> str:  # empty where at least one reply holds a grade
     "What to say of a judge none of whose replies could be read, with one of them."
     asked = grades[grades["attempted"].astype(bool)]
-    if asked.empty or asked["grade"].notna().any(): return ""
+    if asked.empty or asked["grade"].notna().any():
+        return ""
     replies = asked["reply"].fillna("").str.strip()
     shown = next((shorten(reply, 120) for reply in replies if reply), "nothing at all")
-    return f"none of the {len(asked):,} replies of {asked['judge'].iloc[0]} holds a grade, so it gives no scores; it said, for example: {shown!r}: name a judge that ends its reply with GRADE: C or GRADE: I"
+    return (
+        f"none of the {len(asked):,} replies of {asked['judge'].iloc[0]} holds a grade, so it gives no"
+        f" scores; it said, for example: {shown!r}: name a judge that ends its reply with GRADE: C or"
+        " GRADE: I"
+    )
 
-
+# %% ../../nbs/05_evaluation/07_scoring.ipynb #65f8c2af
 def official_metrics(
-    log_dir: Path | str, # folder of Inspect logs
-) -> pd.DataFrame: # columns model, seed, benchmark, metric, value
+    log_dir: Path | str,  # folder of Inspect logs
+) -> pd.DataFrame:  # columns model, seed, benchmark, metric, value
     "The tasks' own metrics: overall_mean, the mean of each dimension, and ANIMA's dimension_normalized_avg."
     headers = [read_eval_log(info, header_only=True) for info in list_eval_logs(str(log_dir))]
-    return pd.DataFrame([dict(model=h.eval.metadata["model"], seed=h.eval.metadata["seed"], benchmark=h.eval.metadata["benchmark"], metric=metric, value=m.value)
-                         for h in headers if h.results for score in h.results.scores for metric, m in score.metrics.items()])
+    return pd.DataFrame(
+        [
+            dict(
+                model=h.eval.metadata["model"],
+                seed=h.eval.metadata["seed"],
+                benchmark=h.eval.metadata["benchmark"],
+                metric=metric,
+                value=m.value,
+            )
+            for h in headers
+            if h.results
+            for score in h.results.scores
+            for metric, m in score.metrics.items()
+        ]
+    )
 
-
+# %% ../../nbs/05_evaluation/07_scoring.ipynb #b4897b59
 def mean_scores(
-    scores: pd.DataFrame, # from `judge_answers`
-) -> pd.DataFrame: # columns model, seed, benchmark, dimension, score
-    "Means as the official tasks take them: over the epochs of a question, then over questions; nulls are left out."
+    scores: pd.DataFrame,  # from `judge_answers`
+) -> pd.DataFrame:  # columns model, seed, benchmark, dimension, score
+    """Means as the official tasks take them: over the epochs of a question, then over questions; nulls are
+    left out.
+    """
     keys = ["model", "seed", "benchmark", "dimension"]
-    return scores.groupby([*keys, "question_id"], sort=False).score.mean().groupby(keys, sort=False).mean().reset_index()
+    return (
+        scores.groupby([*keys, "question_id"], sort=False)
+        .score.mean()
+        .groupby(keys, sort=False)
+        .mean()
+        .reset_index()
+    )
 
 # %% ../../nbs/05_evaluation/07_scoring.ipynb #7a5d74cc
 class _Listener(Model):
     "Notes what it is asked, and grades at random: I."
+
     def __init__(self):
         super().__init__(get_model("none/none").api, GenerateConfig())
         self.heard = []
@@ -286,38 +485,55 @@ class _Listener(Model):
         self.heard.append("\n".join(m if isinstance(m, str) else m.text for m in input))
         return ModelOutput.from_content("listener", "GRADE: I")
 
-
+# %% ../../nbs/05_evaluation/07_scoring.ipynb #02dda7ab
 def judge_prompts(
-    answers: pd.DataFrame, # saved answers
-    benchmarks: dict[str, LoadedTask], # by id, loaded with a `listener()` as grader
-) -> pd.DataFrame: # benchmark, question_id, text, prompt: a row a call, equal calls once
+    answers: pd.DataFrame,  # saved answers
+    benchmarks: dict[str, LoadedTask],  # by id, loaded with a `listener()` as grader
+) -> pd.DataFrame:  # benchmark, question_id, text, prompt: a row a call, equal calls once
     "The prompts that the official scorers will put to a judge."
     asked = []
+
     async def listen(loaded, samples, rows):
         for row in rows:
             sample = samples[row.question_id]
-            state = TaskState("listener", sample.id, 1, sample.input, [], output=ModelOutput.from_content("saved", row.text), metadata=dict(sample.metadata or {}))
+            state = TaskState(
+                "listener",
+                sample.id,
+                1,
+                sample.input,
+                [],
+                output=ModelOutput.from_content("saved", row.text),
+                metadata=dict(sample.metadata or {}),
+            )
             loaded.grader.heard.clear()
-            with _patient_explanation(): await loaded.task.scorer[0](state, Target(sample.target))
-            asked.extend(dict(benchmark=loaded.name, question_id=row.question_id, text=row.text, prompt=prompt) for prompt in loaded.grader.heard)
-    for name, group in answers.drop_duplicates(["benchmark", "question_id", "text"]).groupby("benchmark", sort=False):
+            with _patient_explanation():
+                await loaded.task.scorer[0](state, Target(sample.target))
+            asked.extend(
+                dict(benchmark=loaded.name, question_id=row.question_id, text=row.text, prompt=prompt)
+                for prompt in loaded.grader.heard
+            )
+
+    for name, group in answers.drop_duplicates(["benchmark", "question_id", "text"]).groupby(
+        "benchmark", sort=False
+    ):
         loaded = benchmarks[name]
-        if loaded.own: continue
+        if loaded.own:
+            continue
         asyncio.run(listen(loaded, {str(s.id): s for s in loaded.task.dataset}, group.itertuples()))
     return pd.DataFrame(asked, columns=["benchmark", "question_id", "text", "prompt"])
 
-
+# %% ../../nbs/05_evaluation/07_scoring.ipynb #6868d775
 def listener() -> Model:
     "A grader that only listens."
     return _Listener()
 
-
+# %% ../../nbs/05_evaluation/07_scoring.ipynb #587cdbdd
 def unpaid_calls(
-    prompts: pd.DataFrame, # from `judge_prompts`
-    judge: str, # who is to be asked
-    settings: dict | None, # its settings
-    replies: Replies, # what it has said
-) -> tuple[int, int, int]: # calls to be made, calls that are kept, characters of the prompts to be sent
+    prompts: pd.DataFrame,  # from `judge_prompts`
+    judge: str,  # who is to be asked
+    settings: dict | None,  # its settings
+    replies: Replies,  # what it has said
+) -> tuple[int, int, int]:  # calls to be made, calls that are kept, characters of the prompts to be sent
     "What asking a judge would take."
     model = open_judge(judge, settings, replies)
     config, identity = model.config.model_dump(exclude_none=True), getattr(model.api, "identity", judge)
@@ -328,21 +544,36 @@ def unpaid_calls(
 
 # %% ../../nbs/05_evaluation/07_scoring.ipynb #5ba1e4c7
 def _one_value(name: str, value: object) -> float | None:
-    "A task's score of one answer as a number from 0 to 1; None for one that is not scored. Raises `InputError` for anything else."
-    if isinstance(value, (dict, list)): raise InputError(f"benchmark {name} gives several values an answer ({', '.join(map(str, list(value)[:3]))}{', ...' * (len(value) > 3)}): only tasks with one score can be used")
-    if isinstance(value, str) and value not in ("C", "I", "P", "N") and not re.fullmatch(r"\s*(yes|no|true|false|[-+.\de]+)\s*", value.lower()): raise InputError(f"benchmark {name} gives the score {value!r}, which is no number")
+    """A task's score of one answer as a number from 0 to 1; None for one that is not scored.
+
+    Raises `InputError` for anything else.
+    """
+    if isinstance(value, (dict, list)):
+        raise InputError(
+            f"benchmark {name} gives several values an answer"
+            f" ({', '.join(map(str, list(value)[:3]))}{', ...' * (len(value) > 3)}): only tasks with one"
+            " score can be used"
+        )
+    if (
+        isinstance(value, str)
+        and value not in ("C", "I", "P", "N")
+        and not re.fullmatch(r"\s*(yes|no|true|false|[-+.\de]+)\s*", value.lower())
+    ):
+        raise InputError(f"benchmark {name} gives the score {value!r}, which is no number")
     number = float(value_to_float()(value))
-    if number != number: return None
-    if not 0 <= number <= 1: raise InputError(f"benchmark {name} gives the score {number:g}: only scores from 0 to 1 can be used")
+    if number != number:
+        return None
+    if not 0 <= number <= 1:
+        raise InputError(f"benchmark {name} gives the score {number:g}: only scores from 0 to 1 can be used")
     return number
 
-
+# %% ../../nbs/05_evaluation/07_scoring.ipynb #020b1dde
 def score_own(
-    answers: pd.DataFrame, # saved answers to one benchmark, one model or several
-    loaded: LoadedTask, # from `load_named_task`
-    log_dir: Path | str, # folder for Inspect's logs
-    study: str = "", # study name, copied into the scores
-) -> pd.DataFrame: # scores, as from `judge_answers`
+    answers: pd.DataFrame,  # saved answers to one benchmark, one model or several
+    loaded: LoadedTask,  # from `load_named_task`
+    log_dir: Path | str,  # folder for Inspect's logs
+    study: str = "",  # study name, copied into the scores
+) -> pd.DataFrame:  # scores, as from `judge_answers`
     "Have a task score saved answers by its own rules."
     about, rows = {q["question_id"]: q for q in loaded.questions}, []
     for (model, seed), group in answers.groupby(["model", "seed"], sort=False):
@@ -352,6 +583,24 @@ def score_own(
             score = next(iter((sample.scores or {}).values()), None)
             value = None if score is None else _one_value(loaded.name, score.value)
             keys = {k: about[str(sample.id)][k] for k in ("benchmark", "language", "item_id", "question_id")}
-            rows.append(dict(study=study, **_arm(model), **keys, model=model, seed=seed, epoch=sample.epoch, dimension="overall", score=value, judge="task", judge_settings="{}", judge_valid=True, substitute_for=None))
-    if all(row["score"] is None for row in rows): raise InputError(f"benchmark {loaded.name} gave no score to any of {len(rows)} answers: look at its scorer")
+            rows.append(
+                dict(
+                    study=study,
+                    **_arm(model),
+                    **keys,
+                    model=model,
+                    seed=seed,
+                    epoch=sample.epoch,
+                    dimension="overall",
+                    score=value,
+                    judge="task",
+                    judge_settings="{}",
+                    judge_valid=True,
+                    substitute_for=None,
+                )
+            )
+    if all(row["score"] is None for row in rows):
+        raise InputError(
+            f"benchmark {loaded.name} gave no score to any of {len(rows)} answers: look at its scorer"
+        )
     return pd.DataFrame(rows)[_SCORES].astype({"score": float})

@@ -22,65 +22,101 @@ from importlib.resources import files
 
 # %% ../../nbs/05_evaluation/04_vllm_process.ipynb #776b9f2b
 def request_seed(
-    *key: int | str, # seed, model, benchmark, question, epoch
-) -> int: # 0 to 2**63 - 1
+    *key: int | str,  # seed, model, benchmark, question, epoch
+) -> int:  # 0 to 2**63 - 1
     "The seed of one answer: a function of its key and nothing else."
     return int.from_bytes(hashlib.sha256(json.dumps(key).encode()).digest()[:8], "big") >> 1
 
 # %% ../../nbs/05_evaluation/04_vllm_process.ipynb #41e9e093
 def sampling(
-    generation, # `study.Generation`: temperature, top_p, max_new_tokens
-    ends: list[int], # token ids that end an answer
-) -> dict: # fields of vLLM's SamplingParams, all but the seed
-    "How every answer is sampled, nothing left to a default; raises `InputError` for a temperature that vLLM would change."
+    generation,  # `study.Generation`: temperature, top_p, max_new_tokens
+    ends: list[int],  # token ids that end an answer
+) -> dict:  # fields of vLLM's SamplingParams, all but the seed
+    """How every answer is sampled, nothing left to a default.
+
+    Raises `InputError` for a temperature that vLLM would change.
+    """
     from compassion_repro.core.errors import InputError
+
     if 0 < generation.temperature < 0.01 or generation.temperature > 2:
-        raise InputError(f"vLLM samples at temperature 0 or between 0.01 and 2, not at {generation.temperature:g}: change generation.temperature, or set generation.engine=transformers")
+        raise InputError(
+            f"vLLM samples at temperature 0 or between 0.01 and 2, not at {generation.temperature:g}: change"
+            " generation.temperature, or set generation.engine=transformers"
+        )
     shape = {"temperature": generation.temperature, "top_p": generation.top_p, "top_k": 0, "min_p": 0.0}
-    neutral = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": None, "bad_words": [], "watermarking": False}
-    end = {"n": 1, "max_tokens": generation.max_new_tokens, "min_tokens": 0, "stop": [], "stop_token_ids": ends, "ignore_eos": False}
+    neutral = {
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "logit_bias": None,
+        "bad_words": [],
+        "watermarking": False,
+    }
+    end = {
+        "n": 1,
+        "max_tokens": generation.max_new_tokens,
+        "min_tokens": 0,
+        "stop": [],
+        "stop_token_ids": ends,
+        "ignore_eos": False,
+    }
     return {**shape, **neutral, **end, "detokenize": False, "skip_special_tokens": False}
 
-
+# %% ../../nbs/05_evaluation/04_vllm_process.ipynb #6c4849c4
 def engine_settings(
-    folder, # model folder, whole and merged
-    longest: int, # tokens of the longest prompt
-    generation, # `study.Generation`
-    dtype: str, # float32, bfloat16, float16
-    memory_share: float | None = None, # share of the GPU's memory that it may take; None: vLLM's own
-) -> dict: # arguments of vLLM's LLM
-    "How the model is loaded: its sampling defaults unread, no tokenizer, room for the longest answer and no more."
-    settings = {"model": str(folder), "generation_config": "vllm", "skip_tokenizer_init": True, "trust_remote_code": False, "seed": 0, "dtype": dtype}
+    folder,  # model folder, whole and merged
+    longest: int,  # tokens of the longest prompt
+    generation,  # `study.Generation`
+    dtype: str,  # float32, bfloat16, float16
+    memory_share: float | None = None,  # share of the GPU's memory that it may take; None: vLLM's own
+) -> dict:  # arguments of vLLM's LLM
+    """How the model is loaded: its sampling defaults unread, no tokenizer, room for the longest answer and no
+    more.
+    """
+    settings = {
+        "model": str(folder),
+        "generation_config": "vllm",
+        "skip_tokenizer_init": True,
+        "trust_remote_code": False,
+        "seed": 0,
+        "dtype": dtype,
+    }
     room = {"max_model_len": longest + generation.max_new_tokens}
     return {**settings, **room, **({"gpu_memory_utilization": memory_share} if memory_share else {})}
 
 # %% ../../nbs/05_evaluation/04_vllm_process.ipynb #cbc7c660
-AT_ONCE = 1024 # answers between two signs of life; vLLM keeps its own batches within
-NEWER = {"watermarking"} # settings that older versions of vLLM do not know, all of them off here
+AT_ONCE = 1024  # answers between two signs of life; vLLM keeps its own batches within
+NEWER = {"watermarking"}  # settings that older versions of vLLM do not know, all of them off here
 
 
 def _end_with_parent():
     "End this process and its children once the other side is gone."
+
     def wait():
         sys.stdin.read()
         os.killpg(os.getpgrp(), signal.SIGKILL)
+
     threading.Thread(target=wait, daemon=True).start()
 
-
+# %% ../../nbs/05_evaluation/04_vllm_process.ipynb #96be1473
 def serve():
     "Answer one job from standard input; for the process that `complete` starts."
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    def say(**words): print(json.dumps(words), file=out, flush=True)
+
+    def say(**words):
+        print(json.dumps(words), file=out, flush=True)
+
     job = json.loads(sys.stdin.readline())
     import vllm
+
     engine = vllm.LLM(**job["engine"])
     known = inspect.signature(vllm.SamplingParams).parameters
     sampled = {name: value for name, value in job["sampling"].items() if name in known or name not in NEWER}
     _end_with_parent()
     began, requests = time.perf_counter(), job["requests"]
     for start in range(0, len(requests), AT_ONCE):
-        part = requests[start:start + AT_ONCE]
+        part = requests[start : start + AT_ONCE]
         settings = [vllm.SamplingParams(seed=seed, **sampled) for _, seed in part]
         outputs = engine.generate([{"prompt_token_ids": ids} for ids, _ in part], settings, use_tqdm=False)
         say(answers=[list(output.outputs[0].token_ids) for output in outputs])
@@ -88,19 +124,34 @@ def serve():
 
 # %% ../../nbs/05_evaluation/04_vllm_process.ipynb #3120c7c1
 def check_vllm(
-    python: str | None = None, # interpreter of vLLM's environment; None: this one
+    python: str | None = None,  # interpreter of vLLM's environment; None: this one
 ):
     "Raise `InputError` where that Python is none, or has no vLLM."
     from compassion_repro.core.errors import InputError
+
     question = "import importlib.util, sys; sys.exit(0 if importlib.util.find_spec('vllm') else 3)"
-    try: status = subprocess.run([python or sys.executable, "-I", "-c", question], capture_output=True, timeout=60).returncode
-    except (OSError, subprocess.TimeoutExpired): status = None
-    if status == 0: return
+    try:
+        status = subprocess.run(
+            [python or sys.executable, "-I", "-c", question], capture_output=True, timeout=60
+        ).returncode
+    except (OSError, subprocess.TimeoutExpired):
+        status = None
+    if status == 0:
+        return
     what = f"{python or 'this Python'} has no vLLM" if status == 3 else f"{python} is no Python that runs"
-    raise InputError(f"generation.engine=vllm: {what}; make an environment with `python -m venv vllm-env && vllm-env/bin/pip install vllm==0.31.0` and set compute.vllm_python=vllm-env/bin/python")
+    raise InputError(
+        f"generation.engine=vllm: {what}; make an environment with `python -m venv vllm-env &&"
+        " vllm-env/bin/pip install vllm==0.31.0` and set compute.vllm_python=vllm-env/bin/python"
+    )
 
 # %% ../../nbs/05_evaluation/04_vllm_process.ipynb #0e7567c2
-QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+QUIET = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 _RUN = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='vllm_process')['serve']()"
 
 
@@ -109,55 +160,84 @@ def _cause(log: str) -> str:
     errors = re.findall(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception): \S.*)", log)
     errors = [e for e in errors if "ngine core" not in e] or errors or log.strip().splitlines()[-1:]
     from compassion_repro.core.errors import shorten
+
     return shorten(errors[-1]) if errors else "it said nothing"
 
-
+# %% ../../nbs/05_evaluation/04_vllm_process.ipynb #0fb57013
 @contextlib.contextmanager
 def _log():
     "A file for what the other side says; it stays where that is needed to understand a failure."
     from compassion_repro.core.errors import InputError
+
     log, failed = tempfile.NamedTemporaryFile("w+", prefix="vllm-", suffix=".log", delete=False), False
-    try: yield log
+    try:
+        yield log
     except InputError:
         failed = True
         raise
     finally:
         log.close()
-        if not failed: os.unlink(log.name)
+        if not failed:
+            os.unlink(log.name)
 
-
+# %% ../../nbs/05_evaluation/04_vllm_process.ipynb #0fb9eb09
 @contextlib.contextmanager
 def _process(python: str | None, log):
     "The other side, ended with everything that it started."
-    command = [python or sys.executable, "-I", "-c", _RUN, str(files("compassion_repro") / "evaluation" / "vllm_process.py")]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | QUIET, start_new_session=True)
-    try: yield process
+    command = [
+        python or sys.executable,
+        "-I",
+        "-c",
+        _RUN,
+        str(files("compassion_repro") / "evaluation" / "vllm_process.py"),
+    ]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        env=os.environ | QUIET,
+        start_new_session=True,
+    )
+    try:
+        yield process
     finally:
-        with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        with contextlib.suppress(OSError): process.stdin.close()
+        with contextlib.suppress(OSError):
+            process.stdin.close()
         process.stdout.close()
 
 # %% ../../nbs/05_evaluation/04_vllm_process.ipynb #e01f932a
 def complete(
-    requests: list[tuple[list[int], int]], # prompt as token ids, and seed, of each answer
-    engine: dict, # from `engine_settings`
-    sampled: dict, # from `sampling`
-    python: str | None = None, # interpreter of vLLM's environment; None: this one
-    advance=lambda count: None, # called with the number of answers that have come
-) -> tuple[list[list[int]], dict]: # token ids of each answer with its end token, in order; `version` of vLLM and `seconds` inside generation
+    requests: list[tuple[list[int], int]],  # prompt as token ids, and seed, of each answer
+    engine: dict,  # from `engine_settings`
+    sampled: dict,  # from `sampling`
+    python: str | None = None,  # interpreter of vLLM's environment; None: this one
+    advance=lambda count: None,  # called with the number of answers that have come
+    # token ids of each answer with its end token, in order; `version` of vLLM and `seconds` inside generation
+) -> tuple[list[list[int]], dict]:
     "Have vLLM answer; raises `InputError` where it is missing or stops."
     from compassion_repro.core.errors import InputError
+
     check_vllm(python)
     answers, told = [], None
     with _log() as log, _process(python, log) as process:
         with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(json.dumps({"engine": engine, "sampling": sampled, "requests": requests}) + "\n")
+            process.stdin.write(
+                json.dumps({"engine": engine, "sampling": sampled, "requests": requests}) + "\n"
+            )
             process.stdin.flush()
         for line in process.stdout:
             told = json.loads(line)
             answers += told.get("answers", [])
             advance(len(told.get("answers", [])))
         log.seek(0)
-        if "version" not in (told or {}) or len(answers) != len(requests): raise InputError(f"vLLM stopped after {len(answers)} of {len(requests)} answers: {_cause(log.read())}; its log is {log.name}")
+        if "version" not in (told or {}) or len(answers) != len(requests):
+            raise InputError(
+                f"vLLM stopped after {len(answers)} of {len(requests)} answers: {_cause(log.read())}; its log"
+                f" is {log.name}"
+            )
     return answers, told

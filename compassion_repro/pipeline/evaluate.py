@@ -17,107 +17,184 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from fastcore.basics import patch
 
-from ..store.artifact import foreign_files, recorded_damage, write_recorded
-from ..core.files import write_json
-from ..evaluation.agreement import HUMAN, UNIT, agreement, lay_together, read_sheet, sample_units, write_sheet
-from ..core.files import digest, path_digest
-from ..data.hub import is_adapter
-from ..core.lock import LOCK_FILES, locked
-from ..training.model_files import adapter_base, check_gguf, gguf_file, gguf_note
-from ..store.folder import Study, check_artifact, check_passes
-from ..core.files import writable
-from ..evaluation.cost import Estimate, ask, is_free, load_prices
-from ..study import check_judge, judge_names
-from ..study import Benchmark, Generation
 from ..core.errors import InputError, first_line
-from ..core.files import write_atomically
+from ..core.files import digest, path_digest, writable, write_atomically, write_json
+from ..core.lock import LOCK_FILES, locked
+from ..data.hub import is_adapter
+from compassion_repro.evaluation.agreement import (
+    HUMAN,
+    UNIT,
+    agreement,
+    lay_together,
+    read_sheet,
+    sample_units,
+    write_sheet,
+)
+from ..evaluation.cost import Estimate, ask, is_free, load_prices
+from ..store.artifact import foreign_files, recorded_damage, write_recorded
+from ..store.folder import Study, check_artifact, check_passes
+from ..study import Benchmark, Generation, check_judge, judge_names
+from ..training.model_files import adapter_base, check_gguf, gguf_file, gguf_note
 
 # %% ../../nbs/09_pipeline/07_evaluate.ipynb #537a381c
 @dataclass(frozen=True)
 class Setup:
     "What decides the answers of an evaluation."
-    benchmarks: dict[str, Benchmark | None] # by id; None for a task that scores by its own rules
-    words: dict[str, str] # what the user called each benchmark
-    generation: Generation # how the models answer
-    seed: int = 1 # of the draws
-    languages: tuple[str, ...] | None = None # only questions in these
-    limit: int | None = None # only the first questions of a benchmark
-    epochs: int | None = None # answers a question, where the user says
-    models: dict[str, str] = field(default_factory=dict) # identity of the weights, by model name
 
-    def plain(self) -> dict:
-        "Plain values, for YAML."
-        benchmarks = {name: {"called": self.words[name], "section": b and b.model_dump(mode="json")} for name, b in self.benchmarks.items()}
-        return {"benchmarks": benchmarks, "generation": self.generation.model_dump(mode="json"), "seed": self.seed,
-                "languages": self.languages and list(self.languages), "limit": self.limit, "epochs": self.epochs, "models": self.models}
+    benchmarks: dict[str, Benchmark | None]  # by id; None for a task that scores by its own rules
+    words: dict[str, str]  # what the user called each benchmark
+    generation: Generation  # how the models answer
+    seed: int = 1  # of the draws
+    languages: tuple[str, ...] | None = None  # only questions in these
+    limit: int | None = None  # only the first questions of a benchmark
+    epochs: int | None = None  # answers a question, where the user says
+    models: dict[str, str] = field(default_factory=dict)  # identity of the weights, by model name
 
+# %% ../../nbs/09_pipeline/07_evaluate.ipynb #f6638f1c
+@patch
+def plain(self: Setup) -> dict:
+    "Plain values, for YAML."
+    benchmarks = {
+        name: {"called": self.words[name], "section": b and b.model_dump(mode="json")}
+        for name, b in self.benchmarks.items()
+    }
+    return {
+        "benchmarks": benchmarks,
+        "generation": self.generation.model_dump(mode="json"),
+        "seed": self.seed,
+        "languages": self.languages and list(self.languages),
+        "limit": self.limit,
+        "epochs": self.epochs,
+        "models": self.models,
+    }
 
+# %% ../../nbs/09_pipeline/07_evaluate.ipynb #7cf53746
 def slug(
-    name: str, # a model or a judge, as the user calls it
-) -> str: # a file name that no other name gives
+    name: str,  # a model or a judge, as the user calls it
+) -> str:  # a file name that no other name gives
     "A name as a file name."
     plain = re.sub(r"[^\w.+@-]+", "-", name).strip("-.")[-60:]
     return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
-
+# %% ../../nbs/09_pipeline/07_evaluate.ipynb #e7593135
 def read_setup(
-    folder: Path, # evaluation folder
-) -> Setup | None: # None where there is none yet
+    folder: Path,  # evaluation folder
+) -> Setup | None:  # None where there is none yet
     "Read `eval.yaml` back; raises `InputError` where it is damaged."
     file = folder / "eval.yaml"
-    if not file.is_file(): return None
+    if not file.is_file():
+        return None
     try:
         plain = yaml.safe_load(file.read_text(encoding="utf-8"))
-        benchmarks = {name: b["section"] and Benchmark(**b["section"]) for name, b in plain["benchmarks"].items()}
-        return Setup(benchmarks, {name: b["called"] for name, b in plain["benchmarks"].items()}, Generation(**plain["generation"]), plain["seed"],
-                     plain["languages"] and tuple(plain["languages"]), plain["limit"], plain["epochs"], plain["models"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError): raise InputError(f"{file} cannot be read: restore it, or start anew with another --out") from None
+        benchmarks = {
+            name: b["section"] and Benchmark(**b["section"]) for name, b in plain["benchmarks"].items()
+        }
+        return Setup(
+            benchmarks,
+            {name: b["called"] for name, b in plain["benchmarks"].items()},
+            Generation(**plain["generation"]),
+            plain["seed"],
+            plain["languages"] and tuple(plain["languages"]),
+            plain["limit"],
+            plain["epochs"],
+            plain["models"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        raise InputError(f"{file} cannot be read: restore it, or start anew with another --out") from None
 
-
+# %% ../../nbs/09_pipeline/07_evaluate.ipynb #4f0a19d3
 def settle(
-    folder: Path, # evaluation folder
-    setup: Setup, # what is wanted now
-) -> Setup: # with what the folder holds already
+    folder: Path,  # evaluation folder
+    setup: Setup,  # what is wanted now
+) -> Setup:  # with what the folder holds already
     "Write or extend `eval.yaml`; raises `InputError` where the folder's answers were made otherwise."
-    if (folder / "study.yaml").is_file(): raise InputError(f"{folder} is a study: judge it again with `compassion-repro judge {folder} --judge ID`, or choose another --out")
+    if (folder / "study.yaml").is_file():
+        raise InputError(
+            f"{folder} is a study: judge it again with `compassion-repro judge {folder} --judge ID`, or"
+            " choose another --out"
+        )
     old = read_setup(folder)
-    if old is None and foreign_files(folder, ("eval.yaml", LOCK_FILES)): raise InputError(f"{folder} is not empty and holds no evaluation: choose another --out")
+    if old is None and foreign_files(folder, ("eval.yaml", LOCK_FILES)):
+        raise InputError(f"{folder} is not empty and holds no evaluation: choose another --out")
     if old is not None:
         new, there = setup.plain(), old.plain()
-        differ = [f"{k}: {there[k]} there, {new[k]} here" for k in ("generation", "seed", "languages", "limit", "epochs") if there[k] != new[k]]
-        differ += [f"benchmark {n}" for n, b in new["benchmarks"].items() if n in there["benchmarks"] and there["benchmarks"][n] != b]
-        differ += [f"weights of {m}" for m, d in new["models"].items() if m in there["models"] and there["models"][m] != d]
-        if differ: raise InputError(f"the answers in {folder} were made otherwise ({'; '.join(differ[:2])}): use another --out")
-        setup = Setup({**old.benchmarks, **setup.benchmarks}, {**old.words, **setup.words}, setup.generation, setup.seed, setup.languages, setup.limit, setup.epochs, {**old.models, **setup.models})
+        differ = [
+            f"{k}: {there[k]} there, {new[k]} here"
+            for k in ("generation", "seed", "languages", "limit", "epochs")
+            if there[k] != new[k]
+        ]
+        differ += [
+            f"benchmark {n}"
+            for n, b in new["benchmarks"].items()
+            if n in there["benchmarks"] and there["benchmarks"][n] != b
+        ]
+        differ += [
+            f"weights of {m}"
+            for m, d in new["models"].items()
+            if m in there["models"] and there["models"][m] != d
+        ]
+        if differ:
+            raise InputError(
+                f"the answers in {folder} were made otherwise ({'; '.join(differ[:2])}): use another --out"
+            )
+        setup = Setup(
+            {**old.benchmarks, **setup.benchmarks},
+            {**old.words, **setup.words},
+            setup.generation,
+            setup.seed,
+            setup.languages,
+            setup.limit,
+            setup.epochs,
+            {**old.models, **setup.models},
+        )
     with writable(folder, new=True):
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "eval.yaml", lambda partial: partial.write_text(yaml.safe_dump(setup.plain(), sort_keys=False, allow_unicode=True), encoding="utf-8"))
+        write_atomically(
+            folder / "eval.yaml",
+            lambda partial: partial.write_text(
+                yaml.safe_dump(setup.plain(), sort_keys=False, allow_unicode=True), encoding="utf-8"
+            ),
+        )
     return setup
 
 # %% ../../nbs/09_pipeline/07_evaluate.ipynb #0980ccdb
 def setup_of(
-    folder: Path, # study or evaluation folder
-) -> Setup: # what was asked of the models in it
+    folder: Path,  # study or evaluation folder
+) -> Setup:  # what was asked of the models in it
     "What the answers in a folder are answers to; raises `InputError` for a folder that is neither."
     if (folder / "study.yaml").is_file():
         preset = Study(folder).preset
         return Setup(dict(preset.benchmarks), {name: name for name in preset.benchmarks}, preset.generation)
     setup = read_setup(folder)
-    if setup is None: raise InputError(f"{folder} is neither a study nor an evaluation: make one with `compassion-repro run` or `compassion-repro eval`")
+    if setup is None:
+        raise InputError(
+            f"{folder} is neither a study nor an evaluation: make one with `compassion-repro run` or"
+            " `compassion-repro eval`"
+        )
     return setup
 
-
+# %% ../../nbs/09_pipeline/07_evaluate.ipynb #6551f843
 def load_setup(
-    setup: Setup, # from `setup_of`
-    cache: Path, # folder for copies of the data
-    grader=None, # Inspect model that the official scorers ask; None for none
-) -> dict: # LoadedTask by benchmark id
-    "Load the benchmarks of a folder; raises `InputError` for data that is not there, or a language that a benchmark does not have."
+    setup: Setup,  # from `setup_of`
+    cache: Path,  # folder for copies of the data
+    grader=None,  # Inspect model that the official scorers ask; None for none
+) -> dict:  # LoadedTask by benchmark id
+    """Load the benchmarks of a folder.
+
+    Raises `InputError` for data that is not there, or a language that a benchmark does not have.
+    """
     from compassion_repro.evaluation.benchmarks import load_benchmark, load_named_task, narrowed
+
     def load(name, section):
-        loaded = load_named_task(setup.words[name], setup.epochs) if section is None else load_benchmark(name, section, cache, *([grader] if grader is not None else []))
+        loaded = (
+            load_named_task(setup.words[name], setup.epochs)
+            if section is None
+            else load_benchmark(name, section, cache, *([grader] if grader is not None else []))
+        )
         return narrowed(loaded, None if loaded.own else setup.languages, setup.limit)
+
     return {name: load(name, section) for name, section in setup.benchmarks.items()}
 
 # %% ../../nbs/09_pipeline/07_evaluate.ipynb #47027c8b
@@ -125,40 +202,66 @@ def _weights(model: str, template: str = "plain") -> str:
     "Identity of a model's weights; raises `InputError` where there is no such model, or it cannot be opened."
     from compassion_repro.evaluation.generate import find_local, is_hosted
     from compassion_repro.pipeline.preflight import look_at_model
-    if is_hosted(model): return "hosted"
+
+    if is_hosted(model):
+        return "hosted"
     folder = find_local(model)
     look_at_model(str(folder), template)
     check_artifact(folder)
-    if not is_adapter(folder): return path_digest(folder)
-    return digest([path_digest(folder), _weights(adapter_base(folder, model))]) # trained again, a base makes another model of it
+    if not is_adapter(folder):
+        return path_digest(folder)
+    # trained again, a base makes another model of it
+    return digest([path_digest(folder), _weights(adapter_base(folder, model))])
 
-
+# %% ../../nbs/09_pipeline/07_evaluate.ipynb #e1b82955
 def generate(
-    folder: Path, # evaluation folder
-    setup: Setup, # from `settle`
-    models: list[str], # whose answers are wanted
-    tasks: dict, # LoadedTask by benchmark id
-    say: Callable[[str], None], # called with each line worth keeping
-    report: Callable[[str], None], # called with each line of passing progress
-    python: str | None = None, # interpreter of vLLM's environment, where the answers are to come from there
+    folder: Path,  # evaluation folder
+    setup: Setup,  # from `settle`
+    models: list[str],  # whose answers are wanted
+    tasks: dict,  # LoadedTask by benchmark id
+    say: Callable[[str], None],  # called with each line worth keeping
+    report: Callable[[str], None],  # called with each line of passing progress
+    python: str | None = None,  # interpreter of vLLM's environment, where the answers are to come from there
 ):
     "Have every model answer what it has not answered yet."
     from compassion_repro.evaluation import generate as evaluate
     from compassion_repro.evaluation.inspect_runner import with_prompts
     from compassion_repro.pipeline.stages import silence_alarm
+
     for model in models:
         files = {name: folder / "answers" / slug(model) / f"{slug(name)}.parquet" for name in tasks}
         missing, opened = [name for name, file in files.items() if not file.is_file()], None
         for name in missing:
             files[name].parent.mkdir(parents=True, exist_ok=True)
             parts = files[name].with_name(f".{slug(name)}.checkpoints")
-            logs, told = folder / "answers" / slug(model) / "logs", lambda line: report(f"{model}, {name}: {line}")
-            if evaluate.is_hosted(model): answers = evaluate.generate_hosted(model, tasks[name], setup.seed, setup.generation, logs, told)
+            logs, told = (
+                folder / "answers" / slug(model) / "logs",
+                lambda line: report(f"{model}, {name}: {line}"),
+            )
+            if evaluate.is_hosted(model):
+                answers = evaluate.generate_hosted(
+                    model, tasks[name], setup.seed, setup.generation, logs, told
+                )
             else:
-                opened = opened or (evaluate.find_local(model) if setup.generation.engine == "vllm" else evaluate.open_model(evaluate.find_local(model)))
+                opened = opened or (
+                    evaluate.find_local(model)
+                    if setup.generation.engine == "vllm"
+                    else evaluate.open_model(evaluate.find_local(model))
+                )
                 questions = with_prompts(tasks[name], logs)
-                with writable(folder): answers = evaluate.generate_answers(opened, model, questions, setup.seed, setup.generation, report=told, checkpoints=parts, python=python)
-            with writable(folder): write_recorded(folder, str(files[name].relative_to(folder)), answers.to_parquet)
+                with writable(folder):
+                    answers = evaluate.generate_answers(
+                        opened,
+                        model,
+                        questions,
+                        setup.seed,
+                        setup.generation,
+                        report=told,
+                        checkpoints=parts,
+                        python=python,
+                    )
+            with writable(folder):
+                write_recorded(folder, str(files[name].relative_to(folder)), answers.to_parquet)
             shutil.rmtree(parts, ignore_errors=True)
             empty = f"; {answers['empty'].mean():.0%} are empty" if answers["empty"].any() else ""
             say(f"{model}, {name}: {len(answers):,} answers{empty}")
@@ -166,65 +269,103 @@ def generate(
             for line in silence_alarm(answers["empty"].mean(), setup.generation.template, tokenizer):
                 say(f"warning: {model}, {name}: {line} (--template)")
 
-
+# %% ../../nbs/09_pipeline/07_evaluate.ipynb #4ff21b7e
 def collect_answers(
-    folder: Path, # evaluation folder
+    folder: Path,  # evaluation folder
 ):
     "Lay the answers of all models together; returns the table."
     import pandas as pd
+
     files = sorted((folder / "answers").glob("*/*.parquet"))
-    if not files: raise InputError(f"{folder} holds no answers yet: finish it with `compassion-repro eval MODEL ... --out {folder}`")
-    wrong = next(filter(None, (recorded_damage(folder, str(file.relative_to(folder))) for file in files)), None)
-    try: table = None if wrong else pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
-    except (OSError, ValueError) as error: wrong = first_line(error)
-    if wrong: raise InputError(f"a file in {folder / 'answers'} is damaged ({wrong}): delete that folder and run the same command again")
-    with writable(folder): write_recorded(folder, "answers.parquet", table.to_parquet)
+    if not files:
+        raise InputError(
+            f"{folder} holds no answers yet: finish it with `compassion-repro eval MODEL ... --out {folder}`"
+        )
+    wrong = next(
+        filter(None, (recorded_damage(folder, str(file.relative_to(folder))) for file in files)), None
+    )
+    try:
+        table = None if wrong else pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
+    except (OSError, ValueError) as error:
+        wrong = first_line(error)
+    if wrong:
+        raise InputError(
+            f"a file in {folder / 'answers'} is damaged ({wrong}): delete that folder and run the same"
+            " command again"
+        )
+    with writable(folder):
+        write_recorded(folder, "answers.parquet", table.to_parquet)
     return table
 
 # %% ../../nbs/09_pipeline/07_evaluate.ipynb #037fad2a
 _GROUP = ["model", "seed", "benchmark"]
 
 
-def _pass_folder(folder: Path, judge: str) -> Path: return folder / "judges" / slug(judge)
+def _pass_folder(folder: Path, judge: str) -> Path:
+    return folder / "judges" / slug(judge)
 
-
+# %% ../../nbs/09_pipeline/07_evaluate.ipynb #f7da6fb7
 def _read_pass(folder: Path, judge: str) -> dict:
     "What is noted of a pass; nothing where there is none, or its file is damaged."
-    try: return json.loads((_pass_folder(folder, judge) / "pass.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError): return {}
+    try:
+        return json.loads((_pass_folder(folder, judge) / "pass.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
-
+# %% ../../nbs/09_pipeline/07_evaluate.ipynb #d2f44690
 def _top(folder: Path, name: str):
-    "What a folder's own stages say, below the judges' passes: a study's table as it stands; None for an evaluation, whose tables are its passes laid together."
-    if not (folder / "study.yaml").is_file() or not (folder / f"{name}.parquet").is_file(): return None
+    """What a folder's own stages say, below the judges' passes: a study's table as it stands; None for an
+    evaluation, whose tables are its passes laid together.
+    """
+    if not (folder / "study.yaml").is_file() or not (folder / f"{name}.parquet").is_file():
+        return None
     return Study(folder).table(name)
 
-
+# %% ../../nbs/09_pipeline/07_evaluate.ipynb #f297deeb
 def pending(
-    folder: Path, # study or evaluation folder
-    answers, # its answers
-    judge: str, # who is to judge
-    settings: dict, # its settings
-    again: bool = False, # judge everything anew
-): # the rows of `answers` that wait for this judge
+    folder: Path,  # study or evaluation folder
+    answers,  # its answers
+    judge: str,  # who is to judge
+    settings: dict,  # its settings
+    again: bool = False,  # judge everything anew
+):  # the rows of `answers` that wait for this judge
     "Answers that a judge has not judged, or not under these settings, or failed on."
     import pandas as pd
+
     check_passes(folder)
     own = _top(folder, "scores")
-    scores, noted = None if own is None and not any(folder.glob("judges/*/scores.parquet")) else lay_together(folder, "scores", own), _read_pass(folder, judge)
-    if again or scores is None or not len(scores) or noted and noted.get("settings") != settings: return answers
-    done = {tuple(row) for row in scores.loc[scores["judge"] == judge, _GROUP].drop_duplicates().itertuples(index=False)} - {tuple(g) for g in noted.get("unjudged_in", [])}
-    return answers[pd.Series([tuple(row) not in done for row in answers[_GROUP].itertuples(index=False)], index=answers.index, dtype=bool)]
+    scores, noted = (
+        (
+            None
+            if own is None and not any(folder.glob("judges/*/scores.parquet"))
+            else lay_together(folder, "scores", own)
+        ),
+        _read_pass(folder, judge),
+    )
+    if again or scores is None or not len(scores) or noted and noted.get("settings") != settings:
+        return answers
+    done = {
+        tuple(row)
+        for row in scores.loc[scores["judge"] == judge, _GROUP].drop_duplicates().itertuples(index=False)
+    } - {tuple(g) for g in noted.get("unjudged_in", [])}
+    return answers[
+        pd.Series(
+            [tuple(row) not in done for row in answers[_GROUP].itertuples(index=False)],
+            index=answers.index,
+            dtype=bool,
+        )
+    ]
 
-
+# %% ../../nbs/09_pipeline/07_evaluate.ipynb #38e934c4
 def save_pass(
-    folder: Path, # study or evaluation folder
-    judge: str, # who judged
-    tables: dict, # "grades" and "scores": new rows
-    note: dict, # settings, substitute_for, unjudged_in
+    folder: Path,  # study or evaluation folder
+    judge: str,  # who judged
+    tables: dict,  # "grades" and "scores": new rows
+    note: dict,  # settings, substitute_for, unjudged_in
 ):
     "Add rows to a judge's pass; new ones stand in for older ones of the same model, seed and benchmark."
     import pandas as pd
+
     place = _pass_folder(folder, judge)
     check_passes(folder)
     with writable(folder):
@@ -234,69 +375,126 @@ def save_pass(
             if file.is_file():
                 new = pd.MultiIndex.from_frame(rows[_GROUP].drop_duplicates())
                 old = pd.read_parquet(file)
-                rows = pd.concat([part for part in (old[~pd.MultiIndex.from_frame(old[_GROUP]).isin(new)], rows) if len(part)], ignore_index=True)
+                rows = pd.concat(
+                    [
+                        part
+                        for part in (old[~pd.MultiIndex.from_frame(old[_GROUP]).isin(new)], rows)
+                        if len(part)
+                    ],
+                    ignore_index=True,
+                )
             write_recorded(folder, str(file.relative_to(folder)), rows.to_parquet)
         write_json(place / "pass.json", {"judge": judge, **note})
-    for name in tables: _write_together(folder, name)
+    for name in tables:
+        _write_together(folder, name)
 
-
+# %% ../../nbs/09_pipeline/07_evaluate.ipynb #3e1067a5
 def _write_together(folder: Path, name: str):
     table = lay_together(folder, name, _top(folder, name))
-    with writable(folder): write_recorded(folder, f"{name}.parquet", table.to_parquet)
+    with writable(folder):
+        write_recorded(folder, f"{name}.parquet", table.to_parquet)
 
 # %% ../../nbs/09_pipeline/07_evaluate.ipynb #e8799cf6
-def _one_pass(folder: Path, setup: Setup, answers, judge: str, settings: dict, replies, substitute_for: str | None, report) -> int:
+def _one_pass(
+    folder: Path,
+    setup: Setup,
+    answers,
+    judge: str,
+    settings: dict,
+    replies,
+    substitute_for: str | None,
+    report,
+) -> int:
     "Let one judge judge the given answers and save its pass; returns on how many answers it failed."
     from compassion_repro.evaluation import scoring as judging
     from compassion_repro.evaluation.judges import open_judge
-    tasks = {n: judging.with_judge(t, judge, settings) for n, t in load_setup(setup, folder / "benchmarks", open_judge(judge, settings, replies)).items() if not t.own}
-    with writable(folder): grades, scores = judging.judge_answers(answers, tasks, judge, _pass_folder(folder, judge) / "logs", folder.name, lambda line: report(f"{judge}: {line}"), substitute_for)
-    save_pass(folder, judge, {"grades": grades, "scores": scores}, {"settings": settings, "substitute_for": substitute_for, "unjudged_in": grades.attrs["unjudged_in"]})
+
+    tasks = {
+        n: judging.with_judge(t, judge, settings)
+        for n, t in load_setup(setup, folder / "benchmarks", open_judge(judge, settings, replies)).items()
+        if not t.own
+    }
+    with writable(folder):
+        grades, scores = judging.judge_answers(
+            answers,
+            tasks,
+            judge,
+            _pass_folder(folder, judge) / "logs",
+            folder.name,
+            lambda line: report(f"{judge}: {line}"),
+            substitute_for,
+        )
+    save_pass(
+        folder,
+        judge,
+        {"grades": grades, "scores": scores},
+        {"settings": settings, "substitute_for": substitute_for, "unjudged_in": grades.attrs["unjudged_in"]},
+    )
     return grades.attrs["unjudged"]
 
-
+# %% ../../nbs/09_pipeline/07_evaluate.ipynb #f6ba879b
 def _own_pass(folder: Path, setup: Setup, answers, tasks: dict):
     "Scores of tasks that need no judge."
     import pandas as pd
+
     from compassion_repro.evaluation.scoring import score_own
+
     own = [name for name, task in tasks.items() if task.own]
     waiting = pending(folder, answers[answers["benchmark"].isin(own)], "task", {})
-    parts = [score_own(group, tasks[name], _pass_folder(folder, "task") / "logs", folder.name) for name, group in waiting.groupby("benchmark", sort=False)]
-    if parts: save_pass(folder, "task", {"scores": pd.concat(parts, ignore_index=True)}, {"settings": {}, "substitute_for": None, "unjudged_in": []})
+    parts = [
+        score_own(group, tasks[name], _pass_folder(folder, "task") / "logs", folder.name)
+        for name, group in waiting.groupby("benchmark", sort=False)
+    ]
+    if parts:
+        save_pass(
+            folder,
+            "task",
+            {"scores": pd.concat(parts, ignore_index=True)},
+            {"settings": {}, "substitute_for": None, "unjudged_in": []},
+        )
 
-
+# %% ../../nbs/09_pipeline/07_evaluate.ipynb #1d6c26eb
 def _estimates(tasks: dict, waiting: dict, settings: dict, replies, prices: dict) -> list[Estimate]:
     "What the judges that are not free will take, counted from the very prompts that they will be sent."
     from compassion_repro.evaluation.scoring import judge_prompts, unpaid_calls
+
     estimates = []
     for judge, rows in waiting.items():
-        if is_free(judge) or not len(rows): continue
+        if is_free(judge) or not len(rows):
+            continue
         calls, stored, characters = unpaid_calls(judge_prompts(rows, tasks), judge, settings, replies)
         estimates.append(Estimate(judge, calls, stored, characters, prices.get(judge)))
     return estimates
 
-
+# %% ../../nbs/09_pipeline/07_evaluate.ipynb #59ace753
 @locked("judge")
 def judge_folder(
-    folder: str | Path, # study or evaluation folder, with answers
-    judges: str, # one judge or several with commas
-    settings: dict | None = None, # the judges' settings: temperature, max_tokens, max_retries, max_connections, timeout
-    substitute: str | None = None, # judge that steps in where one is gone, and is marked as a substitute
-    prices: str | Path | None = None, # a price table of the user's own
-    yes: bool = False, # the user agreed to what it costs
-    again: bool = False, # judge everything anew (replies that are kept are not paid for again)
-    say: Callable[[str], None] = print, # called with each line worth keeping
-    report: Callable[[str], None] = lambda line: None, # called with each line of passing progress
-    answer: Callable[[str], str] | None = None, # asks a person; None where there is none
+    folder: str | Path,  # study or evaluation folder, with answers
+    judges: str,  # one judge or several with commas
+    # the judges' settings: temperature, max_tokens, max_retries, max_connections, timeout
+    settings: dict | None = None,
+    substitute: str | None = None,  # judge that steps in where one is gone, and is marked as a substitute
+    prices: str | Path | None = None,  # a price table of the user's own
+    yes: bool = False,  # the user agreed to what it costs
+    again: bool = False,  # judge everything anew (replies that are kept are not paid for again)
+    say: Callable[[str], None] = print,  # called with each line worth keeping
+    report: Callable[[str], None] = lambda line: None,  # called with each line of passing progress
+    answer: Callable[[str], str] | None = None,  # asks a person; None where there is none
 ):
-    "Have judges judge the answers of a folder, a pass each; raises `InputError` in one line for anything wrong, and before anything is spent without consent."
-    from compassion_repro.evaluation.scoring import listener
+    """Have judges judge the answers of a folder, a pass each.
+
+    Raises `InputError` in one line for anything wrong, and before anything is spent without consent.
+    """
     from compassion_repro.evaluation.judges import REPLIES, Replies
+    from compassion_repro.evaluation.scoring import listener
+
     folder, settings, names = Path(folder), settings or {}, judge_names(judges)
-    if substitute is not None and check_judge(substitute) in names: raise InputError(f"the substitute {substitute!r} is one of the judges: name another")
+    if substitute is not None and check_judge(substitute) in names:
+        raise InputError(f"the substitute {substitute!r} is one of the judges: name another")
     setup, table = setup_of(folder), load_prices(prices)
     answers = Study(folder).table("answers") if (folder / "study.yaml").is_file() else collect_answers(folder)
-    with writable(folder): replies = Replies(folder / REPLIES)
+    with writable(folder):
+        replies = Replies(folder / REPLIES)
     with contextlib.closing(replies), replies.alone(report):
         tasks = load_setup(setup, folder / "benchmarks", listener())
         _own_pass(folder, setup, answers, tasks)
@@ -305,59 +503,94 @@ def judge_folder(
         ask(_estimates(tasks, waiting, settings, replies, table), yes, say, answer)
         for judge, rows in waiting.items():
             if not len(rows):
-                if len(judged): say(f"{judge}: nothing to judge, every answer has its scores")
+                if len(judged):
+                    say(f"{judge}: nothing to judge, every answer has its scores")
                 continue
-            try: failed = _one_pass(folder, setup, rows, judge, settings, replies, None, report)
+            try:
+                failed = _one_pass(folder, setup, rows, judge, settings, replies, None, report)
             except InputError as error:
-                if substitute is None or "do not fit" in str(error): raise
+                if substitute is None or "do not fit" in str(error):
+                    raise
                 say(f"{error}; {substitute} judges in its place, and is marked as a substitute")
                 judge, stands_for = substitute, judge
                 rows = pending(folder, judged, judge, settings, again)
                 ask(_estimates(tasks, {judge: rows}, settings, replies, table), yes, say, answer)
-                failed = _one_pass(folder, setup, rows, judge, settings, replies, stands_for, report) if len(rows) else 0
-            say(f"{judge}: judged {len(rows):,} answers" + (f"; it failed on {failed:,}, run the same command again for those" if failed else ""))
+                failed = (
+                    _one_pass(folder, setup, rows, judge, settings, replies, stands_for, report)
+                    if len(rows)
+                    else 0
+                )
+            say(
+                f"{judge}: judged {len(rows):,} answers"
+                + (f"; it failed on {failed:,}, run the same command again for those" if failed else "")
+            )
         for name in ("grades", "scores"):
-            if (folder / "eval.yaml").is_file() and any(folder.glob(f"judges/*/{name}.parquet")): _write_together(folder, name)
+            if (folder / "eval.yaml").is_file() and any(folder.glob(f"judges/*/{name}.parquet")):
+                _write_together(folder, name)
 
 # %% ../../nbs/09_pipeline/07_evaluate.ipynb #b1d511c8
 def evaluate_models(
-    models: list[str], # folders, adapter folders, hub ids, Inspect model ids
-    benchmarks: list[str], # names, see `evaluation.benchmarks.named_benchmark`, or tasks of inspect_evals
-    judges: str, # one judge or several with commas
-    out: str | Path, # evaluation folder, new or to be carried on
-    generation: Generation = Generation(), # how the models answer
-    seed: int = 1, # of the draws
-    epochs: int | None = None, # answers a question; default: the benchmark's own
-    languages: list[str] | None = None, # only questions in these
-    limit: int | None = None, # only the first questions of a benchmark
-    say: Callable[[str], None] = print, # called with each line worth keeping
-    report: Callable[[str], None] = lambda line: None, # called with each line of passing progress
-    python: str | None = None, # interpreter of vLLM's environment, where `generation` asks for it
-    **judging, # for `judge_folder`: settings, substitute, prices, yes, answer
-) -> Path: # the folder
-    "Evaluate models on benchmarks under judges, or carry on; raises `InputError` in one line for anything wrong."
+    models: list[str],  # folders, adapter folders, hub ids, Inspect model ids
+    benchmarks: list[str],  # names, see `evaluation.benchmarks.named_benchmark`, or tasks of inspect_evals
+    judges: str,  # one judge or several with commas
+    out: str | Path,  # evaluation folder, new or to be carried on
+    generation: Generation = Generation(),  # how the models answer
+    seed: int = 1,  # of the draws
+    epochs: int | None = None,  # answers a question; default: the benchmark's own
+    languages: list[str] | None = None,  # only questions in these
+    limit: int | None = None,  # only the first questions of a benchmark
+    say: Callable[[str], None] = print,  # called with each line worth keeping
+    report: Callable[[str], None] = lambda line: None,  # called with each line of passing progress
+    python: str | None = None,  # interpreter of vLLM's environment, where `generation` asks for it
+    **judging,  # for `judge_folder`: settings, substitute, prices, yes, answer
+) -> Path:  # the folder
+    """Evaluate models on benchmarks under judges, or carry on.
+
+    Raises `InputError` in one line for anything wrong.
+    """
     from compassion_repro.evaluation.benchmarks import language_code, load_named_task, named_benchmark
+    from compassion_repro.evaluation.inspect_runner import temporary_folder, with_prompts
     from compassion_repro.evaluation.judges import judge_model
     from compassion_repro.pipeline.preflight import look_at_judge
-    from compassion_repro.evaluation.inspect_runner import temporary_folder, with_prompts
+
     folder = Path(out)
-    for judge in [*judge_names(judges), *filter(None, [judging.get("substitute")])]: judge_model(judge)
-    if twice := [m for m in models if models.count(m) > 1]: raise InputError(f"model {twice[0]!r} stands twice: name it once")
+    for judge in [*judge_names(judges), *filter(None, [judging.get("substitute")])]:
+        judge_model(judge)
+    if twice := [m for m in models if models.count(m) > 1]:
+        raise InputError(f"model {twice[0]!r} stands twice: name it once")
     sections, words = {}, {}
     for word in benchmarks:
         name, section = named_benchmark(word, epochs) or (load_named_task(word, epochs).name, None)
-        if name in sections: raise InputError(f"benchmark {name!r} stands twice: give each folder of a benchmark an --out of its own")
+        if name in sections:
+            raise InputError(
+                f"benchmark {name!r} stands twice: give each folder of a benchmark an --out of its own"
+            )
         sections[name], words[name] = section, word
     if any(sections.values()):
-        for judge in [*judge_names(judges), *filter(None, [judging.get("substitute")])]: look_at_judge(judge)
+        for judge in [*judge_names(judges), *filter(None, [judging.get("substitute")])]:
+            look_at_judge(judge)
     codes = languages and tuple(language_code(word) for word in languages)
     for model in models:
-        if not model.startswith("world:") and (file := gguf_file(model)): check_gguf(file), say(gguf_note(file))
-    setup = Setup(sections, words, generation, seed, codes, limit, epochs, {model: _weights(model, generation.template) for model in models})
-    tasks = load_setup(setup, temporary_folder() / "benchmarks") # bad data and unknown languages come to light before anything is written
+        if not model.startswith("world:") and (file := gguf_file(model)):
+            check_gguf(file)
+            say(gguf_note(file))
+    setup = Setup(
+        sections,
+        words,
+        generation,
+        seed,
+        codes,
+        limit,
+        epochs,
+        {model: _weights(model, generation.template) for model in models},
+    )
+    # bad data and unknown languages come to light before anything is written
+    tasks = load_setup(setup, temporary_folder() / "benchmarks")
     for name, task in tasks.items():
-        with_prompts(task, temporary_folder() / "prompts")  # and so do tasks that cannot be run on saved answers
-        for remark in task.remarks: say(f"warning: {name}: {remark}")
+        # and so do tasks that cannot be run on saved answers
+        with_prompts(task, temporary_folder() / "prompts")
+        for remark in task.remarks:
+            say(f"warning: {name}: {remark}")
     with Study(folder).lock("eval", say):
         setup = settle(folder, setup)
         generate(folder, setup, models, {name: tasks[name] for name in sections}, say, report, python)
@@ -366,91 +599,143 @@ def evaluate_models(
 
 # %% ../../nbs/09_pipeline/07_evaluate.ipynb #d0a7f516
 def summary(
-    folder: str | Path, # study or evaluation folder
-): # model, benchmark, judge, questions, score (percent), no_grade (percent of calls), empty (percent of answers), substitute_for
-    "Mean scores by model, benchmark and judge; null where the judge could not read the rubric or its replies held no grade."
+    folder: str | Path,  # study or evaluation folder
+    # model, benchmark, judge, questions, score (percent), no_grade (percent of calls), empty (percent of
+    # answers), substitute_for
+):
+    """Mean scores by model, benchmark and judge; null where the judge could not read the rubric or its
+    replies held no grade.
+    """
     import pandas as pd
+
     study, keys = Study(folder), ["model", "benchmark", "judge"]
     scores, answers = study.table("scores"), study.table("answers")
     overall = scores[scores["dimension"] == "overall"]
     items = overall.groupby([*keys, "seed", "question_id"], sort=False)["score"].mean().reset_index()
-    table = items.groupby(keys, sort=False).agg(questions=("question_id", "nunique"), score=("score", "mean")).reset_index()
+    table = (
+        items.groupby(keys, sort=False)
+        .agg(questions=("question_id", "nunique"), score=("score", "mean"))
+        .reset_index()
+    )
     table["score"] *= 100
     table.loc[pd.MultiIndex.from_frame(table[keys]).isin(_blind(scores, keys)), "score"] = float("nan")
     grades = study.table("grades") if (study.folder / "grades.parquet").is_file() else None
-    if grades is not None: table = table.merge(_lost(grades, keys), on=keys, how="left")
-    table = table.merge(answers.groupby(["model", "benchmark"])["empty"].mean().mul(100).reset_index(), on=["model", "benchmark"], how="left")
+    if grades is not None:
+        table = table.merge(_lost(grades, keys), on=keys, how="left")
+    table = table.merge(
+        answers.groupby(["model", "benchmark"])["empty"].mean().mul(100).reset_index(),
+        on=["model", "benchmark"],
+        how="left",
+    )
     stand_in = scores.get("substitute_for", pd.Series(index=scores.index, dtype=object))
-    return table.merge(scores.assign(substitute_for=stand_in).groupby(keys)["substitute_for"].first().reset_index(), on=keys, how="left")
+    return table.merge(
+        scores.assign(substitute_for=stand_in).groupby(keys)["substitute_for"].first().reset_index(),
+        on=keys,
+        how="left",
+    )
 
-
+# %% ../../nbs/09_pipeline/07_evaluate.ipynb #8fa06736
 def _blind(scores, keys: list[str]) -> list[tuple]:
-    "Which groups of scores mean nothing, because a deterministic judge found nothing in the rubric to look for."
-    if "judge_valid" not in scores: return []
+    """Which groups of scores mean nothing, because a deterministic judge found nothing in the rubric to look
+    for.
+    """
+    if "judge_valid" not in scores:
+        return []
     blind = scores[~scores["judge_valid"].astype(bool)]
     return list(blind[keys].drop_duplicates().itertuples(index=False, name=None))
 
-
+# %% ../../nbs/09_pipeline/07_evaluate.ipynb #976c4591
 def without_scores(
-    folder: str | Path, # study or evaluation folder
-    judges: str | None = None, # only these, with commas; None: all
-) -> list[str]: # a line each
+    folder: str | Path,  # study or evaluation folder
+    judges: str | None = None,  # only these, with commas; None: all
+) -> list[str]:  # a line each
     "Judges that gave no usable score on a benchmark: why, and what to do."
     from compassion_repro.evaluation.scoring import no_grade_line
+
     study, lines = Study(folder), []
     scores, names = study.table("scores"), judges and judge_names(judges)
     for judge, benchmark in _blind(scores, ["judge", "benchmark"]):
         if names is None or judge in names:
-            lines.append(f"{benchmark}: no score by {judge!r}, which looks for phrases that the rubric quotes, and this rubric quotes none; have a model judge: compassion-repro judge {folder} --judge ID")
+            lines.append(
+                f"{benchmark}: no score by {judge!r}, which looks for phrases that the rubric quotes, and"
+                f" this rubric quotes none; have a model judge: compassion-repro judge {folder} --judge ID"
+            )
     grades = study.table("grades") if (study.folder / "grades.parquet").is_file() else None
-    if grades is None: return lines
+    if grades is None:
+        return lines
     for judge, own in grades.groupby("judge"):
-        if (names is None or judge in names) and (line := no_grade_line(own)): lines.append(line)
+        if (names is None or judge in names) and (line := no_grade_line(own)):
+            lines.append(line)
     return lines
 
-
+# %% ../../nbs/09_pipeline/07_evaluate.ipynb #f074e69d
 def _lost(grades, keys):
     lost = grades.assign(no_grade=(grades["attempted"] & grades["grade"].isna()) * 100.0)
     return lost.groupby(keys)["no_grade"].mean().reset_index()
 
 # %% ../../nbs/09_pipeline/07_evaluate.ipynb #d96f57e7
 def make_sheet(
-    folder: str | Path, # study or evaluation folder
-    size: int, # answers to draw
-    sheet: str | Path, # CSV file for people
-    seed: int = 0, # of the draw
-) -> Path: # the key file
-    "Export a blinded sheet of answers; raises `InputError` where nothing was judged yet, or the sheet is there already."
+    folder: str | Path,  # study or evaluation folder
+    size: int,  # answers to draw
+    sheet: str | Path,  # CSV file for people
+    seed: int = 0,  # of the draw
+) -> Path:  # the key file
+    """Export a blinded sheet of answers.
+
+    Raises `InputError` where nothing was judged yet, or the sheet is there already.
+    """
     import pandas as pd
-    from compassion_repro.evaluation.scoring import judge_prompts, listener
+
     from compassion_repro.evaluation.judges import read_judge_prompt
+    from compassion_repro.evaluation.scoring import judge_prompts, listener
+
     folder = Path(folder)
     study, setup = Study(folder), setup_of(folder)
     grades = study.table("grades")
     units = sample_units(grades[grades["judge"] != HUMAN], size, seed)
     keys = UNIT[:5]
-    answers = units[["id", *keys, "dimension", "variables"]].merge(study.table("answers")[[*keys, "text"]], on=keys)
+    answers = units[["id", *keys, "dimension", "variables"]].merge(
+        study.table("answers")[[*keys, "text"]], on=keys
+    )
     prompts = judge_prompts(answers, load_setup(setup, folder / "benchmarks", listener()))
     shown = prompts.join(prompts["prompt"].map(read_judge_prompt).apply(pd.Series))
     shown["place"] = shown.groupby(["benchmark", "question_id", "text", "dimension"]).cumcount()
-    order = grades.drop_duplicates(UNIT)[UNIT].assign(place=lambda t: t.groupby(UNIT[:6]).cumcount()) # the variables' combinations come in the scorer's own order
-    answers = answers.merge(order, on=UNIT).merge(shown, on=["benchmark", "question_id", "text", "dimension", "place"])
-    sheet_rows = units.merge(answers[["id", "task", "submission", "guide", "indicators"]], on="id", how="inner")
-    return write_sheet(sheet_rows.rename(columns={"task": "question", "submission": "answer", "guide": "guiding_question"}), sheet)
+    # the variables' combinations come in the scorer's own order
+    order = grades.drop_duplicates(UNIT)[UNIT].assign(place=lambda t: t.groupby(UNIT[:6]).cumcount())
+    answers = answers.merge(order, on=UNIT).merge(
+        shown, on=["benchmark", "question_id", "text", "dimension", "place"]
+    )
+    sheet_rows = units.merge(
+        answers[["id", "task", "submission", "guide", "indicators"]], on="id", how="inner"
+    )
+    return write_sheet(
+        sheet_rows.rename(columns={"task": "question", "submission": "answer", "guide": "guiding_question"}),
+        sheet,
+    )
 
-
+# %% ../../nbs/09_pipeline/07_evaluate.ipynb #cecc8729
 @locked("annotate")
 def add_sheet(
-    folder: str | Path, # study or evaluation folder
-    sheet: str | Path, # a sheet that people have filled in
-): # agreement of each judge with the people, by benchmark and dimension
-    "Read people's grades back as the judge `human`; raises `InputError` for a sheet that is not of this folder."
+    folder: str | Path,  # study or evaluation folder
+    sheet: str | Path,  # a sheet that people have filled in
+):  # agreement of each judge with the people, by benchmark and dimension
+    """Read people's grades back as the judge `human`.
+
+    Raises `InputError` for a sheet that is not of this folder.
+    """
     import pandas as pd
+
     folder = Path(folder)
     setup_of(folder)
     grades, human = Study(folder).table("grades"), read_sheet(sheet)
     known = pd.MultiIndex.from_frame(grades[UNIT].astype(str))
-    if (strange := ~pd.MultiIndex.from_frame(human[UNIT].astype(str)).isin(known)).any(): raise InputError(f"{sheet} is not of {folder}: {strange.sum()} of its {len(human)} answers are not there")
+    if (strange := ~pd.MultiIndex.from_frame(human[UNIT].astype(str)).isin(known)).any():
+        raise InputError(
+            f"{sheet} is not of {folder}: {strange.sum()} of its {len(human)} answers are not there"
+        )
     save_pass(folder, HUMAN, {"grades": human}, {"settings": {}, "substitute_for": None, "unjudged_in": []})
     grades = Study(folder).table("grades")
-    return pd.concat([agreement(grades, [judge, HUMAN]) for judge in sorted(set(grades["judge"]) - {HUMAN})], ignore_index=True)
+    return pd.concat(
+        [agreement(grades, [judge, HUMAN]) for judge in sorted(set(grades["judge"]) - {HUMAN})],
+        ignore_index=True,
+    )

@@ -16,167 +16,285 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from fastcore.basics import patch
 
-from .. import presets as hub, study
-from ..training import memory
+from .. import presets as hub
+from .. import study
 from . import plan
+from ..presets import load_preset, presets, with_settings
 from ..sandbox import jail as sandbox
 from ..store.folder import provenance
 from ..study import Preset
-from ..presets import load_preset, presets, with_settings
+from ..training import memory
 
 # %% ../../nbs/09_pipeline/04_machine.ipynb #693d1336
-TOKENS = {"HF_TOKEN": None, "GOOGLE_API_KEY": "google", "OPENAI_API_KEY": "openai", "ANTHROPIC_API_KEY": "anthropic"} # variable -> Inspect provider whose judges want it
-CLIENTS = {"google": "google.genai", "openai": "openai", "anthropic": "anthropic"} # provider -> package that speaks to it
+# variable -> Inspect provider whose judges want it
+TOKENS = {
+    "HF_TOKEN": None,
+    "GOOGLE_API_KEY": "google",
+    "OPENAI_API_KEY": "openai",
+    "ANTHROPIC_API_KEY": "anthropic",
+}
+# provider -> package that speaks to it
+CLIENTS = {"google": "google.genai", "openai": "openai", "anthropic": "anthropic"}
 
 
 @dataclass(frozen=True)
 class Machine:
     "What presets ask of a machine."
-    memory_gb: float # of the machine, GB of 2**30 bytes
-    disk_gb: float # free where the study would lie
-    gpu: str | None = None # name of the first GPU that torch can use
-    gpu_gb: float = 0.0 # its memory
-    bfloat16: bool = False # it computes in bfloat16
-    jail: str = "none" # level of the jail for model-written code
-    tokens: frozenset = frozenset() # of TOKENS, those that are set
-    missing: tuple[str, ...] = () # packages that are not installed
-    gpus: tuple[str, ...] = () # every GPU that torch can use, in words
 
-    @property
-    def graphics(self) -> str:
-        "The GPU in words."
-        if self.gpu is None: return "unknown: torch is not installed" if "torch" in self.missing else "none: models run on the CPU in float32"
-        return gpu_words(self.gpu, self.gpu_gb, self.bfloat16)
+    memory_gb: float  # of the machine, GB of 2**30 bytes
+    disk_gb: float  # free where the study would lie
+    gpu: str | None = None  # name of the first GPU that torch can use
+    gpu_gb: float = 0.0  # its memory
+    bfloat16: bool = False  # it computes in bfloat16
+    jail: str = "none"  # level of the jail for model-written code
+    tokens: frozenset = frozenset()  # of TOKENS, those that are set
+    missing: tuple[str, ...] = ()  # packages that are not installed
+    gpus: tuple[str, ...] = ()  # every GPU that torch can use, in words
 
+# %% ../../nbs/09_pipeline/04_machine.ipynb #98eb5b0d
+@patch(as_prop=True)
+def graphics(self: Machine) -> str:
+    "The GPU in words."
+    if self.gpu is None:
+        return (
+            "unknown: torch is not installed"
+            if "torch" in self.missing
+            else "none: models run on the CPU in float32"
+        )
+    return gpu_words(self.gpu, self.gpu_gb, self.bfloat16)
 
+# %% ../../nbs/09_pipeline/04_machine.ipynb #b8154582
 def gpu_words(
-    name: str, # as torch has it
-    gb: float, # its memory
-    bfloat16: bool, # it computes in bfloat16
+    name: str,  # as torch has it
+    gb: float,  # its memory
+    bfloat16: bool,  # it computes in bfloat16
 ) -> str:
     "A GPU in words."
     return f"{name}, {gb:.0f} GB, {'bfloat16' if bfloat16 else 'no bfloat16: float16 is used'}"
 
-
+# %% ../../nbs/09_pipeline/04_machine.ipynb #42e700c5
 def _gpus() -> list[tuple[str, float, bool]]:
-    "Name, memory and bfloat16 of every GPU that torch can use. (bfloat16 since compute capability 8, as torch itself counts.)"
+    """Name, memory and bfloat16 of every GPU that torch can use.
+
+    (bfloat16 since compute capability 8, as torch itself counts.)
+    """
     import torch
-    if not torch.cuda.is_available(): return []
+
+    if not torch.cuda.is_available():
+        return []
     first = torch.cuda.is_bf16_supported(including_emulation=False)
     found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
-    return [(one.name, one.total_memory / 2**30, first if number == 0 else bool(torch.version.hip) or one.major >= 8) for number, one in enumerate(found)]
+    return [
+        (
+            one.name,
+            one.total_memory / 2**30,
+            first if number == 0 else bool(torch.version.hip) or one.major >= 8,
+        )
+        for number, one in enumerate(found)
+    ]
 
-
+# %% ../../nbs/09_pipeline/04_machine.ipynb #d6f07912
 def _has(module: str) -> bool:
-    try: return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError): return False
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
 
-
+# %% ../../nbs/09_pipeline/04_machine.ipynb #299f12ef
 def _has_hub_token() -> bool:
     from huggingface_hub import get_token
+
     return bool(get_token())
 
-
+# %% ../../nbs/09_pipeline/04_machine.ipynb #648e5a8f
 def this_machine(
-    folder: str | Path = ".", # where the study would lie
+    folder: str | Path = ".",  # where the study would lie
 ) -> Machine:
     "The machine that this runs on; loads torch where it is installed."
-    missing = [name for name, found in provenance()["packages"].items() if not found] + [name for name, module in CLIENTS.items() if not _has(module)]
+    missing = [name for name, found in provenance()["packages"].items() if not found] + [
+        name for name, module in CLIENTS.items() if not _has(module)
+    ]
     gpus = [] if "torch" in missing else _gpus()
     gpu = dict(zip(("gpu", "gpu_gb", "bfloat16"), gpus[0])) if gpus else {}
-    tokens = frozenset(name for name in TOKENS if os.environ.get(name)) | ({"HF_TOKEN"} if _has_hub_token() else set())
-    return Machine(psutil.virtual_memory().total / 2**30, shutil.disk_usage(folder).free / 2**30, **gpu, jail=sandbox.level(), tokens=tokens, missing=tuple(missing), gpus=tuple(gpu_words(*one) for one in gpus))
+    tokens = frozenset(name for name in TOKENS if os.environ.get(name)) | (
+        {"HF_TOKEN"} if _has_hub_token() else set()
+    )
+    return Machine(
+        psutil.virtual_memory().total / 2**30,
+        shutil.disk_usage(folder).free / 2**30,
+        **gpu,
+        jail=sandbox.level(),
+        tokens=tokens,
+        missing=tuple(missing),
+        gpus=tuple(gpu_words(*one) for one in gpus),
+    )
 
 # %% ../../nbs/09_pipeline/04_machine.ipynb #db02a009
-SMALL_BASE, SMALL_REWARD = "models.base=meta-llama/Llama-3.2-1B", "models.reward=Skywork/Skywork-Reward-V2-Qwen3-0.6B"
-SMALLER = (("generation.batch_size=16",), ("generation.batch_size=4",), ("models.quantize=nf4",), ("models.quantize=nf4", "generation.batch_size=16"), ("models.quantize=nf4", "generation.batch_size=4")) # what is tried, in turn
-OTHER = (("models.quantize=nf4", "generation.batch_size=16", SMALL_REWARD), ("models.quantize=nf4", SMALL_BASE, SMALL_REWARD)) # and then
+SMALL_BASE, SMALL_REWARD = (
+    "models.base=meta-llama/Llama-3.2-1B",
+    "models.reward=Skywork/Skywork-Reward-V2-Qwen3-0.6B",
+)
+# what is tried, in turn
+SMALLER = (
+    ("generation.batch_size=16",),
+    ("generation.batch_size=4",),
+    ("models.quantize=nf4",),
+    ("models.quantize=nf4", "generation.batch_size=16"),
+    ("models.quantize=nf4", "generation.batch_size=4"),
+)
+# and then
+OTHER = (
+    ("models.quantize=nf4", "generation.batch_size=16", SMALL_REWARD),
+    ("models.quantize=nf4", SMALL_BASE, SMALL_REWARD),
+)
 
 
 def largest_stage(
-    preset: Preset, # the study
-    machine: Machine, # with a GPU
-) -> tuple[str, float]: # kind of stage and GB; ("", 0) where the base model's shape is not at hand
+    preset: Preset,  # the study
+    machine: Machine,  # with a GPU
+) -> tuple[str, float]:  # kind of stage and GB; ("", 0) where the base model's shape is not at hand
     "The kind of stage that needs most on a GPU, fitted to it as well as can be."
     shape, reward = plan.shapes(preset)
-    if shape is None: return "", 0.0
-    kinds = {"answers"} | {"midtrain" for model in preset.trained if model.startswith("mid")} | {arm.paradigm for arm in preset.trained_arms}
-    return max(((kind, memory.stage_memory(preset, kind, shape, machine.gpu_gb, "cuda", reward, machine.bfloat16).gb) for kind in sorted(kinds)), key=lambda found: found[1])
+    if shape is None:
+        return "", 0.0
+    kinds = (
+        {"answers"}
+        | {"midtrain" for model in preset.trained if model.startswith("mid")}
+        | {arm.paradigm for arm in preset.trained_arms}
+    )
+    return max(
+        (
+            (
+                kind,
+                memory.stage_memory(preset, kind, shape, machine.gpu_gb, "cuda", reward, machine.bfloat16).gb,
+            )
+            for kind in sorted(kinds)
+        ),
+        key=lambda found: found[1],
+    )
 
-
+# %% ../../nbs/09_pipeline/04_machine.ipynb #5b7bd89d
 def as_words(
-    settings: tuple[str, ...], # `key=value`
-) -> str: # as they are typed
+    settings: tuple[str, ...],  # `key=value`
+) -> str:  # as they are typed
     "Settings on a command line."
     return " ".join(f"--set {word!r}" if "[" in word else f"--set {word}" for word in settings)
 
-
+# %% ../../nbs/09_pipeline/04_machine.ipynb #2f8b8ff9
 def gpu_problems(
-    preset: Preset, # the study
-    machine: Machine, # to run it on
-) -> list[str]: # one line each
+    preset: Preset,  # the study
+    machine: Machine,  # to run it on
+) -> list[str]:  # one line each
     "What a preset lacks in the GPU, and what to change."
-    if preset.compute.device != "cuda": return []
+    if preset.compute.device != "cuda":
+        return []
     if machine.gpu is None:
         wanted = plan.planned_gpu(preset)
-        return [f"no GPU that torch can use, and it wants one of {f'{memory.GPUS[wanted].gb:.0f} GB ({wanted} or larger)' if wanted else '16 GB or more'}: take another machine, or --set compute.device=cpu, which takes days"]
-    lacking = ["the GPU has no bfloat16: --set models.dtype=auto takes float16 with scaled losses"] if preset.models.dtype == "bfloat16" and not machine.bfloat16 else []
+        return [
+            "no GPU that torch can use, and it wants one of"
+            f" {f'{memory.GPUS[wanted].gb:.0f} GB ({wanted} or larger)' if wanted else '16 GB or more'}: take"
+            " another machine, or --set compute.device=cpu, which takes days"
+        ]
+    lacking = (
+        ["the GPU has no bfloat16: --set models.dtype=auto takes float16 with scaled losses"]
+        if preset.models.dtype == "bfloat16" and not machine.bfloat16
+        else []
+    )
     kind, gb = largest_stage(preset, machine)
-    if gb <= memory.FULL * machine.gpu_gb: return lacking
+    if gb <= memory.FULL * machine.gpu_gb:
+        return lacking
     for change in SMALLER + (() if preset.models.given else OTHER):
         if largest_stage(with_settings(preset, change), machine)[1] <= memory.FULL * machine.gpu_gb:
-            return [*lacking, f"the stage {kind} needs {gb:.0f} GB and the GPU has {machine.gpu_gb:.0f}: {as_words(change)}{', which is another study' if change in OTHER else ''}"]
+            return [
+                *lacking,
+                (
+                    f"the stage {kind} needs {gb:.0f} GB and the GPU has {machine.gpu_gb:.0f}:"
+                    f" {as_words(change)}{', which is another study' if change in OTHER else ''}"
+                ),
+            ]
     least = largest_stage(with_settings(preset, SMALLER[1]), machine)[1]
-    return [*lacking, f"the stage {kind} needs {gb:.0f} GB and the GPU has {machine.gpu_gb:.0f}: take one of at least {math.ceil(least / memory.FULL)} GB, with {as_words(SMALLER[1])}"]
+    return [
+        *lacking,
+        (
+            f"the stage {kind} needs {gb:.0f} GB and the GPU has {machine.gpu_gb:.0f}: take one of at least"
+            f" {math.ceil(least / memory.FULL)} GB, with {as_words(SMALLER[1])}"
+        ),
+    ]
 
 # %% ../../nbs/09_pipeline/04_machine.ipynb #48075536
-SYSTEM_GB = 3.0 # of memory for the program and its libraries
-FEWER = ("arms=[sft-help, sft-code]",) # what makes a study smaller on the disk
+SYSTEM_GB = 3.0  # of memory for the program and its libraries
+FEWER = ("arms=[sft-help, sft-code]",)  # what makes a study smaller on the disk
 
 
 def room_problems(
-    preset: Preset, # the study
-    machine: Machine, # to run it on
-) -> list[str]: # one line each
+    preset: Preset,  # the study
+    machine: Machine,  # to run it on
+) -> list[str]:  # one line each
     "What a preset lacks in disk and working memory, and what to change."
-    def needed(preset): return sum(plan.disk(preset, plan.plan(preset)).values())
+
+    def needed(preset):
+        return sum(plan.disk(preset, plan.plan(preset)).values())
+
     found, gb = [], needed(preset)
     if gb + 1 > machine.disk_gb:
         less = needed(with_settings(preset, FEWER)) if not preset.models.given else gb
-        found.append(f"it takes {gb + 1:.0f} GB of disk and {machine.disk_gb:.0f} are free: --out on another disk" + (f", or {as_words(FEWER)} ({less + 1:.0f} GB)" if less < gb - 1 else ""))
+        found.append(
+            f"it takes {gb + 1:.0f} GB of disk and {machine.disk_gb:.0f} are free: --out on another disk"
+            + (f", or {as_words(FEWER)} ({less + 1:.0f} GB)" if less < gb - 1 else "")
+        )
     shape, _ = plan.shapes(preset)
-    merged = 2 * shape.parameters / 2**30 if shape and preset.models.quantize == "nf4" and preset.trained and machine.gpu and machine.gpu_gb < 2.8 * shape.parameters / 2**30 else 0
+    merged = (
+        2 * shape.parameters / 2**30
+        if shape
+        and preset.models.quantize == "nf4"
+        and preset.trained
+        and machine.gpu
+        and machine.gpu_gb < 2.8 * shape.parameters / 2**30
+        else 0
+    )
     if machine.memory_gb < SYSTEM_GB + merged:
-        found.append(f"it takes {SYSTEM_GB + merged:.0f} GB of working memory and the machine has {machine.memory_gb:.0f}: " + (f"--set {SMALL_BASE}, or a larger machine" if merged else "take a larger machine"))
+        found.append(
+            f"it takes {SYSTEM_GB + merged:.0f} GB of working memory and the machine has"
+            f" {machine.memory_gb:.0f}: "
+            + (f"--set {SMALL_BASE}, or a larger machine" if merged else "take a larger machine")
+        )
     return found
 
-
+# %% ../../nbs/09_pipeline/04_machine.ipynb #a3e15d8e
 def key_problems(
-    preset: Preset, # the study
-    machine: Machine, # to run it on
-) -> list[str]: # one line each
+    preset: Preset,  # the study
+    machine: Machine,  # to run it on
+) -> list[str]:  # one line each
     "Tokens, clients and packages that a preset wants and the machine lacks."
-    found = [f"{package} is missing: pip install -c constraints.txt ." for package in machine.missing if package not in CLIENTS]
+    found = [
+        f"{package} is missing: pip install -c constraints.txt ."
+        for package in machine.missing
+        if package not in CLIENTS
+    ]
     known = hub.PUBLISHED.get(preset.models.base.partition("@")[0])
     if known and known.gated and "HF_TOKEN" not in machine.tokens:
-        found.append(f"no HF_TOKEN for the gated {preset.models.base.partition('@')[0]}: set it, or --set models.base={known.copy}, a copy made by others")
+        found.append(
+            f"no HF_TOKEN for the gated {preset.models.base.partition('@')[0]}: set it, or --set"
+            f" models.base={known.copy}, a copy made by others"
+        )
     for judge in study.judge_names(preset.judge):
         found += judge_problems(judge, provider_missing(judge, machine.missing), machine.tokens)
     return found
 
-
+# %% ../../nbs/09_pipeline/04_machine.ipynb #f6a8e702
 def provider_missing(judge: str, missing: tuple[str, ...] | None = None) -> bool:
     "Whether the package that speaks to a judge is not installed."
     provider = judge.partition("/")[0]
     return provider in CLIENTS and (not _has(CLIENTS[provider]) if missing is None else provider in missing)
 
-
+# %% ../../nbs/09_pipeline/04_machine.ipynb #48537da6
 def judge_problems(
-    judge: str, # one judge
-    lacking: bool | None = None, # its client is not installed; default: look
-    tokens: frozenset | None = None, # of TOKENS, those that are set; default: look
-) -> list[str]: # one line each
+    judge: str,  # one judge
+    lacking: bool | None = None,  # its client is not installed; default: look
+    tokens: frozenset | None = None,  # of TOKENS, those that are set; default: look
+) -> list[str]:  # one line each
     "What a judge needs and this machine does not have: a package, a key."
     lacking = provider_missing(judge) if lacking is None else lacking
     tokens = {name for name in TOKENS if os.environ.get(name)} if tokens is None else tokens
@@ -186,54 +304,99 @@ def judge_problems(
         package = "'.[judge]'" if provider == "google" else provider
         found.append(f"no client for the judge {judge}: pip install {package}")
     if key and key not in tokens:
-        found.append(f"no {key} for the judge {judge}: set it, or --set judge=hf/Qwen/Qwen3-4B, a judge on this machine")
+        found.append(
+            f"no {key} for the judge {judge}: set it, or --set judge=hf/Qwen/Qwen3-4B, a judge on this"
+            " machine"
+        )
     return found
 
 # %% ../../nbs/09_pipeline/04_machine.ipynb #13b85e26
 @dataclass(frozen=True)
 class Verdict:
     "Whether a preset can be run on a machine."
-    preset: str # its name
-    problems: tuple[str, ...] # what stands in the way, each with the setting to change
-    remarks: tuple[str, ...] = () # what is worth knowing
+
+    preset: str  # its name
+    problems: tuple[str, ...]  # what stands in the way, each with the setting to change
+    remarks: tuple[str, ...] = ()  # what is worth knowing
 
     @property
     def line(self) -> str:
         "In one line."
         return "; ".join(self.problems + self.remarks) or "everything is here"
 
-
+# %% ../../nbs/09_pipeline/04_machine.ipynb #60132d4b
 def _hours(preset: Preset, machine: Machine) -> float | None:
-    "Hours on the machine's GPU, where it is one of those with a data sheet; None for others and for studies that demand none."
-    known = next((name for name in memory.GPUS if name in (machine.gpu or "").replace("-", " ").split()), None)
+    """Hours on the machine's GPU, where it is one of those with a data sheet; None for others and for studies
+    that demand none.
+    """
+    known = next(
+        (name for name in memory.GPUS if name in (machine.gpu or "").replace("-", " ").split()), None
+    )
     found = plan.on_machines(preset, plan.plan(preset)) if known else {}
     return found[known]["hours"] if known in found else None
 
-
+# %% ../../nbs/09_pipeline/04_machine.ipynb #995e8dd9
 def blind_judges(
-    preset: Preset, # the study
-) -> list[str]: # a line each
-    "Judges that find nothing to look for on a benchmark of the hub: the published rubrics quote no phrases. (Those of a folder are read before a study starts.)"
+    preset: Preset,  # the study
+) -> list[str]:  # a line each
+    """Judges that find nothing to look for on a benchmark of the hub: the published rubrics quote no phrases.
+
+    (Those of a folder are read before a study starts.)
+    """
     blind = [judge for judge in study.judge_names(preset.judge) if judge in study.DETERMINISTIC]
-    away = [name for name, benchmark in preset.benchmarks.items() if benchmark.judged and not benchmark.data.startswith("world:") and not Path(benchmark.data).expanduser().exists()]
-    return [f"the {judge} judge looks for quoted phrases, which the published rubrics of {', '.join(away)} do not have, so there would be no score: name a model with --set judge=..." for judge in blind if away]
+    away = [
+        name
+        for name, benchmark in preset.benchmarks.items()
+        if benchmark.judged
+        and not benchmark.data.startswith("world:")
+        and not Path(benchmark.data).expanduser().exists()
+    ]
+    return [
+        f"the {judge} judge looks for quoted phrases, which the published rubrics of {', '.join(away)} do not"
+        " have, so there would be no score: name a model with --set judge=..."
+        for judge in blind
+        if away
+    ]
 
-
+# %% ../../nbs/09_pipeline/04_machine.ipynb #ac0193b3
 def verdict(
-    preset: Preset, # the study
-    machine: Machine, # to run it on
+    preset: Preset,  # the study
+    machine: Machine,  # to run it on
 ) -> Verdict:
     "Hold a preset against a machine."
-    problems = [*gpu_problems(preset, machine), *room_problems(preset, machine), *key_problems(preset, machine)]
+    problems = [
+        *gpu_problems(preset, machine),
+        *room_problems(preset, machine),
+        *key_problems(preset, machine),
+    ]
     needy = [arm.model for arm in preset.trained_arms if arm.reward == "code"]
-    remarks = blind_judges(preset) + [f"no jail for model-written code, so {', '.join(needy)} will be left out: install bubblewrap, or add --allow-unsafe-code"] if needy and machine.jail == "none" else []
-    if not problems and (hours := _hours(preset, machine)): remarks.append(f"about {hours:.0f} hours by the plan's estimate" if hours > 3 else f"about {hours:.1f} hours by the plan's estimate")
-    if preset.compute.device == "cuda" and machine.gpu and not machine.bfloat16 and preset.models.dtype == "auto": remarks.append("this GPU has no bfloat16, so float16 with scaled losses is used")
+    remarks = (
+        blind_judges(preset)
+        + [
+            f"no jail for model-written code, so {', '.join(needy)} will be left out: install bubblewrap, or"
+            " add --allow-unsafe-code"
+        ]
+        if needy and machine.jail == "none"
+        else []
+    )
+    if not problems and (hours := _hours(preset, machine)):
+        remarks.append(
+            f"about {hours:.0f} hours by the plan's estimate"
+            if hours > 3
+            else f"about {hours:.1f} hours by the plan's estimate"
+        )
+    if (
+        preset.compute.device == "cuda"
+        and machine.gpu
+        and not machine.bfloat16
+        and preset.models.dtype == "auto"
+    ):
+        remarks.append("this GPU has no bfloat16, so float16 with scaled losses is used")
     return Verdict(preset.name, tuple(problems), tuple(remarks))
 
-
+# %% ../../nbs/09_pipeline/04_machine.ipynb #f6b5fa70
 def verdicts(
-    machine: Machine, # to run them on
+    machine: Machine,  # to run them on
 ) -> list[Verdict]:
     "Every preset of the package held against a machine."
     return [verdict(load_preset(name), machine) for name in presets()]

@@ -14,19 +14,35 @@ from pathlib import Path
 
 import psutil
 
-from ..data import hub, world
-from ..training import memory, model_files
-from ..store.graph import Stage, graph
-from ..core.files import is_local
-from ..evaluation.cost import estimate_study, load_prices
-from ..study import judge_names
-from ..study import Benchmark, DataSource, Preset, data_label, data_parts, parse_model
 from ..core.errors import InputError
+from ..core.files import is_local
+from ..data import hub, world
+from ..evaluation.cost import estimate_study, load_prices
+from ..store.graph import Stage, graph
+from compassion_repro.study import (
+    Benchmark,
+    DataSource,
+    Preset,
+    data_label,
+    data_parts,
+    judge_names,
+    parse_model,
+)
+from ..training import memory, model_files
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #a4e2b4d8
-HUB_COUNTS = {"CompassioninMachineLearning/anima": (114, 514), "CompassioninMachineLearning/moru-benchmark": (201, 905)} # questions and judge calls an epoch
-GUESSED = {"CompassioninMachineLearning/moru-benchmark": "its judge calls are a guess: as many a question as ANIMA has"} # what of that nobody has published
-HUB_TOKENS = { # tokens a row, about, and where that is from
+# questions and judge calls an epoch
+HUB_COUNTS = {
+    "CompassioninMachineLearning/anima": (114, 514),
+    "CompassioninMachineLearning/moru-benchmark": (201, 905),
+}
+# what of that nobody has published
+GUESSED = {
+    "CompassioninMachineLearning/moru-benchmark": (
+        "its judge calls are a guess: as many a question as ANIMA has"
+    )
+}
+HUB_TOKENS = {  # tokens a row, about, and where that is from
     "CompassioninMachineLearning/3k_pretraining_research_documents_v3": (2500, "the authors' data"),
     "databricks/databricks-dolly-15k": (200, "its 13 MB over its rows, four characters a token"),
     "ise-uiuc/Magicoder-Evol-Instruct-110K": (500, "a guess"),
@@ -34,254 +50,490 @@ HUB_TOKENS = { # tokens a row, about, and where that is from
 
 
 def _json_lines(files) -> list[dict]:
-    return [json.loads(line) for file in sorted(files) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [
+        json.loads(line)
+        for file in sorted(files)
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if line.strip()
+    ]
 
-
+# %% ../../nbs/09_pipeline/00_plan.ipynb #bc02d50f
 def _judge_calls(rows: list[dict], guiding: dict[str, str]) -> int:
-    "One call for each dimension of a question, times each value of a variable that the dimension's guiding question names."
+    """One call for each dimension of a question, times each value of a variable that the dimension's guiding
+    question names.
+    """
     calls = 0
     for row in rows:
-        variables = dict(line.split(":", 1) for line in (row.get("variables") or "").splitlines() if ":" in line)
+        variables = dict(
+            line.split(":", 1) for line in (row.get("variables") or "").splitlines() if ":" in line
+        )
         tags = row["tags"] if "tags" in row else row["dimension_tags"].split(",")
         for tag in tags:
             named = [v for v in variables if "{{" + v + "}}" in guiding.get(tag.strip(), "")]
             calls += math.prod([len([x for x in variables[v].split(",") if x.strip()]) for v in named])
     return calls
 
-
+# %% ../../nbs/09_pipeline/00_plan.ipynb #353e2d76
 def question_count(
-    name: str, # benchmark id
-    benchmark: Benchmark, # its task and data
-) -> tuple[int | None, int | None]: # questions, and judge calls an epoch
+    name: str,  # benchmark id
+    benchmark: Benchmark,  # its task and data
+) -> tuple[int | None, int | None]:  # questions, and judge calls an epoch
     "Size of a benchmark, counted where it is at hand."
-    if not benchmark.judged: return benchmark.limit, 0
+    if not benchmark.judged:
+        return benchmark.limit, 0
     if benchmark.data.startswith("world:"):
-        with tempfile.TemporaryDirectory() as folder: return _folder_count(world.write_benchmark(benchmark.data.removeprefix("world:"), folder, benchmark.size), None)
+        with tempfile.TemporaryDirectory() as folder:
+            return _folder_count(
+                world.write_benchmark(benchmark.data.removeprefix("world:"), folder, benchmark.size), None
+            )
     if is_local(benchmark.data):
-        try: return _folder_count(Path(benchmark.data), benchmark.dimensions)
-        except Exception as error: raise InputError(f"benchmark {name}: the questions in {benchmark.data} cannot be counted ({type(error).__name__}: {error}); is it in the official layout?") from None
+        try:
+            return _folder_count(Path(benchmark.data), benchmark.dimensions)
+        except Exception as error:
+            raise InputError(
+                f"benchmark {name}: the questions in {benchmark.data} cannot be counted"
+                f" ({type(error).__name__}: {error}); is it in the official layout?"
+            ) from None
     return HUB_COUNTS.get(benchmark.data.partition("@")[0], (None, None))
 
-
+# %% ../../nbs/09_pipeline/00_plan.ipynb #fb4b5526
 def _folder_count(folder: Path, dimensions: str | None) -> tuple[int | None, int | None]:
     anima = (folder / "questions").is_dir()
-    beside = Path(dimensions) if dimensions else folder / "dimensions" if anima else folder.with_name(f"{folder.name}_dims")
+    beside = (
+        Path(dimensions)
+        if dimensions
+        else folder / "dimensions"
+        if anima
+        else folder.with_name(f"{folder.name}_dims")
+    )
     rows = _json_lines((folder / "questions" if anima else folder).glob("*.jsonl"))
     guiding = {d["dimension"].strip(): d["guiding_question"] for d in _json_lines(beside.glob("*.jsonl"))}
     return (len(rows), _judge_calls(rows, guiding)) if rows else (None, None)
 
-
+# %% ../../nbs/09_pipeline/00_plan.ipynb #ba0f0d46
 def corpus_rows(
-    spec: str | DataSource | tuple[DataSource, ...], # sources of one corpus
-    sized: int | None, # as for `source_rows`
-    limit: int | None = None, # most rows of all together
-) -> int | None: # rows, or None where they cannot be told
+    spec: str | DataSource | tuple[DataSource, ...],  # sources of one corpus
+    sized: int | None,  # as for `source_rows`
+    limit: int | None = None,  # most rows of all together
+) -> int | None:  # rows, or None where they cannot be told
     "Rows of a corpus of one or several sources."
-    if isinstance(spec, str): return source_rows(spec, sized, limit)
+    if isinstance(spec, str):
+        return source_rows(spec, sized, limit)
     parts = data_parts(spec)
     counts = [source_rows(part.path, sized or 3000, part.limit) for part in parts]
-    if None in counts: return limit
-    rows = int(min(count / part.share for count, part in zip(counts, parts))) if parts[0].share else sum(counts)
+    if None in counts:
+        return limit
+    rows = (
+        int(min(count / part.share for count, part in zip(counts, parts))) if parts[0].share else sum(counts)
+    )
     return rows if limit is None else min(rows, limit)
 
-
+# %% ../../nbs/09_pipeline/00_plan.ipynb #9d2c1eed
 def source_rows(
-    source: str, # `world:<name>`, a path, or a hub id
-    sized: int | None, # rows that the preset draws from an embedded corpus
-    limit: int | None = None, # most rows that it draws
-) -> int | None: # rows, or None where they cannot be told
+    source: str,  # `world:<name>`, a path, or a hub id
+    sized: int | None,  # rows that the preset draws from an embedded corpus
+    limit: int | None = None,  # most rows that it draws
+) -> int | None:  # rows, or None where they cannot be told
     "Rows of a source; local JSON Lines are counted, those of the hub are taken as published."
-    if source.startswith("world:"): return min(filter(None, (sized, limit)), default=None)
+    if source.startswith("world:"):
+        return min(filter(None, (sized, limit)), default=None)
     path = Path(source)
-    if not is_local(source): hub.split_source(source)
-    if is_local(source): rows = _local_rows(path)
-    else: rows = hub.published_rows(source)
+    if not is_local(source):
+        hub.split_source(source)
+    if is_local(source):
+        rows = _local_rows(path)
+    else:
+        rows = hub.published_rows(source)
     return rows if limit is None else min(rows or limit, limit)
 
-
+# %% ../../nbs/09_pipeline/00_plan.ipynb #1c78a1e4
 def _local_rows(path: Path) -> int | None:
     "Rows of a file at hand, counted; of a folder None, since its splits have to be looked up."
-    if not path.is_file(): return None
-    if path.suffix in (".jsonl", ".ndjson"): return sum(1 for line in path.open("rb") if line.strip())
+    if not path.is_file():
+        return None
+    if path.suffix in (".jsonl", ".ndjson"):
+        return sum(1 for line in path.open("rb") if line.strip())
     from compassion_repro.data import sources
-    try: return len(sources.read_file(path)[1])
-    except InputError: return None # told by the checks before stage 1
+
+    try:
+        return len(sources.read_file(path)[1])
+    except InputError:
+        return None  # told by the checks before stage 1
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #39246734
 def shapes(
-    preset: Preset, # the study
-) -> tuple: # two `training.memory.Shape`
+    preset: Preset,  # the study
+) -> tuple:  # two `training.memory.Shape`
     "Sizes of the base model and of the reward model, None where they are not at hand."
-    return memory.read_shape(world.assets() / "base" if preset.models.base == "world:base" else preset.models.base), memory.read_shape(preset.models.reward)
+    return memory.read_shape(
+        world.assets() / "base" if preset.models.base == "world:base" else preset.models.base
+    ), memory.read_shape(preset.models.reward)
 
-
+# %% ../../nbs/09_pipeline/00_plan.ipynb #2e8e29fc
 def on_machines(
-    preset: Preset, # the study
-    records: list[dict], # from `plan`
-) -> dict[str, dict]: # GPU to what `training.memory.on_gpu` says of it, small ones first; empty for a study that demands no GPU, or whose base model's shape is not at hand
+    preset: Preset,  # the study
+    records: list[dict],  # from `plan`
+    # GPU to what `training.memory.on_gpu` says of it, small ones first; empty for a study that demands no
+    # GPU, or whose base model's shape is not at hand
+) -> dict[str, dict]:
     "A study that is meant for a GPU, on each of the known ones."
     shape, reward = shapes(preset)
-    if preset.compute.device != "cuda" or shape is None: return {}
+    if preset.compute.device != "cuda" or shape is None:
+        return {}
     return {name: memory.on_gpu(preset, records, shape, gpu, reward) for name, gpu in memory.GPUS.items()}
 
-
+# %% ../../nbs/09_pipeline/00_plan.ipynb #08898e7d
 def planned_gpu(
-    preset: Preset, # the study
-) -> str | None: # a key of `training.memory.GPUS`, or None where the study demands no GPU
+    preset: Preset,  # the study
+) -> str | None:  # a key of `training.memory.GPUS`, or None where the study demands no GPU
     "The smallest known GPU that holds every stage of a study; the largest where none does."
     stages = [dict(kind=stage.kind, tokens=None, answers=None, judge_calls=None) for stage in graph(preset)]
     found = on_machines(preset, stages)
     return next((name for name, f in found.items() if f["fits"]), next(reversed(found), None))
 
-
+# %% ../../nbs/09_pipeline/00_plan.ipynb #6d8a70fc
 def planned_memory(
-    preset: Preset, # the study
-) -> dict[str, memory.Fit]: # by kind of stage; empty where the base model's shape is not at hand
-    "Estimated memory of the training stages and of the answers, on the device that the preset is for: what it says, the GPU of `planned_gpu`, else this machine."
+    preset: Preset,  # the study
+) -> dict[str, memory.Fit]:  # by kind of stage; empty where the base model's shape is not at hand
+    """Estimated memory of the training stages and of the answers, on the device that the preset is for: what
+    it says, the GPU of `planned_gpu`, else this machine.
+    """
     shape, reward = shapes(preset)
-    if shape is None: return {}
+    if shape is None:
+        return {}
     gpu = planned_gpu(preset)
     gb = preset.compute.memory_gb or (memory.GPUS[gpu].gb if gpu else psutil.virtual_memory().total / 2**30)
-    return {kind: memory.stage_memory(preset, kind, shape, gb, "cuda" if gpu else "cpu", reward, not gpu or memory.GPUS[gpu].bfloat16) for kind in dict.fromkeys(s.kind for s in graph(preset)) if kind in ("midtrain", "sft", "grpo", "answers")}
+    return {
+        kind: memory.stage_memory(
+            preset, kind, shape, gb, "cuda" if gpu else "cpu", reward, not gpu or memory.GPUS[gpu].bfloat16
+        )
+        for kind in dict.fromkeys(s.kind for s in graph(preset))
+        if kind in ("midtrain", "sft", "grpo", "answers")
+    }
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #899e00a3
-DATA_GB, CALL_GB = 1.0, 5e-6 # of all the corpora and benchmarks of the hub together; of a judge call in the logs: about
+# of all the corpora and benchmarks of the hub together; of a judge call in the logs: about
+DATA_GB, CALL_GB = 1.0, 5e-6
 
 
 def _stage_disk(preset: Preset, record: dict, shape) -> float:
     "GB of 2**30 bytes that a finished stage leaves, beside what it links to."
-    if record["kind"] == "eval": return CALL_GB * (record["judge_calls"] or 0)
-    if record["kind"] not in ("midtrain", "sft", "grpo") or shape is None: return 0.0
+    if record["kind"] == "eval":
+        return CALL_GB * (record["judge_calls"] or 0)
+    if record["kind"] not in ("midtrain", "sft", "grpo") or shape is None:
+        return 0.0
     how = memory.held(preset, "cuda" if preset.compute.device == "cuda" else "cpu")
     weights = shape.parameters * (2 if how.quantize == "nf4" else how.number_bytes)
     return (weights + (4 * shape.adapter_parameters(how.rank) if how.quantize == "nf4" else 0)) / 2**30
 
-
+# %% ../../nbs/09_pipeline/00_plan.ipynb #00a1e69b
 def _unpacked(source: str) -> float:
-    "GB of 2**30 bytes that a GGUF file takes in bfloat16; 0 for any other model, and for a file that the checks refuse."
-    try: return 2 * model_files.read_gguf(file).parameters / 2**30 if is_local(source) and (file := model_files.gguf_file(source)) else 0.0
-    except InputError: return 0.0
+    """GB of 2**30 bytes that a GGUF file takes in bfloat16; 0 for any other model, and for a file that the
+    checks refuse.
+    """
+    try:
+        return (
+            2 * model_files.read_gguf(file).parameters / 2**30
+            if is_local(source) and (file := model_files.gguf_file(source))
+            else 0.0
+        )
+    except InputError:
+        return 0.0
 
-
+# %% ../../nbs/09_pipeline/00_plan.ipynb #9d231b39
 def disk(
-    preset: Preset, # the study
-    records: list[dict], # from `plan`
-    linked: bool = True, # the hub's cache and the study are on one disk
-) -> dict[str, float]: # GB of 2**30 bytes: downloads, dequantised GGUF files if there are any, copies of both, stages, checkpoints; their sum is the most that is needed at once
+    preset: Preset,  # the study
+    records: list[dict],  # from `plan`
+    linked: bool = True,  # the hub's cache and the study are on one disk
+    # GB of 2**30 bytes: downloads, dequantised GGUF files if there are any, copies of both, stages,
+    # checkpoints; their sum is the most that is needed at once
+) -> dict[str, float]:
     "Disk that a study takes."
     shape, reward = shapes(preset)
-    def from_hub(source): return source is not None and not source.startswith("world:") and not is_local(source)
-    def size(shape): return 2 * shape.parameters / 2**30 if shape else 0.0
-    models = [(preset.models.base, size(shape)), *((source, size(shape)) for source in preset.models.given.values())]
-    if any(arm.reward == "help" for arm in preset.trained_arms): models.append((preset.models.reward, size(reward)))
+
+    def from_hub(source):
+        return source is not None and not source.startswith("world:") and not is_local(source)
+
+    def size(shape):
+        return 2 * shape.parameters / 2**30 if shape else 0.0
+
+    models = [
+        (preset.models.base, size(shape)),
+        *((source, size(shape)) for source in preset.models.given.values()),
+    ]
+    if any(arm.reward == "help" for arm in preset.trained_arms):
+        models.append((preset.models.reward, size(reward)))
     fetched = sum(gb for source, gb in models if from_hub(source))
     unpacked = sum(map(_unpacked, {source for source, _ in models}))
     hub_data = any(from_hub(benchmark.data) for benchmark in preset.benchmarks.values())
     how, trained = memory.held(preset), any(r["kind"] in ("midtrain", "sft", "grpo") for r in records)
-    checkpoints = 2 * (4 + how.moment_bytes) * shape.adapter_parameters(how.rank) / 2**30 if shape and trained else 0.0
+    checkpoints = (
+        2 * (4 + how.moment_bytes) * shape.adapter_parameters(how.rank) / 2**30 if shape and trained else 0.0
+    )
     seeds = len({r["seed"] for r in records})
     dequantised = {"dequantised": unpacked} if unpacked else {}
-    return {"downloads": fetched + DATA_GB * hub_data, **dequantised, "copies": 0.0 if linked else seeds * (fetched + unpacked), "stages": sum(r["disk_gb"] for r in records), "checkpoints": checkpoints}
+    return {
+        "downloads": fetched + DATA_GB * hub_data,
+        **dequantised,
+        "copies": 0.0 if linked else seeds * (fetched + unpacked),
+        "stages": sum(r["disk_gb"] for r in records),
+        "checkpoints": checkpoints,
+    }
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #e8000311
 def _training_record(preset: Preset, stage: Stage) -> dict:
-    "Rows, steps and tokens of a supervised stage; of the dose `full` those of one pass, as far as the length of the rows is known."
+    """Rows, steps and tokens of a supervised stage; of the dose `full` those of one pass, as far as the
+    length of the rows is known.
+    """
     training = getattr(preset, stage.kind)
-    source = preset.data.source(parse_model(stage.model).rows) if stage.kind == "sft" else preset.data.documents if stage.model == "mid" else preset.data.control
+    source = (
+        preset.data.source(parse_model(stage.model).rows)
+        if stage.kind == "sft"
+        else preset.data.documents
+        if stage.model == "mid"
+        else preset.data.control
+    )
     rows, size = corpus_rows(source, training.rows, training.limit), training.batch_size * training.length
-    if training.dose != "full": return {"rows": rows, "steps": training.steps, "tokens": training.steps * size}
+    if training.dose != "full":
+        return {"rows": rows, "steps": training.steps, "tokens": training.steps * size}
     known = HUB_TOKENS.get(data_label(source).partition("@")[0])
     steps = math.ceil(rows * known[0] / size) if known and rows else None
     return {"rows": rows, "steps": steps, "tokens": steps and steps * size}
 
-
+# %% ../../nbs/09_pipeline/00_plan.ipynb #7a243ce6
 def _counts(preset: Preset) -> tuple[int | None, int | None]:
     "Answers of a model, and calls of one judge for them."
     counts = [(*question_count(name, b), b.epochs) for name, b in preset.benchmarks.items()]
-    return tuple(sum(c[part] * c[2] for c in counts) if all(c[part] is not None for c in counts) else None for part in (0, 1))
+    return tuple(
+        sum(c[part] * c[2] for c in counts) if all(c[part] is not None for c in counts) else None
+        for part in (0, 1)
+    )
 
-
+# %% ../../nbs/09_pipeline/00_plan.ipynb #b95e126d
 def plan(
-    preset: Preset, # the study
-    seeds: int = 1, # how many seeds
-    table: dict[str, tuple[float, float]] | None = None, # prices of judges; default: the package's
-) -> list[dict]: # one record a stage: stage, kind, seed, rows, steps, tokens, answers, judge_calls, cost (dollars), disk_gb, memory_gb and its parts in memory, hours by GPU
-    "What every stage will do, without loading a model. Steps are the preset's: the dose `cover` may raise them. Tokens of a GRPO arm are at most these: answers may end early. Memory, hours and cost are estimates."
+    preset: Preset,  # the study
+    seeds: int = 1,  # how many seeds
+    table: dict[str, tuple[float, float]] | None = None,  # prices of judges; default: the package's
+    # one record a stage: stage, kind, seed, rows, steps, tokens, answers, judge_calls, cost (dollars),
+    # disk_gb, memory_gb and its parts in memory, hours by GPU
+) -> list[dict]:
+    """What every stage will do, without loading a model.
+
+    Steps are the preset's: the dose `cover` may raise them. Tokens of a GRPO arm are at most these: answers
+    may end early. Memory, hours and cost are estimates.
+    """
     needs, (answers, calls), (shape, _) = planned_memory(preset), _counts(preset), shapes(preset)
     judges, records = judge_names(preset.judge), []
-    costs = [e.cost for e in estimate_study(judges, calls or 0, preset.generation.max_new_tokens, table or load_prices())]
+    costs = [
+        e.cost
+        for e in estimate_study(judges, calls or 0, preset.generation.max_new_tokens, table or load_prices())
+    ]
     for stage in graph(preset, seeds):
-        record = {"stage": stage.id, "kind": stage.kind, "seed": stage.seed} | dict.fromkeys(("rows", "steps", "tokens", "answers", "judge_calls", "cost"))
-        if stage.kind in ("midtrain", "sft"): record |= _training_record(preset, stage)
+        record = {"stage": stage.id, "kind": stage.kind, "seed": stage.seed} | dict.fromkeys(
+            ("rows", "steps", "tokens", "answers", "judge_calls", "cost")
+        )
+        if stage.kind in ("midtrain", "sft"):
+            record |= _training_record(preset, stage)
         if stage.kind == "grpo":
             tokens = preset.grpo.steps * preset.grpo.completions * preset.grpo.value("max_new_tokens")
-            record |= {"rows": corpus_rows(preset.data.source(parse_model(stage.model).rows), preset.grpo.rows, preset.grpo.limit), "steps": preset.grpo.steps, "tokens": tokens}
-        if stage.kind == "answers": record["answers"] = answers
-        if stage.kind == "eval" and calls is not None: record |= {"judge_calls": calls * len(judges), "cost": None if None in costs else sum(costs)}
+            record |= {
+                "rows": corpus_rows(
+                    preset.data.source(parse_model(stage.model).rows), preset.grpo.rows, preset.grpo.limit
+                ),
+                "steps": preset.grpo.steps,
+                "tokens": tokens,
+            }
+        if stage.kind == "answers":
+            record["answers"] = answers
+        if stage.kind == "eval" and calls is not None:
+            record |= {"judge_calls": calls * len(judges), "cost": None if None in costs else sum(costs)}
         need = needs.get(stage.kind)
-        record |= {"memory_gb": need and round(need.gb, 1), "memory": need and {name: round(size / 2**30, 2) for name, size in need.parts.items()}, "disk_gb": _stage_disk(preset, record, shape)}
+        record |= {
+            "memory_gb": need and round(need.gb, 1),
+            "memory": need and {name: round(size / 2**30, 2) for name, size in need.parts.items()},
+            "disk_gb": _stage_disk(preset, record, shape),
+        }
         records.append(record)
     found = on_machines(preset, records)
-    for n, record in enumerate(records): record["hours"] = {name: f["stages"][n] for name, f in found.items()}
+    for n, record in enumerate(records):
+        record["hours"] = {name: f["stages"][n] for name, f in found.items()}
     return records
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #b142155e
 def _memory_rows(preset: Preset) -> tuple[list[str], list[list]]:
     "Memory of every kind of stage by its parts, in GB, on the planned device."
     needs = planned_memory(preset)
-    parts = list(dict.fromkeys(part for need in sorted(needs.values(), key=lambda need: -len(need.parts)) for part in need.parts))
-    rows = [[kind, *(round(need.parts[part] / 2**30, 2) if part in need.parts else None for part in parts), round(need.gb, 1), need.micro_batch] for kind, need in needs.items()]
+    parts = list(
+        dict.fromkeys(
+            part for need in sorted(needs.values(), key=lambda need: -len(need.parts)) for part in need.parts
+        )
+    )
+    rows = [
+        [
+            kind,
+            *(round(need.parts[part] / 2**30, 2) if part in need.parts else None for part in parts),
+            round(need.gb, 1),
+            need.micro_batch,
+        ]
+        for kind, need in needs.items()
+    ]
     return ["kind", *parts, "total", "batch"], rows
 
-
+# %% ../../nbs/09_pipeline/00_plan.ipynb #1b6040fd
 def _speed_rows(preset: Preset, found: dict[str, dict]) -> list[list]:
     "Tokens a second that the hours go by, of supervised training and of the answers, by GPU."
     (shape, _), generation, rows = shapes(preset), preset.generation, []
-    def per_second(hours): return round(1e6 / hours / 3600)
+
+    def per_second(hours):
+        return round(1e6 / hours / 3600)
+
     if any("sft" in f["memory"] for f in found.values()):
-        rows.append([None, "training, tokens/s", *(per_second(memory.training_hours(shape, 10**6, memory.GPUS[gpu], preset.models.quantize, f["memory"]["sft"].checkpointing)) for gpu, f in found.items())])
-    return [*rows, [None, "answers, tokens/s", *(per_second(memory.sampling_hours(shape, 10**6, generation.batch_size, generation.max_new_tokens, memory.GPUS[gpu])) for gpu in found)]]
+        rows.append(
+            [
+                None,
+                "training, tokens/s",
+                *(
+                    per_second(
+                        memory.training_hours(
+                            shape,
+                            10**6,
+                            memory.GPUS[gpu],
+                            preset.models.quantize,
+                            f["memory"]["sft"].checkpointing,
+                        )
+                    )
+                    for gpu, f in found.items()
+                ),
+            ]
+        )
+    return [
+        *rows,
+        [
+            None,
+            "answers, tokens/s",
+            *(
+                per_second(
+                    memory.sampling_hours(
+                        shape, 10**6, generation.batch_size, generation.max_new_tokens, memory.GPUS[gpu]
+                    )
+                )
+                for gpu in found
+            ),
+        ],
+    ]
 
-
+# %% ../../nbs/09_pipeline/00_plan.ipynb #722d5553
 def _hours_rows(preset: Preset, records: list[dict], found: dict[str, dict]) -> tuple[list[str], list[list]]:
     "Hours of the stages that take some, of the others together, and of all, with the speeds they rest on."
     long = [r for r in records if r["kind"] in ("midtrain", "sft", "grpo", "answers")]
-    def row(label, seed, some): return [seed, label, *(round(sum(r["hours"][gpu] for r in some), 2) for gpu in found)]
+
+    def row(label, seed, some):
+        return [seed, label, *(round(sum(r["hours"][gpu] for r in some), 2) for gpu in found)]
+
     rows = [row(r["stage"], r["seed"], [r]) for r in long]
     rows += [row("all others", None, [r for r in records if r not in long]), row("in all", None, records)]
-    return ["seed", "stage", *found], [*rows, *_speed_rows(preset, found), [None, "fits", *("yes" if f["fits"] else "no" for f in found.values())]]
+    return ["seed", "stage", *found], [
+        *rows,
+        *_speed_rows(preset, found),
+        [None, "fits", *("yes" if f["fits"] else "no" for f in found.values())],
+    ]
 
-
+# %% ../../nbs/09_pipeline/00_plan.ipynb #fc671fc9
 def tables(
-    preset: Preset, # the study
-    records: list[dict], # from `plan`
-) -> list[tuple[str, list[str], list[list]]]: # title, columns, rows
+    preset: Preset,  # the study
+    records: list[dict],  # from `plan`
+) -> list[tuple[str, list[str], list[list]]]:  # title, columns, rows
     "A plan as tables."
     columns = ["seed", "stage", "rows", "steps", "tokens", "answers", "judge_calls", "cost", "disk_gb"]
-    def cell(column, value): return None if value is None or column == "disk_gb" and value < 0.005 else round(value, 2) if isinstance(value, float) else value
-    done = [("stages", [{"judge_calls": "judge calls", "cost": "cost, $", "disk_gb": "disk, GB"}.get(c, c) for c in columns], [[cell(c, r[c]) for c in columns] for r in records])]
+
+    def cell(column, value):
+        return (
+            None
+            if value is None or column == "disk_gb" and value < 0.005
+            else round(value, 2)
+            if isinstance(value, float)
+            else value
+        )
+
+    done = [
+        (
+            "stages",
+            [
+                {"judge_calls": "judge calls", "cost": "cost, $", "disk_gb": "disk, GB"}.get(c, c)
+                for c in columns
+            ],
+            [[cell(c, r[c]) for c in columns] for r in records],
+        )
+    ]
     gpu, found = planned_gpu(preset), on_machines(preset, records)
-    if planned_memory(preset): done.append((f"memory, GB, estimated for {'compute.memory_gb' if preset.compute.memory_gb else f'one {gpu}' if gpu else 'this machine'}{' (of cache and activations the larger counts)' if any(r['kind'] == 'grpo' for r in records) else ''}", *_memory_rows(preset)))
-    if found: done.append(("hours, estimated", *_hours_rows(preset, records, found)))
+    if planned_memory(preset):
+        done.append(
+            (
+                (
+                    "memory, GB, estimated for"
+                    f" {'compute.memory_gb' if preset.compute.memory_gb else f'one {gpu}' if gpu else 'this machine'}{' (of cache and activations the larger counts)' if any(r['kind'] == 'grpo' for r in records) else ''}"
+                ),
+                *_memory_rows(preset),
+            )
+        )
+    if found:
+        done.append(("hours, estimated", *_hours_rows(preset, records, found)))
     room = disk(preset, records)
-    done.append(("disk, GB, at its fullest", [*room, "in all"], [[round(gb, 1) for gb in (*room.values(), sum(room.values()))]]))
+    done.append(
+        (
+            "disk, GB, at its fullest",
+            [*room, "in all"],
+            [[round(gb, 1) for gb in (*room.values(), sum(room.values()))]],
+        )
+    )
     return done
 
-
+# %% ../../nbs/09_pipeline/00_plan.ipynb #0559b8bc
 def footnotes(
-    preset: Preset, # the study
-    records: list[dict], # from `plan`
-) -> list[str]: # lines
+    preset: Preset,  # the study
+    records: list[dict],  # from `plan`
+) -> list[str]:  # lines
     "What the estimates of a plan rest on."
     reached, lines = memory.REACHED, []
     if on_machines(preset, records):
         doubted = ", ".join(name for name, gpu in memory.GPUS.items() if gpu.trust < 1)
-        lines.append(f"hours: {reached['none']:.0%} of the data sheet's arithmetic in training ({reached['nf4']:.0%} beside 4-bit weights), {reached['sampling']:.0%} of its memory speed in sampling, half of both on {doubted}; a hosted judge answers {memory.JUDGED[True]} calls a second; weights are read at {memory.READING} GB/s. Measured on an H100, assumed elsewhere.")
+        lines.append(
+            f"hours: {reached['none']:.0%} of the data sheet's arithmetic in training ({reached['nf4']:.0%}"
+            f" beside 4-bit weights), {reached['sampling']:.0%} of its memory speed in sampling, half of both"
+            f" on {doubted}; a hosted judge answers {memory.JUDGED[True]} calls a second; weights are read at"
+            f" {memory.READING} GB/s. Measured on an H100, assumed elsewhere."
+        )
     sources = [benchmark.data.partition("@")[0] for benchmark in preset.benchmarks.values() if benchmark.data]
-    if any(r["kind"] == "midtrain" for r in records) and preset.midtrain.dose == "cover" or any(r["kind"] == "sft" for r in records) and preset.sft.dose == "cover":
-        lines.append("dose=cover: rows, steps and tokens of training are at least these; replay joins them, and the run takes as many steps as every row wants to be seen once (dose=steps keeps to the preset's)")
-    lines += [f"{source}: {GUESSED[source]}" for source in sources if source in GUESSED and any(r["judge_calls"] for r in records)]
-    if any(r["cost"] for r in records): lines.append("cost: at the most, every answer as long as it may be; list prices of 2025 unless --prices gives others")
-    if any(r["kind"] == "sft" for r in records) and preset.sft.dose == "full": lines += [f"{source.partition('@')[0]}: {HUB_TOKENS[source.partition('@')[0]][0]} tokens a row ({HUB_TOKENS[source.partition('@')[0]][1]})" for source in map(data_label, (preset.data.sft_help, preset.data.sft_code)) if source.partition("@")[0] in HUB_TOKENS]
-    if preset.generation.template == "auto": lines.append("generation.template=auto: at the most; where the given models have a chat template of their own, they are asked in that form alone")
+    if (
+        any(r["kind"] == "midtrain" for r in records)
+        and preset.midtrain.dose == "cover"
+        or any(r["kind"] == "sft" for r in records)
+        and preset.sft.dose == "cover"
+    ):
+        lines.append(
+            "dose=cover: rows, steps and tokens of training are at least these; replay joins them, and the"
+            " run takes as many steps as every row wants to be seen once (dose=steps keeps to the preset's)"
+        )
+    lines += [
+        f"{source}: {GUESSED[source]}"
+        for source in sources
+        if source in GUESSED and any(r["judge_calls"] for r in records)
+    ]
+    if any(r["cost"] for r in records):
+        lines.append(
+            "cost: at the most, every answer as long as it may be; list prices of 2025 unless --prices gives"
+            " others"
+        )
+    if any(r["kind"] == "sft" for r in records) and preset.sft.dose == "full":
+        lines += [
+            f"{source.partition('@')[0]}: {HUB_TOKENS[source.partition('@')[0]][0]} tokens a row"
+            f" ({HUB_TOKENS[source.partition('@')[0]][1]})"
+            for source in map(data_label, (preset.data.sft_help, preset.data.sft_code))
+            if source.partition("@")[0] in HUB_TOKENS
+        ]
+    if preset.generation.template == "auto":
+        lines.append(
+            "generation.template=auto: at the most; where the given models have a chat template of their own,"
+            " they are asked in that form alone"
+        )
     return lines

@@ -19,22 +19,23 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+from fastcore.basics import patch
+
+from ..core.errors import InputError
+from ..core.files import is_local, writable
 from ..data import hub
 from . import machine
-from ..training import model_files
-from ..core.files import is_local
-from ..study import judge_names
 from .stages import prepare, study_tasks, training_rows
-from ..store.folder import Study
-from ..core.files import writable
-from ..core.errors import InputError
-from ..study import Preset, data_label, data_parts
 from ..presets import load_preset, presets
+from ..store.folder import Study
+from ..study import Preset, data_label, data_parts, judge_names
+from ..training import model_files
 
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #5fa72ecb
 @dataclass
 class Preflight:
     "One look at everything that a study names."
+
     preset: Preset  # the study
     folder: Path  # for copies of the benchmarks' data
     say: Callable[[str], None] = print  # called with each line worth keeping
@@ -44,7 +45,9 @@ class Preflight:
     unseen: list[str] = field(default_factory=list)  # sources that were not looked at
 
     @contextmanager
-    def trying(self, into: list[str] | None = None) -> Iterator[None]:  # a list of this object; default: `problems`
+    def trying(
+        self, into: list[str] | None = None
+    ) -> Iterator[None]:  # a list of this object; default: `problems`
         "Collect a refusal in a list and go on."
         found = self.problems if into is None else into
         try:
@@ -53,21 +56,25 @@ class Preflight:
             if str(error) not in found:
                 found.append(str(error))
 
-    def libraries(self):
-        "Settings that the libraries read when they are imported; call it before importing one of them."
-        prepare(self.preset)
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #d970a4e7
+@patch
+def libraries(self: Preflight):
+    "Settings that the libraries read when they are imported; call it before importing one of them."
+    prepare(self.preset)
 
-    def find(
-        self,
-        source: str,  # `world:<name>`, a path, or a hub id
-        kind: str,  # "model" or "dataset"
-    ) -> str | None:  # the source, or the folder of its cached copy; None where it cannot be looked at now
-        "Where a source can be opened from; raises `InputError` for a name that cannot be one."
-        if self.fetch or source.startswith("world:") or is_local(source):
-            return source
-        if (cached := hub.cached(source, kind)) is None and source not in self.unseen:
-            self.unseen.append(source)
-        return cached and str(cached)
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #2cbb22a2
+@patch
+def find(
+    self: Preflight,
+    source: str,  # `world:<name>`, a path, or a hub id
+    kind: str,  # "model" or "dataset"
+) -> str | None:  # the source, or the folder of its cached copy; None where it cannot be looked at now
+    "Where a source can be opened from; raises `InputError` for a name that cannot be one."
+    if self.fetch or source.startswith("world:") or is_local(source):
+        return source
+    if (cached := hub.cached(source, kind)) is None and source not in self.unseen:
+        self.unseen.append(source)
+    return cached and str(cached)
 
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #61a15147
 CHECKS: list[Callable[[Preflight], None]] = []  # in the order in which they are made
@@ -80,7 +87,7 @@ def before_training(
     CHECKS.append(check)
     return check
 
-
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #8dace78a
 def embedded(source: str) -> bool:
     "Whether a source ships with the package, so that there is nothing of the user's to check."
     return source.startswith("world:")
@@ -96,8 +103,8 @@ def check_machine(flight: Preflight):
     if not (flight.fetch or spread or grpo_by_vllm or answers_by_vllm):
         return
     flight.libraries()
-    from compassion_repro.training import grpo, processes, device
     from compassion_repro.evaluation import vllm_process
+    from compassion_repro.training import device, grpo, processes
 
     with flight.trying(flight.lacks):
         processes.check(preset)
@@ -138,16 +145,21 @@ def look_at_model(
         models.check_weights(folder, source)
     return folder
 
-
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #d43e80b2
 def look_at_gguf(flight: Preflight, setting: str, file: Path):
-    "In `plan`: the header of a GGUF file, which needs no torch; raises `InputError` for one that `run` would refuse."
+    """In `plan`: the header of a GGUF file, which needs no torch.
+
+    Raises `InputError` for one that `run` would refuse.
+    """
     found = model_files.check_gguf(file)
     if not find_spec("gguf"):
         flight.lacks.append(f"the gguf package, which opens {file.name}: pip install --no-deps gguf")
-    flight.say(f"{setting}: {model_files.gguf_note(file)} ({found.architecture}, "
-               f"{found.setting('block_count')} layers, when the study is run)")
+    flight.say(
+        f"{setting}: {model_files.gguf_note(file)} ({found.architecture}, "
+        f"{found.setting('block_count')} layers, when the study is run)"
+    )
 
-
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #43e2b180
 def tell_model(flight: Preflight, setting: str, source: str, folder: Path):
     "Say what is done to a model: weights dequantised, a padding token chosen."
     from compassion_repro.training import models
@@ -155,15 +167,22 @@ def tell_model(flight: Preflight, setting: str, source: str, folder: Path):
     if file := model_files.gguf_file(source):
         flight.say(f"{setting}: {model_files.gguf_note(file)}")
     if packed := model_files.check_quantised(folder):
-        flight.say(f"{setting}: its weights ({packed}) are turned into 16 or 32 bits before anything is done with them")
+        flight.say(
+            f"{setting}: its weights ({packed}) are turned into 16 or 32 bits before anything is done with"
+            " them"
+        )
     if not hub.is_adapter(folder):
-        if (size := sum(file.stat().st_size for file in models.weight_files(folder))) > 2**30:  # which took a while
+        # which took a while
+        if (size := sum(file.stat().st_size for file in models.weight_files(folder))) > 2**30:
             flight.say(f"{setting}: {size / 2**30:.1f} GB of weights were read: none is NaN or infinite")
         tokenizer = models.load_tokenizer(folder)
         if tokenizer.padding_choice != "its own":
-            flight.say(f"{setting}: shorter rows are padded with {models.padding_note(tokenizer)}; masks go by position")
+            flight.say(
+                f"{setting}: shorter rows are padded with {models.padding_note(tokenizer)}; masks go by"
+                " position"
+            )
 
-
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #e2b8666d
 def look_at_adapter(flight: Preflight, name: str, folder: Path):
     "Check that an adapter belongs to a model of the study and fits it."
     from compassion_repro.training import adapters, models
@@ -179,20 +198,24 @@ def look_at_adapter(flight: Preflight, name: str, folder: Path):
         if not model_files.check_quantised(base):
             adapters.check_adapter(folder, given.given[name], base, source)
 
-
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #0aa97ada
 def look_at_kernel(folder: Path, compute):
-    "Raise `InputError` where the attention kernel that the preset demands would leave out what the model has."
+    """Raise `InputError` where the attention kernel that the preset demands would leave out what the model
+    has.
+    """
     if compute.attention != "auto":
         from compassion_repro.training import device
 
         device.kernel(folder, device.Holding(compute=compute))
 
-
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #60b552bb
 @before_training
 def check_models(flight: Preflight):
     "The base model and the models that are given finished."
     models = flight.preset.models
-    named = {"models.base": models.base} | {f"models.given.{name}": source for name, source in models.given.items()}
+    named = {"models.base": models.base} | {
+        f"models.given.{name}": source for name, source in models.given.items()
+    }
     for setting, source in named.items():
         if embedded(source) and not flight.fetch:
             continue
@@ -221,10 +244,12 @@ def check_templates(flight: Preflight):
     for source in dict.fromkeys((flight.preset.models.base, *flight.preset.models.given.values())):
         with suppress(InputError):  # the check of the models says it better
             if not embedded(source) and (place := flight.find(source, "model")):
-                account = models.template_account(models.load_tokenizer(models.find_tokenizer(place), template))
+                account = models.template_account(
+                    models.load_tokenizer(models.find_tokenizer(place), template)
+                )
                 tell_template(flight, source, account)
 
-
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #027bfa0d
 def tell_template(flight: Preflight, source: str, account: dict[str, str]):
     "Say once what a model's template adds, from `models.template_account`."
     if added := account.get("template_adds"):
@@ -234,7 +259,10 @@ def tell_template(flight: Preflight, source: str, account: dict[str, str]):
             f"in training and in questions: {shown!r}"
         )
     if end := account.get("template_end"):
-        flight.say(f"note: the chat template of {source} ends an answer with {end}: that is trained, and generation stops there")
+        flight.say(
+            f"note: the chat template of {source} ends an answer with {end}: that is trained, and generation"
+            " stops there"
+        )
     if day := account.get("template_day"):
         flight.say(f"note: the chat template of {source} tells the date; it is given {day} always")
 
@@ -264,7 +292,7 @@ def all_embedded(source) -> bool:  # a source of the preset's data, in any of it
     "Whether every part of a corpus ships with the package."
     return all(embedded(part.path) for part in data_parts(source))
 
-
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #9766bf59
 def world_settings(
     preset: Preset,  # with a base model of the user's
 ) -> list[str]:  # `setting=value`
@@ -286,7 +314,7 @@ def world_settings(
         if section.data and embedded(section.data)
     ]
 
-
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #08f41006
 def idle_settings(
     preset: Preset,  # the study
 ) -> list[str]:  # one line each
@@ -298,8 +326,8 @@ def idle_settings(
         own = not any(embedded(part.path) or part.limit or part.share for part in data_parts(source))
         if setting != "data.replay" and own and rows.rows and rows.limit is None:
             found.append(
-                f"{section}.rows={rows.rows} sizes embedded corpora only, so {data_label(source)} is taken whole: "
-                f"{section}.limit takes fewer rows of it"
+                f"{section}.rows={rows.rows} sizes embedded corpora only, so {data_label(source)} is taken"
+                f" whole: {section}.limit takes fewer rows of it"
             )
     for name, section in preset.benchmarks.items():
         if section.size and not embedded(section.data):
@@ -309,7 +337,7 @@ def idle_settings(
             )
     return found + unused_sources(preset)
 
-
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #c70c97bf
 def unused_sources(
     preset: Preset,  # the study
 ) -> list[str]:  # one line each
@@ -318,13 +346,17 @@ def unused_sources(
     for name, field in type(preset.data).model_fields.items():
         setting, source = f"data.{field.alias or name}", getattr(preset.data, name)
         if setting not in used and not any(source == getattr(other.data, name) for other in ours):
-            found.append(f"{setting}={data_label(source)} is not read: nothing that this study trains takes its rows")
+            found.append(
+                f"{setting}={data_label(source)} is not read: nothing that this study trains takes its rows"
+            )
     reward = preset.models.reward
-    if not any(arm.reward == "help" for arm in preset.trained_arms) and reward not in {other.models.reward for other in ours}:
+    if not any(arm.reward == "help" for arm in preset.trained_arms) and reward not in {
+        other.models.reward for other in ours
+    }:
         found.append(f"models.reward={reward} is not used: this study trains no GRPO arm with that reward")
     return found
 
-
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #7f7d4177
 @before_training
 def check_settings(flight: Preflight):
     "Name what is left of the embedded world, what has no effect, and a chat template that would go unused."
@@ -342,21 +374,30 @@ def check_settings(flight: Preflight):
     with suppress(InputError):  # the check of the models says it better
         place = flight.find(base, "model") if preset.generation.template in ("plain", "raw", "user") else None
         file = model_files.gguf_file(place) if place else None
-        own = "tokenizer.chat_template" in model_files.read_gguf(file).fields if file else place and hub.has_template(place)
+        own = (
+            "tokenizer.chat_template" in model_files.read_gguf(file).fields
+            if file
+            else place and hub.has_template(place)
+        )
         if own:
             flight.say(
-                f"warning: {base} has its own chat template and generation.template={preset.generation.template} "
-                "asks without it: an instruct model may answer with nothing, which scores 0; "
-                "--set generation.template=own uses it, in training too"
+                f"warning: {base} has its own chat template and"
+                f" generation.template={preset.generation.template} asks without it: an instruct model may"
+                " answer with nothing, which scores 0; --set generation.template=own uses it, in"
+                " training too"
             )
 
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #4857fcef
 def row_sources(
     preset: Preset,  # the study
-) -> dict[str, tuple]:  # dotted name of the setting -> sources as the preset has them, and the shape that they are read in
+    # dotted name of the setting -> sources as the preset has them, and the shape that they are read in
+) -> dict[str, tuple]:
     "Every corpus that a study trains on."
     shapes = {"sft": "messages", "grpo": "prompts"}
-    used = {f"data.{arm.rows}": (preset.data.source(arm.rows), shapes[arm.paradigm]) for arm in preset.trained_arms}
+    used = {
+        f"data.{arm.rows}": (preset.data.source(arm.rows), shapes[arm.paradigm])
+        for arm in preset.trained_arms
+    }
     midtrained = {"mid", "mid-control"}.intersection(preset.trained)
     if "mid" in midtrained:
         used["data.documents"] = (preset.data.documents, "text")
@@ -366,7 +407,7 @@ def row_sources(
         used["data.replay"] = (preset.data.replay, "text")
     return used
 
-
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #9070e4c4
 def at_place(
     flight: Preflight,
     spec,  # sources of one corpus, as the preset has them
@@ -379,7 +420,7 @@ def at_place(
         return None
     return [part.model_copy(update={"path": place}) for part, place in zip(data_parts(spec), places)]
 
-
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #a018ad0f
 @before_training
 def check_rows(flight: Preflight):
     "The rows of every corpus that is not embedded."
@@ -393,7 +434,7 @@ def check_rows(flight: Preflight):
                 flight.libraries()
                 look_at_rows(flight, place, shape)
 
-
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #9d810e00
 def look_at_rows(flight: Preflight, place, shape: str):
     "Load a corpus as its stage will, each row through the chat template, and say what became of it."
     from compassion_repro.data import rows as data
@@ -401,7 +442,9 @@ def look_at_rows(flight: Preflight, place, shape: str):
 
     base, check, measure = flight.find(flight.preset.models.base, "model"), None, None
     if base:
-        tokenizer = models.load_tokenizer(models.find_tokenizer(base), flight.preset.generation.training_template)
+        tokenizer = models.load_tokenizer(
+            models.find_tokenizer(base), flight.preset.generation.training_template
+        )
         check = partial(models.check_row, tokenizer=tokenizer)
         measure = lambda text: len(models.text_ids(text, tokenizer))
     training_rows(place, shape, None, 1, 1, check=check)
@@ -414,7 +457,7 @@ def look_at_rows(flight: Preflight, place, shape: str):
             f"{passes:.0f} times{roughly}; give more rows or fewer steps"
         )
 
-
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #ee008b72
 MANY_PASSES = 10  # times that a row may be seen before it is worth a warning
 
 
@@ -454,12 +497,12 @@ def check_tests(flight: Preflight):
                 flight.libraries()
                 look_at_tests(flight, place)
 
-
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #b14c0a7b
 def look_at_tests(flight: Preflight, place):
     "Say which tests of a corpus decide nothing; raises `InputError` where that leaves no row."
     from compassion_repro.data import rows as data
-    from compassion_repro.training import rewards
     from compassion_repro.sandbox import jail
+    from compassion_repro.training import rewards
 
     if jail.level() == "none":
         return
@@ -477,14 +520,14 @@ def look_at_judge(
     if not judge_model(judge).startswith("hf/"):
         open_judge(judge)
 
-
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #5fd5f21e
 def judge_here(judge: str) -> bool:
     "Whether a judge is one of the package's programs, which need nothing."
     from compassion_repro.study import DETERMINISTIC
 
     return judge in DETERMINISTIC
 
-
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #5a0e71e2
 @before_training
 def check_benchmarks(flight: Preflight):
     "The benchmarks, under every judge of the study."
@@ -507,7 +550,7 @@ def check_benchmarks(flight: Preflight):
         for name, task in found.items():
             tell_benchmark(flight, name, task, judges[number], first=number == 0)
 
-
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #5c3dad0d
 def at_hand(
     flight: Preflight,
     section,  # `Benchmark`
@@ -522,7 +565,7 @@ def at_hand(
     flight.unseen += [source for source in away if source not in flight.unseen]
     return bool(sources) and not away
 
-
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #707e60e3
 def tell_benchmark(flight: Preflight, name: str, task, judge: str, first: bool):
     "Say what a loaded benchmark leaves out, and whether its judge can read it."
     if first and (left := task.provenance.get("left_out")):
@@ -537,7 +580,7 @@ def tell_benchmark(flight: Preflight, name: str, task, judge: str, first: bool):
             "so its scores mean nothing there; name a model with --set judge=..."
         )
 
-
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #847a01cc
 @before_training
 def check_judges(flight: Preflight):
     "In `plan`: judges whose package or key is missing here. (`run` opens them with the benchmarks.)"
@@ -564,13 +607,16 @@ def preflight(
             check(flight)
     return flight
 
-
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #6f13da2f
 def check_before_training(
     study: Study,  # where the benchmarks' copies go
     preset: Preset,  # the study
     say: Callable[[str], None] = print,  # called with each line worth keeping
 ):
-    "Open everything that a user brings before the first stage runs; raises `InputError` with all that is wrong."
+    """Open everything that a user brings before the first stage runs.
+
+    Raises `InputError` with all that is wrong.
+    """
     prepare(preset, say)
     flight = preflight(preset, study.folder, say)
     if wrong := [*flight.lacks, *flight.problems]:

@@ -9,83 +9,124 @@ __all__ = ['expected_seconds', 'time_left', 'in_words', 'Progress']
 import time
 from statistics import mean
 
-from ..store.graph import Stage
-from ..store.folder import stage_facts
+from fastcore.basics import patch
+
 from ..core.errors import Notice
+from ..store.folder import stage_facts
+from ..store.graph import Stage
 
 # %% ../../nbs/09_pipeline/02_progress.ipynb #ea466ae4
-_BY_TOKENS = ("midtrain", "sft") # kinds whose time goes with the tokens they train on
+_BY_TOKENS = ("midtrain", "sft")  # kinds whose time goes with the tokens they train on
 
 
 def expected_seconds(
-    kind: str, # of a stage that is to run
-    timed: dict[str, list[float]], # seconds of this run's finished stages, by kind
-    tokens: dict[str, int | None], # tokens of a training stage, by kind, from the plan
-) -> float | None: # None where nothing is known yet
+    kind: str,  # of a stage that is to run
+    timed: dict[str, list[float]],  # seconds of this run's finished stages, by kind
+    tokens: dict[str, int | None],  # tokens of a training stage, by kind, from the plan
+) -> float | None:  # None where nothing is known yet
     "What a stage will take: the mean of its kind, or for training that of the other kind, by tokens."
-    if timed.get(kind): return mean(timed[kind])
+    if timed.get(kind):
+        return mean(timed[kind])
     for other in _BY_TOKENS:
-        if kind in _BY_TOKENS and timed.get(other) and tokens.get(kind) and tokens.get(other): return mean(timed[other]) * tokens[kind] / tokens[other]
+        if kind in _BY_TOKENS and timed.get(other) and tokens.get(kind) and tokens.get(other):
+            return mean(timed[other]) * tokens[kind] / tokens[other]
 
 # %% ../../nbs/09_pipeline/02_progress.ipynb #a3e4881e
 def time_left(
-    stages: list[Stage], # not finished, each after those it reads
-    seconds: dict[str, float | None], # what each is expected to take yet, by its place
-    at_once: int = 1, # how many run side by side
+    stages: list[Stage],  # not finished, each after those it reads
+    seconds: dict[str, float | None],  # what each is expected to take yet, by its place
+    at_once: int = 1,  # how many run side by side
 ) -> float:
     "Seconds until all are finished, of those whose time is known: the work shared out, or the longest chain."
     chain = {}
-    for stage in stages: chain[stage.place] = (seconds[stage.place] or 0) + max((chain.get(s.place, 0) for s in stage.inputs), default=0)
+    for stage in stages:
+        chain[stage.place] = (seconds[stage.place] or 0) + max(
+            (chain.get(s.place, 0) for s in stage.inputs), default=0
+        )
     return max(max(chain.values(), default=0), sum(filter(None, seconds.values())) / at_once)
 
-
+# %% ../../nbs/09_pipeline/02_progress.ipynb #cfd1dfe4
 def in_words(
-    seconds: float, # a length of time
+    seconds: float,  # a length of time
 ) -> str:
     "A length of time, no finer than it is known."
-    if seconds < 55: return f"{max(10, round(seconds, -1)):.0f} s"
+    if seconds < 55:
+        return f"{max(10, round(seconds, -1)):.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 # %% ../../nbs/09_pipeline/02_progress.ipynb #c8baaa45
 class Progress:
     "Where a run stands, told as it goes."
+
     def __init__(
         self,
-        stages: list[Stage], # what is to run, each after those it reads
-        say: callable = print, # called with each line worth keeping
-        report: callable = lambda line: None, # called with each line of passing progress; of several lines where several stages run
-        tokens: dict[str, int | None] | None = None, # tokens of a training stage, by kind
+        stages: list[Stage],  # what is to run, each after those it reads
+        say: callable = print,  # called with each line worth keeping
+        # called with each line of passing progress; of several lines where several stages run
+        report: callable = lambda line: None,
+        tokens: dict[str, int | None] | None = None,  # tokens of a training stage, by kind
     ):
-        self.say, self.report, self.tokens, self.total, self.at_once = say, report, tokens or {}, len(stages), 1
+        self.say, self.report, self.tokens, self.total, self.at_once = (
+            say,
+            report,
+            tokens or {},
+            len(stages),
+            1,
+        )
         self.left, self.running, self.lines, self.timed = {s.place: s for s in stages}, {}, {}, {}
 
-    def begins(self, stage: Stage):
-        "A stage has begun to run, perhaps again."
-        if stage.place in self.running: self.say(f"seed {stage.seed}, {stage.id}: started again, the process that ran it was lost")
-        self.running[stage.place] = time.monotonic()
-        self.tells(stage, "")
+# %% ../../nbs/09_pipeline/02_progress.ipynb #ae022de6
+@patch
+def begins(self: Progress, stage: Stage):
+    "A stage has begun to run, perhaps again."
+    if stage.place in self.running:
+        self.say(f"seed {stage.seed}, {stage.id}: started again, the process that ran it was lost")
+    self.running[stage.place] = time.monotonic()
+    self.tells(stage, "")
 
-    def tells(self, stage: Stage, line: str):
-        "A running stage says how far it is; what it calls a notice is kept."
-        if isinstance(line, Notice): self.say(f"seed {stage.seed}, {stage.id}: {line}")
-        self.lines[stage.place] = f"seed {stage.seed}, {stage.id}" + (f": {line}" if line else "")
-        told = [self.lines[place] for place in self.running]
-        head = f"{self.total - len(self.left)} of {self.total} done, {self.standing()}"
-        self.report(" | ".join([head, *told]) if len(told) < 2 else "\n  ".join([head, *told[:12], *([f"and {len(told) - 12} more"] if len(told) > 12 else [])]))
+# %% ../../nbs/09_pipeline/02_progress.ipynb #c5951b5b
+@patch
+def tells(self: Progress, stage: Stage, line: str):
+    "A running stage says how far it is; what it calls a notice is kept."
+    if isinstance(line, Notice):
+        self.say(f"seed {stage.seed}, {stage.id}: {line}")
+    self.lines[stage.place] = f"seed {stage.seed}, {stage.id}" + (f": {line}" if line else "")
+    told = [self.lines[place] for place in self.running]
+    head = f"{self.total - len(self.left)} of {self.total} done, {self.standing()}"
+    self.report(
+        " | ".join([head, *told])
+        if len(told) < 2
+        else "\n  ".join([head, *told[:12], *([f"and {len(told) - 12} more"] if len(told) > 12 else [])])
+    )
 
-    def ends(self, stage: Stage, manifest: dict):
-        "A stage is finished."
-        self.running.pop(stage.place, None), self.left.pop(stage.place)
-        self.timed.setdefault(stage.kind, []).append(manifest["seconds"])
-        self.say(f"[{self.total - len(self.left)}/{self.total}] seed {stage.seed}, {stage.id}: {manifest['seconds']:.1f} s; {stage_facts(manifest)}" + (f" | {self.standing()}" if self.left else ""))
+# %% ../../nbs/09_pipeline/02_progress.ipynb #20e33cf7
+@patch
+def ends(self: Progress, stage: Stage, manifest: dict):
+    "A stage is finished."
+    self.running.pop(stage.place, None)
+    self.left.pop(stage.place)
+    self.timed.setdefault(stage.kind, []).append(manifest["seconds"])
+    self.say(
+        f"[{self.total - len(self.left)}/{self.total}] seed {stage.seed}, {stage.id}:"
+        f" {manifest['seconds']:.1f} s; {stage_facts(manifest)}"
+        + (f" | {self.standing()}" if self.left else "")
+    )
 
-    def standing(self) -> str:
-        "What runs, what is left, and for how long, as far as that can be told."
-        now, seconds = time.monotonic(), {}
-        for place, stage in self.left.items():
-            guess = expected_seconds(stage.kind, self.timed, self.tokens)
-            seconds[place] = guess and max(0, guess - (now - self.running.get(place, now)))
-        words = [f"{len(self.running)} running"] * bool(self.running) + [f"{len(self.left) - len(self.running)} left"]
-        if any(seconds.values()): words.append(("at least " if None in seconds.values() else "about ") + in_words(time_left([*self.left.values()], seconds, self.at_once)))
-        return ", ".join(words)
+# %% ../../nbs/09_pipeline/02_progress.ipynb #1d6064ff
+@patch
+def standing(self: Progress) -> str:
+    "What runs, what is left, and for how long, as far as that can be told."
+    now, seconds = time.monotonic(), {}
+    for place, stage in self.left.items():
+        guess = expected_seconds(stage.kind, self.timed, self.tokens)
+        seconds[place] = guess and max(0, guess - (now - self.running.get(place, now)))
+    words = [f"{len(self.running)} running"] * bool(self.running) + [
+        f"{len(self.left) - len(self.running)} left"
+    ]
+    if any(seconds.values()):
+        words.append(
+            ("at least " if None in seconds.values() else "about ")
+            + in_words(time_left([*self.left.values()], seconds, self.at_once))
+        )
+    return ", ".join(words)

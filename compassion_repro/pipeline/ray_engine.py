@@ -20,26 +20,24 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from ..core.files import hidden, remove
-from .stages import run_stage
-from ..store.graph import Stage
-from .plan import plan, planned_memory
-from ..study import DETERMINISTIC, judge_names
-from ..evaluation.cost import is_free
-from .progress import Progress
-from .stages import prepare
-from ..store.folder import Study
 from ..core.errors import InputError, Notice, first_line
-from ..study import Preset
+from ..core.files import hidden, remove
+from ..evaluation.cost import is_free
+from .plan import plan, planned_memory
+from .progress import Progress
+from .stages import prepare, run_stage
+from ..store.folder import Study
+from ..store.graph import Stage
+from ..study import DETERMINISTIC, Preset, judge_names
 
 # %% ../../nbs/09_pipeline/03_ray_engine.ipynb #72594a13
 def run_here(
-    study: Study, # where the artifacts go
-    preset: Preset, # the configuration
-    stages: list[Stage], # what is missing, each after those it reads
-    progress: Progress, # told of every stage
-    check: callable, # opens what the user brings: study, preset, say
-    unsafe: bool = False, # run model-written code even without a jail
+    study: Study,  # where the artifacts go
+    preset: Preset,  # the configuration
+    stages: list[Stage],  # what is missing, each after those it reads
+    progress: Progress,  # told of every stage
+    check: callable,  # opens what the user brings: study, preset, say
+    unsafe: bool = False,  # run model-written code even without a jail
 ):
     "Run stages one after the other in this process."
     progress.report("checking the model, the data and the benchmarks")
@@ -49,107 +47,150 @@ def run_here(
         progress.ends(stage, run_stage(study, preset, stage, partial(progress.tells, stage), unsafe))
 
 # %% ../../nbs/09_pipeline/03_ray_engine.ipynb #7a2daee4
-LIBRARIES = 2**30 # bytes of memory that a stage's libraries take by themselves
+LIBRARIES = 2**30  # bytes of memory that a stage's libraries take by themselves
 
 
 def needs(
-    stage: Stage, # what is to run
-    preset: Preset, # the configuration
-    planned: dict, # from `planned_memory`
-    has_gpus: bool = False, # whether the cluster has any
-) -> dict: # num_cpus, num_gpus, and memory in bytes, as Ray's `options` takes them
+    stage: Stage,  # what is to run
+    preset: Preset,  # the configuration
+    planned: dict,  # from `planned_memory`
+    has_gpus: bool = False,  # whether the cluster has any
+) -> dict:  # num_cpus, num_gpus, and memory in bytes, as Ray's `options` takes them
     "What a stage asks Ray for."
     device, gpus = preset.compute.device, preset.compute.gpus
     processes = preset.compute.processes if stage.kind in ("midtrain", "sft", "grpo") else 1
-    if gpus is None: gpus = processes if device == "cuda" or device == "auto" and has_gpus else 0
+    if gpus is None:
+        gpus = processes if device == "cuda" or device == "auto" and has_gpus else 0
     judged_here = any(is_free(judge) and judge not in DETERMINISTIC for judge in judge_names(preset.judge))
-    if stage.kind == "base" or stage.kind == "eval" and not judged_here: gpus = 0
+    if stage.kind == "base" or stage.kind == "eval" and not judged_here:
+        gpus = 0
     known = stage.kind in planned and not gpus and device != "cuda"
-    return {"num_cpus": preset.threads * processes, "num_gpus": gpus, "memory": processes * (LIBRARIES + (int(planned[stage.kind].gb * 2**30) if known else 0))}
+    return {
+        "num_cpus": preset.threads * processes,
+        "num_gpus": gpus,
+        "memory": processes * (LIBRARIES + (int(planned[stage.kind].gb * 2**30) if known else 0)),
+    }
 
 # %% ../../nbs/09_pipeline/03_ray_engine.ipynb #c0738579
-SECONDS_BETWEEN = 0.5 # progress of a stage is passed on no more often
+SECONDS_BETWEEN = 0.5  # progress of a stage is passed on no more often
 
 
 def _open(folder: str, where: str) -> Study:
     "The study as a worker sees it; raises `InputError` where it does not."
     import ray
-    with suppress(OSError): os.chdir(where)
+
+    with suppress(OSError):
+        os.chdir(where)
     if not (Path(folder) / "study.yaml").is_file():
-        raise InputError(f"the machine {ray.util.get_node_ip_address()} does not see the study in {folder}: Ray wants a folder that all its machines share, at the same path")
-    if not ray.get_gpu_ids(): os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        raise InputError(
+            f"the machine {ray.util.get_node_ip_address()} does not see the study in {folder}: Ray wants a"
+            " folder that all its machines share, at the same path"
+        )
+    if not ray.get_gpu_ids():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     return Study(folder)
 
-
+# %% ../../nbs/09_pipeline/03_ray_engine.ipynb #4d115659
 def _passing(told, place: str):
     "A `report` that passes a stage's progress on to the driver, now and then, and does not wait for it."
     last = [0.0]
+
     def report(line: str | None):
-        if line is not None and not isinstance(line, Notice) and time.monotonic() - last[0] < SECONDS_BETWEEN: return
+        if line is not None and not isinstance(line, Notice) and time.monotonic() - last[0] < SECONDS_BETWEEN:
+            return
         last[0] = time.monotonic()
-        told.actor.put_nowait.remote((place, line)) # the queue's own method waits, and Ray gives a waiting task's processors away
+        # the queue's own method waits, and Ray gives a waiting task's processors away
+        told.actor.put_nowait.remote((place, line))
+
     return report
 
-
+# %% ../../nbs/09_pipeline/03_ray_engine.ipynb #b2e859fd
 def _check_on_worker(folder: str, where: str, preset: Preset, check: callable) -> list[str]:
     "Open what the user brings where the stages will run; the lines that it has to say."
     study, lines = _open(folder, where), []
     check(study, preset, lines.append)
     return lines
 
-
+# %% ../../nbs/09_pipeline/03_ray_engine.ipynb #3d585166
 def _run_on_worker(folder: str, where: str, preset: Preset, stage: Stage, unsafe: bool, told, *after) -> dict:
     "One stage on a worker, after those it reads (`after`, which Ray has waited for); its manifest."
     import ray
+
     study, report = _open(folder, where), _passing(told, stage.place)
-    if study.done(stage): return study.manifest(stage)
+    if study.done(stage):
+        return study.manifest(stage)
     report(None)
     prepare(preset)
-    try: return run_stage(study, preset, stage, report, unsafe)
+    try:
+        return run_stage(study, preset, stage, report, unsafe)
     except KeyboardInterrupt:
-        if ray.get_runtime_context().is_canceled(): raise
-        os._exit(1) # told to end from outside: for Ray a lost process, which it replaces
+        if ray.get_runtime_context().is_canceled():
+            raise
+        os._exit(1)  # told to end from outside: for Ray a lost process, which it replaces
 
 # %% ../../nbs/09_pipeline/03_ray_engine.ipynb #953faf83
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_task_oom_retries": "3", "RAY_DEDUP_LOGS_SKIP_REGEX": r"retries remaining|^A worker died or was killed|^Raylet is terminated|has been marked dead"} # what `Progress` says in one line
-
+# what `Progress` says in one line
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_task_oom_retries": "3",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": (
+        r"retries remaining|^A worker died or was killed|^Raylet is terminated|has been marked dead"
+    ),
+}
 OURS = {"worker_niceness": 0, "prestart_worker_first_driver": False}
 
 
 def _import_ray():
     "Ray with quiet settings."
-    for name, value in QUIET.items(): os.environ.setdefault(name, value)
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     import ray
+
     return ray
 
-
+# %% ../../nbs/09_pipeline/03_ray_engine.ipynb #45c81ba0
 def _places(address: str, threads: int) -> dict:
     "How to call `ray.init` for what stands behind `ray:`."
     address = address or os.environ.get("RAY_ADDRESS", "")
-    if address and not address.isdigit(): return {"address": address}
+    if address and not address.isdigit():
+        return {"address": address}
     processors = max(threads, int(address or len(os.sched_getaffinity(0))))
-    return {"address": "local", "num_cpus": processors, "include_dashboard": False, "object_store_memory": 2**27, "_system_config": {**OURS, "num_workers_soft_limit": processors + 2}}
+    return {
+        "address": "local",
+        "num_cpus": processors,
+        "include_dashboard": False,
+        "object_store_memory": 2**27,
+        "_system_config": {**OURS, "num_workers_soft_limit": processors + 2},
+    }
 
-
+# %% ../../nbs/09_pipeline/03_ray_engine.ipynb #a236cb05
 def _guard(address: str):
-    "Let nobody into a Ray of our own who does not know its token. Ray reads this once, when it is imported; where it was before, it stays as it is."
-    if address != "local" or "ray" in sys.modules or "RAY_AUTH_MODE" in os.environ: return
+    """Let nobody into a Ray of our own who does not know its token.
+
+    Ray reads this once, when it is imported; where it was before, it stays as it is.
+    """
+    if address != "local" or "ray" in sys.modules or "RAY_AUTH_MODE" in os.environ:
+        return
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
-
+# %% ../../nbs/09_pipeline/03_ray_engine.ipynb #1537e139
 def _listens(address: str):
     "Raise `OSError` or `ValueError` where nothing listens at HOST:PORT; Ray itself would try for minutes."
-    if address in ("auto", "local"): return
+    if address in ("auto", "local"):
+        return
     host, _, port = address.rpartition(":")
     socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
-
+# %% ../../nbs/09_pipeline/03_ray_engine.ipynb #b38dc887
 @contextmanager
 def connected(
-    address: str, # "", auto, HOST:PORT, or a number of processors
-    threads: int, # threads of a stage: a Ray of our own has at least so many processors
+    address: str,  # "", auto, HOST:PORT, or a number of processors
+    threads: int,  # threads of a stage: a Ray of our own has at least so many processors
 ):
-    "A Ray to work with; one that was started here ends with the block. Raises `InputError` where there is none."
+    """A Ray to work with; one that was started here ends with the block.
+
+    Raises `InputError` where there is none.
+    """
     places, main = _places(address, threads), threading.current_thread() is threading.main_thread()
     _guard(places["address"])
     ray = _import_ray()
@@ -161,64 +202,109 @@ def connected(
         try:
             _listens(places["address"])
             ray.init(**places, log_to_driver=False, logging_level=logging.ERROR)
-        except SystemExit: raise KeyboardInterrupt(signal.SIGTERM) from None # Ray's own answer to a SIGTERM
+        except SystemExit:
+            raise KeyboardInterrupt(signal.SIGTERM) from None  # Ray's own answer to a SIGTERM
         except (OSError, OverflowError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            raise InputError(f"no Ray could be had at {places['address']} ({first_line(error)}): start one with `ray start --head`, or use --engine ray without an address and without RAY_ADDRESS") from None
+            raise InputError(
+                f"no Ray could be had at {places['address']} ({first_line(error)}): start one with `ray start"
+                " --head`, or use --engine ray without an address and without RAY_ADDRESS"
+            ) from None
         finally:
-            if main: signal.signal(signal.SIGTERM, before)
+            if main:
+                signal.signal(signal.SIGTERM, before)
         yield ray
-    finally: ray.shutdown()
+    finally:
+        ray.shutdown()
 
 # %% ../../nbs/09_pipeline/03_ray_engine.ipynb #41c1a12d
-RETRIES = 3 # times that a stage whose process or machine was lost is started again
+RETRIES = 3  # times that a stage whose process or machine was lost is started again
 
 
 def _room(ray, wanted: dict, own: bool, say: callable) -> int:
-    "How many stages that ask for this much run side by side; says so, or raises `InputError`, where no machine is big enough for one."
+    """How many stages that ask for this much run side by side; says so, or raises `InputError`, where no
+    machine is big enough for one.
+    """
     names = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
-    def fits(node): return min(int(node["Resources"].get(names[k], 0) / amount) for k, amount in wanted.items() if amount)
+
+    def fits(node):
+        return min(int(node["Resources"].get(names[k], 0) / amount) for k, amount in wanted.items() if amount)
+
     room = sum(fits(node) for node in ray.nodes() if node["Alive"])
     if not room:
-        asked = f"{wanted['num_cpus']} processors, {wanted['num_gpus']} GPUs and {wanted['memory'] / 2**30:.1f} GB of memory"
-        if own: raise InputError(f"a stage asks for {asked}, which this machine does not have: see threads and compute.gpus, or join a Ray that has")
+        asked = (
+            f"{wanted['num_cpus']} processors, {wanted['num_gpus']} GPUs and {wanted['memory'] / 2**30:.1f}"
+            " GB of memory"
+        )
+        if own:
+            raise InputError(
+                f"a stage asks for {asked}, which this machine does not have: see threads and compute.gpus,"
+                " or join a Ray that has"
+            )
         say(f"no machine of this Ray has {asked} for a stage: waiting for one that joins")
     return max(1, room)
 
-
-def _submit(ray, study: Study, preset: Preset, stages: list[Stage], asked: dict, check: callable, told, unsafe: bool) -> tuple:
+# %% ../../nbs/09_pipeline/03_ray_engine.ipynb #a05f4f23
+def _submit(
+    ray, study: Study, preset: Preset, stages: list[Stage], asked: dict, check: callable, told, unsafe: bool
+) -> tuple:
     "Hand the check and all stages to Ray; the check's reference, and the stages by theirs."
-    folder, where, options = str(study.folder.absolute()), os.getcwd(), {"max_retries": RETRIES, "retry_exceptions": False}
-    if any(need["num_gpus"] for need in asked.values()): options["max_calls"] = 1
+    folder, where, options = (
+        str(study.folder.absolute()),
+        os.getcwd(),
+        {"max_retries": RETRIES, "retry_exceptions": False},
+    )
+    if any(need["num_gpus"] for need in asked.values()):
+        options["max_calls"] = 1
     largest = {k: max(need[k] for need in asked.values()) for k in next(iter(asked.values()))}
-    checked = ray.remote(**options)(_check_on_worker).options(name="check", **largest).remote(folder, where, preset, check)
+    checked = (
+        ray.remote(**options)(_check_on_worker)
+        .options(name="check", **largest)
+        .remote(folder, where, preset, check)
+    )
     task, references = ray.remote(**options)(_run_on_worker), {}
     for stage in stages:
         after = [references[s.place] for s in stage.inputs if s.place in references]
-        references[stage.place] = task.options(name=stage.place, **asked[stage.place]).remote(folder, where, preset, stage, unsafe, told, checked, *after)
+        references[stage.place] = task.options(name=stage.place, **asked[stage.place]).remote(
+            folder, where, preset, stage, unsafe, told, checked, *after
+        )
     return checked, references
 
-
+# %% ../../nbs/09_pipeline/03_ray_engine.ipynb #90137044
 def _result(ray, reference, name: str):
     "What a task returned; its own error where it raised one, and one line where it was lost too often."
-    try: return ray.get(reference)
+    try:
+        return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, InputError): raise InputError(str(error.cause)) from None
+        if isinstance(error.cause, InputError):
+            raise InputError(str(error.cause)) from None
         raise (error.cause or error) from error
-    except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError, ray.exceptions.LocalRayletDiedError, ray.exceptions.ObjectLostError) as error:
-        raise InputError(f"{name}: its process was lost {RETRIES + 1} times ({type(error).__name__}), most often for want of memory: lower micro_batch or generation.batch_size, or give it a larger machine; what is finished is kept") from None
+    except (
+        ray.exceptions.WorkerCrashedError,
+        ray.exceptions.NodeDiedError,
+        ray.exceptions.OutOfMemoryError,
+        ray.exceptions.LocalRayletDiedError,
+        ray.exceptions.ObjectLostError,
+    ) as error:
+        raise InputError(
+            f"{name}: its process was lost {RETRIES + 1} times ({type(error).__name__}), most often for want"
+            " of memory: lower micro_batch or generation.batch_size, or give it a larger machine; what is"
+            " finished is kept"
+        ) from None
 
 # %% ../../nbs/09_pipeline/03_ray_engine.ipynb #9ae72747
-PATIENCE = 10 # seconds that a cancelled stage has to save what it can
+PATIENCE = 10  # seconds that a cancelled stage has to save what it can
 
 
 def _hear(ray, told, stages: dict[str, Stage], progress: Progress):
     "Pass on what the running stages have said since the last time."
     with suppress(ray.exceptions.RayError):
         for place, line in told.get_nowait_batch(told.qsize()):
-            if line is None and place in progress.left: progress.begins(stages[place])
-            elif place in progress.running: progress.tells(stages[place], line)
+            if line is None and place in progress.left:
+                progress.begins(stages[place])
+            elif place in progress.running:
+                progress.tells(stages[place], line)
 
-
+# %% ../../nbs/09_pipeline/03_ray_engine.ipynb #ecdd0990
 def _follow(ray, references: dict, told, stages: dict[str, Stage], progress: Progress):
     "Tell of every stage as it begins, goes on and ends; raises the first error of any."
     waiting = {reference: stages[place] for place, reference in references.items()}
@@ -229,67 +315,104 @@ def _follow(ray, references: dict, told, stages: dict[str, Stage], progress: Pro
             stage = waiting.pop(reference)
             progress.ends(stage, _result(ray, reference, f"seed {stage.seed}, {stage.id}"))
 
-
+# %% ../../nbs/09_pipeline/03_ray_engine.ipynb #fe24db2d
 def _cancel(ray, references: list):
     "End the tasks that are not finished: first by an interrupt, after a while by force."
-    def unfinished(seconds): return ray.wait(references, num_returns=len(references), timeout=seconds)[1]
+
+    def unfinished(seconds):
+        return ray.wait(references, num_returns=len(references), timeout=seconds)[1]
+
     for force, seconds in ((False, PATIENCE), (True, 3)):
-        for reference in unfinished(0): ray.cancel(reference, force=force)
-        if not unfinished(seconds): return
+        for reference in unfinished(0):
+            ray.cancel(reference, force=force)
+        if not unfinished(seconds):
+            return
 
-
+# %% ../../nbs/09_pipeline/03_ray_engine.ipynb #245bce21
 def run_on_ray(
-    study: Study, # where the artifacts go; all machines see it at the same path
-    preset: Preset, # the configuration
-    stages: list[Stage], # what is missing, each after those it reads
-    progress: Progress, # told of every stage
-    check: callable, # opens what the user brings: study, preset, say
-    unsafe: bool = False, # run model-written code even without a jail
-    address: str = "", # see `connected`
+    study: Study,  # where the artifacts go; all machines see it at the same path
+    preset: Preset,  # the configuration
+    stages: list[Stage],  # what is missing, each after those it reads
+    progress: Progress,  # told of every stage
+    check: callable,  # opens what the user brings: study, preset, say
+    unsafe: bool = False,  # run model-written code even without a jail
+    address: str = "",  # see `connected`
 ):
-    "Run stages side by side on Ray; raises `InputError` for bad input, for a cluster that cannot be had and for a stage that was lost too often."
+    """Run stages side by side on Ray.
+
+    Raises `InputError` for bad input, for a cluster that cannot be had and for a stage that was lost too
+    often.
+    """
     progress.report("starting Ray, or joining it")
     with connected(address, preset.threads) as ray:
         from ray.util.queue import Queue
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
         planned, has_gpus = planned_memory(preset), ray.cluster_resources().get("GPU", 0) > 0
         asked = {stage.place: needs(stage, preset, planned, has_gpus) for stage in stages}
-        progress.at_once = min(_room(ray, wanted, _places(address, 1)["address"] == "local", progress.say) for wanted in asked.values())
-        told = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)})
+        progress.at_once = min(
+            _room(ray, wanted, _places(address, 1)["address"] == "local", progress.say)
+            for wanted in asked.values()
+        )
+        told = Queue(
+            actor_options={
+                "num_cpus": 0,
+                "scheduling_strategy": NodeAffinitySchedulingStrategy(
+                    ray.get_runtime_context().get_node_id(), soft=True
+                ),
+            }
+        )
         checked, references = _submit(ray, study, preset, stages, asked, check, told, unsafe)
         try:
             progress.report("checking the model, the data and the benchmarks")
-            for line in _result(ray, checked, "the check of the model, the data and the benchmarks"): progress.say(line)
+            for line in _result(ray, checked, "the check of the model, the data and the benchmarks"):
+                progress.say(line)
             _follow(ray, references, told, {s.place: s for s in stages}, progress)
         finally:
             _cancel(ray, [checked, *references.values()])
-            for stage in stages: remove(hidden(study.folder / stage.place, "partial"))
+            for stage in stages:
+                remove(hidden(study.folder / stage.place, "partial"))
             told.shutdown()
 
 # %% ../../nbs/09_pipeline/03_ray_engine.ipynb #708f6138
 def pick_engine(
-    name: str, # local, ray, or ray:WHERE
-) -> callable: # `run_here`, or `run_on_ray` with its address
+    name: str,  # local, ray, or ray:WHERE
+) -> callable:  # `run_here`, or `run_on_ray` with its address
     "The engine of a name; raises `InputError` for one that is not there, or not installed."
     kind, _, address = name.partition(":")
-    if kind not in ("local", "ray") or kind == "local" and address: raise InputError(f"--engine wants local, ray, or ray: with auto, HOST:PORT or a number of processors behind it, got {name!r}")
-    if address.startswith("//"): raise InputError(f"--engine {name}: Ray's client is not supported; run the command on the cluster itself, by `ray job submit` or in a shell there, with --engine ray:auto")
-    if kind == "local": return run_here
-    if not importlib.util.find_spec("ray"): raise InputError("--engine ray wants the package ray, which is not installed: pip install -c constraints.txt '.[ray]', or leave --engine out")
+    if kind not in ("local", "ray") or kind == "local" and address:
+        raise InputError(
+            "--engine wants local, ray, or ray: with auto, HOST:PORT or a number of processors behind it,"
+            f" got {name!r}"
+        )
+    if address.startswith("//"):
+        raise InputError(
+            f"--engine {name}: Ray's client is not supported; run the command on the cluster itself, by `ray"
+            " job submit` or in a shell there, with --engine ray:auto"
+        )
+    if kind == "local":
+        return run_here
+    if not importlib.util.find_spec("ray"):
+        raise InputError(
+            "--engine ray wants the package ray, which is not installed: pip install -c constraints.txt"
+            " '.[ray]', or leave --engine out"
+        )
     return partial(run_on_ray, address=address)
 
-
+# %% ../../nbs/09_pipeline/03_ray_engine.ipynb #5f320a4d
 def run_stages(
-    engine: callable, # from `pick_engine`
-    study: Study, # where the artifacts go
-    preset: Preset, # the configuration
-    stages: list[Stage], # what is missing, each after those it reads
-    check: callable, # opens what the user brings: study, preset, say
-    say: callable = print, # called with each line worth keeping
-    report: callable = lambda line: None, # called with each line of passing progress
-    unsafe: bool = False, # run model-written code even without a jail
+    engine: callable,  # from `pick_engine`
+    study: Study,  # where the artifacts go
+    preset: Preset,  # the configuration
+    stages: list[Stage],  # what is missing, each after those it reads
+    check: callable,  # opens what the user brings: study, preset, say
+    say: callable = print,  # called with each line worth keeping
+    report: callable = lambda line: None,  # called with each line of passing progress
+    unsafe: bool = False,  # run model-written code even without a jail
 ):
     "Run the stages that are missing on an engine, and tell where it stands."
     tokens = {}
-    with suppress(InputError): tokens = {r["kind"]: r["tokens"] for r in plan(preset, 1)} # the check says it better
+    # the check says it better
+    with suppress(InputError):
+        tokens = {r["kind"]: r["tokens"] for r in plan(preset, 1)}
     engine(study, preset, stages, Progress(stages, say, report, tokens), check, unsafe)

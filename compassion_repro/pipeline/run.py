@@ -12,146 +12,256 @@ import math
 from contextlib import suppress
 from pathlib import Path
 
-from ..data import hub
-from ..store.artifact import recorded_damage, write_recorded
-from ..core.signals import interruptible
-from .ray_engine import pick_engine, run_stages
-from ..store.graph import Stage, data_settings, source_settings
-from ..core.files import is_local
-from ..core.lock import locked
-from .preflight import check_before_training
-from .stages import without_jail
-from ..store.folder import Study, check_for_report, check_passes, note_laid_together, take_stock
-from ..core.files import writable
 from ..core.errors import InputError
-from ..study import Preset
+from ..core.files import is_local, writable
+from ..core.lock import locked
+from ..core.signals import interruptible
+from ..data import hub
+from .preflight import check_before_training
+from .ray_engine import pick_engine, run_stages
+from .stages import without_jail
 from ..presets import build_preset
+from ..store.artifact import recorded_damage, write_recorded
+from compassion_repro.store.folder import (
+    Study,
+    check_for_report,
+    check_passes,
+    note_laid_together,
+    take_stock,
+)
+from ..store.graph import Stage, data_settings, source_settings
+from ..study import Preset
 
 # %% ../../nbs/09_pipeline/06_run.ipynb #b7c17035
 def _used_sources(preset: Preset) -> dict[str, str]:
     "Dotted names of the sources that the study will fetch as models and corpora, with their kinds."
     arms, midtrained = preset.trained_arms, {"mid", "mid-control"}.intersection(preset.trained)
-    used, corpora = {"models.base": "model"} | {f"models.given.{name}": "model" for name in preset.models.given}, [arm.rows for arm in arms]
-    if any(arm.reward == "help" for arm in arms): used["models.reward"] = "model"
-    for name, wanted in (("documents", "mid" in midtrained), ("control", "mid-control" in midtrained), ("replay", midtrained and preset.midtrain.replay)):
-        if wanted: corpora.append(name)
+    used, corpora = (
+        {"models.base": "model"} | {f"models.given.{name}": "model" for name in preset.models.given},
+        [arm.rows for arm in arms],
+    )
+    if any(arm.reward == "help" for arm in arms):
+        used["models.reward"] = "model"
+    for name, wanted in (
+        ("documents", "mid" in midtrained),
+        ("control", "mid-control" in midtrained),
+        ("replay", midtrained and preset.midtrain.replay),
+    ):
+        if wanted:
+            corpora.append(name)
     values = preset.resolved()["data"]
     return used | {key: "dataset" for name in corpora for key in data_settings(f"data.{name}", values[name])}
 
-
+# %% ../../nbs/09_pipeline/06_run.ipynb #be563a85
 def pin_sources(
-    preset: Preset, # as the user has it
-    folder: str | Path, # the study's, which may hold pins already
-) -> Preset: # with a commit for everything that comes from the hub
-    "Fix every branch of the hub to the commit it stands for, the one that the study began with; raises `InputError` where the hub cannot tell."
+    preset: Preset,  # as the user has it
+    folder: str | Path,  # the study's, which may hold pins already
+) -> Preset:  # with a commit for everything that comes from the hub
+    """Fix every branch of the hub to the commit it stands for, the one that the study began with.
+
+    Raises `InputError` where the hub cannot tell.
+    """
     values, before, known = preset.resolved(), {}, Study(folder).sources
-    with suppress(InputError): before = source_settings(Study(folder).preset)
+    with suppress(InputError):
+        before = source_settings(Study(folder).preset)
     for key, kind in _used_sources(preset).items():
-        *path, last = key.split(".", 2) if key.startswith("models.") else [int(part) if part.isdigit() else part for part in key.split(".")]
+        *path, last = (
+            key.split(".", 2)
+            if key.startswith("models.")
+            else [int(part) if part.isdigit() else part for part in key.split(".")]
+        )
         place = values
-        for part in path: place = place[part]
+        for part in path:
+            place = place[part]
         source = place[last]
-        if source.startswith("world:") or is_local(source) or source in known or hub.is_pinned(source) and "@" in source: continue
+        if (
+            source.startswith("world:")
+            or is_local(source)
+            or source in known
+            or hub.is_pinned(source)
+            and "@" in source
+        ):
+            continue
         kept = before.get(key, "")
         same = kept.partition("@")[0] == source.partition("@")[0] and "@" in kept and hub.is_pinned(kept)
         place[last] = kept if same else hub.pin(source, kind)
     return build_preset(values)
 
-
+# %% ../../nbs/09_pipeline/06_run.ipynb #adeda226
 def settle_template(
-    preset: Preset, # as the user has it
-) -> Preset: # the same, with `generation.template=auto` settled
-    "Settle the form of the questions from the tokenizers of the given models (of the base, where none is given): `own` where all models have a chat template, `each` where the given ones alone have; else `plain`, with the other forms beside it to show the spread."
-    if preset.generation.template != "auto": return preset
-    own = [source == "world:base" or hub.has_template(source) for source in (*preset.models.given.values(), preset.models.base)]
-    settled = {"template": "own"} if all(own) else {"template": "each"} if own[:-1] and all(own[:-1]) else {"template": "plain", "templates": preset.generation.forms()[1:]}
+    preset: Preset,  # as the user has it
+) -> Preset:  # the same, with `generation.template=auto` settled
+    """Settle the form of the questions from the tokenizers of the given models (of the base, where none is
+    given): `own` where all models have a chat template, `each` where the given ones alone have; else
+    `plain`, with the other forms beside it to show the spread.
+    """
+    if preset.generation.template != "auto":
+        return preset
+    own = [
+        source == "world:base" or hub.has_template(source)
+        for source in (*preset.models.given.values(), preset.models.base)
+    ]
+    settled = (
+        {"template": "own"}
+        if all(own)
+        else (
+            {"template": "each"}
+            if own[:-1] and all(own[:-1])
+            else {"template": "plain", "templates": preset.generation.forms()[1:]}
+        )
+    )
     return build_preset(preset.resolved() | {"generation": preset.resolved()["generation"] | settled})
 
 # %% ../../nbs/09_pipeline/06_run.ipynb #e6e8edb0
 @locked("run")
 def run(
-    preset: Preset, # the study
-    folder: str | Path, # where it lives
-    seeds: int = 1, # how many seeds, counted from 1
-    say: callable = print, # called with each line worth keeping
-    report: callable = lambda line: None, # called with each line of passing progress
-    unsafe: bool = False, # run model-written code even without a jail
-    page: bool = True, # draw the figures and write the report
-    engine: str = "local", # local, ray, or ray:WHERE, see `engines.pick_engine`
-) -> Study: # finished
-    "Run a study, or carry on with one; raises `InputError` for bad input and lets Ctrl-C through, finished stages stay."
+    preset: Preset,  # the study
+    folder: str | Path,  # where it lives
+    seeds: int = 1,  # how many seeds, counted from 1
+    say: callable = print,  # called with each line worth keeping
+    report: callable = lambda line: None,  # called with each line of passing progress
+    unsafe: bool = False,  # run model-written code even without a jail
+    page: bool = True,  # draw the figures and write the report
+    engine: str = "local",  # local, ray, or ray:WHERE, see `engines.pick_engine`
+) -> Study:  # finished
+    """Run a study, or carry on with one.
+
+    Raises `InputError` for bad input and lets Ctrl-C through, finished stages stay.
+    """
     chosen = pick_engine(engine)
     preset = settle_template(pin_sources(preset, folder))
     left_out = without_jail(preset, unsafe)
     stages = [s for s in Study(folder).stages(preset, seeds) if s.model not in left_out]
     study = Study.create(folder, preset, say)
-    if left_out: say(f"no jail for model-written code on this machine, so {', '.join(left_out)} are left out: install bubblewrap, or allow running without one with --allow-unsafe-code")
-    if unsafe: say("warning: model-written code runs without a jail where this machine has none (--allow-unsafe-code)")
+    if left_out:
+        say(
+            f"no jail for model-written code on this machine, so {', '.join(left_out)} are left out: install"
+            " bubblewrap, or allow running without one with --allow-unsafe-code"
+        )
+    if unsafe:
+        say(
+            "warning: model-written code runs without a jail where this machine has none"
+            " (--allow-unsafe-code)"
+        )
     pending = take_stock(study, preset, stages, say, report)
     say(f"{study.folder}: {len(stages)} stages, {len(stages) - len(pending)} done, {len(pending)} to run")
     with interruptible():
-        if pending: run_stages(chosen, study, preset, pending, check_before_training, say, report, unsafe)
+        if pending:
+            run_stages(chosen, study, preset, pending, check_before_training, say, report, unsafe)
         stages = study.finished(preset, left_out)
         collect(study, stages)
-        for line in compare_templates(study, stages): say(line)
+        for line in compare_templates(study, stages):
+            say(line)
         analyse(study, report, page)
     return study
 
 # %% ../../nbs/09_pipeline/06_run.ipynb #78aa75e6
 def collect(
-    study: Study, # finished
-    stages: list[Stage], # its stages
+    study: Study,  # finished
+    stages: list[Stage],  # its stages
 ):
-    "Lay the tables of all models and seeds together: answers, grades, scores, margin, kl; with them what later judges said; and a table of its own for answers in another form of question."
+    """Lay the tables of all models and seeds together: answers, grades, scores, margin, kl; with them what
+    later judges said; and a table of its own for answers in another form of question.
+    """
     import pandas as pd
+
     from compassion_repro.evaluation.agreement import lay_together
+
     check_passes(study.folder)
-    for name, kind in (("answers", "answers"), ("grades", "eval"), ("scores", "eval"), ("margin", "probe"), ("kl", "probe")):
-        parts = [pd.read_parquet(study.verified(s) / f"{name}.parquet") for s in stages if s.id == f"{kind}-{s.model}"]
+    for name, kind in (
+        ("answers", "answers"),
+        ("grades", "eval"),
+        ("scores", "eval"),
+        ("margin", "probe"),
+        ("kl", "probe"),
+    ):
+        parts = [
+            pd.read_parquet(study.verified(s) / f"{name}.parquet")
+            for s in stages
+            if s.id == f"{kind}-{s.model}"
+        ]
         table = pd.concat([p for p in parts if len(p)] or parts[:1], ignore_index=True)
-        if name in ("grades", "scores"): table = lay_together(study.folder, name, table)
-        if name == "scores": table["study"] = study.folder.name
-        with writable(study.folder): write_recorded(study.folder, f"{name}.parquet", table.to_parquet)
+        if name in ("grades", "scores"):
+            table = lay_together(study.folder, name, table)
+        if name == "scores":
+            table["study"] = study.folder.name
+        with writable(study.folder):
+            write_recorded(study.folder, f"{name}.parquet", table.to_parquet)
     note_laid_together(study, stages)
 
-
+# %% ../../nbs/09_pipeline/06_run.ipynb #3930cc4e
 def compare_templates(
-    study: Study, # finished, asked in more than one form
-    stages: list[Stage], # its stages
-) -> list[str]: # one line a benchmark; empty where there is one form
-    "How much the form of the question matters: mean overall score by model and template, kept in templates.parquet."
+    study: Study,  # finished, asked in more than one form
+    stages: list[Stage],  # its stages
+) -> list[str]:  # one line a benchmark; empty where there is one form
+    """How much the form of the question matters: mean overall score by model and template, kept in
+    templates.parquet.
+    """
     import pandas as pd
-    def scores(stage): return pd.read_parquet(study.verified(stage) / "scores.parquet").assign(template=stage.inputs[0].config["generation"]["template"])
+
+    def scores(stage):
+        return pd.read_parquet(study.verified(stage) / "scores.parquet").assign(
+            template=stage.inputs[0].config["generation"]["template"]
+        )
+
     forms = study.preset.generation.forms()
-    if len(forms) == 1: return []
+    if len(forms) == 1:
+        return []
     table = pd.concat([scores(stage) for stage in stages if stage.kind == "eval"], ignore_index=True)
-    means = 100 * table[table.dimension == "overall"].groupby(["benchmark", "model", "template"]).score.mean().unstack("template")[forms]
-    with writable(study.folder): write_recorded(study.folder, "templates.parquet", means.reset_index().to_parquet)
+    means = (
+        100
+        * table[table.dimension == "overall"]
+        .groupby(["benchmark", "model", "template"])
+        .score.mean()
+        .unstack("template")[forms]
+    )
+    with writable(study.folder):
+        write_recorded(study.folder, "templates.parquet", means.reset_index().to_parquet)
     spread = (means.max(axis=1) - means.min(axis=1)).unstack("benchmark")
-    return [f"{name}: asked in the forms {', '.join(forms)}, the mean score of a model differs by up to {spread[name].max():.1f} points ({spread[name].idxmax()}), {spread[name].mean():.1f} on average" for name in spread if spread[name].notna().any()]
+    return [
+        f"{name}: asked in the forms {', '.join(forms)}, the mean score of a model differs by up to"
+        f" {spread[name].max():.1f} points ({spread[name].idxmax()}), {spread[name].mean():.1f} on average"
+        for name in spread
+        if spread[name].notna().any()
+    ]
 
-
+# %% ../../nbs/09_pipeline/06_run.ipynb #976879bf
 def training_record(
-    manifests: list[dict], # of one study
-) -> dict[str, dict]: # model id to {"trained": bool, "reason": str}
+    manifests: list[dict],  # of one study
+) -> dict[str, dict]:  # model id to {"trained": bool, "reason": str}
     "Whether each model was trained: the mean gain over the seeds, with its 95 % interval, lies above 0."
     gains = {}
     for m in manifests:
-        if "gain" in m["result"]: gains.setdefault(m["model"], []).append(m["result"])
+        if "gain" in m["result"]:
+            gains.setdefault(m["model"], []).append(m["result"])
     record = {}
     for model, results in gains.items():
         if any(r["gain"] is None for r in results):
-            record[model] = {"trained": False, "reason": "no answer to a held-out prompt could be judged both before and after training"}
+            record[model] = {
+                "trained": False,
+                "reason": "no answer to a held-out prompt could be judged both before and after training",
+            }
             continue
         mean = sum(r["gain"] for r in results) / len(results)
-        half = math.sqrt(sum((r["gain_high"] - r["gain"]) ** 2 if r["gain_high"] is not None else math.inf for r in results)) / len(results)
-        unit = "of reward on held-out prompts" if "reward_after" in results[0] else "nats a token on held-out rows"
-        reason = f"gain {mean:.4f} [{mean - half:.4f}, {mean + half:.4f}] {unit} over {len(results)} seed{'s' if len(results) > 1 else ''}"
+        half = math.sqrt(
+            sum(
+                (r["gain_high"] - r["gain"]) ** 2 if r["gain_high"] is not None else math.inf for r in results
+            )
+        ) / len(results)
+        unit = (
+            "of reward on held-out prompts"
+            if "reward_after" in results[0]
+            else "nats a token on held-out rows"
+        )
+        reason = (
+            f"gain {mean:.4f} [{mean - half:.4f}, {mean + half:.4f}] {unit} over {len(results)}"
+            f" seed{'s' if len(results) > 1 else ''}"
+        )
         record[model] = {"trained": mean - half > 0, "reason": reason}
     return record
 
-
-TRAINING = "training.json" # what training did to each model, at the top of the study
+# %% ../../nbs/09_pipeline/06_run.ipynb #b6bb4eba
+TRAINING = "training.json"  # what training did to each model, at the top of the study
 
 
 def write_json_recorded(folder: Path, name: str, values: dict):
@@ -159,54 +269,79 @@ def write_json_recorded(folder: Path, name: str, values: dict):
     text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
     write_recorded(folder, name, lambda partial: partial.write_text(text, encoding="utf-8"))
 
-
+# %% ../../nbs/09_pipeline/06_run.ipynb #e73ad083
 def _kept_training(folder: Path) -> dict[str, dict]:
     "What `training.json` holds; raises `InputError` where it is damaged."
     file = folder / TRAINING
-    if not file.is_file(): return {}
-    try: kept = None if recorded_damage(folder, TRAINING) else json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError): kept = None
-    if not isinstance(kept, dict): raise InputError(f"{file} is damaged: delete it, and run the study again where its stages are")
+    if not file.is_file():
+        return {}
+    try:
+        kept = None if recorded_damage(folder, TRAINING) else json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        kept = None
+    if not isinstance(kept, dict):
+        raise InputError(f"{file} is damaged: delete it, and run the study again where its stages are")
     return kept
 
-
+# %% ../../nbs/09_pipeline/06_run.ipynb #dd4fd1c2
 def known_training(
-    study: Study, # with its tables in place
-    scored: set[tuple[str, int]], # models and seeds that have scores
-) -> dict[str, dict]: # model id to {"trained": bool, "reason": str}, and "known": False where nothing tells
-    "Whether each model was trained: from the stages where they are all here, else from `training.json`, else not known."
+    study: Study,  # with its tables in place
+    scored: set[tuple[str, int]],  # models and seeds that have scores
+) -> dict[str, dict]:  # model id to {"trained": bool, "reason": str}, and "known": False where nothing tells
+    """Whether each model was trained: from the stages where they are all here, else from `training.json`,
+    else not known.
+    """
     manifests = [m for m in study.manifests() if (m["model"], m["seed"]) in scored]
     record, kept = training_record(manifests), _kept_training(study.folder)
     here = {(m["model"], m["seed"]) for m in manifests if "gain" in m["result"]}
     for model in study.preset.trained:
         seeds = {seed for name, seed in scored if name == model}
-        if not seeds or {(model, seed) for seed in seeds} <= here: continue
-        record[model] = kept.get(model) or {"trained": False, "known": False, "reason": "its training stages are not in this folder"}
+        if not seeds or {(model, seed) for seed in seeds} <= here:
+            continue
+        record[model] = kept.get(model) or {
+            "trained": False,
+            "known": False,
+            "reason": "its training stages are not in this folder",
+        }
     return record
 
-
+# %% ../../nbs/09_pipeline/06_run.ipynb #0d517ffb
 def analyse(
-    study: Study, # with its tables in place
-    report: callable = lambda line: None, # called with each line of passing progress
-    page: bool = True, # draw the figures and write the report, too
+    study: Study,  # with its tables in place
+    report: callable = lambda line: None,  # called with each line of passing progress
+    page: bool = True,  # draw the figures and write the report, too
 ):
-    "Judge the claims of a study from its scores, draw its figures and write its report; returns the claim table. Loads no torch."
+    """Judge the claims of a study from its scores, draw its figures and write its report; returns the claim
+    table. Loads no torch.
+    """
     from compassion_repro.stats import scores as score_room
     from compassion_repro.stats.claims import judge_claims
+
     preset = study.preset
     check_for_report(study)
     table, name, file = study.table("scores"), study.folder.name, study.folder / "scores.parquet"
     if foreign := set(table.get("study", [])) - {name}:
-        raise InputError(f"{file} belongs to the study {sorted(map(str, foreign))[0]!r}, not to {name!r}: if the folder was renamed, `compassion-repro run --out {study.folder}` lays its tables together anew")
+        raise InputError(
+            f"{file} belongs to the study {sorted(map(str, foreign))[0]!r}, not to {name!r}: if the folder"
+            f" was renamed, `compassion-repro run --out {study.folder}` lays its tables together anew"
+        )
     scores = score_room.check_scores(table, name, str(file))
     scored = set(zip(scores["model"], scores["seed"]))
     training = known_training(study, scored)
-    grades, answers = (study.table(name) if (study.folder / f"{name}.parquet").exists() else None for name in ("grades", "answers"))
+    grades, answers = (
+        study.table(name) if (study.folder / f"{name}.parquet").exists() else None
+        for name in ("grades", "answers")
+    )
     claims = judge_claims(scores, training, preset, grades, answers=answers)
     with writable(study.folder):
         write_json_recorded(study.folder, TRAINING, training)
-        write_recorded(study.folder, "claims.json", lambda partial: partial.write_text(claims.to_json(), encoding="utf-8"))
+        write_recorded(
+            study.folder,
+            "claims.json",
+            lambda partial: partial.write_text(claims.to_json(), encoding="utf-8"),
+        )
         if page:
             from compassion_repro.report.page import write_report
+
             write_report(study.folder, report)
     return claims

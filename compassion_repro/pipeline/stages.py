@@ -13,54 +13,66 @@ import re
 import shutil
 import sys
 import time
-from contextlib import suppress, nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import partial, cache, wraps
+from functools import cache, partial, wraps
 from logging import ERROR, getLogger
 from pathlib import Path
 
 from ..core.errors import InputError
-from ..core.files import WHOLE, hidden, write_atomically, flush, remove, writable, write_sealed
+from ..core.files import WHOLE, flush, hidden, remove, writable, write_atomically, write_sealed
 from ..core.lock import check_held
 from ..core.signals import interruptible, undisturbed
 from ..data import hub
 from ..store.artifact import MANIFEST, file_records, put_in_place
 from ..store.folder import Study, peak_memory_mb, provenance
-from ..store.graph import Stage, VERSIONS
-from ..study import Preset, parse_model, Benchmark, DETERMINISTIC, Generation, judge_names
+from ..store.graph import VERSIONS, Stage
+from ..study import DETERMINISTIC, Benchmark, Generation, Preset, judge_names, parse_model
 from ..training import model_files
 
 # %% ../../nbs/09_pipeline/01_stages.ipynb #9edf8a38
 def training_rows(
-    source: str | list, # where the rows come from: one source, or sources as a preset has them
-    shape: str, # "text" or "messages"
-    rows: int | None, # rows to draw from an embedded corpus
-    held_out: int, # rows to keep back at most
-    seed: int, # study seed
-    limit: int | None = None, # most rows to train on; None takes the corpus whole
-    **fit, # how long a row may be, for `data.rows.load`: `max_length`, `measure`; `check`, the last look at a row
-) -> tuple[list[dict], list[dict], dict]: # training rows, held-out rows, the loader's report
+    source: str | list,  # where the rows come from: one source, or sources as a preset has them
+    shape: str,  # "text" or "messages"
+    rows: int | None,  # rows to draw from an embedded corpus
+    held_out: int,  # rows to keep back at most
+    seed: int,  # study seed
+    limit: int | None = None,  # most rows to train on; None takes the corpus whole
+    # how long a row may be, for `data.rows.load`: `max_length`, `measure`; `check`, the last look at a row
+    **fit,
+) -> tuple[list[dict], list[dict], dict]:  # training rows, held-out rows, the loader's report
     "Training and held-out rows of one source; raises `InputError` where none is usable."
     from compassion_repro.data import rows as data
+
     if isinstance(source, str) and source.startswith("world:"):
         corpus = data.load(source, shape, limit=min(filter(None, (rows, limit)), default=None), seed=seed)
-        return corpus.rows, data.load(source, shape, limit=held_out, seed=seed, held_out=True).rows, corpus.report.as_dict()
-    if limit: held_out = min(held_out, max(1, limit // 9))
+        return (
+            corpus.rows,
+            data.load(source, shape, limit=held_out, seed=seed, held_out=True).rows,
+            corpus.report.as_dict(),
+        )
+    if limit:
+        held_out = min(held_out, max(1, limit // 9))
     corpus = data.load(source, shape, limit=limit and limit + held_out, seed=seed, **fit)
-    if len(corpus.rows) < 2: raise InputError(f"{corpus.report.source} has {len(corpus.rows)} usable row: at least 2 are needed, one to train on and one to measure on ({corpus.report})")
+    if len(corpus.rows) < 2:
+        raise InputError(
+            f"{corpus.report.source} has {len(corpus.rows)} usable row: at least 2 are needed, one to train"
+            f" on and one to measure on ({corpus.report})"
+        )
     train, kept = data.train_held_out(corpus.rows, min(held_out, max(1, len(corpus.rows) // 10)), seed)
     return train[:limit], kept, corpus.report.as_dict()
 
-
+# %% ../../nbs/09_pipeline/01_stages.ipynb #73345939
 @dataclass
 class Work:
     "What a running stage needs to know."
-    preset: Preset # the study
-    stage: Stage # the stage
-    study: Study # where the inputs lie
-    out: Path # folder to fill
-    report: callable # called with one line of progress
-    unsafe: bool = False # run model-written code even without a jail
+
+    preset: Preset  # the study
+    stage: Stage  # the stage
+    study: Study  # where the inputs lie
+    out: Path  # folder to fill
+    report: callable  # called with one line of progress
+    unsafe: bool = False  # run model-written code even without a jail
 
     def input(self, number: int = 0) -> Path:
         "Folder of an input's artifact."
@@ -70,18 +82,29 @@ class Work:
 def _take(source: str, target: str):
     "A copy; of weights too big to store once per seed (above 64 MB) a hard link, where the disk allows one."
     if os.path.getsize(source) > WHOLE:
-        with suppress(OSError): return os.link(os.path.realpath(source), target)
+        with suppress(OSError):
+            return os.link(os.path.realpath(source), target)
     shutil.copyfile(source, target)
 
-
+# %% ../../nbs/09_pipeline/01_stages.ipynb #bbdd8998
 def _copy_model(folder: Path, out: Path):
     "The files of a model that is used as it is."
-    shutil.copytree(folder, out, copy_function=_take, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "*.bin", "*.pth"))
+    shutil.copytree(
+        folder,
+        out,
+        copy_function=_take,
+        dirs_exist_ok=True,
+        ignore=shutil.ignore_patterns(".*", "*.bin", "*.pth"),
+    )
 
-
+# %% ../../nbs/09_pipeline/01_stages.ipynb #38757946
 def _merge_given(work: Work, adapter: Path) -> dict:
-    "A published adapter, merged into the study's base; raises `InputError` where it belongs to another model."
+    """A published adapter, merged into the study's base.
+
+    Raises `InputError` where it belongs to another model.
+    """
     from compassion_repro.training import adapters, models
+
     given, name = work.preset.models, work.stage.model
     source = adapters.given_base(given, name, adapter)
     base = work.input() if source == given.base else models.find_model(source)
@@ -89,19 +112,32 @@ def _merge_given(work: Work, adapter: Path) -> dict:
     models.save_model(model, models.as_shipped(tokenizer), work.out)
     return {"merge": f"adapter merged into {str(model.dtype).removeprefix('torch.')} weights of {source}"}
 
-
+# %% ../../nbs/09_pipeline/01_stages.ipynb #e093dfc3
 def _run_base(work: Work) -> dict:
     "The base model, or one that was given finished."
     from compassion_repro.training import models
+
     model, preset = work.stage.model, work.preset
     source = preset.models.base if model == "base" else preset.models.given[model]
     folder = models.find_model(source)
-    if hub.is_adapter(folder) and model == "base": raise InputError(f"{source} is an adapter, no whole model: give the model it belongs to as models.base and the adapter as models.given.<model>")
-    if hub.is_adapter(folder): done = _merge_given(work, folder)
+    if hub.is_adapter(folder) and model == "base":
+        raise InputError(
+            f"{source} is an adapter, no whole model: give the model it belongs to as models.base and the"
+            " adapter as models.given.<model>"
+        )
+    if hub.is_adapter(folder):
+        done = _merge_given(work, folder)
     else:
-        network, tokenizer = models.load_model(folder), models.load_tokenizer(folder, preset.generation.template)
+        network, tokenizer = (
+            models.load_model(folder),
+            models.load_tokenizer(folder, preset.generation.template),
+        )
         models.check_numbers(network, source)
-        models.check_fits(network, tokenizer, max(preset.midtrain.length, preset.sft.length, preset.generation.max_new_tokens))
+        models.check_fits(
+            network,
+            tokenizer,
+            max(preset.midtrain.length, preset.sft.length, preset.generation.max_new_tokens),
+        )
         done = {"padding": models.padding_note(tokenizer)}
         if packed := model_files.check_quantised(folder):
             models.save_model(network, models.as_shipped(tokenizer), work.out)
@@ -109,91 +145,227 @@ def _run_base(work: Work) -> dict:
         elif file := model_files.gguf_file(source):
             _copy_model(folder, work.out)
             done["dequantised"] = model_files.gguf_note(file)
-        else: _copy_model(folder, work.out)
-    return {"source": source, "revision": folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else "embedded" if source.startswith("world:") else "local", **done}
+        else:
+            _copy_model(folder, work.out)
+    return {
+        "source": source,
+        "revision": (
+            folder.name
+            if re.fullmatch("[0-9a-f]{40}", folder.name)
+            else "embedded"
+            if source.startswith("world:")
+            else "local"
+        ),
+        **done,
+    }
 
-
+# %% ../../nbs/09_pipeline/01_stages.ipynb #8ab2912e
 def _save_rows(work: Work, rows: list[dict], held_out: list[dict]):
     from compassion_repro.data import rows as data
+
     data.save_rows(rows, work.out / "rows.jsonl")
     data.save_rows(held_out, work.out / "held_out.jsonl")
 
-
+# %% ../../nbs/09_pipeline/01_stages.ipynb #1a440326
 def _held(work: Work) -> dict:
     "How a training stage holds its model, and the template of its rows."
     from compassion_repro.training import device
-    return {"how": device.holding(work.preset.models, work.preset.compute), "template": work.preset.generation.training_template}
 
+    return {
+        "how": device.holding(work.preset.models, work.preset.compute),
+        "template": work.preset.generation.training_template,
+    }
 
+# %% ../../nbs/09_pipeline/01_stages.ipynb #4526fb7c
 def _run_midtrain(work: Work) -> dict:
     from compassion_repro.training import midtrain, tokens
+
     preset, seed = work.preset, work.stage.seed
     source = preset.data.documents if work.stage.model == "mid" else preset.data.control
-    documents, held_out, report = training_rows(source, "text", preset.midtrain.rows, preset.midtrain.held_out, seed, preset.midtrain.limit)
+    documents, held_out, report = training_rows(
+        source, "text", preset.midtrain.rows, preset.midtrain.held_out, seed, preset.midtrain.limit
+    )
     count = midtrain.replay_rows(len(documents), preset.midtrain.replay)
     replay = training_rows(preset.data.replay, "text", count, 1, seed)[0][:count] if count else []
     _save_rows(work, documents + replay, held_out)
-    account = tokens.stage_account(documents + replay, work.input(), preset.midtrain.length, preset.generation.training_template, source, seed)
-    done = midtrain.midtrain(work.input(), documents, replay, held_out, work.out, preset.midtrain, seed, preset.lora, work.report, checkpoints=_checkpoints(work), **_held(work))
+    account = tokens.stage_account(
+        documents + replay,
+        work.input(),
+        preset.midtrain.length,
+        preset.generation.training_template,
+        source,
+        seed,
+    )
+    done = midtrain.midtrain(
+        work.input(),
+        documents,
+        replay,
+        held_out,
+        work.out,
+        preset.midtrain,
+        seed,
+        preset.lora,
+        work.report,
+        checkpoints=_checkpoints(work),
+        **_held(work),
+    )
     return {**done, "documents": len(documents), "replayed": len(replay), "data": report, "account": account}
 
-
+# %% ../../nbs/09_pipeline/01_stages.ipynb #bb35631c
 def _run_sft(work: Work) -> dict:
     from compassion_repro.training import models, sft, tokens
+
     preset, seed, name = work.preset, work.stage.seed, parse_model(work.stage.model).name
     names = dict.fromkeys(arm.rows for arm in preset.trained_arms if arm.paradigm == "sft")
     template = preset.generation.training_template
     fit = sft.longest_answer(work.input(), preset.sft, template)
     check = partial(models.check_row, tokenizer=models.load_tokenizer(work.input(), template))
-    rows = {n: training_rows(preset.data.source(n), "messages", preset.sft.rows, preset.sft.held_out, seed, preset.sft.limit, check=check, **fit) for n in names}
+    rows = {
+        n: training_rows(
+            preset.data.source(n),
+            "messages",
+            preset.sft.rows,
+            preset.sft.held_out,
+            seed,
+            preset.sft.limit,
+            check=check,
+            **fit,
+        )
+        for n in names
+    }
     train, held_out, report = rows[name]
     _save_rows(work, train, held_out)
-    account = tokens.stage_account(train, work.input(), preset.sft.length, template, preset.data.source(name), seed, report.get("truncated", 0), **fit)
-    steps = sft.matched_steps(work.input(), [train] if preset.sft.dose == "full" else [r[0] for r in rows.values()], preset.sft, template)
-    return {**sft.sft(work.input(), train, held_out, work.out, preset.sft, steps, seed, preset.lora, work.report, work.stage.model, checkpoints=_checkpoints(work), **_held(work)), "data": report, "account": account}
+    account = tokens.stage_account(
+        train,
+        work.input(),
+        preset.sft.length,
+        template,
+        preset.data.source(name),
+        seed,
+        report.get("truncated", 0),
+        **fit,
+    )
+    steps = sft.matched_steps(
+        work.input(),
+        [train] if preset.sft.dose == "full" else [r[0] for r in rows.values()],
+        preset.sft,
+        template,
+    )
+    return {
+        **sft.sft(
+            work.input(),
+            train,
+            held_out,
+            work.out,
+            preset.sft,
+            steps,
+            seed,
+            preset.lora,
+            work.report,
+            work.stage.model,
+            checkpoints=_checkpoints(work),
+            **_held(work),
+        ),
+        "data": report,
+        "account": account,
+    }
 
 # %% ../../nbs/09_pipeline/01_stages.ipynb #8892ca54
 def _run_reward(work: Work) -> dict:
     from compassion_repro.training import models, reward_model, rewards
+
     source = work.preset.models.reward
-    if source == rewards.WORLD_REWARD: return {"source": source, **reward_model.train_reward_model(work.out, work.input(), seed=work.stage.seed, report=work.report)}
+    if source == rewards.WORLD_REWARD:
+        return {
+            "source": source,
+            **reward_model.train_reward_model(
+                work.out, work.input(), seed=work.stage.seed, report=work.report
+            ),
+        }
     reward_model.load_reward_model(source)
-    shutil.copytree(models.find_model(source), work.out, copy_function=_take, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "*.bin", "*.pth"))
+    shutil.copytree(
+        models.find_model(source),
+        work.out,
+        copy_function=_take,
+        dirs_exist_ok=True,
+        ignore=shutil.ignore_patterns(".*", "*.bin", "*.pth"),
+    )
     return {"source": source}
 
-
+# %% ../../nbs/09_pipeline/01_stages.ipynb #1f3dac9a
 def _reward(work: Work) -> tuple[callable, dict]:
     "The reward of a GRPO arm, and what the manifest says of it."
+    from compassion_repro.sandbox import jail
     from compassion_repro.training import reward_model, rewards
-    from compassion_repro.sandbox import jail
-    if work.stage.config["reward"] == "help": return reward_model.helpfulness_reward(work.input(1)), {"reward_model": work.preset.models.reward}
+
+    if work.stage.config["reward"] == "help":
+        return reward_model.helpfulness_reward(work.input(1)), {"reward_model": work.preset.models.reward}
     weights = {kind: work.preset.code_reward.get(kind, default) for kind, default in rewards.WEIGHTS.items()}
-    return rewards.code_reward(weights, run=partial(jail.run_many, allow_unsafe=work.unsafe)), {"weights": weights, "jail": jail.describe_level()}
+    return rewards.code_reward(weights, run=partial(jail.run_many, allow_unsafe=work.unsafe)), {
+        "weights": weights,
+        "jail": jail.describe_level(),
+    }
 
-
+# %% ../../nbs/09_pipeline/01_stages.ipynb #109d527e
 def _with_sound_tests(work: Work, rows: list[dict], told: dict) -> list[dict]:
-    "Prompts of a code arm without the tests that any program passes; what is left out is reported and kept in the manifest."
-    from compassion_repro.training import rewards
+    """Prompts of a code arm without the tests that any program passes; what is left out is reported and kept
+    in the manifest.
+    """
     from compassion_repro.sandbox import jail
+    from compassion_repro.training import rewards
+
     rows, lines = rewards.leave_out_tests(rows, partial(jail.run_many, allow_unsafe=work.unsafe))
-    if lines: told.setdefault("tests", []).extend(lines)
-    for line in lines: work.report(line)
+    if lines:
+        told.setdefault("tests", []).extend(lines)
+    for line in lines:
+        work.report(line)
     return rows
 
-
+# %% ../../nbs/09_pipeline/01_stages.ipynb #bd002812
 def _run_grpo(work: Work) -> dict:
     from compassion_repro.training import grpo, models
+
     preset, seed, rows = work.preset, work.stage.seed, parse_model(work.stage.model).rows
-    check = partial(models.check_row, tokenizer=models.load_tokenizer(work.input(), preset.generation.training_template))
-    prompts, held_out, report = training_rows(preset.data.source(rows), "prompts", preset.grpo.rows, preset.grpo.held_out, seed, preset.grpo.limit, check=check)
+    check = partial(
+        models.check_row, tokenizer=models.load_tokenizer(work.input(), preset.generation.training_template)
+    )
+    prompts, held_out, report = training_rows(
+        preset.data.source(rows),
+        "prompts",
+        preset.grpo.rows,
+        preset.grpo.held_out,
+        seed,
+        preset.grpo.limit,
+        check=check,
+    )
     reward, told = _reward(work)
-    if work.stage.config["reward"] == "code": prompts, held_out = (_with_sound_tests(work, side, told) for side in (prompts, held_out))
+    if work.stage.config["reward"] == "code":
+        prompts, held_out = (_with_sound_tests(work, side, told) for side in (prompts, held_out))
     _save_rows(work, prompts, held_out)
-    return {**grpo.grpo(work.input(), prompts, held_out, work.out, preset.grpo, seed, preset.lora, reward, work.report, work.stage.model, _checkpoints(work), **_held(work)), **told, "data": report}
+    return {
+        **grpo.grpo(
+            work.input(),
+            prompts,
+            held_out,
+            work.out,
+            preset.grpo,
+            seed,
+            preset.lora,
+            reward,
+            work.report,
+            work.stage.model,
+            _checkpoints(work),
+            **_held(work),
+        ),
+        **told,
+        "data": report,
+    }
 
-
+# %% ../../nbs/09_pipeline/01_stages.ipynb #97dc9574
 def _checkpoints(work: Work) -> Path:
-    "Where a stage leaves what it needs to carry on after a kill: hidden beside the stage's place, marked with its key, gone when the stage is done."
+    """Where a stage leaves what it needs to carry on after a kill: hidden beside the stage's place, marked
+    with its key, gone when the stage is done.
+    """
     folder = hidden(work.study.folder / work.stage.place, "checkpoints")
     mark = folder / "key"
     if not (mark.is_file() and mark.read_bytes() == work.stage.key.encode()):
@@ -202,155 +374,283 @@ def _checkpoints(work: Work) -> Path:
         write_atomically(mark, lambda partial: partial.write_text(work.stage.key))
     return folder
 
-
+# %% ../../nbs/09_pipeline/01_stages.ipynb #54123faf
 def without_jail(
-    preset: Preset, # the study
-    unsafe: bool = False, # the user allows running code without a jail
-) -> list[str]: # arms that cannot be run here
+    preset: Preset,  # the study
+    unsafe: bool = False,  # the user allows running code without a jail
+) -> list[str]:  # arms that cannot be run here
     "Arms whose code reward has no jail to run in."
     from compassion_repro.sandbox import jail
+
     needy = [arm.model for arm in preset.trained_arms if arm.reward == "code"]
     return needy if needy and not unsafe and jail.level() == "none" else []
 
 # %% ../../nbs/09_pipeline/01_stages.ipynb #58b9ea1f
 @cache
 def study_tasks(
-    benchmarks: str, # the preset's section, as JSON
-    judge: str, # who grades
-    folder: Path, # for copies of the data
-) -> dict: # `LoadedTask` by the benchmark's name
+    benchmarks: str,  # the preset's section, as JSON
+    judge: str,  # who grades
+    folder: Path,  # for copies of the data
+) -> dict:  # `LoadedTask` by the benchmark's name
     "The official tasks of a study's benchmarks, loaded once a process."
-    from compassion_repro.evaluation import scoring as judging, judges
+    from compassion_repro.evaluation import judges
+    from compassion_repro.evaluation import scoring as judging
     from compassion_repro.evaluation.inspect_runner import temporary_folder, with_prompts
+
     replies = None if judge in DETERMINISTIC else judges.Replies(folder.parent / judges.REPLIES)
-    tasks = judging.load_tasks({name: Benchmark(**values) for name, values in json.loads(benchmarks).items()}, judge, folder, replies=replies)
-    return {name: replace(task, questions=with_prompts(task, temporary_folder() / "prompts")) for name, task in tasks.items()}
+    tasks = judging.load_tasks(
+        {name: Benchmark(**values) for name, values in json.loads(benchmarks).items()},
+        judge,
+        folder,
+        replies=replies,
+    )
+    return {
+        name: replace(task, questions=with_prompts(task, temporary_folder() / "prompts"))
+        for name, task in tasks.items()
+    }
 
-
+# %% ../../nbs/09_pipeline/01_stages.ipynb #d80092be
 def _tasks(work: Work, judge: str | None = None) -> dict:
     "The official tasks of the study's benchmarks with one judge (default: the first), loaded once a process."
-    return study_tasks(json.dumps(work.preset.resolved()["benchmarks"]), judge or judge_names(work.preset.judge)[0], work.study.folder / "benchmarks")
+    return study_tasks(
+        json.dumps(work.preset.resolved()["benchmarks"]),
+        judge or judge_names(work.preset.judge)[0],
+        work.study.folder / "benchmarks",
+    )
 
-
+# %% ../../nbs/09_pipeline/01_stages.ipynb #6dc04143
 def _run_answers(work: Work) -> dict:
     from compassion_repro.evaluation import generate
+
     questions = [q for task in _tasks(work).values() for q in task.questions]
-    generation = work.preset.generation.model_copy(update={"template": work.stage.config["generation"]["template"]})
-    answers = generate.generate_answers(work.input(), work.stage.model, questions, work.stage.seed, generation, report=work.report, python=work.preset.compute.vllm_python, checkpoints=_checkpoints(work))
+    generation = work.preset.generation.model_copy(
+        update={"template": work.stage.config["generation"]["template"]}
+    )
+    answers = generate.generate_answers(
+        work.input(),
+        work.stage.model,
+        questions,
+        work.stage.seed,
+        generation,
+        report=work.report,
+        python=work.preset.compute.vllm_python,
+        checkpoints=_checkpoints(work),
+    )
     write_atomically(work.out / "answers.parquet", answers.to_parquet)
     cut_off = float((answers.stop_reason == "length").mean())
-    return {"answers": len(answers), "tokens": int(answers.tokens.sum()), "cut_off": cut_off, "warnings": [*cut_off_alarm(cut_off, work.preset.generation), *silence_alarm(answers["empty"].mean(), generation.template, work.input())], **answers.attrs}
+    return {
+        "answers": len(answers),
+        "tokens": int(answers.tokens.sum()),
+        "cut_off": cut_off,
+        "warnings": [
+            *cut_off_alarm(cut_off, work.preset.generation),
+            *silence_alarm(answers["empty"].mean(), generation.template, work.input()),
+        ],
+        **answers.attrs,
+    }
 
-
+# %% ../../nbs/09_pipeline/01_stages.ipynb #21f2fcdc
 def cut_off_alarm(
-    cut_off: float, # share of answers that ran into the limit
-    generation: Generation, # holds the share that is borne, and the limit
-) -> list[str]: # one line, or none
-    "An alarm where answers do not end: a model that was never taught to stop, or another template than it was trained with, writes until it is cut off."
-    if cut_off <= generation.cut_off_alarm: return []
-    return [f"{cut_off:.0%} of the answers ran into the limit of {generation.max_new_tokens} tokens, more than the {generation.cut_off_alarm:.0%} of generation.cut_off_alarm: check the template and the end token, or raise generation.max_new_tokens"]
+    cut_off: float,  # share of answers that ran into the limit
+    generation: Generation,  # holds the share that is borne, and the limit
+) -> list[str]:  # one line, or none
+    """An alarm where answers do not end: a model that was never taught to stop, or another template than it
+    was trained with, writes until it is cut off.
+    """
+    if cut_off <= generation.cut_off_alarm:
+        return []
+    return [
+        f"{cut_off:.0%} of the answers ran into the limit of {generation.max_new_tokens} tokens, more than"
+        f" the {generation.cut_off_alarm:.0%} of generation.cut_off_alarm: check the template and the end"
+        " token, or raise generation.max_new_tokens"
+    ]
 
-
-SILENT = 0.2 # share of empty answers from which it is told
+# %% ../../nbs/09_pipeline/01_stages.ipynb #4b1275d3
+SILENT = 0.2  # share of empty answers from which it is told
 
 
 def silence_alarm(
-    empty: float, # share of answers that are empty
-    template: str, # form of the questions
-    model: object = None, # tokenizer, or folder with one; None for a hosted model
-) -> list[str]: # one line, or none
-    "An alarm where a model answers with nothing, with the template to try: an instruct model often ends at once in another form than its own."
-    if empty < SILENT: return []
+    empty: float,  # share of answers that are empty
+    template: str,  # form of the questions
+    model: object = None,  # tokenizer, or folder with one; None for a hosted model
+) -> list[str]:  # one line, or none
+    """An alarm where a model answers with nothing, with the template to try: an instruct model often ends at
+    once in another form than its own.
+    """
+    if empty < SILENT:
+        return []
     said = f"{empty:.0%} of the answers are empty"
-    if model is None: return [f"{said}, and an empty answer scores 0: read what the model's server sent in the logs"]
+    if model is None:
+        return [f"{said}, and an empty answer scores 0: read what the model's server sent in the logs"]
     from compassion_repro.training.models import TEMPLATES, load_tokenizer
+
     own = getattr(model if hasattr(model, "own_template") else load_tokenizer(model), "own_template", None)
     known = bool(own) and own not in TEMPLATES.values()
     asked = ("own" if known else "plain") if template in ("auto", "each") else template
     advice = "try the template own, the model's chat template"
-    if asked == "own": advice = "try the template plain"
-    elif not known: advice = "the model has no chat template to try, so check its end token (eos_token in tokenizer_config.json)"
+    if asked == "own":
+        advice = "try the template plain"
+    elif not known:
+        advice = (
+            "the model has no chat template to try, so check its end token (eos_token in"
+            " tokenizer_config.json)"
+        )
     return [f"{said} under the template {asked}, and an empty answer scores 0: {advice}"]
 
-
+# %% ../../nbs/09_pipeline/01_stages.ipynb #6cc7ec6d
 def _run_eval(work: Work) -> dict:
     import pandas as pd
-    from compassion_repro.evaluation import scoring as judging, judges
+
+    from compassion_repro.evaluation import judges
+    from compassion_repro.evaluation import scoring as judging
+
     answers, names = pd.read_parquet(work.input() / "answers.parquet"), judge_names(work.preset.judge)
     own = [name for name, task in _tasks(work).items() if task.own]
     judged = answers[~answers["benchmark"].isin(own)]
-    with nullcontext() if set(names) <= set(DETERMINISTIC) else judges.Replies(work.study.folder / judges.REPLIES).alone(work.report):
-        passes = [judging.judge_answers(judged, _tasks(work, judge), judge, work.out / "logs", report=work.report) for judge in names] # a pass a judge
+    with (
+        nullcontext()
+        if set(names) <= set(DETERMINISTIC)
+        else judges.Replies(work.study.folder / judges.REPLIES).alone(work.report)
+    ):
+        # a pass a judge
+        passes = [
+            judging.judge_answers(judged, _tasks(work, judge), judge, work.out / "logs", report=work.report)
+            for judge in names
+        ]
     unjudged = sum(int(grades.attrs.get("unjudged", 0)) for grades, _ in passes)
     grades, scores = (pd.concat(tables, ignore_index=True) for tables in zip(*passes))
-    by_rule = [judging.score_own(answers[answers["benchmark"] == name], _tasks(work)[name], work.out / "logs") for name in own]
+    by_rule = [
+        judging.score_own(answers[answers["benchmark"] == name], _tasks(work)[name], work.out / "logs")
+        for name in own
+    ]
     scores = pd.concat([scores, *by_rule], ignore_index=True)
     write_atomically(work.out / "grades.parquet", grades.to_parquet)
     write_atomically(work.out / "scores.parquet", scores.to_parquet)
-    return {"judge": work.preset.judge, "unjudged": unjudged, "grades": len(grades), "unparseable": int((grades.attempted & grades.grade.isna()).sum()),
-            "benchmarks": {name: task.provenance for name, task in _tasks(work).items()}}
+    return {
+        "judge": work.preset.judge,
+        "unjudged": unjudged,
+        "grades": len(grades),
+        "unparseable": int((grades.attempted & grades.grade.isna()).sum()),
+        "benchmarks": {name: task.provenance for name, task in _tasks(work).items()},
+    }
 
-
+# %% ../../nbs/09_pipeline/01_stages.ipynb #58060a3e
 def _run_probe(work: Work) -> dict:
     import pandas as pd
+
     from compassion_repro.evaluation import judge_free
+
     answers = pd.read_parquet(work.input(1) / "answers.parquet")
-    margins, kl, result = judge_free.probe(work.input(), work.input(2), answers, work.stage.model, work.stage.seed, work.preset.margin, report=work.report)
+    margins, kl, result = judge_free.probe(
+        work.input(),
+        work.input(2),
+        answers,
+        work.stage.model,
+        work.stage.seed,
+        work.preset.margin,
+        report=work.report,
+    )
     write_atomically(work.out / "margin.parquet", margins.to_parquet)
     write_atomically(work.out / "kl.parquet", kl.to_parquet)
     return result
 
-
+# %% ../../nbs/09_pipeline/01_stages.ipynb #6eb8d310
 def _noting_template(run: callable) -> callable:
     "The same stage, with what the chat template says by itself in its manifest."
+
     @wraps(run)
     def noting(work: Work) -> dict:
         done, own = run(work), work.stage.config.get("generation", {}).get("template")
         template = own or work.preset.generation.training_template
-        if template in ("plain", "raw", "user"): return done
+        if template in ("plain", "raw", "user"):
+            return done
         from compassion_repro.training import models
+
         return {**done, **models.template_account(models.load_tokenizer(work.input(), template))}
+
     return noting
 
-
-LESS = {"answers": "lower generation.batch_size", "probe": "lower margin.batch_tokens", "grpo": "lower grpo.samples or grpo.max_new_tokens"} # what a stage that ran out of memory is told, beside a larger device
+# %% ../../nbs/09_pipeline/01_stages.ipynb #84082a52
+# what a stage that ran out of memory is told, beside a larger device
+LESS = {
+    "answers": "lower generation.batch_size",
+    "probe": "lower margin.batch_tokens",
+    "grpo": "lower grpo.samples or grpo.max_new_tokens",
+}
 
 
 def _told(run: callable) -> callable:
-    "The same stage, whose want of memory outside of training, where the micro-batch is halved first, is one line."
+    """The same stage, whose want of memory outside of training, where the micro-batch is halved first, is one
+    line.
+    """
+
     @wraps(run)
     def told(work: Work) -> dict:
-        try: return run(work)
-        except Exception as error: # torch is not loaded here, so its class goes by its name
-            if type(error).__name__ != "OutOfMemoryError": raise
-            raise InputError(f"{work.stage.id}: out of memory on this device: {LESS.get(work.stage.kind, 'take a smaller model')}, or take a larger one; `compassion-repro doctor` tells what fits") from None
+        try:
+            return run(work)
+        except Exception as error:  # torch is not loaded here, so its class goes by its name
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            raise InputError(
+                f"{work.stage.id}: out of memory on this device:"
+                f" {LESS.get(work.stage.kind, 'take a smaller model')}, or take a larger one;"
+                " `compassion-repro doctor` tells what fits"
+            ) from None
+
     return told
 
-
-RUN = {kind: _told(run) for kind, run in {"base": _run_base, "midtrain": _run_midtrain, "reward": _run_reward, "sft": _noting_template(_run_sft), "grpo": _noting_template(_run_grpo), "answers": _noting_template(_run_answers), "eval": _run_eval, "probe": _run_probe}.items()}
+# %% ../../nbs/09_pipeline/01_stages.ipynb #b2ab5a2e
+RUN = {
+    kind: _told(run)
+    for kind, run in {
+        "base": _run_base,
+        "midtrain": _run_midtrain,
+        "reward": _run_reward,
+        "sft": _noting_template(_run_sft),
+        "grpo": _noting_template(_run_grpo),
+        "answers": _noting_template(_run_answers),
+        "eval": _run_eval,
+        "probe": _run_probe,
+    }.items()
+}
 
 # %% ../../nbs/09_pipeline/01_stages.ipynb #27918ad9
-ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+}
 
 
 def prepare(
-    preset: Preset, # the study
-    say: callable = print, # called with one line where the environment held another launcher's settings
+    preset: Preset,  # the study
+    say: callable = print,  # called with one line where the environment held another launcher's settings
 ):
-    "Settings that libraries read when they are imported: threads that wait without spinning (on a busy machine that doubled the speed of training), quiet, no telemetry."
+    """Settings that libraries read when they are imported: threads that wait without spinning (on a busy
+    machine that doubled the speed of training), quiet, no telemetry.
+    """
     os.environ["OMP_NUM_THREADS"] = str(preset.threads)
-    if preset.compute.device == "cpu": os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    for name, value in ENVIRONMENT.items(): os.environ.setdefault(name, value)
-    import torch
+    if preset.compute.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     import warnings
-    from compassion_repro.training.processes import drop_launcher
+
+    import torch
     from datasets import disable_progress_bars
     from transformers.utils import logging
+
+    from compassion_repro.training.processes import drop_launcher
+
     drop_launcher(say)
     torch.set_num_threads(preset.threads)
-    getLogger("bitsandbytes").setLevel(ERROR) # it advises a package that is not wanted
-    logging.disable_progress_bar(), disable_progress_bars()
-    warnings.filterwarnings("ignore", category=UserWarning), warnings.filterwarnings("ignore", category=FutureWarning)
+    getLogger("bitsandbytes").setLevel(ERROR)  # it advises a package that is not wanted
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 # %% ../../nbs/09_pipeline/01_stages.ipynb #8683de9b
 def _gpu():
@@ -358,41 +658,78 @@ def _gpu():
     torch = sys.modules.get("torch")
     return torch.cuda if torch and torch.cuda.is_available() else None
 
-
+# %% ../../nbs/09_pipeline/01_stages.ipynb #bfe92b86
 def _peak_gpu_gb(result: dict) -> float | None:
     "The most that PyTorch held of the GPU since the stage began, GB of 2**30 bytes."
-    if not (gpu := _gpu()): return None
-    return round(max(gpu.max_memory_allocated() / 2**30, result.get("gpu_peak_gb") or 0, result.get("gpu_peak_before_gb") or 0), 2)
+    if not (gpu := _gpu()):
+        return None
+    return round(
+        max(
+            gpu.max_memory_allocated() / 2**30,
+            result.get("gpu_peak_gb") or 0,
+            result.get("gpu_peak_before_gb") or 0,
+        ),
+        2,
+    )
 
 # %% ../../nbs/09_pipeline/01_stages.ipynb #db76104c
 def _put_away(study: Study, stage: Stage, partial: Path, facts: dict) -> dict:
     "Flush and hash a filled folder, write its manifest and give it its name; returns the manifest."
     flush(partial)
-    manifest = {"stage": stage.id, "kind": stage.kind, "model": stage.model, "seed": stage.seed, "key": stage.key, "version": VERSIONS[stage.kind], "config": stage.config,
-                "inputs": {s.id: s.key for s in stage.inputs}, **facts, "files": file_records(partial), "peak_memory_mb": peak_memory_mb(), **provenance()}
+    manifest = {
+        "stage": stage.id,
+        "kind": stage.kind,
+        "model": stage.model,
+        "seed": stage.seed,
+        "key": stage.key,
+        "version": VERSIONS[stage.kind],
+        "config": stage.config,
+        "inputs": {s.id: s.key for s in stage.inputs},
+        **facts,
+        "files": file_records(partial),
+        "peak_memory_mb": peak_memory_mb(),
+        **provenance(),
+    }
     manifest = write_sealed(partial / MANIFEST, manifest)
     check_held(study.folder)
     put_in_place(partial, study.folder / stage.place)
     remove(hidden(study.folder / stage.place, "checkpoints"))
     return manifest
 
-
+# %% ../../nbs/09_pipeline/01_stages.ipynb #914fb7b7
 def run_stage(
-    study: Study, # where it goes
-    preset: Preset, # the configuration
-    stage: Stage, # what to run
-    report: callable = print, # called with one line of progress
-    unsafe: bool = False, # run model-written code even without a jail
-) -> dict: # its manifest
-    "Run one stage and put its artifact in place whole; raises `InputError` where an input is damaged, or another process has taken the study over."
+    study: Study,  # where it goes
+    preset: Preset,  # the configuration
+    stage: Stage,  # what to run
+    report: callable = print,  # called with one line of progress
+    unsafe: bool = False,  # run model-written code even without a jail
+) -> dict:  # its manifest
+    """Run one stage and put its artifact in place whole.
+
+    Raises `InputError` where an input is damaged, or another process has taken the study over.
+    """
     partial = hidden(study.folder / stage.place, "partial")
-    for needed in stage.inputs: study.verified(needed)
+    for needed in stage.inputs:
+        study.verified(needed)
     with writable(study.folder):
         remove(partial)
         partial.mkdir(parents=True)
         try:
             started = time.perf_counter()
-            if gpu := _gpu(): gpu.reset_peak_memory_stats()
-            with interruptible(): result = RUN[stage.kind](Work(preset, stage, study, partial, report, unsafe))
-            with undisturbed(): return _put_away(study, stage, partial, {"result": result, "seconds": round(time.perf_counter() - started, 2), "peak_gpu_memory_gb": _peak_gpu_gb(result)})
-        finally: remove(partial)
+            if gpu := _gpu():
+                gpu.reset_peak_memory_stats()
+            with interruptible():
+                result = RUN[stage.kind](Work(preset, stage, study, partial, report, unsafe))
+            with undisturbed():
+                return _put_away(
+                    study,
+                    stage,
+                    partial,
+                    {
+                        "result": result,
+                        "seconds": round(time.perf_counter() - started, 2),
+                        "peak_gpu_memory_gb": _peak_gpu_gb(result),
+                    },
+                )
+        finally:
+            remove(partial)

@@ -7,29 +7,33 @@ __all__ = ['LIMITATIONS', 'CARD', 'WEIGHTS', 'ADAPTER', 'Made', 'find_made', 'wi
            'lay_out', 'push']
 
 # %% ../../nbs/08_report/04_card.ipynb #e5b8411c
-import json, os, re, tempfile
+import json
+import os
+import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from ..data import hub
 from .. import presets
-from ..stats import estimates
-from ..core.files import is_local
-from ..store.folder import Study, check_artifact
 from ..core.errors import InputError
+from ..core.files import is_local
+from ..data import hub
+from ..stats import estimates
+from ..store.folder import Study, check_artifact
 from ..study import parse_model
 
 # %% ../../nbs/08_report/04_card.ipynb #d659527d
 @dataclass
 class Made:
     "A model of a study, and how it came about."
-    study: Study # where it lies
-    model: str # model id
-    seed: int # which of the study's seeds
-    chain: list[dict] # manifests from the base to the model itself
+
+    study: Study  # where it lies
+    model: str  # model id
+    seed: int  # which of the study's seeds
+    chain: list[dict]  # manifests from the base to the model itself
 
     @property
     def manifest(self) -> dict:
@@ -41,101 +45,223 @@ class Made:
         "Folder of the model's artifact."
         return self.study.folder / f"seed-{self.seed}" / self.manifest["stage"]
 
-
+# %% ../../nbs/08_report/04_card.ipynb #f1cd45c5
 def find_made(
-    folder: str | Path, # a study
-    model: str, # model id: mid, sft-help, sft-help@base, ...
-    seed: int = 1, # which of its seeds
-) -> Made: # with its ancestry
-    "A trained model of a study; raises `InputError` where there is none, or where it is not the study's own work."
+    folder: str | Path,  # a study
+    model: str,  # model id: mid, sft-help, sft-help@base, ...
+    seed: int = 1,  # which of its seeds
+) -> Made:  # with its ancestry
+    """A trained model of a study.
+
+    Raises `InputError` where there is none, or where it is not the study's own work.
+    """
     study = Study(folder)
     preset, model = study.preset, parse_model(model).model if parse_model(model) else model
     stages = {m["stage"]: m for m in study.manifests() if m["seed"] == seed}
     if model not in stages or model not in preset.models_compared:
-        raise InputError(f"{folder} has no finished model {model!r} of seed {seed}: it has {', '.join(m for m in preset.models_compared if m in stages) or 'none yet'}")
-    if model not in preset.trained: raise InputError(f"{model} was not trained by this study but taken from elsewhere: push one of {', '.join(preset.trained) or 'its trained models (it has none)'}")
+        raise InputError(
+            f"{folder} has no finished model {model!r} of seed {seed}: it has"
+            f" {', '.join(m for m in preset.models_compared if m in stages) or 'none yet'}"
+        )
+    if model not in preset.trained:
+        raise InputError(
+            f"{model} was not trained by this study but taken from elsewhere: push one of"
+            f" {', '.join(preset.trained) or 'its trained models (it has none)'}"
+        )
     chain, place = [], model
     while place:
         chain.insert(0, stages[place])
-        place = next((name for name in stages[place]["inputs"] if name in preset.models_compared and name in stages), None)
+        place = next(
+            (name for name in stages[place]["inputs"] if name in preset.models_compared and name in stages),
+            None,
+        )
     return Made(study, model, seed, chain)
 
 # %% ../../nbs/08_report/04_card.ipynb #6ef9b4b4
 def without_paths(value):
     "The same plain data, with every path of this machine as `local`."
-    if isinstance(value, dict): return {name: without_paths(part) for name, part in value.items()}
-    if isinstance(value, list): return [without_paths(part) for part in value]
-    if not isinstance(value, str) or value.startswith("world:"): return value
-    return "local" if os.path.isabs(value) or value.startswith(("~", "./", "../")) or "/" in value and is_local(value) else value
+    if isinstance(value, dict):
+        return {name: without_paths(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [without_paths(part) for part in value]
+    if not isinstance(value, str) or value.startswith("world:"):
+        return value
+    return (
+        "local"
+        if os.path.isabs(value) or value.startswith(("~", "./", "../")) or "/" in value and is_local(value)
+        else value
+    )
 
 # %% ../../nbs/08_report/04_card.ipynb #24fef058
 def licence_of(
-    source: str, # `world:<name>`, a path, or a hub id
-) -> str: # the hub's name of its licence, or "unknown"
+    source: str,  # `world:<name>`, a path, or a hub id
+) -> str:  # the hub's name of its licence, or "unknown"
     "Licence of a source, as far as it is known beforehand."
-    if source.startswith("world:"): return "apache-2.0"
+    if source.startswith("world:"):
+        return "apache-2.0"
     known = presets.PUBLISHED.get(source.partition("@")[0])
     return known.licence if known and not is_local(source) else "unknown"
 
-
+# %% ../../nbs/08_report/04_card.ipynb #2b07b7b0
 def _sources(made: Made) -> list[tuple[str, str, str, str]]:
     "What a model was made from: stage, source, revision, licence."
     rows = []
     for m in made.chain:
         told = m["result"].get("data") or m["result"]
-        rows.append((m["stage"], without_paths(told.get("source", "?")), told.get("revision", ""), licence_of(told.get("source", "?"))))
-        if "reward_model" in m["result"]: rows.append((f"{m['stage']}, reward", without_paths(m["result"]["reward_model"]), "", licence_of(m["result"]["reward_model"])))
+        rows.append(
+            (
+                m["stage"],
+                without_paths(told.get("source", "?")),
+                told.get("revision", ""),
+                licence_of(told.get("source", "?")),
+            )
+        )
+        if "reward_model" in m["result"]:
+            rows.append(
+                (
+                    f"{m['stage']}, reward",
+                    without_paths(m["result"]["reward_model"]),
+                    "",
+                    licence_of(m["result"]["reward_model"]),
+                )
+            )
     return rows
 
 # %% ../../nbs/08_report/04_card.ipynb #2c793f53
 LIMITATIONS = (
-    "It was made to study how training moves values, not to be used: nothing was done for safety, truth or usefulness beyond what is listed above.",
-    "Its scores are one judge's opinion of short answers to one benchmark's questions; another judge, template or sampling may give others.",
-    "It is one checkpoint of one seed. A difference from another checkpoint is not yet a difference between two kinds of training.",
+    (
+        "It was made to study how training moves values, not to be used: nothing was done for safety, truth"
+        " or usefulness beyond what is listed above."
+    ),
+    (
+        "Its scores are one judge's opinion of short answers to one benchmark's questions; another judge,"
+        " template or sampling may give others."
+    ),
+    (
+        "It is one checkpoint of one seed. A difference from another checkpoint is not yet a difference"
+        " between two kinds of training."
+    ),
     "A score on animal-welfare or moral-uncertainty questions is no measure of how the model acts.",
 )
 
 
 def _table(columns: tuple, rows: list) -> str:
     "A Markdown table."
-    return "\n".join(["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)])
+    return "\n".join(
+        [
+            "| " + " | ".join(columns) + " |",
+            "|" + "---|" * len(columns),
+            *("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows),
+        ]
+    )
 
-
+# %% ../../nbs/08_report/04_card.ipynb #4a510f60
 def _scores(made: Made) -> list[dict]:
     "Mean scores of the checkpoint in percent, with intervals; empty where it was not evaluated."
-    if not (made.study.folder / "scores.parquet").is_file(): return []
+    if not (made.study.folder / "scores.parquet").is_file():
+        return []
     scores = made.study.table("scores")
     own = scores[(scores.model == made.model) & (scores.seed == made.seed)]
-    return [] if own.empty else estimates.model_means(own, ("all", "en", "other") if (own.language != "en").any() else ("all",), made.study.preset.statistics).to_dict("records")
+    return (
+        []
+        if own.empty
+        else estimates.model_means(
+            own,
+            ("all", "en", "other") if (own.language != "en").any() else ("all",),
+            made.study.preset.statistics,
+        ).to_dict("records")
+    )
 
-
+# %% ../../nbs/08_report/04_card.ipynb #ef251962
 def _scores_table(made: Made) -> str:
-    def cell(row): return f"{row['mean']:.1f}" + (f" [{row['low']:.1f}, {row['high']:.1f}]" if row["low"] == row["low"] else " (no interval)")
-    rows = [(row["benchmark"], row["languages"], cell(row), row["questions"], row["nulls"]) for row in _scores(made)]
-    if not rows: return "It was not evaluated."
-    return f"Judge: `{made.study.preset.judge}`. Verdicts of its study are {made.study.preset.scope}.\n\n" + _table(("benchmark", "languages", "mean, % [95 % interval]", "questions", "unparsed"), rows)
+    def cell(row):
+        return f"{row['mean']:.1f}" + (
+            f" [{row['low']:.1f}, {row['high']:.1f}]" if row["low"] == row["low"] else " (no interval)"
+        )
 
+    rows = [
+        (row["benchmark"], row["languages"], cell(row), row["questions"], row["nulls"])
+        for row in _scores(made)
+    ]
+    if not rows:
+        return "It was not evaluated."
+    return (
+        f"Judge: `{made.study.preset.judge}`. Verdicts of its study are {made.study.preset.scope}.\n\n"
+        + _table(("benchmark", "languages", "mean, % [95 % interval]", "questions", "unparsed"), rows)
+    )
 
+# %% ../../nbs/08_report/04_card.ipynb #d2fca97e
 def _stages_table(made: Made) -> str:
-    def loss(r): return f"{r['loss_before']:.3f} → {r['loss_after']:.3f}" if "loss_after" in r else f"reward {r['reward_before']:.3f} → {r['reward_after']:.3f}" if "reward_after" in r else ""
-    rows = [(m["stage"], r.get("rows", ""), r.get("steps", ""), f"{r['tokens']:,}" if "tokens" in r else "", loss(r), r.get("merge", "as it is")) for m in made.chain for r in [m["result"]]]
+    def loss(r):
+        return (
+            f"{r['loss_before']:.3f} → {r['loss_after']:.3f}"
+            if "loss_after" in r
+            else f"reward {r['reward_before']:.3f} → {r['reward_after']:.3f}"
+            if "reward_after" in r
+            else ""
+        )
+
+    rows = [
+        (
+            m["stage"],
+            r.get("rows", ""),
+            r.get("steps", ""),
+            f"{r['tokens']:,}" if "tokens" in r else "",
+            loss(r),
+            r.get("merge", "as it is"),
+        )
+        for m in made.chain
+        for r in [m["result"]]
+    ]
     return _table(("stage", "rows", "steps", "tokens", "held-out loss", "weights"), rows)
 
 # %% ../../nbs/08_report/04_card.ipynb #7c15b12e
 def _metadata(made: Made, name: str, adapter: bool):
     "The card's front matter."
     from huggingface_hub import EvalResult, ModelCardData
-    def ids(rows): return list(dict.fromkeys(source.partition("@")[0] for _, source, _, _ in rows if not source.startswith("world:") and source not in ("local", "?")))
+
+    def ids(rows):
+        return list(
+            dict.fromkeys(
+                source.partition("@")[0]
+                for _, source, _, _ in rows
+                if not source.startswith("world:") and source not in ("local", "?")
+            )
+        )
+
     sources = _sources(made)
     base, licence = ids(sources[:1]), sources[0][3]
-    embedded = {name: "compassion_repro's miniature " for name, benchmark in made.study.preset.benchmarks.items() if (benchmark.data or "").startswith("world:")}
-    results = [EvalResult(task_type="text-generation", dataset_type=("tiny-" if row["benchmark"] in embedded else "") + row["benchmark"], dataset_name=embedded.get(row["benchmark"], "") + row["benchmark"], metric_type="score", metric_name=f"mean score, judge {made.study.preset.judge}", metric_value=round(row["mean"], 2))
-               for row in _scores(made) if row["languages"] == "all"]
-    return ModelCardData(model_name=name.partition("/")[2], base_model=base[0] if base else None, base_model_relation=("adapter" if adapter else "finetune") if base else None,
-                         datasets=ids([row for row in sources[1:] if "reward" not in row[0]]) or None, license=licence if licence != "unknown" else "other", license_name=None if licence != "unknown" else "see-the-base-model",
-                         library_name="peft" if adapter else "transformers", pipeline_tag="text-generation", tags=["compassion-repro", made.model.partition("@")[0]], eval_results=results or None)
+    embedded = {
+        name: "compassion_repro's miniature "
+        for name, benchmark in made.study.preset.benchmarks.items()
+        if (benchmark.data or "").startswith("world:")
+    }
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=("tiny-" if row["benchmark"] in embedded else "") + row["benchmark"],
+            dataset_name=embedded.get(row["benchmark"], "") + row["benchmark"],
+            metric_type="score",
+            metric_name=f"mean score, judge {made.study.preset.judge}",
+            metric_value=round(row["mean"], 2),
+        )
+        for row in _scores(made)
+        if row["languages"] == "all"
+    ]
+    return ModelCardData(
+        model_name=name.partition("/")[2],
+        base_model=base[0] if base else None,
+        base_model_relation=("adapter" if adapter else "finetune") if base else None,
+        datasets=ids([row for row in sources[1:] if "reward" not in row[0]]) or None,
+        license=licence if licence != "unknown" else "other",
+        license_name=None if licence != "unknown" else "see-the-base-model",
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["compassion-repro", made.model.partition("@")[0]],
+        eval_results=results or None,
+    )
 
-
+# %% ../../nbs/08_report/04_card.ipynb #b154d3f2
 CARD = """---
 {{ card_data }}
 ---
@@ -181,57 +307,126 @@ def _settings(made: Made) -> str:
     "The preset's values that made this model."
     preset = made.study.preset.resolved()
     sections = {"lora", *(m["kind"] for m in made.chain if m["kind"] in preset)}
-    return yaml.safe_dump({name: preset[name] for name in sorted(sections)} | {"generation": preset["generation"]}, sort_keys=False)
+    return yaml.safe_dump(
+        {name: preset[name] for name in sorted(sections)} | {"generation": preset["generation"]},
+        sort_keys=False,
+    )
 
-
+# %% ../../nbs/08_report/04_card.ipynb #5af22f76
 def _template_note(made: Made) -> str:
     "What the chat template says by itself: its own text, and the day that it is given."
-    answers = [m for m in made.study.manifests() if (m["kind"], m.get("model"), m["seed"]) == ("answers", made.model, made.seed)]
+    answers = [
+        m
+        for m in made.study.manifests()
+        if (m["kind"], m.get("model"), m["seed"]) == ("answers", made.model, made.seed)
+    ]
     manifests = [*made.chain, *answers]
-    found = {key: m["result"][key] for m in manifests for key in ("template_adds", "template_day") if m["result"].get(key)}
+    found = {
+        key: m["result"][key]
+        for m in manifests
+        for key in ("template_adds", "template_day")
+        if m["result"].get(key)
+    }
     lines = {
         "template_adds": "The chat template puts text before a conversation without a system turn: {}",
-        "template_day": "The chat template tells the date; in training and evaluation it was always given {}.",
+        "template_day": (
+            "The chat template tells the date; in training and evaluation it was always given {}."
+        ),
     }
-    return "".join(f"\n{lines[key].format(json.dumps(value, ensure_ascii=False) if key == 'template_adds' else value)}\n" for key, value in sorted(found.items()))
+    return "".join(
+        f"\n{lines[key].format(json.dumps(value, ensure_ascii=False) if key == 'template_adds' else value)}\n"
+        for key, value in sorted(found.items())
+    )
 
-
+# %% ../../nbs/08_report/04_card.ipynb #492b639c
 def model_card(
-    made: Made, # from `find_made`
-    name: str, # repository it goes to, owner/name
-    adapter: bool = False, # the adapter alone is published
-) -> str: # Markdown with front matter
+    made: Made,  # from `find_made`
+    name: str,  # repository it goes to, owner/name
+    adapter: bool = False,  # the adapter alone is published
+) -> str:  # Markdown with front matter
     "The model's card, written from its manifests and scores."
     from huggingface_hub import ModelCard
+
     m = made.manifest
-    untrained = "" if m["result"].get("trained", True) else "\n**It was not measurably trained:** its gain on held-out rows is not surely above 0.\n"
+    untrained = (
+        ""
+        if m["result"].get("trained", True)
+        else "\n**It was not measurably trained:** its gain on held-out rows is not surely above 0.\n"
+    )
     card = ModelCard.from_template(
-        _metadata(made, name, adapter), template_str=CARD, name=name.partition("/")[2], model=made.model, seed=made.seed, url=hub.PROJECT, scope=made.study.preset.scope, warning=untrained,
-        stages=_stages_table(made), sources=_table(("stage", "source", "revision", "licence"), _sources(made)), settings=_settings(made), template=_template_note(made), scores=_scores_table(made),
-        limitations="\n".join(f"- {line}" for line in LIMITATIONS), packages=", ".join(f"{p} {v}" for p, v in m["packages"].items() if v), commit=m["commit"] or "unknown", key=m["key"])
+        _metadata(made, name, adapter),
+        template_str=CARD,
+        name=name.partition("/")[2],
+        model=made.model,
+        seed=made.seed,
+        url=hub.PROJECT,
+        scope=made.study.preset.scope,
+        warning=untrained,
+        stages=_stages_table(made),
+        sources=_table(("stage", "source", "revision", "licence"), _sources(made)),
+        settings=_settings(made),
+        template=_template_note(made),
+        scores=_scores_table(made),
+        limitations="\n".join(f"- {line}" for line in LIMITATIONS),
+        packages=", ".join(f"{p} {v}" for p, v in m["packages"].items() if v),
+        commit=m["commit"] or "unknown",
+        key=m["key"],
+    )
     return str(card)
 
 # %% ../../nbs/08_report/04_card.ipynb #44df647c
-WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "chat_template.jinja")
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "tokenizer*", "special_tokens_map.json", "chat_template.jinja")
+WEIGHTS = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+ADAPTER = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 
 
 def lay_out(
-    made: Made, # from `find_made`
-    name: str, # repository it goes to, owner/name
-    out: Path, # empty folder
-    adapter: bool = False, # the adapter alone
-) -> list[Path]: # the files, as they will stand in the repository
+    made: Made,  # from `find_made`
+    name: str,  # repository it goes to, owner/name
+    out: Path,  # empty folder
+    adapter: bool = False,  # the adapter alone
+) -> list[Path]:  # the files, as they will stand in the repository
     "Put everything that is uploaded into a folder; raises `InputError` where no adapter was kept."
     source = made.folder / "adapter" if adapter else made.folder
-    if adapter and not (source / "adapter_config.json").is_file(): raise InputError(f"{made.model} has no adapter of its own, it was merged: push the whole model, without --adapter")
-    if not adapter and not (made.folder / "config.json").is_file(): raise InputError(f"{made.model} was not merged, because the merged model was not the trained one: push its adapter alone, with --adapter")
+    if adapter and not (source / "adapter_config.json").is_file():
+        raise InputError(
+            f"{made.model} has no adapter of its own, it was merged: push the whole model, without --adapter"
+        )
+    if not adapter and not (made.folder / "config.json").is_file():
+        raise InputError(
+            f"{made.model} was not merged, because the merged model was not the trained one: push its adapter"
+            " alone, with --adapter"
+        )
     for pattern in ADAPTER if adapter else WEIGHTS:
         for file in source.glob(pattern):
-            if file.suffix == ".json" and file.name != "tokenizer.json": (out / file.name).write_text(json.dumps(without_paths(json.loads(file.read_text(encoding="utf-8"))), indent=2), encoding="utf-8")
-            else: (out / file.name).symlink_to(file.resolve())
-    write = {"README.md": model_card(made, name, adapter), "manifest.json": json.dumps(without_paths({m["stage"]: m for m in made.chain}), indent=1, ensure_ascii=False)}
-    for file, text in write.items(): (out / file).write_text(text, encoding="utf-8")
+            if file.suffix == ".json" and file.name != "tokenizer.json":
+                (out / file.name).write_text(
+                    json.dumps(without_paths(json.loads(file.read_text(encoding="utf-8"))), indent=2),
+                    encoding="utf-8",
+                )
+            else:
+                (out / file.name).symlink_to(file.resolve())
+    write = {
+        "README.md": model_card(made, name, adapter),
+        "manifest.json": json.dumps(
+            without_paths({m["stage"]: m for m in made.chain}), indent=1, ensure_ascii=False
+        ),
+    }
+    for file, text in write.items():
+        (out / file).write_text(text, encoding="utf-8")
     return sorted(out.iterdir())
 
 # %% ../../nbs/08_report/04_card.ipynb #677322ac
@@ -239,36 +434,70 @@ def _upload(name: str, folder: Path, private: bool, message: str):
     "Make the repository if it is not there, and commit the folder; raises `InputError` in one line."
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-    if not get_token(): raise InputError(f"{name}: publishing needs a token that may write: make one at https://huggingface.co/settings/tokens and set HF_TOKEN (or run `hf auth login`)")
+
+    if not get_token():
+        raise InputError(
+            f"{name}: publishing needs a token that may write: make one at"
+            " https://huggingface.co/settings/tokens and set HF_TOKEN (or run `hf auth login`)"
+        )
     try:
         HfApi().create_repo(name, repo_type="model", private=private, exist_ok=True)
         HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message=message)
-    except OfflineModeIsEnabled: raise InputError(f"{name}: HF_HUB_OFFLINE=1 forbids uploading: run without it") from None
+    except OfflineModeIsEnabled:
+        raise InputError(f"{name}: HF_HUB_OFFLINE=1 forbids uploading: run without it") from None
     except HfHubHTTPError as error:
-        why = {401: "the hub refuses your token (mistyped or expired): make another at https://huggingface.co/settings/tokens", 403: f"your token may not write there: give it write access, or choose a name of your own for --to"}
+        why = {
+            401: (
+                "the hub refuses your token (mistyped or expired): make another at"
+                " https://huggingface.co/settings/tokens"
+            ),
+            403: (
+                "your token may not write there: give it write access, or choose a name of your own for --to"
+            ),
+        }
         status = getattr(error.response, "status_code", None)
-        raise InputError(f"{name}: {why.get(status, f'the hub answers with error {status}: run the same command again later')}") from None
-    except (OSError, ValueError, RuntimeError) as error: raise InputError(f"{name}: the upload failed ({type(error).__name__}): check the network and run the same command again") from None
+        raise InputError(
+            f"{name}:"
+            f" {why.get(status, f'the hub answers with error {status}: run the same command again later')}"
+        ) from None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{name}: the upload failed ({type(error).__name__}): check the network and run the same command"
+            " again"
+        ) from None
 
-
+# %% ../../nbs/08_report/04_card.ipynb #4bd98976
 def push(
-    folder: str | Path, # a study
-    model: str, # model id
-    name: str, # repository it goes to, owner/name
-    seed: int = 1, # which of the study's seeds
-    private: bool = False, # a new repository is private
-    dry_run: bool = False, # show the card and the files, upload nothing
-    adapter: bool = False, # the adapter alone, where one was kept
-    say: Callable = print, # called with each line
-) -> str: # the repository's page
-    "Publish a model of a study with its card; raises `InputError` in one line for whatever stands in the way."
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name): raise InputError(f"--to {name}: give owner/name, for instance your-name/{model.replace('@', '-from-')}")
+    folder: str | Path,  # a study
+    model: str,  # model id
+    name: str,  # repository it goes to, owner/name
+    seed: int = 1,  # which of the study's seeds
+    private: bool = False,  # a new repository is private
+    dry_run: bool = False,  # show the card and the files, upload nothing
+    adapter: bool = False,  # the adapter alone, where one was kept
+    say: Callable = print,  # called with each line
+) -> str:  # the repository's page
+    """Publish a model of a study with its card.
+
+    Raises `InputError` in one line for whatever stands in the way.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise InputError(
+            f"--to {name}: give owner/name, for instance your-name/{model.replace('@', '-from-')}"
+        )
     made = find_made(folder, model, seed)
     check_artifact(made.folder)
     with tempfile.TemporaryDirectory() as place:
         files = lay_out(made, name, Path(place), adapter)
-        if dry_run: say((Path(place) / "README.md").read_text(encoding="utf-8"))
-        for file in files: say(f"{file.name}  {file.stat().st_size:,} bytes")
-        if not dry_run: _upload(name, Path(place), private, f"{made.model}, seed {made.seed}")
-    say(f"nothing was uploaded (--dry-run); it would go to {hub.page(name, 'model')}" if dry_run else f"published: {hub.page(name, 'model')}")
+        if dry_run:
+            say((Path(place) / "README.md").read_text(encoding="utf-8"))
+        for file in files:
+            say(f"{file.name}  {file.stat().st_size:,} bytes")
+        if not dry_run:
+            _upload(name, Path(place), private, f"{made.model}, seed {made.seed}")
+    say(
+        f"nothing was uploaded (--dry-run); it would go to {hub.page(name, 'model')}"
+        if dry_run
+        else f"published: {hub.page(name, 'model')}"
+    )
     return hub.page(name, "model")

@@ -13,122 +13,246 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from .figures import benchmark_rank, figure_style, model_legend, model_look, model_marker, panel_title
-from ..stats.scores import check_columns, item_scores, model_rank, one_judge
 from ..core.errors import InputError
+from compassion_repro.report.figures import (
+    benchmark_rank,
+    figure_style,
+    model_legend,
+    model_look,
+    model_marker,
+    panel_title,
+)
+from ..stats.scores import check_columns, item_scores, model_rank, one_judge
 
 # %% ../../nbs/08_report/01_diagnostics.ipynb #abb3f4d9
 def item_changes(
-    scores: pd.DataFrame, # rows of `scores.parquet` of one judge
-    start: str = "mid", # model id the change is counted from
-) -> pd.DataFrame: # benchmark, model, language, question_id, change (points); arms that began at `start`
-    "Change of every question from the start to each arm; raises `InputError` where no arm has questions and seeds in common with its start."
+    scores: pd.DataFrame,  # rows of `scores.parquet` of one judge
+    start: str = "mid",  # model id the change is counted from
+) -> pd.DataFrame:  # benchmark, model, language, question_id, change (points); arms that began at `start`
+    """Change of every question from the start to each arm.
+
+    Raises `InputError` where no arm has questions and seeds in common with its start.
+    """
     items = item_scores(one_judge(scores)).dropna(subset="score")
     keys = ["benchmark", "language", "question_id", "seed"]
     before = items[items["model"] == start].set_index(keys)["score"]
-    arms = items[~items["model"].isin(["base", "mid", "mid-control"]) & (items["model"].str.partition("@")[2].replace("", "mid") == start)]
+    arms = items[
+        ~items["model"].isin(["base", "mid", "mid-control"])
+        & (items["model"].str.partition("@")[2].replace("", "mid") == start)
+    ]
     joined = arms.join(before.rename("before"), on=keys, how="inner")
-    if joined.empty: raise InputError(f"no change to draw: no arm shares questions and seeds with {start}")
-    changes = joined.assign(change=100 * (joined["score"] - joined["before"])).groupby(["benchmark", "model", "language", "question_id"], observed=True)["change"].mean()
+    if joined.empty:
+        raise InputError(f"no change to draw: no arm shares questions and seeds with {start}")
+    changes = (
+        joined.assign(change=100 * (joined["score"] - joined["before"]))
+        .groupby(["benchmark", "model", "language", "question_id"], observed=True)["change"]
+        .mean()
+    )
     return changes.reset_index()
 
 # %% ../../nbs/08_report/01_diagnostics.ipynb #1025f6be
 def _draw_changes(axes, changes: pd.Series, model: str) -> None:
     "Sorted changes of one arm on one benchmark, and how many fell, stayed and rose."
     ordered = changes.sort_values(ignore_index=True)
-    axes.bar(range(len(ordered)), ordered, width=1, color=model_look(model)[1], edgecolor="white", linewidth=0.3 if len(ordered) < 80 else 0)
+    axes.bar(
+        range(len(ordered)),
+        ordered,
+        width=1,
+        color=model_look(model)[1],
+        edgecolor="white",
+        linewidth=0.3 if len(ordered) < 80 else 0,
+    )
     axes.axhline(ordered.mean(), color="black", linewidth=1, linestyle="--")
     axes.axhline(0, color="black", linewidth=0.8)
-    shares = [f"{word} {100 * share.mean():.0f} %" for word, share in (("fell", ordered < -1e-9), ("same", ordered.abs() <= 1e-9), ("rose", ordered > 1e-9))]
-    paper = {"transform": axes.transAxes, "fontsize": 8, "bbox": {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}}
+    shares = [
+        f"{word} {100 * share.mean():.0f} %"
+        for word, share in (
+            ("fell", ordered < -1e-9),
+            ("same", ordered.abs() <= 1e-9),
+            ("rose", ordered > 1e-9),
+        )
+    ]
+    paper = {
+        "transform": axes.transAxes,
+        "fontsize": 8,
+        "bbox": {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1},
+    }
     axes.text(0.04, 0.95, "\n".join(shares), va="top", **paper)
     axes.text(0.96, 0.05, f"mean {ordered.mean():+.1f}".replace("-", "−"), ha="right", va="bottom", **paper)
     axes.set(xticks=[], xlim=(-1, len(ordered)))
     axes.grid(axis="x", visible=False)
 
-
+# %% ../../nbs/08_report/01_diagnostics.ipynb #e0cd9401
 def plot_item_changes(
-    scores: pd.DataFrame, # rows of `scores.parquet` of one judge
-    start: str = "mid", # model id the change is counted from
-): # matplotlib Figure
-    "Change of every question from the start to each arm, sorted; a row a benchmark, a column an arm; the dashed line is the mean."
+    scores: pd.DataFrame,  # rows of `scores.parquet` of one judge
+    start: str = "mid",  # model id the change is counted from
+):  # matplotlib Figure
+    """Change of every question from the start to each arm, sorted; a row a benchmark, a column an arm; the
+    dashed line is the mean.
+    """
     from matplotlib import pyplot
+
     changes = item_changes(scores, start)
     arms = sorted(changes["model"].unique(), key=model_rank)
     benchmarks = sorted(changes["benchmark"].unique(), key=benchmark_rank)
     with figure_style():
-        figure, grid = pyplot.subplots(len(benchmarks), len(arms), figsize=(0.9 + 2.2 * len(arms), 0.6 + 1.7 * len(benchmarks)), layout="constrained", sharey=True, squeeze=False)
+        figure, grid = pyplot.subplots(
+            len(benchmarks),
+            len(arms),
+            figsize=(0.9 + 2.2 * len(arms), 0.6 + 1.7 * len(benchmarks)),
+            layout="constrained",
+            sharey=True,
+            squeeze=False,
+        )
         for row, benchmark in zip(grid, benchmarks):
             row[0].set_ylabel(f"{panel_title(benchmark)}\nchange (points)")
             for axes, arm in zip(row, arms):
                 own = changes[(changes["benchmark"] == benchmark) & (changes["model"] == arm)]["change"]
-                if len(own): _draw_changes(axes, own, arm)
-                else: axes.set_axis_off()
-        for axes, arm in zip(grid[0], arms): axes.set_title(model_look(arm)[0], fontsize=9)
-        for axes in grid[-1]: axes.set_xlabel("questions, sorted")
+                if len(own):
+                    _draw_changes(axes, own, arm)
+                else:
+                    axes.set_axis_off()
+        for axes, arm in zip(grid[0], arms):
+            axes.set_title(model_look(arm)[0], fontsize=9)
+        for axes in grid[-1]:
+            axes.set_xlabel("questions, sorted")
     pyplot.close(figure)
     return figure
 
 # %% ../../nbs/08_report/01_diagnostics.ipynb #47b201ee
-MEASURES = {"empty": "empty (%)", "looping": "looping (%)", "over_long": "ran into the limit (%)", "wrong_language": "other language (%)", "code_shaped": "shaped like code (%)",
-            "tokens": "tokens an answer", "words": "words an answer", "sentences": "sentences an answer", "welfare_per_sentence": "sentences on welfare (%)"}
-BENCHMARK_LOOKS = {"anima": ("o", "black"), "moru": ("^", "#888888"), "leak": ("s", "white")} # marker, fill
+MEASURES = {
+    "empty": "empty (%)",
+    "looping": "looping (%)",
+    "over_long": "ran into the limit (%)",
+    "wrong_language": "other language (%)",
+    "code_shaped": "shaped like code (%)",
+    "tokens": "tokens an answer",
+    "words": "words an answer",
+    "sentences": "sentences an answer",
+    "welfare_per_sentence": "sentences on welfare (%)",
+}
+BENCHMARK_LOOKS = {"anima": ("o", "black"), "moru": ("^", "#888888"), "leak": ("s", "white")}  # marker, fill
 
 
 def moved_means(
-    moved: pd.DataFrame, # model, benchmark, language ("all" pools them), answers, and any columns of MEASURES
-) -> pd.DataFrame: # one row a model and benchmark, the measures as means over the answers
-    "Measures of the answers over all languages, weighted by the number of answers where no row pools them; nulls are passed over. Raises `InputError` where there are none."
+    # model, benchmark, language ("all" pools them), answers, and any columns of MEASURES
+    moved: pd.DataFrame,
+) -> pd.DataFrame:  # one row a model and benchmark, the measures as means over the answers
+    """Measures of the answers over all languages, weighted by the number of answers where no row pools them;
+    nulls are passed over. Raises `InputError` where there are none.
+    """
     measures = [name for name in MEASURES if name in moved]
-    if moved.empty or not measures: raise InputError("nothing to draw of what else moved: the study has no answers")
-    if (moved["language"] == "all").any(): return moved.loc[moved["language"] == "all", ["model", "benchmark", *measures]].astype(dict.fromkeys(measures, float)).reset_index(drop=True)
+    if moved.empty or not measures:
+        raise InputError("nothing to draw of what else moved: the study has no answers")
+    if (moved["language"] == "all").any():
+        return (
+            moved.loc[moved["language"] == "all", ["model", "benchmark", *measures]]
+            .astype(dict.fromkeys(measures, float))
+            .reset_index(drop=True)
+        )
     values, weights = moved[measures].astype(float), moved["answers"].astype(float)
-    sums = [frame.mul(weights, axis=0).groupby([moved["model"], moved["benchmark"]], observed=True).sum() for frame in (values, values.notna().astype(float))]
+    sums = [
+        frame.mul(weights, axis=0).groupby([moved["model"], moved["benchmark"]], observed=True).sum()
+        for frame in (values, values.notna().astype(float))
+    ]
     return (sums[0] / sums[1].where(sums[1] > 0)).reset_index()
 
-
+# %% ../../nbs/08_report/01_diagnostics.ipynb #8d8f685d
 def plot_moved(
-    moved: pd.DataFrame, # see `moved_means`
-): # matplotlib Figure
+    moved: pd.DataFrame,  # see `moved_means`
+):  # matplotlib Figure
     "Every measure of the answers by model; a marker a benchmark."
     from matplotlib import pyplot
+
     means = moved_means(moved)
-    measures, models = [name for name in MEASURES if name in means], sorted(means["model"].unique(), key=model_rank)
+    measures, models = (
+        [name for name in MEASURES if name in means],
+        sorted(means["model"].unique(), key=model_rank),
+    )
     benchmarks = sorted(means["benchmark"].unique(), key=benchmark_rank)
     columns = 2 if len(measures) == 4 else min(3, len(measures))
     rows = math.ceil(len(measures) / columns)
     with figure_style():
-        figure, grid = pyplot.subplots(rows, columns, figsize=(2 + 2.1 * columns, 0.6 + rows * (0.65 + 0.22 * len(models))), layout="constrained", sharey=True, squeeze=False)
+        figure, grid = pyplot.subplots(
+            rows,
+            columns,
+            figsize=(2 + 2.1 * columns, 0.6 + rows * (0.65 + 0.22 * len(models))),
+            layout="constrained",
+            sharey=True,
+            squeeze=False,
+        )
         for axes, measure in zip(grid.flat, measures):
             for number, benchmark in enumerate(benchmarks):
-                own, (marker, fill) = means[means["benchmark"] == benchmark], BENCHMARK_LOOKS.get(benchmark, ("D", "white"))
+                own, (marker, fill) = (
+                    means[means["benchmark"] == benchmark],
+                    BENCHMARK_LOOKS.get(benchmark, ("D", "white")),
+                )
                 shift = 0.6 * ((number + 0.5) / len(benchmarks) - 0.5)
-                axes.plot(own[measure], own["model"].map(models.index) + shift, linestyle="", marker=marker, markerfacecolor=fill, markeredgecolor="black", markersize=5.5, label=panel_title(benchmark), clip_on=False, zorder=3)
-            widest = max(1.08 * means[measure].fillna(0).max(), 5) # a share of a percent must not fill the panel
+                axes.plot(
+                    own[measure],
+                    own["model"].map(models.index) + shift,
+                    linestyle="",
+                    marker=marker,
+                    markerfacecolor=fill,
+                    markeredgecolor="black",
+                    markersize=5.5,
+                    label=panel_title(benchmark),
+                    clip_on=False,
+                    zorder=3,
+                )
+            # a share of a percent must not fill the panel
+            widest = max(1.08 * means[measure].fillna(0).max(), 5)
             axes.set(xlabel=MEASURES[measure], xlim=(0, widest), ylim=(len(models) - 0.5, -0.5))
-            for place in range(1, len(models)): axes.axhline(place - 0.5, color="#CCCCCC", linewidth=0.6)
+            for place in range(1, len(models)):
+                axes.axhline(place - 0.5, color="#CCCCCC", linewidth=0.6)
             axes.grid(axis="y", visible=False)
             axes.set_yticks(range(len(models)), [model_look(model)[0] for model in models])
-        for axes in list(grid.flat)[len(measures):]: axes.set_axis_off()
-        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+        for axes in list(grid.flat)[len(measures) :]:
+            axes.set_axis_off()
+        figure.legend(
+            *grid[0][0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=4,
+            frameon=False,
+            fontsize=9,
+        )
     pyplot.close(figure)
     return figure
 
 # %% ../../nbs/08_report/01_diagnostics.ipynb #8bd5b993
 def plot_kl(
-    points: pd.DataFrame, # model, seed, kl (nats a token), score, low, high (percent; the bounds may be null)
-): # matplotlib Figure
+    # model, seed, kl (nats a token), score, low, high (percent; the bounds may be null)
+    points: pd.DataFrame,
+):  # matplotlib Figure
     "Score against the KL divergence from the mid-trained model; raises `InputError` without points."
     from matplotlib import pyplot
+
     check_columns(points, ("model", "seed", "kl", "score", "low", "high"), "the frame of scores against KL")
     models = sorted(points["model"].unique(), key=model_rank)
     with figure_style():
         figure, axes = pyplot.subplots(figsize=(5.6, 3.8), layout="constrained")
         for model in models:
             own = points[points["model"] == model]
-            axes.vlines(own["kl"], own["low"], own["high"], color=model_look(model)[1], linewidth=1.4, zorder=2)
-            axes.plot(own["kl"], own["score"], linestyle="", marker=model_marker(model), color=model_look(model)[1], markeredgecolor="black", markeredgewidth=0.6, markersize=8, zorder=3, clip_on=False)
-        axes.set(xlabel="KL from the mid-trained model (nats a token)", ylabel="mean score (%)", xlim=(min(0, points["kl"].min()), 1.05 * points["kl"].max() or 1))
+            axes.vlines(
+                own["kl"], own["low"], own["high"], color=model_look(model)[1], linewidth=1.4, zorder=2
+            )
+            axes.plot(
+                own["kl"],
+                own["score"],
+                linestyle="",
+                marker=model_marker(model),
+                color=model_look(model)[1],
+                markeredgecolor="black",
+                markeredgewidth=0.6,
+                markersize=8,
+                zorder=3,
+                clip_on=False,
+            )
+        axes.set(
+            xlabel="KL from the mid-trained model (nats a token)",
+            ylabel="mean score (%)",
+            xlim=(min(0, points["kl"].min()), 1.05 * points["kl"].max() or 1),
+        )
         axes.set_ylim(0, max(5, 1.08 * points[["score", "high"]].max().max()))
         model_legend(figure, models)
     pyplot.close(figure)
@@ -136,44 +260,97 @@ def plot_kl(
 
 # %% ../../nbs/08_report/01_diagnostics.ipynb #081fc8c1
 def training_log(
-    manifests: Sequence[dict], # of a study's stages
-    kinds: Sequence[str] = ("midtrain", "sft"), # kinds of stage
-) -> pd.DataFrame: # model, seed, and what each logged step holds
+    manifests: Sequence[dict],  # of a study's stages
+    kinds: Sequence[str] = ("midtrain", "sft"),  # kinds of stage
+) -> pd.DataFrame:  # model, seed, and what each logged step holds
     "The logs of training stages laid together; a stage without a log is passed over."
-    rows = [{"model": m["model"], "seed": str(m["seed"]), **record} for m in manifests if m["kind"] in kinds for record in m["result"].get("log") or []]
+    rows = [
+        {"model": m["model"], "seed": str(m["seed"]), **record}
+        for m in manifests
+        if m["kind"] in kinds
+        for record in m["result"].get("log") or []
+    ]
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/08_report/01_diagnostics.ipynb #631c0150
 def _grid(count: int, height: float = 2.3):
     "A figure of panels, three a row at most, and the panels that are used."
     from matplotlib import pyplot
+
     columns = min(3, count)
     rows = math.ceil(count / columns)
-    figure, grid = pyplot.subplots(rows, columns, figsize=(0.5 + 2.7 * columns, 0.3 + height * rows), layout="constrained", squeeze=False)
-    for axes in list(grid.flat)[count:]: axes.set_axis_off()
+    figure, grid = pyplot.subplots(
+        rows, columns, figsize=(0.5 + 2.7 * columns, 0.3 + height * rows), layout="constrained", squeeze=False
+    )
+    for axes in list(grid.flat)[count:]:
+        axes.set_axis_off()
     return figure, list(grid.flat)[:count]
 
-
+# %% ../../nbs/08_report/01_diagnostics.ipynb #dc2dd3b9
 def plot_training(
-    manifests: Sequence[dict], # of a study's stages; those of mid-training and SFT are drawn
-): # matplotlib Figure
-    "Loss by step of mid-training and of every SFT arm, held-out loss before and after beside it; raises `InputError` where nothing was logged."
+    manifests: Sequence[dict],  # of a study's stages; those of mid-training and SFT are drawn
+):  # matplotlib Figure
+    """Loss by step of mid-training and of every SFT arm, held-out loss before and after beside it.
+
+    Raises `InputError` where nothing was logged.
+    """
     import seaborn
     from matplotlib import pyplot
     from matplotlib.lines import Line2D
+
     log = training_log(manifests)
-    if log.empty: raise InputError("no training to draw: no finished stage of this study logged its loss")
+    if log.empty:
+        raise InputError("no training to draw: no finished stage of this study logged its loss")
     models = sorted(log["model"].unique(), key=model_rank)
     with figure_style():
         figure, panels = _grid(len(models))
         for axes, model in zip(panels, models):
             own = log[log["model"] == model]
-            seaborn.lineplot(own, x="step", y="loss", hue="seed", palette="colorblind", linewidth=1.3, legend=axes is panels[0] and own["seed"].nunique() > 1, ax=axes)
-            ends = [(0, m["result"]["loss_before"], m["result"]["steps"], m["result"]["loss_after"]) for m in manifests if m["model"] == model and "loss_after" in m["result"]]
-            for begin, before, end, after in ends: axes.plot([begin, end], [before, after], linestyle=":", color="#555555", marker="o", markerfacecolor="white", markeredgecolor="black", markersize=5)
+            seaborn.lineplot(
+                own,
+                x="step",
+                y="loss",
+                hue="seed",
+                palette="colorblind",
+                linewidth=1.3,
+                legend=axes is panels[0] and own["seed"].nunique() > 1,
+                ax=axes,
+            )
+            ends = [
+                (0, m["result"]["loss_before"], m["result"]["steps"], m["result"]["loss_after"])
+                for m in manifests
+                if m["model"] == model and "loss_after" in m["result"]
+            ]
+            for begin, before, end, after in ends:
+                axes.plot(
+                    [begin, end],
+                    [before, after],
+                    linestyle=":",
+                    color="#555555",
+                    marker="o",
+                    markerfacecolor="white",
+                    markeredgecolor="black",
+                    markersize=5,
+                )
             axes.set_title(model_look(model)[0], fontsize=9)
             axes.set(ylabel="loss (nats a token)" if axes in panels[::3] else "")
-        figure.legend([Line2D([], [], linestyle=":", color="#555555", marker="o", markerfacecolor="white", markeredgecolor="black")], ["held-out rows, before and after"], loc="outside lower center", frameon=False, fontsize=9)
+        figure.legend(
+            [
+                Line2D(
+                    [],
+                    [],
+                    linestyle=":",
+                    color="#555555",
+                    marker="o",
+                    markerfacecolor="white",
+                    markeredgecolor="black",
+                )
+            ],
+            ["held-out rows, before and after"],
+            loc="outside lower center",
+            frameon=False,
+            fontsize=9,
+        )
     pyplot.close(figure)
     return figure
 
@@ -182,47 +359,117 @@ CURVES = {"reward": "mean reward", "kl": "KL from the start\n(nats a token)", "l
 
 
 def plot_rewards(
-    manifests: Sequence[dict], # of a study's stages; those of GRPO arms are drawn
-): # matplotlib Figure
+    manifests: Sequence[dict],  # of a study's stages; those of GRPO arms are drawn
+):  # matplotlib Figure
     "Reward, KL and length by step of every GRPO arm, a line a seed; raises `InputError` where there is none."
     import seaborn
     from matplotlib import pyplot
+
     log = training_log(manifests, ("grpo",))
-    if log.empty: raise InputError("no GRPO arm to draw: the study has none that is finished")
+    if log.empty:
+        raise InputError("no GRPO arm to draw: the study has none that is finished")
     arms, curves = sorted(log["model"].unique(), key=model_rank), [name for name in CURVES if name in log]
     with figure_style():
-        figure, grid = pyplot.subplots(len(curves), len(arms), figsize=(0.8 + 2.9 * len(arms), 0.4 + 1.7 * len(curves)), layout="constrained", sharex="col", squeeze=False)
+        figure, grid = pyplot.subplots(
+            len(curves),
+            len(arms),
+            figsize=(0.8 + 2.9 * len(arms), 0.4 + 1.7 * len(curves)),
+            layout="constrained",
+            sharex="col",
+            squeeze=False,
+        )
         for row, curve in zip(grid, curves):
             for axes, arm in zip(row, arms):
                 own = log[log["model"] == arm].dropna(subset=curve)
-                few = "o" if own["step"].nunique() < 6 else None # a line of one or two steps is hardly seen
-                seaborn.lineplot(own, x="step", y=curve, hue="seed", palette="colorblind", linewidth=1.3, marker=few, legend=axes is grid[0][0] and own["seed"].nunique() > 1, ax=axes)
+                few = "o" if own["step"].nunique() < 6 else None  # a line of one or two steps is hardly seen
+                seaborn.lineplot(
+                    own,
+                    x="step",
+                    y=curve,
+                    hue="seed",
+                    palette="colorblind",
+                    linewidth=1.3,
+                    marker=few,
+                    legend=axes is grid[0][0] and own["seed"].nunique() > 1,
+                    ax=axes,
+                )
                 axes.set(ylabel=CURVES[curve] if axes is row[0] else "")
                 axes.xaxis.get_major_locator().set_params(integer=True)
-        for axes, arm in zip(grid[0], arms): axes.set_title(model_look(arm)[0], fontsize=9)
+        for axes, arm in zip(grid[0], arms):
+            axes.set_title(model_look(arm)[0], fontsize=9)
     pyplot.close(figure)
     return figure
 
 # %% ../../nbs/08_report/01_diagnostics.ipynb #dbdd9245
 def plot_margin(
-    margins: pd.DataFrame, # model, seed, language, dimension, pair_id, held_out, margin (nats a token)
-): # matplotlib Figure
+    margins: pd.DataFrame,  # model, seed, language, dimension, pair_id, held_out, margin (nats a token)
+):  # matplotlib Figure
     "Judge-free margin by model, a panel a language; raises `InputError` without pairs."
     import seaborn
     from matplotlib import pyplot
-    check_columns(margins, ("model", "seed", "language", "dimension", "pair_id", "held_out", "margin"), "the frame of judge-free margins")
-    pairs = margins.groupby(["model", "language", "pair_id", "held_out"], observed=True)["margin"].mean().reset_index()
-    models, languages = sorted(pairs["model"].unique(), key=model_rank), sorted(pairs["language"].unique(), key=lambda code: (code != "en", code))
+
+    check_columns(
+        margins,
+        ("model", "seed", "language", "dimension", "pair_id", "held_out", "margin"),
+        "the frame of judge-free margins",
+    )
+    pairs = (
+        margins.groupby(["model", "language", "pair_id", "held_out"], observed=True)["margin"]
+        .mean()
+        .reset_index()
+    )
+    models, languages = (
+        sorted(pairs["model"].unique(), key=model_rank),
+        sorted(pairs["language"].unique(), key=lambda code: (code != "en", code)),
+    )
     with figure_style():
-        figure, grid = pyplot.subplots(1, len(languages), figsize=(1.6 + 2.5 * len(languages), 0.9 + 0.4 * len(models)), layout="constrained", sharex=True, sharey=True, squeeze=False)
+        figure, grid = pyplot.subplots(
+            1,
+            len(languages),
+            figsize=(1.6 + 2.5 * len(languages), 0.9 + 0.4 * len(models)),
+            layout="constrained",
+            sharex=True,
+            sharey=True,
+            squeeze=False,
+        )
         for axes, language in zip(grid[0], languages):
-            own = pairs[pairs["language"] == language].assign(place=lambda rows: rows["model"].map(models.index))
+            own = pairs[pairs["language"] == language].assign(
+                place=lambda rows: rows["model"].map(models.index)
+            )
             shift = np.random.default_rng(0).uniform(-0.28, 0.28, len(own))
             for kept, fill in ((False, "#9A9A9A"), (True, "white")):
                 chosen = (own["held_out"].astype(bool) == kept).to_numpy()
-                axes.plot(own["margin"][chosen], own["place"][chosen] + shift[chosen], linestyle="", marker="o", markersize=3.2, markerfacecolor=fill, markeredgecolor="#777777", markeredgewidth=0.6, zorder=1)
-            seaborn.pointplot(own, x="margin", y="model", order=models, hue="model", hue_order=models, palette={model: model_look(model)[1] for model in models},
-                              errorbar=("ci", 95), n_boot=1000, seed=0, linestyle="none", markersize=7, markeredgecolor="black", markeredgewidth=0.7, err_kws={"color": "black", "linewidth": 1.6}, legend=False, ax=axes, zorder=3)
+                axes.plot(
+                    own["margin"][chosen],
+                    own["place"][chosen] + shift[chosen],
+                    linestyle="",
+                    marker="o",
+                    markersize=3.2,
+                    markerfacecolor=fill,
+                    markeredgecolor="#777777",
+                    markeredgewidth=0.6,
+                    zorder=1,
+                )
+            seaborn.pointplot(
+                own,
+                x="margin",
+                y="model",
+                order=models,
+                hue="model",
+                hue_order=models,
+                palette={model: model_look(model)[1] for model in models},
+                errorbar=("ci", 95),
+                n_boot=1000,
+                seed=0,
+                linestyle="none",
+                markersize=7,
+                markeredgecolor="black",
+                markeredgewidth=0.7,
+                err_kws={"color": "black", "linewidth": 1.6},
+                legend=False,
+                ax=axes,
+                zorder=3,
+            )
             axes.axvline(0, color="black", linewidth=0.9)
             axes.set(title=language, xlabel="margin (nats a token)", ylabel="")
             axes.set_yticks(range(len(models)), [model_look(model)[0] for model in models])

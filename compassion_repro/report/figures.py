@@ -17,80 +17,123 @@ from textwrap import wrap
 import numpy as np
 import pandas as pd
 
-from ..stats.claims import ClaimTable
-from ..stats.scores import answer_summary, model_rank
-from ..stats.estimates import model_means
-from ..study import DOMAINS, Statistics, parse_model
 from ..core.errors import InputError
-from ..paper import PAPER
 from ..core.files import write_atomically
+from ..paper import PAPER
+from ..stats.claims import ClaimTable
+from ..stats.estimates import model_means
+from ..stats.scores import answer_summary, model_rank
+from ..study import DOMAINS, Statistics, parse_model
 
 # %% ../../nbs/08_report/00_figures.ipynb #57be6310
-COLOURS = {"base": "#AAAAAA", "mid": "#8172B3", "mid-control": "#C6BEE0",
-           "sft-help": "#E69F00", "sft-code": "#56B4E9", "grpo-help": "#D55E00", "grpo-code": "#0072B2"}
+COLOURS = {
+    "base": "#AAAAAA",
+    "mid": "#8172B3",
+    "mid-control": "#C6BEE0",
+    "sft-help": "#E69F00",
+    "sft-code": "#56B4E9",
+    "grpo-help": "#D55E00",
+    "grpo-code": "#0072B2",
+}
 HATCHES = {"mid": "", "base": "///", "mid-control": "..."}
-NAMES = {"base": "base", "mid": "mid-trained", "mid-control": "control documents", "sft-help": "SFT helpfulness", "sft-code": "SFT coding",
-         "grpo-help": "GRPO helpfulness", "grpo-code": "GRPO coding"}
+NAMES = {
+    "base": "base",
+    "mid": "mid-trained",
+    "mid-control": "control documents",
+    "sft-help": "SFT helpfulness",
+    "sft-code": "SFT coding",
+    "grpo-help": "GRPO helpfulness",
+    "grpo-code": "GRPO coding",
+}
 TITLES = {"anima": "ANIMA", "moru": "MORU", "leak": "Leak"}
 SUBJECTS = {"anima": "animals", "moru": "uncertain minds", "leak": "objects: should be low"}
 
 
 def model_look(
-    model: str, # any model id
-) -> tuple[str, tuple, str]: # name to print, RGB colour (0-1), hatching
-    "How a model looks in every figure; a stranger (any other model id) is yellow under the last part of its own name, broken into lines."
+    model: str,  # any model id
+) -> tuple[str, tuple, str]:  # name to print, RGB colour (0-1), hatching
+    """How a model looks in every figure; a stranger (any other model id) is yellow under the last part of its
+    own name, broken into lines.
+    """
     from matplotlib.colors import to_rgb
-    try: arm = parse_model(model)
-    except InputError: return "\n".join(wrap(model.split("/")[-1].replace("_", "_ "), 26)).replace("_ ", "_").replace(" ", ""), to_rgb("#F0E442"), ""
-    if arm is None: return NAMES[model], to_rgb(COLOURS[model]), ""
+
+    try:
+        arm = parse_model(model)
+    except InputError:
+        return (
+            "\n".join(wrap(model.split("/")[-1].replace("_", "_ "), 26)).replace("_ ", "_").replace(" ", ""),
+            to_rgb("#F0E442"),
+            "",
+        )
+    if arm is None:
+        return NAMES[model], to_rgb(COLOURS[model]), ""
     name = NAMES[arm.rows] + (f", {DOMAINS[arm.rewarded_by]} reward" if arm.rewarded_by else "")
-    if arm.start == "mid": return name, to_rgb(COLOURS[arm.rows]), ""
+    if arm.start == "mid":
+        return name, to_rgb(COLOURS[arm.rows]), ""
     paler = tuple((channel + 1) / 2 for channel in to_rgb(COLOURS[arm.rows]))
     return f"{name}, from {NAMES[arm.start]}", paler, HATCHES[arm.start]
 
-
+# %% ../../nbs/08_report/00_figures.ipynb #99285234
 @contextmanager
 def figure_style():
     "Axes and sizes of every figure."
     import seaborn
-    with seaborn.axes_style("whitegrid"), seaborn.plotting_context("paper"): yield
+
+    with seaborn.axes_style("whitegrid"), seaborn.plotting_context("paper"):
+        yield
 
 # %% ../../nbs/08_report/00_figures.ipynb #2c07e190
 def benchmark_rank(
-    benchmark: str, # benchmark id
-) -> int: # sorts strangers first, then as in TITLES
+    benchmark: str,  # benchmark id
+) -> int:  # sorts strangers first, then as in TITLES
     "Key that sorts benchmarks: the leak comes last."
     return list(TITLES).index(benchmark) if benchmark in TITLES else -1
 
-
+# %% ../../nbs/08_report/00_figures.ipynb #cc383047
 def score_panels(
-    scores: pd.DataFrame, # rows of `scores.parquet`, or means from `stats.estimates.model_means`
-) -> list[tuple[str, str]]: # (benchmark, group of languages)
-    "Which panels the scores fill: every benchmark, and every group of languages for which the paper gives a figure."
+    scores: pd.DataFrame,  # rows of `scores.parquet`, or means from `stats.estimates.model_means`
+) -> list[tuple[str, str]]:  # (benchmark, group of languages)
+    """Which panels the scores fill: every benchmark, and every group of languages for which the paper gives a
+    figure.
+    """
     benchmarks = sorted(scores["benchmark"].unique(), key=benchmark_rank)
     if "languages" in scores:
         present = set(zip(scores["benchmark"], scores["languages"]))
-        return [(name, group) for name in benchmarks for group in ("all", "en", "other") if (name, group) in present]
+        return [
+            (name, group)
+            for name in benchmarks
+            for group in ("all", "en", "other")
+            if (name, group) in present
+        ]
     published = {(figure.benchmark, figure.languages) for figure in PAPER}
     several = scores.groupby("benchmark")["language"].nunique() > 1
-    return [(name, group) for name in benchmarks for group in ("all", "en", "other") if group == "all" or (several[name] and (name, group) in published)]
+    return [
+        (name, group)
+        for name in benchmarks
+        for group in ("all", "en", "other")
+        if group == "all" or (several[name] and (name, group) in published)
+    ]
 
-
+# %% ../../nbs/08_report/00_figures.ipynb #290d760d
 def panel_means(
-    scores: pd.DataFrame, # rows of `scores.parquet` of one judge, or means from `stats.estimates.model_means`
-    settings: Statistics = Statistics(), # of the preset
-) -> pd.DataFrame: # rows of `stats.estimates.model_means`
+    # rows of `scores.parquet` of one judge, or means from `stats.estimates.model_means`
+    scores: pd.DataFrame,
+    settings: Statistics = Statistics(),  # of the preset
+) -> pd.DataFrame:  # rows of `stats.estimates.model_means`
     "The means that the panels show."
-    if "mean" in scores: return scores
+    if "mean" in scores:
+        return scores
     panels = score_panels(scores)
     means = model_means(scores, tuple(dict.fromkeys(group for _, group in panels)), settings)
-    return means[[pair in panels for pair in zip(means["benchmark"], means["languages"])]].reset_index(drop=True)
+    return means[[pair in panels for pair in zip(means["benchmark"], means["languages"])]].reset_index(
+        drop=True
+    )
 
-
+# %% ../../nbs/08_report/00_figures.ipynb #aefe1024
 def panel_title(
-    benchmark: str, # benchmark id
-    languages: str = "all", # group of languages
-) -> str: # one line
+    benchmark: str,  # benchmark id
+    languages: str = "all",  # group of languages
+) -> str:  # one line
     "Title of a panel."
     suffix = {"all": "", "en": ", English", "other": ", other languages"}
     return TITLES.get(benchmark, benchmark) + suffix.get(languages, f", {languages}")
@@ -102,150 +145,359 @@ PAPER_LABEL = "paper (Llama 3.1 8B)"
 def _draw_panel(axes, rows: pd.DataFrame, models: Sequence[str]) -> None:
     "Bars, intervals and the paper's marks of one panel; a model without a score keeps its empty place."
     import seaborn
+
     looks = {model: model_look(model) for model in models}
-    seaborn.barplot(rows, x="mean", y="model", hue="model", order=models, hue_order=models, palette={model: look[1] for model, look in looks.items()},
-                    saturation=1, width=0.72, edgecolor="black", linewidth=0.6, errorbar=None, legend=False, ax=axes)
+    seaborn.barplot(
+        rows,
+        x="mean",
+        y="model",
+        hue="model",
+        order=models,
+        hue_order=models,
+        palette={model: look[1] for model, look in looks.items()},
+        saturation=1,
+        width=0.72,
+        edgecolor="black",
+        linewidth=0.6,
+        errorbar=None,
+        legend=False,
+        ax=axes,
+    )
     places = {model: place for place, model in enumerate(models)}
     for container, model in zip(axes.containers, models):
-        for bar in container: bar.set_hatch(looks[model][2])
+        for bar in container:
+            bar.set_hatch(looks[model][2])
     known = rows.dropna(subset=["low", "high"])
-    axes.errorbar(known["mean"], known["model"].map(places), xerr=[known["mean"] - known["low"], known["high"] - known["mean"]],
-                  fmt="none", ecolor="black", elinewidth=1.1, capsize=2.5)
+    axes.errorbar(
+        known["mean"],
+        known["model"].map(places),
+        xerr=[known["mean"] - known["low"], known["high"] - known["mean"]],
+        fmt="none",
+        ecolor="black",
+        elinewidth=1.1,
+        capsize=2.5,
+    )
     paper = rows.dropna(subset="paper")
-    axes.scatter(paper["paper"], paper["model"].map(places), marker="D", s=34, facecolor="white", edgecolor="black", linewidth=1.1, zorder=5, label=PAPER_LABEL)
+    axes.scatter(
+        paper["paper"],
+        paper["model"].map(places),
+        marker="D",
+        s=34,
+        facecolor="white",
+        edgecolor="black",
+        linewidth=1.1,
+        zorder=5,
+        label=PAPER_LABEL,
+    )
     axes.set_yticks(range(len(models)), [looks[model][0] for model in models])
     axes.set(ylabel="", xlabel="mean score (%)")
 
-
+# %% ../../nbs/08_report/00_figures.ipynb #e7c0cf71
 def plot_scores(
-    scores: pd.DataFrame, # rows of `scores.parquet` of one judge, or means from `stats.estimates.model_means`
-    settings: Statistics = Statistics(), # of the preset
-    paper: bool = True, # mark the paper's values
-): # matplotlib Figure
-    "Scores by model and benchmark with their intervals, the leak benchmark beside them, the paper's values as hollow diamonds."
+    # rows of `scores.parquet` of one judge, or means from `stats.estimates.model_means`
+    scores: pd.DataFrame,
+    settings: Statistics = Statistics(),  # of the preset
+    paper: bool = True,  # mark the paper's values
+):  # matplotlib Figure
+    """Scores by model and benchmark with their intervals, the leak benchmark beside them, the paper's values
+    as hollow diamonds.
+    """
     from matplotlib import pyplot
+
     means = panel_means(scores, settings)
-    if not paper: means = means.assign(paper=float("nan"))
+    if not paper:
+        means = means.assign(paper=float("nan"))
     panels, models = score_panels(means), sorted(means["model"].unique(), key=model_rank)
     with figure_style():
-        figure = pyplot.figure(figsize=(2.1 + 2.15 * len(panels), 1.45 + 0.33 * len(models)), layout="constrained")
+        figure = pyplot.figure(
+            figsize=(2.1 + 2.15 * len(panels), 1.45 + 0.33 * len(models)), layout="constrained"
+        )
         grid = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
         for axes, (benchmark, languages) in zip(grid, panels):
             rows = means[(means["benchmark"] == benchmark) & (means["languages"] == languages)]
             _draw_panel(axes, rows, models)
             note = "" if rows["judge_valid"].all() else "\nscores mean nothing"
-            axes.set_title(f"{panel_title(benchmark, languages)}\n{SUBJECTS.get(benchmark, '')}{note}", fontsize=9)
+            axes.set_title(
+                f"{panel_title(benchmark, languages)}\n{SUBJECTS.get(benchmark, '')}{note}", fontsize=9
+            )
             axes.grid(axis="y", visible=False)
         grid[0].set_xlim(0, min(100, 1.08 * means[["mean", "high", "paper"]].max().max()) or 1)
         _legend(figure, means, settings, columns=3 if len(panels) > 2 else 1)
-    pyplot.close(figure) # shown where it is returned to, and only there
+    pyplot.close(figure)  # shown where it is returned to, and only there
     return figure
 
-
+# %% ../../nbs/08_report/00_figures.ipynb #d3f42cb2
 def _legend(figure, means: pd.DataFrame, settings: Statistics, columns: int) -> None:
     "What line, diamond and hatching mean, below the panels."
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
+
     over = "seeds and questions" if means["seeds"].min() >= 3 else "questions"
-    handles = [Line2D([], [], color="black", linewidth=1.1, marker="|", label=f"{100 * settings.confidence:g} % interval over {over}")]
-    if means["paper"].notna().any(): handles.append(Line2D([], [], linestyle="", marker="D", markerfacecolor="white", markeredgecolor="black", label=PAPER_LABEL))
-    if means["model"].str.contains("@").any(): handles.append(Patch(facecolor="white", edgecolor="black", hatch="///", label="not from the mid-trained model"))
+    handles = [
+        Line2D(
+            [],
+            [],
+            color="black",
+            linewidth=1.1,
+            marker="|",
+            label=f"{100 * settings.confidence:g} % interval over {over}",
+        )
+    ]
+    if means["paper"].notna().any():
+        handles.append(
+            Line2D(
+                [],
+                [],
+                linestyle="",
+                marker="D",
+                markerfacecolor="white",
+                markeredgecolor="black",
+                label=PAPER_LABEL,
+            )
+        )
+    if means["model"].str.contains("@").any():
+        handles.append(
+            Patch(facecolor="white", edgecolor="black", hatch="///", label="not from the mid-trained model")
+        )
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
 # %% ../../nbs/08_report/00_figures.ipynb #21a87df9
 def score_table(
-    scores: pd.DataFrame, # rows of `scores.parquet` of one judge, or means from `stats.estimates.model_means`
-    answers: pd.DataFrame | None = None, # rows of `answers.parquet`
-    settings: Statistics = Statistics(), # of the preset
-) -> pd.DataFrame: # index: model; columns of text
-    "Means with intervals by model and panel, the paper's beside them; with answers also their mean length and the share that is empty or loops."
+    # rows of `scores.parquet` of one judge, or means from `stats.estimates.model_means`
+    scores: pd.DataFrame,
+    answers: pd.DataFrame | None = None,  # rows of `answers.parquet`
+    settings: Statistics = Statistics(),  # of the preset
+) -> pd.DataFrame:  # index: model; columns of text
+    """Means with intervals by model and panel, the paper's beside them; with answers also their mean length
+    and the share that is empty or loops.
+    """
     means = panel_means(scores, settings)
     models, columns = sorted(means["model"].unique(), key=model_rank), {}
     for benchmark, languages in score_panels(means):
-        rows = means[(means["benchmark"] == benchmark) & (means["languages"] == languages)].set_index("model").reindex(models)
+        rows = (
+            means[(means["benchmark"] == benchmark) & (means["languages"] == languages)]
+            .set_index("model")
+            .reindex(models)
+        )
         title = panel_title(benchmark, languages)
-        columns[title] = ["" if pd.isna(mean) else f"{mean:.1f}" + ("" if pd.isna(low) else f" [{low:.1f}, {high:.1f}]") for mean, low, high in zip(rows["mean"], rows["low"], rows["high"])]
-        if rows["paper"].notna().any(): columns[f"{title}, paper"] = ["" if pd.isna(value) else f"{value:.1f}" for value in rows["paper"]]
+        columns[title] = [
+            "" if pd.isna(mean) else f"{mean:.1f}" + ("" if pd.isna(low) else f" [{low:.1f}, {high:.1f}]")
+            for mean, low, high in zip(rows["mean"], rows["low"], rows["high"])
+        ]
+        if rows["paper"].notna().any():
+            columns[f"{title}, paper"] = ["" if pd.isna(value) else f"{value:.1f}" for value in rows["paper"]]
     if answers is not None:
         summary = answer_summary(answers)
-        shown = summary[summary["benchmark"].isin(means["benchmark"])].assign(weight=summary["answers"]).groupby("model")
-        totals = shown.apply(lambda own: own[["tokens", "empty", "looping"]].mul(own["weight"], axis=0).sum() / own["weight"].sum(), include_groups=False).reindex(models)
-        columns |= {"tokens an answer": totals["tokens"].map("{:.0f}".format).to_list(), "empty (%)": totals["empty"].map("{:.1f}".format).to_list(), "looping (%)": totals["looping"].map("{:.1f}".format).to_list()}
-    return pd.DataFrame(columns, index=pd.Index([model_look(model)[0].replace("\n", "") for model in models], name="model"))
+        shown = (
+            summary[summary["benchmark"].isin(means["benchmark"])]
+            .assign(weight=summary["answers"])
+            .groupby("model")
+        )
+        totals = shown.apply(
+            lambda own: (
+                own[["tokens", "empty", "looping"]].mul(own["weight"], axis=0).sum() / own["weight"].sum()
+            ),
+            include_groups=False,
+        ).reindex(models)
+        columns |= {
+            "tokens an answer": totals["tokens"].map("{:.0f}".format).to_list(),
+            "empty (%)": totals["empty"].map("{:.1f}".format).to_list(),
+            "looping (%)": totals["looping"].map("{:.1f}".format).to_list(),
+        }
+    return pd.DataFrame(
+        columns, index=pd.Index([model_look(model)[0].replace("\n", "") for model in models], name="model")
+    )
 
 # %% ../../nbs/08_report/00_figures.ipynb #25f3a64e
-VERDICT_LOOKS = {"supported": ("#00735C", "o"), "contradicted": ("#B34700", "s"), "inconclusive": ("#7A5C00", "^"), "not testable": ("#5F5F5F", "X"), "not tested": ("#5F5F5F", "")} # colour, marker
+# colour, marker
+VERDICT_LOOKS = {
+    "supported": ("#00735C", "o"),
+    "contradicted": ("#B34700", "s"),
+    "inconclusive": ("#7A5C00", "^"),
+    "not testable": ("#5F5F5F", "X"),
+    "not tested": ("#5F5F5F", ""),
+}
 
 
 def claim_rows(
-    claims: ClaimTable, # from `judge_claims` or `read_claims`
-) -> pd.DataFrame: # a row a record: claim, reading, judge, estimand, kind, estimate, low, high, p, adjusted (bool), paper, paper_ratio, ratio, agreement, wrong (unreadable replies counted so), margin, questions, seeds, verdict, reason
-    "What figures and reports show of each record; an adjusted interval and p value stand in for the plain ones wherever a record has them."
-    def first(record, *names): return next((value for name in names if (value := getattr(record, name, None)) is not None), None)
-    return pd.DataFrame([{"claim": r.claim, "reading": r.reading, "judge": r.judge, "estimand": r.estimand or r.text, "kind": r.kind, "estimate": r.estimate,
-                          "low": first(r, "adjusted_low", "low"), "high": first(r, "adjusted_high", "high"), "p": first(r, "adjusted_p", "p"), "adjusted": first(r, "adjusted_low") is not None,
-                          "paper": r.paper, "paper_ratio": first(r, "paper_ratio"), "ratio": first(r, "ratio"), "agreement": getattr(r, "agreement", {True: "sign", False: "not in sign"}.get(r.agrees_with_paper, "")),
-                          "wrong": first(r, "estimate_counting_unparsed_as_wrong"), "margin": r.margin, "questions": r.questions, "seeds": r.seeds, "verdict": r.verdict, "reason": r.reason} for r in claims.records])
+    claims: ClaimTable,  # from `judge_claims` or `read_claims`
+    # a row a record: claim, reading, judge, estimand, kind, estimate, low, high, p, adjusted (bool), paper,
+    # paper_ratio, ratio, agreement, wrong (unreadable replies counted so), margin, questions, seeds, verdict,
+    # reason
+) -> pd.DataFrame:
+    """What figures and reports show of each record; an adjusted interval and p value stand in for the plain
+    ones wherever a record has them.
+    """
 
+    def first(record, *names):
+        return next((value for name in names if (value := getattr(record, name, None)) is not None), None)
 
+    return pd.DataFrame(
+        [
+            {
+                "claim": r.claim,
+                "reading": r.reading,
+                "judge": r.judge,
+                "estimand": r.estimand or r.text,
+                "kind": r.kind,
+                "estimate": r.estimate,
+                "low": first(r, "adjusted_low", "low"),
+                "high": first(r, "adjusted_high", "high"),
+                "p": first(r, "adjusted_p", "p"),
+                "adjusted": first(r, "adjusted_low") is not None,
+                "paper": r.paper,
+                "paper_ratio": first(r, "paper_ratio"),
+                "ratio": first(r, "ratio"),
+                "agreement": getattr(
+                    r, "agreement", {True: "sign", False: "not in sign"}.get(r.agrees_with_paper, "")
+                ),
+                "wrong": first(r, "estimate_counting_unparsed_as_wrong"),
+                "margin": r.margin,
+                "questions": r.questions,
+                "seeds": r.seeds,
+                "verdict": r.verdict,
+                "reason": r.reason,
+            }
+            for r in claims.records
+        ]
+    )
 
+# %% ../../nbs/08_report/00_figures.ipynb #db8ff687
 def claim_figures(
-    row, # a row of `claim_rows`
-) -> str: # "+5.3 [+2.9, +7.7]", or nothing
+    row,  # a row of `claim_rows`
+) -> str:  # "+5.3 [+2.9, +7.7]", or nothing
     "Estimate and interval as text, with true minus signs."
-    return ("" if pd.isna(row.estimate) else f"{row.estimate:+.1f}" + ("" if pd.isna(row.low) else f" [{row.low:+.1f}, {row.high:+.1f}]")).replace("-", "−")
+    return (
+        ""
+        if pd.isna(row.estimate)
+        else f"{row.estimate:+.1f}" + ("" if pd.isna(row.low) else f" [{row.low:+.1f}, {row.high:+.1f}]")
+    ).replace("-", "−")
 
 # %% ../../nbs/08_report/00_figures.ipynb #9f3ab2f8
 def _draw_claim(axes, place: int, row, limits: tuple[float, float]) -> None:
     "One row of the forest: margin band, interval, estimate, the paper's figure."
     colour, marker = VERDICT_LOOKS[row.verdict]
     if pd.notna(row.margin):
-        axes.fill_betweenx([place - 0.42, place + 0.42], -row.margin, row.margin if row.kind == "equivalence" else limits[1], color="#CFE0EE", linewidth=0, zorder=0)
+        axes.fill_betweenx(
+            [place - 0.42, place + 0.42],
+            -row.margin,
+            row.margin if row.kind == "equivalence" else limits[1],
+            color="#CFE0EE",
+            linewidth=0,
+            zorder=0,
+        )
     if pd.notna(row.estimate):
-        axes.plot([row.low, row.high], [place, place], color=colour, linewidth=2, solid_capstyle="butt", zorder=3)
-        axes.plot(row.estimate, place, marker=marker or "o", color=colour, markeredgecolor="white", markersize=9, zorder=4)
-    if pd.notna(row.paper): axes.plot(row.paper, place, marker="D", markersize=6.5, markerfacecolor="white", markeredgecolor="black", markeredgewidth=1.1, zorder=5)
+        axes.plot(
+            [row.low, row.high], [place, place], color=colour, linewidth=2, solid_capstyle="butt", zorder=3
+        )
+        axes.plot(
+            row.estimate,
+            place,
+            marker=marker or "o",
+            color=colour,
+            markeredgecolor="white",
+            markersize=9,
+            zorder=4,
+        )
+    if pd.notna(row.paper):
+        axes.plot(
+            row.paper,
+            place,
+            marker="D",
+            markersize=6.5,
+            markerfacecolor="white",
+            markeredgecolor="black",
+            markeredgewidth=1.1,
+            zorder=5,
+        )
 
-
+# %% ../../nbs/08_report/00_figures.ipynb #81d37645
 def _say_verdicts(axes, rows: pd.DataFrame) -> None:
     "Verdict and figures of every row, at the right-hand edge."
     right = axes.twinx()
     right.set_ylim(axes.get_ylim())
-    right.set_yticks(range(len(rows)), [f"{row.verdict}\n{claim_figures(row)}".strip() for row in rows.itertuples()], fontsize=9, weight="bold")
+    right.set_yticks(
+        range(len(rows)),
+        [f"{row.verdict}\n{claim_figures(row)}".strip() for row in rows.itertuples()],
+        fontsize=9,
+        weight="bold",
+    )
     right.grid(visible=False)
-    for side in (axes, right): side.tick_params(axis="y", length=0)
-    for label, verdict in zip(right.get_yticklabels(), rows["verdict"]): label.set_color(VERDICT_LOOKS[verdict][0])
+    for side in (axes, right):
+        side.tick_params(axis="y", length=0)
+    for label, verdict in zip(right.get_yticklabels(), rows["verdict"]):
+        label.set_color(VERDICT_LOOKS[verdict][0])
 
-
+# %% ../../nbs/08_report/00_figures.ipynb #db2cd579
 def _claim_legend(figure, rows: pd.DataFrame) -> None:
     "What line, band and diamond mean, below the forest."
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
-    handles = [Line2D([], [], color="black", linewidth=2, marker="o", markeredgecolor="white", markersize=8, label="ours, with its interval" + ", adjusted for several claims" * bool(rows["adjusted"].any()))]
-    if rows["paper"].notna().any(): handles.append(Line2D([], [], linestyle="", marker="D", markerfacecolor="white", markeredgecolor="black", label=PAPER_LABEL))
-    if rows["margin"].notna().any(): handles.append(Patch(facecolor="#CFE0EE", label="margin of a claim of no (or no smaller) effect"))
+
+    handles = [
+        Line2D(
+            [],
+            [],
+            color="black",
+            linewidth=2,
+            marker="o",
+            markeredgecolor="white",
+            markersize=8,
+            label="ours, with its interval" + ", adjusted for several claims" * bool(rows["adjusted"].any()),
+        )
+    ]
+    if rows["paper"].notna().any():
+        handles.append(
+            Line2D(
+                [],
+                [],
+                linestyle="",
+                marker="D",
+                markerfacecolor="white",
+                markeredgecolor="black",
+                label=PAPER_LABEL,
+            )
+        )
+    if rows["margin"].notna().any():
+        handles.append(Patch(facecolor="#CFE0EE", label="margin of a claim of no (or no smaller) effect"))
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
 
-
+# %% ../../nbs/08_report/00_figures.ipynb #49ed6b13
 def plot_claims(
-    claims: ClaimTable, # from `judge_claims` or `read_claims`
-): # matplotlib Figure
-    "Forest plot of every reading; one without an estimate keeps its row. Raises `InputError` where none has one."
+    claims: ClaimTable,  # from `judge_claims` or `read_claims`
+):  # matplotlib Figure
+    """Forest plot of every reading; one without an estimate keeps its row.
+
+    Raises `InputError` where none has one.
+    """
     from matplotlib import pyplot
+
     rows = claim_rows(claims)
-    if rows.empty or rows["estimate"].isna().all(): raise InputError("no claim has an estimate to draw: the models it compares have no scores")
-    values = rows[["low", "high", "estimate", "paper"]].astype(float).to_numpy().ravel().tolist() + [0, *rows["margin"].dropna(), *-rows["margin"].dropna()]
+    if rows.empty or rows["estimate"].isna().all():
+        raise InputError("no claim has an estimate to draw: the models it compares have no scores")
+    values = rows[["low", "high", "estimate", "paper"]].astype(float).to_numpy().ravel().tolist() + [
+        0,
+        *rows["margin"].dropna(),
+        *-rows["margin"].dropna(),
+    ]
     (low, high), judges = np.nanquantile(values, (0, 1)), rows["judge"].nunique() > 1
     limits = (low - 0.06 * (high - low), high + 0.06 * (high - low))
     with figure_style():
         figure, axes = pyplot.subplots(figsize=(9.5, 1.5 + 0.42 * len(rows)), layout="constrained")
-        for place, row in enumerate(rows.itertuples()): _draw_claim(axes, place, row, limits)
+        for place, row in enumerate(rows.itertuples()):
+            _draw_claim(axes, place, row, limits)
         axes.axvline(0, color="black", linewidth=0.9, zorder=1)
         for place in range(1, len(rows)):
-            if rows["claim"][place] != rows["claim"][place - 1]: axes.axhline(place - 0.5, color="#BBBBBB", linewidth=0.7, zorder=0)
-        labels = ["\n".join(wrap(f"{row.reading}{f' ({row.judge})' if judges else ''}: {row.estimand}", 62)) for row in rows.itertuples()]
+            if rows["claim"][place] != rows["claim"][place - 1]:
+                axes.axhline(place - 0.5, color="#BBBBBB", linewidth=0.7, zorder=0)
+        labels = [
+            "\n".join(wrap(f"{row.reading}{f' ({row.judge})' if judges else ''}: {row.estimand}", 62))
+            for row in rows.itertuples()
+        ]
         axes.set_yticks(range(len(rows)), labels, fontsize=9)
-        axes.set(ylim=(len(rows) - 0.5, -0.5), xlim=limits, xlabel="points (percent, or difference of percents)")
+        axes.set(
+            ylim=(len(rows) - 0.5, -0.5), xlim=limits, xlabel="points (percent, or difference of percents)"
+        )
         axes.grid(axis="y", visible=False)
         _say_verdicts(axes, rows)
         _claim_legend(figure, rows)
@@ -253,26 +505,45 @@ def plot_claims(
     return figure
 
 # %% ../../nbs/08_report/00_figures.ipynb #0f27dd6e
-MARKERS = {"base": "s", "mid": "o", "mid-control": "P", "sft-help": "v", "sft-code": "^", "grpo-help": "<", "grpo-code": ">"}
+MARKERS = {
+    "base": "s",
+    "mid": "o",
+    "mid-control": "P",
+    "sft-help": "v",
+    "sft-code": "^",
+    "grpo-help": "<",
+    "grpo-code": ">",
+}
 
 
 def model_marker(
-    model: str, # any model id
-) -> str: # matplotlib marker
+    model: str,  # any model id
+) -> str:  # matplotlib marker
     "The marker of a model where it is a point; a stranger is a star."
     return MARKERS.get(model.partition("@")[0].partition("+")[0], "*")
 
-
+# %% ../../nbs/08_report/00_figures.ipynb #2e41a5ed
 def profile_means(
-    scores: pd.DataFrame, # rows of `scores.parquet` of one judge
-    by: str, # "dimension" or "language"
-    models: Sequence[str] | None = None, # model ids; those from the mid-trained model and the starting points where not given
-    settings: Statistics = Statistics(), # of the preset
-) -> pd.DataFrame: # rows of `stats.estimates.model_means`, with a column named `by`
+    scores: pd.DataFrame,  # rows of `scores.parquet` of one judge
+    by: str,  # "dimension" or "language"
+    # model ids; those from the mid-trained model and the starting points where not given
+    models: Sequence[str] | None = None,
+    settings: Statistics = Statistics(),  # of the preset
+) -> pd.DataFrame:  # rows of `stats.estimates.model_means`, with a column named `by`
     "Means with intervals for every dimension or language. Raises `InputError` where nothing is scored."
-    chosen = scores[(~scores["model"].str.contains("@") if models is None else scores["model"].isin(models)) & ((scores["dimension"] == "overall") == (by == "language"))].dropna(subset="score")
-    if chosen.empty: raise InputError(f"no scores to draw by {by}")
-    return pd.concat([model_means(own.assign(dimension="overall"), settings=settings).assign(**{by: value}) for value, own in chosen.groupby(by, observed=True)], ignore_index=True)
+    chosen = scores[
+        (~scores["model"].str.contains("@") if models is None else scores["model"].isin(models))
+        & ((scores["dimension"] == "overall") == (by == "language"))
+    ].dropna(subset="score")
+    if chosen.empty:
+        raise InputError(f"no scores to draw by {by}")
+    return pd.concat(
+        [
+            model_means(own.assign(dimension="overall"), settings=settings).assign(**{by: value})
+            for value, own in chosen.groupby(by, observed=True)
+        ],
+        ignore_index=True,
+    )
 
 # %% ../../nbs/08_report/00_figures.ipynb #8fc973f6
 def _draw_profile(axes, rows: pd.DataFrame, by: str, models: Sequence[str]) -> None:
@@ -282,40 +553,83 @@ def _draw_profile(axes, rows: pd.DataFrame, by: str, models: Sequence[str]) -> N
         own = rows[rows["model"] == model].set_index(by).reindex(values)
         places = [place + 0.8 * ((number + 0.5) / len(models) - 0.5) for place in range(len(values))]
         axes.hlines(places, own["low"], own["high"], color=model_look(model)[1], linewidth=1.6, zorder=2)
-        axes.plot(own["mean"], places, linestyle="", marker=model_marker(model), color=model_look(model)[1], markeredgecolor="black", markeredgewidth=0.6, markersize=6, zorder=3, clip_on=False)
-    for place in range(1, len(values)): axes.axhline(place - 0.5, color="#CCCCCC", linewidth=0.6)
+        axes.plot(
+            own["mean"],
+            places,
+            linestyle="",
+            marker=model_marker(model),
+            color=model_look(model)[1],
+            markeredgecolor="black",
+            markeredgewidth=0.6,
+            markersize=6,
+            zorder=3,
+            clip_on=False,
+        )
+    for place in range(1, len(values)):
+        axes.axhline(place - 0.5, color="#CCCCCC", linewidth=0.6)
     axes.set_yticks(range(len(values)), ["\n".join(wrap(value, 20)) for value in values])
     axes.set(xlabel="mean score (%)")
     axes.grid(axis="y", visible=False)
 
-
+# %% ../../nbs/08_report/00_figures.ipynb #50c133ae
 def model_legend(
-    figure, # matplotlib Figure
-    models: Sequence[str], # model ids, in order
+    figure,  # matplotlib Figure
+    models: Sequence[str],  # model ids, in order
 ) -> None:
     "Models by marker and colour, below a figure."
     from matplotlib.lines import Line2D
-    handles = [Line2D([], [], linestyle="", marker=model_marker(m), color=model_look(m)[1], markeredgecolor="black", markeredgewidth=0.6, markersize=7, label=model_look(m)[0]) for m in models]
-    figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(models) // -(-len(models) // max(1, int(figure.get_figwidth() / 1.8)))), frameon=False, fontsize=9)
 
+    handles = [
+        Line2D(
+            [],
+            [],
+            linestyle="",
+            marker=model_marker(m),
+            color=model_look(m)[1],
+            markeredgecolor="black",
+            markeredgewidth=0.6,
+            markersize=7,
+            label=model_look(m)[0],
+        )
+        for m in models
+    ]
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=-(-len(models) // -(-len(models) // max(1, int(figure.get_figwidth() / 1.8)))),
+        frameon=False,
+        fontsize=9,
+    )
 
+# %% ../../nbs/08_report/00_figures.ipynb #287a891f
 def plot_profile(
-    scores: pd.DataFrame, # rows of `scores.parquet` of one judge
-    by: str, # "dimension" or "language"
-    models: Sequence[str] | None = None, # see `profile_means`
-    settings: Statistics = Statistics(), # of the preset
-): # matplotlib Figure
+    scores: pd.DataFrame,  # rows of `scores.parquet` of one judge
+    by: str,  # "dimension" or "language"
+    models: Sequence[str] | None = None,  # see `profile_means`
+    settings: Statistics = Statistics(),  # of the preset
+):  # matplotlib Figure
     "A panel a benchmark, a row a dimension or language, a point a model."
     from matplotlib import pyplot
+
     means = profile_means(scores, by, models, settings)
-    shown, panels = sorted(means["model"].unique(), key=model_rank), dict.fromkeys(name for name, _ in score_panels(scores) if name in set(means["benchmark"]))
+    shown, panels = (
+        sorted(means["model"].unique(), key=model_rank),
+        dict.fromkeys(name for name, _ in score_panels(scores) if name in set(means["benchmark"])),
+    )
     rows = means.groupby("benchmark")[by].nunique().max()
     with figure_style():
-        figure, grid = pyplot.subplots(1, len(panels), figsize=(1.2 + 2.9 * len(panels), 1.4 + rows * (0.2 + 0.11 * len(shown))), layout="constrained", sharex=True, squeeze=False)
+        figure, grid = pyplot.subplots(
+            1,
+            len(panels),
+            figsize=(1.2 + 2.9 * len(panels), 1.4 + rows * (0.2 + 0.11 * len(shown))),
+            layout="constrained",
+            sharex=True,
+            squeeze=False,
+        )
         for axes, benchmark in zip(grid[0], panels):
             _draw_profile(axes, means[means["benchmark"] == benchmark], by, shown)
             axes.set_title(f"{panel_title(benchmark)}\n{SUBJECTS.get(benchmark, '')}", fontsize=9)
-            axes.set_ylim(rows - 0.5, -0.5) # rows of one height in all panels
+            axes.set_ylim(rows - 0.5, -0.5)  # rows of one height in all panels
         grid[0][0].set_xlim(0, min(100, 1.05 * means[["mean", "high"]].max().max()) or 1)
         model_legend(figure, shown)
     pyplot.close(figure)
@@ -323,37 +637,45 @@ def plot_profile(
 
 # %% ../../nbs/08_report/00_figures.ipynb #6dd50978
 def plot_dimensions(
-    scores: pd.DataFrame, # rows of `scores.parquet` of one judge
-    models: Sequence[str] | None = None, # see `profile_means`
-    settings: Statistics = Statistics(), # of the preset
-): # matplotlib Figure
+    scores: pd.DataFrame,  # rows of `scores.parquet` of one judge
+    models: Sequence[str] | None = None,  # see `profile_means`
+    settings: Statistics = Statistics(),  # of the preset
+):  # matplotlib Figure
     "Dimension profile of every model."
     return plot_profile(scores, "dimension", models, settings)
 
-
+# %% ../../nbs/08_report/00_figures.ipynb #852ad8f8
 def plot_languages(
-    scores: pd.DataFrame, # rows of `scores.parquet` of one judge
-    models: Sequence[str] | None = None, # see `profile_means`
-    settings: Statistics = Statistics(), # of the preset
-): # matplotlib Figure
+    scores: pd.DataFrame,  # rows of `scores.parquet` of one judge
+    models: Sequence[str] | None = None,  # see `profile_means`
+    settings: Statistics = Statistics(),  # of the preset
+):  # matplotlib Figure
     "Score by language and model."
     return plot_profile(scores, "language", models, settings)
 
 # %% ../../nbs/08_report/00_figures.ipynb #3eb1d5be
 def save_figure(
-    figure, # matplotlib Figure
-    folder: str | Path, # made if it is not there
-    name: str, # file name without its ending
-) -> list[Path]: # the PNG and the SVG
-    "Write a figure as PNG (200 dots an inch) and SVG; raises `InputError` where the folder cannot be written."
+    figure,  # matplotlib Figure
+    folder: str | Path,  # made if it is not there
+    name: str,  # file name without its ending
+) -> list[Path]:  # the PNG and the SVG
+    """Write a figure as PNG (200 dots an inch) and SVG.
+
+    Raises `InputError` where the folder cannot be written.
+    """
     import matplotlib
+
     folder, paths = Path(folder), []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
             path = folder / f"{name}.{kind}"
-            with matplotlib.rc_context({"svg.hashsalt": name}): write_atomically(path, lambda partial: figure.savefig(partial, format=kind, dpi=200, metadata=metadata))
-            figure.set_layout_engine("none") # laid out once, for both
+            with matplotlib.rc_context({"svg.hashsalt": name}):
+                write_atomically(
+                    path, lambda partial: figure.savefig(partial, format=kind, dpi=200, metadata=metadata)
+                )
+            figure.set_layout_engine("none")  # laid out once, for both
             paths.append(path)
-    except OSError as error: raise InputError(f"cannot write figures to {folder}: {error.strerror or error}") from None
+    except OSError as error:
+        raise InputError(f"cannot write figures to {folder}: {error.strerror or error}") from None
     return paths

@@ -15,60 +15,113 @@ from pathlib import Path
 
 import yaml
 
-from . import diagnostics, figures, tables
 from ..core.errors import InputError
 from ..core.files import write_atomically
+from . import diagnostics, figures, tables
 from ..store.results import StudyFiles, read_study_files
 
 # %% ../../nbs/08_report/03_page.ipynb #1c69065d
 @dataclass
 class Picture:
     "A figure of the report, or the reason why there is none."
-    title: str # in a few words
-    see: str # what to see in it
-    alt: str # for readers who do not see it
-    draw: Callable[[StudyFiles], object] # makes the matplotlib figure; may raise `InputError`
-    uri: str = "" # the drawn figure as a data URI
-    width: int = 0 # CSS pixels
-    height: int = 0 # CSS pixels
-    missing: str = "" # why it is not there
 
+    title: str  # in a few words
+    see: str  # what to see in it
+    alt: str  # for readers who do not see it
+    draw: Callable[[StudyFiles], object]  # makes the matplotlib figure; may raise `InputError`
+    uri: str = ""  # the drawn figure as a data URI
+    width: int = 0  # CSS pixels
+    height: int = 0  # CSS pixels
+    missing: str = ""  # why it is not there
 
+# %% ../../nbs/08_report/03_page.ipynb #88f49d76
 def _lead(files: StudyFiles):
     "The scores of the first judge: a figure shows one judge at a time."
-    if files.lead["score"].isna().all(): raise InputError(f"not one answer was graded by {files.judges[0]}")
+    if files.lead["score"].isna().all():
+        raise InputError(f"not one answer was graded by {files.judges[0]}")
     return files.lead
 
-
+# %% ../../nbs/08_report/03_page.ipynb #ca3daadc
 def _need(table, what: str):
     "A part of the study that a figure needs."
-    if table is None: raise InputError(f"the study keeps no {what}")
+    if table is None:
+        raise InputError(f"the study keeps no {what}")
     return table
 
-
-def pictures() -> dict[str, Picture]: # file name to figure, nothing drawn yet
+# %% ../../nbs/08_report/03_page.ipynb #643180e7
+def pictures() -> dict[str, Picture]:  # file name to figure, nothing drawn yet
     "Every figure of a report."
     return {
-        "claims": Picture("The claims as a forest", "A point that lies right of zero with its whole line speaks for a claim of a difference; a line wholly inside its blue band for a claim of none. The hollow diamond is the paper’s figure.",
-                          "Forest plot of every reading of every claim with interval, margin, the paper’s figure and verdict; the same numbers stand in the table below.", lambda f: figures.plot_claims(f.claims)),
-        "scores": Picture("Scores by model", "How far post-training (orange: helpfulness, blue: coding) lies from the mid-trained model (purple). Bars that are low from the base (grey) on cannot show a loss.",
-                          "Bars of the mean score of every model on every benchmark with intervals and the paper’s marks; the numbers stand in the table below.", lambda f: figures.plot_scores(_lead(f), f.preset.statistics)),
-        "dimensions": Picture("Dimension profile", "Whether the difference between models is one of a single dimension or of all.",
-                              "Mean score of every model by dimension, a panel a benchmark.", lambda f: figures.plot_dimensions(_lead(f), settings=f.preset.statistics)),
-        "languages": Picture("Language by model", "Whether the effect of mid-training, and its loss, reach the languages in which it was not taught.",
-                             "Mean score of every model by language, a panel a benchmark.", lambda f: figures.plot_languages(_lead(f), settings=f.preset.statistics)),
-        "items": Picture("Change of every question", "Whether a mean falls because many questions lose a little or a few lose all: each bar is one question, its mean after post-training minus before.",
-                         "Sorted changes of the questions’ scores from the mid-trained model to each arm.", lambda f: diagnostics.plot_item_changes(_lead(f))),
-        "margin": Picture("Judge-free margin", "Right of zero the model itself prefers the welfare-aware continuation to its neutral twin, whatever a judge would say.",
-                          "Log-probability margin of every pair by model and language.", lambda f: diagnostics.plot_margin(_need(f.margins, "judge-free margin"))),
-        "moved": Picture("What else moved", "Rows whose shares of empty, looping or cut-off answers are high are scored low for that reason; equal lengths make scores comparable.",
-                         "Shares of odd answers and their length by model and benchmark.", lambda f: diagnostics.plot_moved(_need(f.moved, "answers"))),
-        "kl": Picture("Score against distance", "Arms at the same distance from the mid-trained model with different scores differ in where they went, not in how far.",
-                      "Mean score against KL divergence from the mid-trained model, a point a model and seed.", lambda f: diagnostics.plot_kl(_need(tables.drift(f), "KL from the mid-trained model"))),
-        "training": Picture("Losses", "Held-out loss (hollow circles) that does not fall means an arm that was not trained.",
-                            "Training loss by step of mid-training and the SFT arms, with held-out loss before and after.", lambda f: diagnostics.plot_training(f.manifests)),
-        "rewards": Picture("Rewards, KL and length of GRPO", "A reward that rises together with the length was bought with words; a KL that stays at zero means that nothing moved.",
-                           "Mean reward, KL from the start and completion length by step of every GRPO arm.", lambda f: diagnostics.plot_rewards(f.manifests)),
+        "claims": Picture(
+            "The claims as a forest",
+            "A point that lies right of zero with its whole line speaks for a claim of a difference; a line"
+            " wholly inside its blue band for a claim of none. The hollow diamond is the paper’s figure.",
+            "Forest plot of every reading of every claim with interval, margin, the paper’s figure and"
+            " verdict; the same numbers stand in the table below.",
+            lambda f: figures.plot_claims(f.claims),
+        ),
+        "scores": Picture(
+            "Scores by model",
+            "How far post-training (orange: helpfulness, blue: coding) lies from the mid-trained model"
+            " (purple). Bars that are low from the base (grey) on cannot show a loss.",
+            "Bars of the mean score of every model on every benchmark with intervals and the paper’s marks;"
+            " the numbers stand in the table below.",
+            lambda f: figures.plot_scores(_lead(f), f.preset.statistics),
+        ),
+        "dimensions": Picture(
+            "Dimension profile",
+            "Whether the difference between models is one of a single dimension or of all.",
+            "Mean score of every model by dimension, a panel a benchmark.",
+            lambda f: figures.plot_dimensions(_lead(f), settings=f.preset.statistics),
+        ),
+        "languages": Picture(
+            "Language by model",
+            "Whether the effect of mid-training, and its loss, reach the languages in which it was not"
+            " taught.",
+            "Mean score of every model by language, a panel a benchmark.",
+            lambda f: figures.plot_languages(_lead(f), settings=f.preset.statistics),
+        ),
+        "items": Picture(
+            "Change of every question",
+            "Whether a mean falls because many questions lose a little or a few lose all: each bar is one"
+            " question, its mean after post-training minus before.",
+            "Sorted changes of the questions’ scores from the mid-trained model to each arm.",
+            lambda f: diagnostics.plot_item_changes(_lead(f)),
+        ),
+        "margin": Picture(
+            "Judge-free margin",
+            "Right of zero the model itself prefers the welfare-aware continuation to its neutral twin,"
+            " whatever a judge would say.",
+            "Log-probability margin of every pair by model and language.",
+            lambda f: diagnostics.plot_margin(_need(f.margins, "judge-free margin")),
+        ),
+        "moved": Picture(
+            "What else moved",
+            "Rows whose shares of empty, looping or cut-off answers are high are scored low for that reason;"
+            " equal lengths make scores comparable.",
+            "Shares of odd answers and their length by model and benchmark.",
+            lambda f: diagnostics.plot_moved(_need(f.moved, "answers")),
+        ),
+        "kl": Picture(
+            "Score against distance",
+            "Arms at the same distance from the mid-trained model with different scores differ in where they"
+            " went, not in how far.",
+            "Mean score against KL divergence from the mid-trained model, a point a model and seed.",
+            lambda f: diagnostics.plot_kl(_need(tables.drift(f), "KL from the mid-trained model")),
+        ),
+        "training": Picture(
+            "Losses",
+            "Held-out loss (hollow circles) that does not fall means an arm that was not trained.",
+            "Training loss by step of mid-training and the SFT arms, with held-out loss before and after.",
+            lambda f: diagnostics.plot_training(f.manifests),
+        ),
+        "rewards": Picture(
+            "Rewards, KL and length of GRPO",
+            "A reward that rises together with the length was bought with words; a KL that stays at zero"
+            " means that nothing moved.",
+            "Mean reward, KL from the start and completion length by step of every GRPO arm.",
+            lambda f: diagnostics.plot_rewards(f.manifests),
+        ),
     }
 
 # %% ../../nbs/08_report/03_page.ipynb #e97679c0
@@ -76,88 +129,158 @@ def _inline(svg: Path) -> dict:
     "A written SVG as data URI with its size in CSS pixels (96 an inch, where SVG's points are 72)."
     text = svg.read_text(encoding="utf-8")
     width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups()
-    return {"uri": "data:image/svg+xml;base64," + base64.b64encode(text.encode()).decode(), "width": round(float(width) * 96 / 72), "height": round(float(height) * 96 / 72)}
+    return {
+        "uri": "data:image/svg+xml;base64," + base64.b64encode(text.encode()).decode(),
+        "width": round(float(width) * 96 / 72),
+        "height": round(float(height) * 96 / 72),
+    }
 
-
+# %% ../../nbs/08_report/03_page.ipynb #12ebefd8
 def draw_pictures(
-    files: StudyFiles, # of the study
-    folder: str | Path, # where the PNG and SVG go
-    report: Callable[[str], None] = lambda line: None, # called with each line of passing progress
-) -> dict[str, Picture]: # by file name, each with its data URI or the reason why there is none
-    "Draw and write every figure that the study has the data for; raises `InputError` where the folder cannot be written."
+    files: StudyFiles,  # of the study
+    folder: str | Path,  # where the PNG and SVG go
+    report: Callable[[str], None] = lambda line: None,  # called with each line of passing progress
+) -> dict[str, Picture]:  # by file name, each with its data URI or the reason why there is none
+    """Draw and write every figure that the study has the data for.
+
+    Raises `InputError` where the folder cannot be written.
+    """
     drawn = pictures()
     for name, picture in drawn.items():
         report(f"figure {name}")
-        try: figure = picture.draw(files)
+        try:
+            figure = picture.draw(files)
         except InputError as error:
             picture.missing = str(error)
-            for ending in ("png", "svg"): (Path(folder) / f"{name}.{ending}").unlink(missing_ok=True)
-        else: picture.__dict__.update(_inline(figures.save_figure(figure, folder, name)[1]))
+            for ending in ("png", "svg"):
+                (Path(folder) / f"{name}.{ending}").unlink(missing_ok=True)
+        else:
+            picture.__dict__.update(_inline(figures.save_figure(figure, folder, name)[1]))
     return drawn
 
 # %% ../../nbs/08_report/03_page.ipynb #2aa52971
-SECTIONS = {"verdicts": "Verdicts", "limitations": "Limitations", "scores": "Scores", "answers": "Answers side by side", "moved": "What else moved", "judges": "Judges",
-            "training": "Training", "fidelity": "Fidelity to the paper", "environment": "Environment"}
+SECTIONS = {
+    "verdicts": "Verdicts",
+    "limitations": "Limitations",
+    "scores": "Scores",
+    "answers": "Answers side by side",
+    "moved": "What else moved",
+    "judges": "Judges",
+    "training": "Training",
+    "fidelity": "Fidelity to the paper",
+    "environment": "Environment",
+}
 SIGNS = {"supported": "●", "contradicted": "■", "inconclusive": "▲", "not testable": "✕", "not tested": "–"}
 
 
 def claim_cards(
-    files: StudyFiles, # of the study
-) -> list[dict]: # id, text, worst (a verdict), readings: [{id, estimand, paper, verdicts: [{judge, verdict, figures}]}]
-    "A card a claim, under each reading the verdict of every judge. Its colour is that of its least favourable verdict, so that no green card hides a red reading."
+    files: StudyFiles,  # of the study
+    # id, text, worst (a verdict), readings: [{id, estimand, paper, verdicts: [{judge, verdict, figures}]}]
+) -> list[dict]:
+    """A card a claim, under each reading the verdict of every judge.
+
+    Its colour is that of its least favourable verdict, so that no green card hides a red reading.
+    """
     order = ("contradicted", "inconclusive", "not testable", "not tested", "supported")
     rows, cards = figures.claim_rows(files.claims), {}
     for record, row in zip(files.claims.records, rows.itertuples()):
         card = cards.setdefault(row.claim, {"id": row.claim, "text": record.text, "readings": {}})
-        reading = card["readings"].setdefault(row.reading, {"id": row.reading, "estimand": record.estimand or row.reason, "paper": "" if record.paper is None else f"{record.paper:+.1f}".replace("-", "−"), "verdicts": []})
-        reading["verdicts"].append({"judge": row.judge, "verdict": row.verdict, "figures": figures.claim_figures(row)})
+        reading = card["readings"].setdefault(
+            row.reading,
+            {
+                "id": row.reading,
+                "estimand": record.estimand or row.reason,
+                "paper": "" if record.paper is None else f"{record.paper:+.1f}".replace("-", "−"),
+                "verdicts": [],
+            },
+        )
+        reading["verdicts"].append(
+            {"judge": row.judge, "verdict": row.verdict, "figures": figures.claim_figures(row)}
+        )
     for card in cards.values():
         card["readings"] = list(card["readings"].values())
-        card["worst"] = min((told["verdict"] for reading in card["readings"] for told in reading["verdicts"]), key=order.index)
+        card["worst"] = min(
+            (told["verdict"] for reading in card["readings"] for told in reading["verdicts"]), key=order.index
+        )
     return list(cards.values())
 
-
+# %% ../../nbs/08_report/03_page.ipynb #da40817f
 def cell_shape(
-    text: str, # a cell of a table
-) -> str: # CSS class: "number", "words" or nothing
+    text: str,  # a cell of a table
+) -> str:  # CSS class: "number", "words" or nothing
     "How a cell is set: numbers to the right, long text with room."
-    if re.fullmatch(r"[±+−-]?[\d.,]+(e[-−+]?\d+)?( ?%)?( \[.*\])?( × \d+)?", str(text)): return "number"
+    if re.fullmatch(r"[±+−-]?[\d.,]+(e[-−+]?\d+)?( ?%)?( \[.*\])?( × \d+)?", str(text)):
+        return "number"
     return "words" if len(str(text)) > 24 else ""
 
 # %% ../../nbs/08_report/03_page.ipynb #9d59aa3a
 def _tables(files: StudyFiles) -> dict:
     "The tables of the page, each a frame of text or None."
     grades = files.grades
-    scores = {judge: figures.score_table(own, files.answers, files.preset.statistics).reset_index() for judge, own in files.scores.groupby("judge") if own["score"].notna().any()}
-    return {"claims": tables.claim_table(files.claims), "scores": scores, "stages": tables.stage_table(files.manifests), "fidelity": tables.fidelity_table(),
-            "judges": None if grades is None else tables.judge_table(grades), "agreement": None if grades is None else tables.agreement_table(tables.judge_agreement(grades))}
+    scores = {
+        judge: figures.score_table(own, files.answers, files.preset.statistics).reset_index()
+        for judge, own in files.scores.groupby("judge")
+        if own["score"].notna().any()
+    }
+    return {
+        "claims": tables.claim_table(files.claims),
+        "scores": scores,
+        "stages": tables.stage_table(files.manifests),
+        "fidelity": tables.fidelity_table(),
+        "judges": None if grades is None else tables.judge_table(grades),
+        "agreement": None if grades is None else tables.agreement_table(tables.judge_agreement(grades)),
+    }
 
-
+# %% ../../nbs/08_report/03_page.ipynb #372b0637
 def render(
-    files: StudyFiles, # of the study
-    drawn: dict[str, Picture], # from `draw_pictures`
-) -> str: # HTML
+    files: StudyFiles,  # of the study
+    drawn: dict[str, Picture],  # from `draw_pictures`
+) -> str:  # HTML
     "The page of a study."
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
+
     assets = package_files("compassion_repro") / "assets" / "report"
     room = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     room.filters["shape"] = cell_shape
     template = room.from_string((assets / "report.html.jinja").read_text(encoding="utf-8"))
-    return template.render(files=files, pictures=drawn, tables=_tables(files), sections=SECTIONS, signs=SIGNS, cards=claim_cards(files), claims=files.claims, several=len(files.judges) > 1,
-                           headline=tables.headline(files), counts=tables.verdict_counts(files.claims), limitations=tables.limitations(files), samples=tables.sample_answers(files), matched=tables.at_matched_length(files), completions=tables.sample_completions(files.completions),
-                           environment=tables.environment(files), settings=yaml.safe_dump(files.preset.resolved(), sort_keys=False, allow_unicode=True, width=100),
-                           style=Markup((assets / "report.css").read_text(encoding="utf-8")))
+    return template.render(
+        files=files,
+        pictures=drawn,
+        tables=_tables(files),
+        sections=SECTIONS,
+        signs=SIGNS,
+        cards=claim_cards(files),
+        claims=files.claims,
+        several=len(files.judges) > 1,
+        headline=tables.headline(files),
+        counts=tables.verdict_counts(files.claims),
+        limitations=tables.limitations(files),
+        samples=tables.sample_answers(files),
+        matched=tables.at_matched_length(files),
+        completions=tables.sample_completions(files.completions),
+        environment=tables.environment(files),
+        settings=yaml.safe_dump(files.preset.resolved(), sort_keys=False, allow_unicode=True, width=100),
+        style=Markup((assets / "report.css").read_text(encoding="utf-8")),
+    )
 
-
+# %% ../../nbs/08_report/03_page.ipynb #2495c11d
 def write_report(
-    folder: str | Path, # study folder with scores and claims
-    report: Callable[[str], None] = lambda line: None, # called with each line of passing progress
-) -> Path: # `report.html` in it
-    "Draw the figures of a study and write its report. Raises `InputError` for a folder that is no study, lacks scores or claims, holds damaged files or cannot be written."
+    folder: str | Path,  # study folder with scores and claims
+    report: Callable[[str], None] = lambda line: None,  # called with each line of passing progress
+) -> Path:  # `report.html` in it
+    """Draw the figures of a study and write its report.
+
+    Raises `InputError` for a folder that is no study, lacks scores or claims, holds damaged files or cannot
+    be written.
+    """
     files = read_study_files(folder)
     drawn = draw_pictures(files, Path(folder) / "figures", report)
     report("report.html")
     page = render(files, drawn)
-    try: return write_atomically(Path(folder) / "report.html", lambda partial: partial.write_text(page, encoding="utf-8"))
-    except OSError as error: raise InputError(f"cannot write the report to {folder}: {error.strerror or error}") from None
+    try:
+        return write_atomically(
+            Path(folder) / "report.html", lambda partial: partial.write_text(page, encoding="utf-8")
+        )
+    except OSError as error:
+        raise InputError(f"cannot write the report to {folder}: {error.strerror or error}") from None

@@ -14,288 +14,632 @@ from dataclasses import asdict
 
 import pandas as pd
 
+from ..core.errors import InputError
 from ..evaluation.agreement import agreement
 from ..evaluation.behaviour import concerns, kl_points, matched_length
+from ..paper import FIDELITY
 from .figures import benchmark_rank, claim_figures, claim_rows, model_look, panel_title
 from ..stats.claims import VERDICTS, ClaimTable
 from ..stats.scores import model_rank
-from ..paper import FIDELITY
-from ..core.errors import InputError
 from ..store.results import StudyFiles
 
 # %% ../../nbs/08_report/02_tables.ipynb #85e5aa38
 def model_name(
-    model: str, # any model id
-) -> str: # in one line
+    model: str,  # any model id
+) -> str:  # in one line
     "A model's name in running text and tables."
     return model_look(model)[0].replace("\n", "")
 
-
+# %% ../../nbs/08_report/02_tables.ipynb #d85fbcdb
 def claim_table(
-    claims: ClaimTable, # of the study
-) -> pd.DataFrame: # a row a record, columns of text
+    claims: ClaimTable,  # of the study
+) -> pd.DataFrame:  # a row a record, columns of text
     "Every reading with its verdict, the figures that it rests on, and the reason."
     rows, several = claim_rows(claims), len({record.judge for record in claims.records}) > 1
-    def number(value, form): return "" if pd.isna(value) else form.format(value).replace("-", "−")
+
+    def number(value, form):
+        return "" if pd.isna(value) else form.format(value).replace("-", "−")
+
     def words(row):
-        wrong = "" if row.wrong is None or f"{row.wrong.estimate:.1f}" == f"{row.estimate:.1f}" else f"; unreadable replies counted as wrong: {row.wrong}"
+        wrong = (
+            ""
+            if row.wrong is None or f"{row.wrong.estimate:.1f}" == f"{row.estimate:.1f}"
+            else f"; unreadable replies counted as wrong: {row.wrong}"
+        )
         return row.estimand + ("" if row.ratio is None else f"; ratio {row.ratio}") + wrong
-    paper = [number(row.paper, "{:+.1f}") or number(row.paper_ratio, "ratio {:g}") for row in rows.itertuples()]
+
+    paper = [
+        number(row.paper, "{:+.1f}") or number(row.paper_ratio, "ratio {:g}") for row in rows.itertuples()
+    ]
     plain = rows["adjusted"].any() & ~rows["adjusted"]
-    table = pd.DataFrame({"claim": rows["reading"], "judge": rows["judge"], "what is estimated": [words(row) for row in rows.itertuples()], "verdict": rows["verdict"], "points [interval]": [claim_figures(row) for row in rows.itertuples()],
-                          "adjusted p" if rows["adjusted"].any() else "p": [number(p, "{:.2g} (plain)" if alone else "{:.2g}") for p, alone in zip(rows["p"], plain)], "paper": paper, "agrees in": rows["agreement"],
-                          "margin": ["" if pd.isna(m) else f"±{m:g}" if kind == "equivalence" else f"−{m:g}" for m, kind in zip(rows["margin"], rows["kind"])],
-                          "questions × seeds": [f"{q} × {s}" if q else "" for q, s in zip(rows["questions"], rows["seeds"])], "why": rows["reason"]})
+    table = pd.DataFrame(
+        {
+            "claim": rows["reading"],
+            "judge": rows["judge"],
+            "what is estimated": [words(row) for row in rows.itertuples()],
+            "verdict": rows["verdict"],
+            "points [interval]": [claim_figures(row) for row in rows.itertuples()],
+            "adjusted p" if rows["adjusted"].any() else "p": [
+                number(p, "{:.2g} (plain)" if alone else "{:.2g}") for p, alone in zip(rows["p"], plain)
+            ],
+            "paper": paper,
+            "agrees in": rows["agreement"],
+            "margin": [
+                "" if pd.isna(m) else f"±{m:g}" if kind == "equivalence" else f"−{m:g}"
+                for m, kind in zip(rows["margin"], rows["kind"])
+            ],
+            "questions × seeds": [
+                f"{q} × {s}" if q else "" for q, s in zip(rows["questions"], rows["seeds"])
+            ],
+            "why": rows["reason"],
+        }
+    )
     return table if several else table.drop(columns="judge")
 
-
+# %% ../../nbs/08_report/02_tables.ipynb #58f64e39
 def _gain(own: list[dict]) -> str:
     "Mean gain over the seeds with the range of their intervals."
     known = [r for r in own if "gain" in r]
-    if not known: return ""
-    low, high = min(r["gain_low"] if r["gain_low"] is not None else float("-inf") for r in known), max(r["gain_high"] if r["gain_high"] is not None else float("inf") for r in known)
+    if not known:
+        return ""
+    low, high = (
+        min(r["gain_low"] if r["gain_low"] is not None else float("-inf") for r in known),
+        max(r["gain_high"] if r["gain_high"] is not None else float("inf") for r in known),
+    )
     return f"{sum(r['gain'] for r in known) / len(known):+.3f} [{low:+.3f}, {high:+.3f}]".replace("-", "−")
 
-
+# %% ../../nbs/08_report/02_tables.ipynb #9ec41ceb
 def stage_table(
-    manifests: list[dict], # of a study's stages
-) -> pd.DataFrame: # a row a trained model, columns of text
+    manifests: list[dict],  # of a study's stages
+) -> pd.DataFrame:  # a row a trained model, columns of text
     "What every model was trained on and what it gained, over all seeds; empty where nothing was trained."
     rows = []
-    for model in sorted({m["model"] for m in manifests if m["kind"] in ("midtrain", "sft", "grpo")}, key=model_rank):
+    for model in sorted(
+        {m["model"] for m in manifests if m["kind"] in ("midtrain", "sft", "grpo")}, key=model_rank
+    ):
         stages = [m for m in manifests if m["model"] == model and m["kind"] in ("midtrain", "sft", "grpo")]
         own = [m["result"] for m in stages]
         tokens = [r.get("tokens") for r in own if r.get("tokens")]
         judged = [r["trained"] for r in own if "trained" in r]
-        rows.append({"model": model_name(model), "rows": f"{own[0].get('rows', 0):,}", "steps": f"{own[0].get('steps', 0):,}", "tokens a seed": f"{sum(tokens) / len(tokens):,.0f}" if tokens else f"{own[0].get('completions', 0):,} completions",
-                     "gain": _gain(own), "unit": "reward, held-out prompts" if "reward_after" in own[0] else "nats a token, held-out rows",
-                     "trained": f"{sum(judged)} of {len(judged)} seeds", "seconds a seed": f"{sum(m.get('seconds', 0) for m in stages) / len(stages):.0f}", "peak memory, MB": f"{max(m.get('peak_memory_mb', 0) for m in stages):,.0f}"})
+        rows.append(
+            {
+                "model": model_name(model),
+                "rows": f"{own[0].get('rows', 0):,}",
+                "steps": f"{own[0].get('steps', 0):,}",
+                "tokens a seed": (
+                    f"{sum(tokens) / len(tokens):,.0f}"
+                    if tokens
+                    else f"{own[0].get('completions', 0):,} completions"
+                ),
+                "gain": _gain(own),
+                "unit": "reward, held-out prompts"
+                if "reward_after" in own[0]
+                else "nats a token, held-out rows",
+                "trained": f"{sum(judged)} of {len(judged)} seeds",
+                "seconds a seed": f"{sum(m.get('seconds', 0) for m in stages) / len(stages):.0f}",
+                "peak memory, MB": f"{max(m.get('peak_memory_mb', 0) for m in stages):,.0f}",
+            }
+        )
     return pd.DataFrame(rows)
 
-
-def fidelity_table() -> pd.DataFrame: # part, the paper, source, ours, why
+# %% ../../nbs/08_report/02_tables.ipynb #8b47ecbf
+def fidelity_table() -> pd.DataFrame:  # part, the paper, source, ours, why
     "What the paper says, where that is known from, what is done here and why."
     return pd.DataFrame([asdict(row) for row in FIDELITY]).rename(columns={"paper": "the paper"})
 
 # %% ../../nbs/08_report/02_tables.ipynb #b03c36e5
 def _question_text(prompt: str) -> str:
     "The question alone, without the template around it."
-    return prompt.removeprefix("<|begin_of_text|>").removeprefix("Question: ").removesuffix("\nAnswer:").strip()
+    return (
+        prompt.removeprefix("<|begin_of_text|>").removeprefix("Question: ").removesuffix("\nAnswer:").strip()
+    )
 
-
+# %% ../../nbs/08_report/02_tables.ipynb #74b915d5
 def _select(table: pd.DataFrame | None, keys: dict) -> pd.DataFrame | None:
     "The rows that have these values."
     return None if table is None else table[(table[list(keys)] == pd.Series(keys)).all(axis=1)]
 
-
+# %% ../../nbs/08_report/02_tables.ipynb #307dce78
 def _verdicts(grades: pd.DataFrame | None, model: str) -> list[dict]:
-    "What every judge said of a model's answer: judge, dimension, of (what the question varies), passed (None where nothing parsed), reply."
+    """What every judge said of a model's answer: judge, dimension, of (what the question varies), passed
+    (None where nothing parsed), reply.
+    """
     own = _select(grades, {"model": model})
-    return [] if own is None else [{"judge": row.judge, "dimension": row.dimension, "of": ", ".join(map(str, json.loads(row.variables or "{}").values())), "passed": None if pd.isna(row.grade) else row.grade >= 0.5,
-             "grade": "no grade" if pd.isna(row.grade) else f"{row.grade:g}", "reply": row.reply or ""} for row in own.sort_values(["dimension", "judge"]).itertuples()]
+    return (
+        []
+        if own is None
+        else [
+            {
+                "judge": row.judge,
+                "dimension": row.dimension,
+                "of": ", ".join(map(str, json.loads(row.variables or "{}").values())),
+                "passed": None if pd.isna(row.grade) else row.grade >= 0.5,
+                "grade": "no grade" if pd.isna(row.grade) else f"{row.grade:g}",
+                "reply": row.reply or "",
+            }
+            for row in own.sort_values(["dimension", "judge"]).itertuples()
+        ]
+    )
 
-
+# %% ../../nbs/08_report/02_tables.ipynb #94bd161d
 def sample_answers(
-    files: StudyFiles, # of the study
-    random_seed: int = 0, # decides which questions are drawn
-) -> list[dict]: # benchmark, language, question, answers: [{model, text, tokens, stop_reason, verdicts}]
-    "Questions with the answers of the starting points and of the arms from the mid-trained model; empty where the study keeps no answers."
-    if files.answers is None: return []
-    first = files.answers[(files.answers["epoch"] == files.answers["epoch"].min()) & (files.answers["seed"] == files.answers["seed"].min()) & ~files.answers["model"].str.contains("@")]
+    files: StudyFiles,  # of the study
+    random_seed: int = 0,  # decides which questions are drawn
+) -> list[dict]:  # benchmark, language, question, answers: [{model, text, tokens, stop_reason, verdicts}]
+    """Questions with the answers of the starting points and of the arms from the mid-trained model; empty
+    where the study keeps no answers.
+    """
+    if files.answers is None:
+        return []
+    first = files.answers[
+        (files.answers["epoch"] == files.answers["epoch"].min())
+        & (files.answers["seed"] == files.answers["seed"].min())
+        & ~files.answers["model"].str.contains("@")
+    ]
     asked, samples = first.drop_duplicates(["benchmark", "question_id"]), []
     for benchmark in sorted(asked["benchmark"].unique(), key=benchmark_rank):
-        languages = sorted(asked.loc[asked["benchmark"] == benchmark, "language"].unique(), key=lambda code: (code != "en", code))[:3]
+        languages = sorted(
+            asked.loc[asked["benchmark"] == benchmark, "language"].unique(),
+            key=lambda code: (code != "en", code),
+        )[:3]
         for language in languages:
-            pool = asked[(asked["benchmark"] == benchmark) & (asked["language"] == language)].sort_values("question_id")
-            for question in pool.sample(min(len(pool), 2 if language == "en" else 1), random_state=random_seed).itertuples():
-                same = first[(first["benchmark"] == benchmark) & (first["question_id"] == question.question_id)]
-                grades = _select(files.grades, {"benchmark": benchmark, "question_id": question.question_id, "seed": question.seed, "epoch": question.epoch})
-                samples.append({"benchmark": panel_title(benchmark), "language": language, "question": _question_text(question.prompt), "answers": [
-                    {"model": model_name(row.model), "text": row.text, "tokens": row.tokens, "stop_reason": row.stop_reason, "verdicts": _verdicts(grades, row.model)} for row in sorted(same.itertuples(), key=lambda row: model_rank(row.model))]})
+            pool = asked[(asked["benchmark"] == benchmark) & (asked["language"] == language)].sort_values(
+                "question_id"
+            )
+            for question in pool.sample(
+                min(len(pool), 2 if language == "en" else 1), random_state=random_seed
+            ).itertuples():
+                same = first[
+                    (first["benchmark"] == benchmark) & (first["question_id"] == question.question_id)
+                ]
+                grades = _select(
+                    files.grades,
+                    {
+                        "benchmark": benchmark,
+                        "question_id": question.question_id,
+                        "seed": question.seed,
+                        "epoch": question.epoch,
+                    },
+                )
+                samples.append(
+                    {
+                        "benchmark": panel_title(benchmark),
+                        "language": language,
+                        "question": _question_text(question.prompt),
+                        "answers": [
+                            {
+                                "model": model_name(row.model),
+                                "text": row.text,
+                                "tokens": row.tokens,
+                                "stop_reason": row.stop_reason,
+                                "verdicts": _verdicts(grades, row.model),
+                            }
+                            for row in sorted(same.itertuples(), key=lambda row: model_rank(row.model))
+                        ],
+                    }
+                )
     return samples
 
-
+# %% ../../nbs/08_report/02_tables.ipynb #aa48c7a7
 def sample_completions(
-    completions: pd.DataFrame | None, # of `StudyFiles`
-) -> list[dict]: # model, step, prompt, completion, reward
-    "Of every GRPO arm's first seed the completions with the lowest and highest reward, at the first and the last step that was kept."
-    if completions is None: return []
+    completions: pd.DataFrame | None,  # of `StudyFiles`
+) -> list[dict]:  # model, step, prompt, completion, reward
+    """Of every GRPO arm's first seed the completions with the lowest and highest reward, at the first and the
+    last step that was kept.
+    """
+    if completions is None:
+        return []
     samples = []
     for model in sorted(completions["model"].unique(), key=model_rank):
         own = completions[completions["model"] == model].dropna(subset="reward")
         own = own[own["seed"] == own["seed"].min()]
         for step in dict.fromkeys([own["step"].min(), own["step"].max()]):
             ranked = own[own["step"] == step].sort_values("reward", kind="stable")
-            samples += [{"model": model_name(model), "step": int(row.step), "prompt": row.prompt, "completion": row.completion, "reward": row.reward} for row in ranked.iloc[[0, -1] if len(ranked) > 1 else [0]].itertuples()]
+            samples += [
+                {
+                    "model": model_name(model),
+                    "step": int(row.step),
+                    "prompt": row.prompt,
+                    "completion": row.completion,
+                    "reward": row.reward,
+                }
+                for row in ranked.iloc[[0, -1] if len(ranked) > 1 else [0]].itertuples()
+            ]
     return samples
 
 # %% ../../nbs/08_report/02_tables.ipynb #db9e646a
 def judge_table(
-    grades: pd.DataFrame, # rows of `grades.parquet`
-) -> pd.DataFrame: # a row a judge and benchmark, columns of text
+    grades: pd.DataFrame,  # rows of `grades.parquet`
+) -> pd.DataFrame:  # a row a judge and benchmark, columns of text
     "Grades, shares that did not parse or were never given, and the share of passes."
-    flags = grades.assign(passed=grades["grade"] >= 0.5, parsed=grades["grade"].notna(), unparseable=grades["attempted"] & grades["grade"].isna(), unjudged=~grades["attempted"].astype(bool))
-    own = flags.groupby(["judge", "benchmark"], observed=True, sort=False).agg(grades=("passed", "size"), passed=("passed", "sum"), parsed=("parsed", "sum"), unparseable=("unparseable", "mean"), unjudged=("unjudged", "mean")).reset_index()
-    return pd.DataFrame({"judge": own["judge"], "benchmark": own["benchmark"].map(panel_title), "grades": own["grades"].map("{:,}".format), "passed (%)": (100 * own["passed"] / own["parsed"]).map("{:.1f}".format),
-                         "unparseable (%)": (100 * own["unparseable"]).map("{:.2f}".format), "never judged (%)": (100 * own["unjudged"]).map("{:.2f}".format)})
+    flags = grades.assign(
+        passed=grades["grade"] >= 0.5,
+        parsed=grades["grade"].notna(),
+        unparseable=grades["attempted"] & grades["grade"].isna(),
+        unjudged=~grades["attempted"].astype(bool),
+    )
+    own = (
+        flags.groupby(["judge", "benchmark"], observed=True, sort=False)
+        .agg(
+            grades=("passed", "size"),
+            passed=("passed", "sum"),
+            parsed=("parsed", "sum"),
+            unparseable=("unparseable", "mean"),
+            unjudged=("unjudged", "mean"),
+        )
+        .reset_index()
+    )
+    return pd.DataFrame(
+        {
+            "judge": own["judge"],
+            "benchmark": own["benchmark"].map(panel_title),
+            "grades": own["grades"].map("{:,}".format),
+            "passed (%)": (100 * own["passed"] / own["parsed"]).map("{:.1f}".format),
+            "unparseable (%)": (100 * own["unparseable"]).map("{:.2f}".format),
+            "never judged (%)": (100 * own["unjudged"]).map("{:.2f}".format),
+        }
+    )
 
-
+# %% ../../nbs/08_report/02_tables.ipynb #0946cab7
 def judge_agreement(
-    grades: pd.DataFrame, # rows of `grades.parquet`
-) -> pd.DataFrame: # rows of `evaluation.agreement.agreement`; empty where no two judges graded the same
+    grades: pd.DataFrame,  # rows of `grades.parquet`
+) -> pd.DataFrame:  # rows of `evaluation.agreement.agreement`; empty where no two judges graded the same
     "Raw agreement and Krippendorff's alpha between judges, over what all of them could grade."
-    try: return agreement(grades)
-    except InputError: return pd.DataFrame(columns=["benchmark", "dimension", "units", "raw"])
+    try:
+        return agreement(grades)
+    except InputError:
+        return pd.DataFrame(columns=["benchmark", "dimension", "units", "raw"])
 
-
+# %% ../../nbs/08_report/02_tables.ipynb #111fc345
 def agreement_table(
-    measured: pd.DataFrame, # benchmark, dimension, units, raw (0-1), and alpha where it was computed, each with bounds as `<name>_low`, `<name>_high` where there are any
-) -> pd.DataFrame: # columns of text
+    # benchmark, dimension, units, raw (0-1), and alpha where it was computed, each with bounds as
+    # `<name>_low`, `<name>_high` where there are any
+    measured: pd.DataFrame,
+) -> pd.DataFrame:  # columns of text
     "Agreement between judges as a table."
+
     def shown(name, form):
-        bounds = [measured[f"{name}_{end}"] if f"{name}_{end}" in measured else [float("nan")] * len(measured) for end in ("low", "high")]
-        return ["" if pd.isna(value) else form(value) + ("" if pd.isna(low) else f" [{form(low)}, {form(high)}]") for value, low, high in zip(measured[name], *bounds)]
-    table = {"benchmark": measured["benchmark"].map(panel_title), "dimension": measured["dimension"], "graded by all": measured["units"].map("{:,}".format), "equal (%)": shown("raw", lambda value: f"{100 * value:.1f}")}
-    return pd.DataFrame(table | ({"Krippendorff's alpha": shown("alpha", lambda value: f"{value:.2f}")} if "alpha" in measured else {}))
+        bounds = [
+            measured[f"{name}_{end}"] if f"{name}_{end}" in measured else [float("nan")] * len(measured)
+            for end in ("low", "high")
+        ]
+        return [
+            "" if pd.isna(value) else form(value) + ("" if pd.isna(low) else f" [{form(low)}, {form(high)}]")
+            for value, low, high in zip(measured[name], *bounds)
+        ]
 
+    table = {
+        "benchmark": measured["benchmark"].map(panel_title),
+        "dimension": measured["dimension"],
+        "graded by all": measured["units"].map("{:,}".format),
+        "equal (%)": shown("raw", lambda value: f"{100 * value:.1f}"),
+    }
+    return pd.DataFrame(
+        table
+        | (
+            {"Krippendorff's alpha": shown("alpha", lambda value: f"{value:.2f}")}
+            if "alpha" in measured
+            else {}
+        )
+    )
 
+# %% ../../nbs/08_report/02_tables.ipynb #ea592a42
 def drift(
-    files: StudyFiles, # of the study
-) -> pd.DataFrame | None: # model, seed, kl, score, low, high; None where nothing was measured
+    files: StudyFiles,  # of the study
+) -> pd.DataFrame | None:  # model, seed, kl, score, low, high; None where nothing was measured
     "Score on the first benchmark against the KL divergence from the mid-trained model, by the first judge."
-    if files.kl is None: return None
+    if files.kl is None:
+        return None
     return kl_points(files.lead, files.kl, min(files.kl["benchmark"].unique(), key=benchmark_rank))
 
-
+# %% ../../nbs/08_report/02_tables.ipynb #97b41b77
 def at_matched_length(
-    files: StudyFiles, # of the study
-) -> list[str]: # a sentence a pair of arms; none where the study has no such pair
-    "The difference between coding and helpfulness with the length of the answers held equal: a mediator analysis, not a correction."
-    if files.answers is None: return []
+    files: StudyFiles,  # of the study
+) -> list[str]:  # a sentence a pair of arms; none where the study has no such pair
+    """The difference between coding and helpfulness with the length of the answers held equal: a mediator
+    analysis, not a correction.
+    """
+    if files.answers is None:
+        return []
     scored = files.lead.dropna(subset="score")
     known = set(scored.loc[scored["benchmark"] == "anima", "model"])
     pairs = [pair for pair in (("sft-code", "sft-help"), ("grpo-code", "grpo-help")) if set(pair) <= known]
+
     def told(high, low):
-        try: return matched_length(files.lead, files.answers, high, low).sentence
-        except InputError as error: return f"{high} − {low} at matched length cannot be told: {error}."
+        try:
+            return matched_length(files.lead, files.answers, high, low).sentence
+        except InputError as error:
+            return f"{high} − {low} at matched length cannot be told: {error}."
+
     return [told(*pair) for pair in pairs]
 
 # %% ../../nbs/08_report/02_tables.ipynb #b2ce8c54
 def _scope_and_seeds(files: StudyFiles) -> list[str]:
     "What the verdicts are about, and over what the intervals run."
     seeds = len(files.seeds)
-    told = [f"Every verdict is {files.preset.scope}.", "The paper's figures were measured on Llama 3.1 8B, on other questions and by another judge: compare the pattern, not the height."]
-    if seeds < 3: told.append(f"{'One training seed' if seeds == 1 else 'Two training seeds'}: the intervals are about these checkpoints only. Another training run may come out otherwise; three seeds or more are needed to speak about the procedure.")
-    else: told.append(f"{seeds} training seeds: intervals about the procedure rest on {seeds - 1} degrees of freedom and on the seeds being alike in kind.")
+    told = [
+        f"Every verdict is {files.preset.scope}.",
+        (
+            "The paper's figures were measured on Llama 3.1 8B, on other questions and by another judge:"
+            " compare the pattern, not the height."
+        ),
+    ]
+    if seeds < 3:
+        told.append(
+            f"{'One training seed' if seeds == 1 else 'Two training seeds'}: the intervals are about these"
+            " checkpoints only. Another training run may come out otherwise; three seeds or more are needed"
+            " to speak about the procedure."
+        )
+    else:
+        told.append(
+            f"{seeds} training seeds: intervals about the procedure rest on {seeds - 1} degrees of freedom"
+            " and on the seeds being alike in kind."
+        )
     fewer = files.scores.groupby("model")["seed"].nunique()
-    return told + [f"{model_name(model)} has scores of {count} of the {seeds} seeds only." for model, count in fewer[fewer < seeds].items()]
+    return told + [
+        f"{model_name(model)} has scores of {count} of the {seeds} seeds only."
+        for model, count in fewer[fewer < seeds].items()
+    ]
 
-
+# %% ../../nbs/08_report/02_tables.ipynb #9dd95c53
 def _judgement(files: StudyFiles) -> list[str]:
     "Who judged, what could not be read, where the judge means nothing."
-    told = [] if len(files.judges) > 1 else [f"One judge ({files.judges[0]}) graded everything: its errors are shared by all models, and no agreement between judges can be given."]
-    if "indicator" in files.judges: told.append("The judge “indicator” looks for the rubric's own phrases. It is exact and repeatable, and blind to the same thought in other words.")
-    if "judge_valid" in files.scores: told += [f"The judge cannot read the rubric of {panel_title(benchmark)}: its scores there mean nothing." for benchmark, valid in files.scores.groupby("benchmark")["judge_valid"].all().items() if not valid]
-    if files.grades is None: return told + ["The study keeps no grades, so the share of replies that could not be read is unknown."]
+    told = (
+        []
+        if len(files.judges) > 1
+        else [
+            f"One judge ({files.judges[0]}) graded everything: its errors are shared by all models, and no"
+            " agreement between judges can be given."
+        ]
+    )
+    if "indicator" in files.judges:
+        told.append(
+            "The judge “indicator” looks for the rubric's own phrases. It is exact and repeatable, and blind"
+            " to the same thought in other words."
+        )
+    if "judge_valid" in files.scores:
+        told += [
+            f"The judge cannot read the rubric of {panel_title(benchmark)}: its scores there mean nothing."
+            for benchmark, valid in files.scores.groupby("benchmark")["judge_valid"].all().items()
+            if not valid
+        ]
+    if files.grades is None:
+        return told + [
+            "The study keeps no grades, so the share of replies that could not be read is unknown."
+        ]
     for judge, own in files.grades.groupby("judge"):
         lost = own["grade"].isna().groupby(own["model"]).mean()
-        if lost.max() > 0: told.append(f"{100 * own['grade'].isna().mean():.1f} % of the grades of {judge} are missing (replies that did not parse, or calls that failed), most for {model_name(lost.idxmax())} ({100 * lost.max():.1f} %); means are over the rest.")
+        if lost.max() > 0:
+            told.append(
+                f"{100 * own['grade'].isna().mean():.1f} % of the grades of {judge} are missing (replies that"
+                f" did not parse, or calls that failed), most for {model_name(lost.idxmax())}"
+                f" ({100 * lost.max():.1f} %); means are over the rest."
+            )
     return told
 
-
+# %% ../../nbs/08_report/02_tables.ipynb #889eeeb4
 def _stage_faults(result: dict) -> list[str]:
     "What a training stage's result says against it."
     told, data = list(result.get("warnings") or []), result.get("data") or {}
-    if data.get("truncated"): told.append(f"{data['truncated']:,} of {data.get('rows', 0):,} rows were cut to fit a sequence")
-    if dropped := sum((data.get("dropped") or {}).values()): told.append(f"{dropped:,} rows could not be used")
-    if abstained := [record["abstained"] for record in result.get("log") or [] if record.get("abstained")]: told.append(f"the reward abstained on {100 * max(abstained):.0f} % of the completions of a step at worst")
+    if data.get("truncated"):
+        told.append(f"{data['truncated']:,} of {data.get('rows', 0):,} rows were cut to fit a sequence")
+    if dropped := sum((data.get("dropped") or {}).values()):
+        told.append(f"{dropped:,} rows could not be used")
+    if abstained := [record["abstained"] for record in result.get("log") or [] if record.get("abstained")]:
+        told.append(
+            f"the reward abstained on {100 * max(abstained):.0f} % of the completions of a step at worst"
+        )
     return told
 
-
+# %% ../../nbs/08_report/02_tables.ipynb #efe6451a
 def _training(files: StudyFiles) -> list[str]:
     "Arms that were left out or not shown to be trained, unequal doses, data that were cut, warnings of GRPO."
     absent = [model_name(model) for model in files.preset.models_compared if model not in files.models]
     told = [f"Not in this study, though configured: {', '.join(absent)}."] if absent else []
     weak = [m for m in files.manifests if m["result"].get("trained") is False]
-    if weak: told.append("Not shown to be trained (the interval of the gain on held-out data touches zero): " + ", ".join(f"{model_name(m['model'])} (seed {m['seed']})" for m in weak) + ".")
-    doses = {model_name(m["model"]): m["result"]["tokens"] for m in files.manifests if m["kind"] == "sft" and m["result"].get("tokens")}
-    if len(set(doses.values())) > 1: told.append(f"The SFT arms take equal steps but not equally many tokens: {min(doses.values()):,} ({min(doses, key=doses.get)}) to {max(doses.values()):,} ({max(doses, key=doses.get)}).")
-    said = {} # (model, sentence) to seeds, so that what holds for all seeds is said once
+    if weak:
+        told.append(
+            "Not shown to be trained (the interval of the gain on held-out data touches zero): "
+            + ", ".join(f"{model_name(m['model'])} (seed {m['seed']})" for m in weak)
+            + "."
+        )
+    doses = {
+        model_name(m["model"]): m["result"]["tokens"]
+        for m in files.manifests
+        if m["kind"] == "sft" and m["result"].get("tokens")
+    }
+    if len(set(doses.values())) > 1:
+        told.append(
+            f"The SFT arms take equal steps but not equally many tokens: {min(doses.values()):,}"
+            f" ({min(doses, key=doses.get)}) to {max(doses.values()):,} ({max(doses, key=doses.get)})."
+        )
+    said = {}  # (model, sentence) to seeds, so that what holds for all seeds is said once
     for m in files.manifests:
-        for sentence in _stage_faults(m["result"]): said.setdefault((m["model"], sentence), []).append(str(m["seed"]))
-    return told + [f"{model_name(model)}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}: {sentence}." for (model, sentence), seeds in said.items()]
+        for sentence in _stage_faults(m["result"]):
+            said.setdefault((m["model"], sentence), []).append(str(m["seed"]))
+    return told + [
+        f"{model_name(model)}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}: {sentence}."
+        for (model, sentence), seeds in said.items()
+    ]
 
-
+# %% ../../nbs/08_report/02_tables.ipynb #69c17f74
 def _answers(files: StudyFiles) -> list[str]:
     "Answers that are cut off, empty or looping, and talk of welfare where there is none to have."
-    told, pooled = ([], None) if files.moved is None else (concerns(files.moved), files.moved[files.moved["language"] == "all"])
-    for share, words in (("over_long", "ran into the token limit"), ("empty", "are empty"), ("looping", "loop")):
-        if pooled is None: break
-        shares = pooled.groupby("model").apply(lambda own: (own[share] * own["answers"]).sum() / own["answers"].sum(), include_groups=False)
-        if shares.max() >= 0.5: told.append(f"Up to {shares.max():.1f} % of the answers {words} (most: {model_name(shares.idxmax())}); a low score of such answers is no lack of compassion.")
+    told, pooled = (
+        ([], None)
+        if files.moved is None
+        else (concerns(files.moved), files.moved[files.moved["language"] == "all"])
+    )
+    for share, words in (
+        ("over_long", "ran into the token limit"),
+        ("empty", "are empty"),
+        ("looping", "loop"),
+    ):
+        if pooled is None:
+            break
+        shares = pooled.groupby("model").apply(
+            lambda own: (own[share] * own["answers"]).sum() / own["answers"].sum(), include_groups=False
+        )
+        if shares.max() >= 0.5:
+            told.append(
+                f"Up to {shares.max():.1f} % of the answers {words} (most: {model_name(shares.idxmax())}); a"
+                " low score of such answers is no lack of compassion."
+            )
     overall = files.lead[files.lead["dimension"] == "overall"]
     means = 100 * overall.groupby(["benchmark", "model"])["score"].mean()
-    if {("leak", "base"), ("leak", "mid"), ("anima", "mid")} <= set(means.index) and means["leak", "mid"] > means["leak", "base"]:
-        told.append(f"Mid-training leaks: on objects, where there is no welfare to speak of, the score rose from {means['leak', 'base']:.1f} to {means['leak', 'mid']:.1f} % (animals: {means['anima', 'mid']:.1f} %), so part of what is measured is a habit of words.")
+    if {("leak", "base"), ("leak", "mid"), ("anima", "mid")} <= set(means.index) and means[
+        "leak", "mid"
+    ] > means["leak", "base"]:
+        told.append(
+            "Mid-training leaks: on objects, where there is no welfare to speak of, the score rose from"
+            f" {means['leak', 'base']:.1f} to {means['leak', 'mid']:.1f} % (animals:"
+            f" {means['anima', 'mid']:.1f} %), so part of what is measured is a habit of words."
+        )
     return told
 
-
+# %% ../../nbs/08_report/02_tables.ipynb #05b6c984
 def _inference(files: StudyFiles) -> list[str]:
     "Claims that nothing can be said about, and how fine the design could have told."
     told, rows = [], claim_rows(files.claims)
     for verdict in ("not tested", "not testable"):
         own = rows.loc[rows["verdict"] == verdict].drop_duplicates("reading")
-        if len(own): told.append(f"{len(own)} reading{'s are' if len(own) > 1 else ' is'} {verdict}: " + "; ".join(f"{row.reading} ({row.reason or 'no reason given'})" for row in own.itertuples()) + ".")
-    margins = {record.reading: record.smallest_margin for record in files.claims.records if getattr(record, "smallest_margin", None)}
-    if margins: told.append("Smallest margin for which a true effect of zero could have been called none: " + ", ".join(f"{reading} ±{margin:.1f}" for reading, margin in margins.items()) + " points.")
-    if not rows["adjusted"].any(): told.append("The p values and intervals of the claims are not corrected for their number.")
+        if len(own):
+            told.append(
+                f"{len(own)} reading{'s are' if len(own) > 1 else ' is'} {verdict}: "
+                + "; ".join(f"{row.reading} ({row.reason or 'no reason given'})" for row in own.itertuples())
+                + "."
+            )
+    margins = {
+        record.reading: record.smallest_margin
+        for record in files.claims.records
+        if getattr(record, "smallest_margin", None)
+    }
+    if margins:
+        told.append(
+            "Smallest margin for which a true effect of zero could have been called none: "
+            + ", ".join(f"{reading} ±{margin:.1f}" for reading, margin in margins.items())
+            + " points."
+        )
+    if not rows["adjusted"].any():
+        told.append("The p values and intervals of the claims are not corrected for their number.")
     dropped = {record.reading: record.dropped for record in files.claims.records if record.dropped}
-    return told + ([f"Questions without a score for every model compared are left out: {', '.join(f'{n} of {reading}' for reading, n in dropped.items())}."] if dropped else [])
+    return told + (
+        [
+            "Questions without a score for every model compared are left out:"
+            f" {', '.join(f'{n} of {reading}' for reading, n in dropped.items())}."
+        ]
+        if dropped
+        else []
+    )
 
-
+# %% ../../nbs/08_report/02_tables.ipynb #05b7f93a
 def _absent(files: StudyFiles) -> list[str]:
     "What was never measured."
     unknown = sum("?" in row.source for row in FIDELITY)
-    return [f"{unknown} of {len(FIDELITY)} settings are not given by the paper; each is marked ? in the fidelity table."] \
-        + ([] if any(model.startswith("grpo") for model in files.models) else ["No GRPO arm has scores, so nothing is said about policy optimisation."]) \
-        + ([] if "mid-control" in files.models else ["No model was trained on matched control documents, so an effect of mid-training as such is not told from one of its content."]) \
-        + ([] if files.margins is not None else ["There is no judge-free margin, so every score rests on a judge."])
+    return (
+        [
+            f"{unknown} of {len(FIDELITY)} settings are not given by the paper; each is marked ? in the"
+            " fidelity table."
+        ]
+        + (
+            []
+            if any(model.startswith("grpo") for model in files.models)
+            else ["No GRPO arm has scores, so nothing is said about policy optimisation."]
+        )
+        + (
+            []
+            if "mid-control" in files.models
+            else [
+                "No model was trained on matched control documents, so an effect of mid-training as such is"
+                " not told from one of its content."
+            ]
+        )
+        + (
+            []
+            if files.margins is not None
+            else ["There is no judge-free margin, so every score rests on a judge."]
+        )
+    )
 
-
+# %% ../../nbs/08_report/02_tables.ipynb #a0e56bc0
 def limitations(
-    files: StudyFiles, # of the study
-) -> dict[str, list[str]]: # topic to sentences
+    files: StudyFiles,  # of the study
+) -> dict[str, list[str]]:  # topic to sentences
     "Every limitation that this study shows."
-    found = {"Scope and seeds": _scope_and_seeds(files), "Judgement": _judgement(files), "Training": _training(files), "Answers": _answers(files), "Inference": _inference(files), "Not measured": _absent(files)}
+    found = {
+        "Scope and seeds": _scope_and_seeds(files),
+        "Judgement": _judgement(files),
+        "Training": _training(files),
+        "Answers": _answers(files),
+        "Inference": _inference(files),
+        "Not measured": _absent(files),
+    }
     return {topic: told for topic, told in found.items() if told}
 
 # %% ../../nbs/08_report/02_tables.ipynb #5e4a2f18
 def environment(
-    files: StudyFiles, # of the study
-) -> list[tuple[str, str]]: # what, and its values
-    "Everything that decided the result, with the packages of all stages; values that differ between stages stand beside each other."
-    def values(key): return ", ".join(sorted({str(m[key]) for m in files.manifests if m.get(key) is not None})) or "not recorded"
+    files: StudyFiles,  # of the study
+) -> list[tuple[str, str]]:  # what, and its values
+    """Everything that decided the result, with the packages of all stages; values that differ between stages
+    stand beside each other.
+    """
+
+    def values(key):
+        return (
+            ", ".join(sorted({str(m[key]) for m in files.manifests if m.get(key) is not None}))
+            or "not recorded"
+        )
+
     settings = json.dumps(files.preset.resolved(), sort_keys=True, ensure_ascii=False)
-    judges = files.grades[["judge", "judge_settings"]].drop_duplicates() if files.grades is not None and "judge_settings" in files.grades else None
-    told = [("configuration", f"preset {files.preset.name}, hash {hashlib.sha256(settings.encode()).hexdigest()[:16]}"), ("seeds", ", ".join(map(str, files.seeds))),
-            ("judge and settings", "; ".join(f"{row.judge} {row.judge_settings}" for row in judges.itertuples()) if judges is not None else ", ".join(files.judges)),
-            ("commit", values("commit")), ("Python", values("python")), ("system", f"{values('system')}, {values('processors')} processors"),
-            ("time of all stages", f"{sum(m.get('seconds', 0) for m in files.manifests) / 60:.1f} minutes"), ("peak memory", f"{max((m.get('peak_memory_mb', 0) for m in files.manifests), default=0):,.0f} MB")]
-    return told + sorted({(name, found) for m in files.manifests for name, found in (m.get("packages") or {}).items() if found})
+    judges = (
+        files.grades[["judge", "judge_settings"]].drop_duplicates()
+        if files.grades is not None and "judge_settings" in files.grades
+        else None
+    )
+    told = [
+        (
+            "configuration",
+            f"preset {files.preset.name}, hash {hashlib.sha256(settings.encode()).hexdigest()[:16]}",
+        ),
+        ("seeds", ", ".join(map(str, files.seeds))),
+        (
+            "judge and settings",
+            (
+                "; ".join(f"{row.judge} {row.judge_settings}" for row in judges.itertuples())
+                if judges is not None
+                else ", ".join(files.judges)
+            ),
+        ),
+        ("commit", values("commit")),
+        ("Python", values("python")),
+        ("system", f"{values('system')}, {values('processors')} processors"),
+        ("time of all stages", f"{sum(m.get('seconds', 0) for m in files.manifests) / 60:.1f} minutes"),
+        ("peak memory", f"{max((m.get('peak_memory_mb', 0) for m in files.manifests), default=0):,.0f} MB"),
+    ]
+    return told + sorted(
+        {(name, found) for m in files.manifests for name, found in (m.get("packages") or {}).items() if found}
+    )
 
-
+# %% ../../nbs/08_report/02_tables.ipynb #6ff16398
 def verdict_counts(
-    claims: ClaimTable, # of the study
-) -> dict[str, int]: # verdict to how many readings have it, those of no reading left out
+    claims: ClaimTable,  # of the study
+) -> dict[str, int]:  # verdict to how many readings have it, those of no reading left out
     "How the verdicts fall."
     counts = claim_rows(claims)["verdict"].value_counts()
     return {verdict: int(counts[verdict]) for verdict in VERDICTS if counts.get(verdict)}
 
-
+# %% ../../nbs/08_report/02_tables.ipynb #c3e762ce
 def headline(
-    files: StudyFiles, # of the study
-) -> str: # one sentence
+    files: StudyFiles,  # of the study
+) -> str:  # one sentence
     "What was compared, over what, and by whom it was judged."
-    asked = ", ".join(f"{files.scores.loc[files.scores['benchmark'] == name, 'question_id'].nunique()} of {panel_title(name)}" for name in sorted(files.scores["benchmark"].unique(), key=benchmark_rank))
+    asked = ", ".join(
+        f"{files.scores.loc[files.scores['benchmark'] == name, 'question_id'].nunique()} of"
+        f" {panel_title(name)}"
+        for name in sorted(files.scores["benchmark"].unique(), key=benchmark_rank)
+    )
     seeds, judges = len(files.seeds), files.judges
-    return f"{len(files.models)} models, {seeds} training seed{'s' * (seeds > 1)}, questions: {asked}; judge{'s' * (len(judges) > 1)}: {', '.join(judges)}; {len(files.claims)} verdicts:"
+    return (
+        f"{len(files.models)} models, {seeds} training seed{'s' * (seeds > 1)}, questions: {asked};"
+        f" judge{'s' * (len(judges) > 1)}: {', '.join(judges)}; {len(files.claims)} verdicts:"
+    )

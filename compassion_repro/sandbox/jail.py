@@ -23,51 +23,92 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial, cache
+from functools import cache, partial
 
 from ..core.errors import InputError
 from .protocol import codec
-from .walls import BOOT, FLAGS, bubblewrap_command, interpreter_files, jailed_code, system_call_filter, MEGABYTE, FILE_LIMIT, FOLDER_LIMIT, USERS, closed_to_others, creation_quota, landlock_ruleset, limits, remove_folder
+from compassion_repro.sandbox.walls import (
+    BOOT,
+    FILE_LIMIT,
+    FLAGS,
+    FOLDER_LIMIT,
+    MEGABYTE,
+    USERS,
+    bubblewrap_command,
+    closed_to_others,
+    creation_quota,
+    interpreter_files,
+    jailed_code,
+    landlock_ruleset,
+    limits,
+    remove_folder,
+    system_call_filter,
+)
 
 # %% ../../nbs/03_sandbox/02_jail.ipynb #45cb9af4
 STATUSES = ("ok", "failed", "syntax", "timeout", "memory", "killed", "sandbox-error")
-LEVELS = ("bubblewrap", "landlock", "none") # best first
+LEVELS = ("bubblewrap", "landlock", "none")  # best first
 
 
 @dataclass(frozen=True)
 class CodeResult:
     "How one program ended; `passed` is None only where the sandbox itself failed."
-    passed: bool | None # did the program reach its end and hold every test
-    status: str # one of `STATUSES`
-    stdout: str # what it printed, cut off at the limit
-    stderr: str # its traceback or the test that failed, or why the sandbox failed
-    seconds: float # wall time, the sandbox's own start included
+
+    passed: bool | None  # did the program reach its end and hold every test
+    status: str  # one of `STATUSES`
+    stdout: str  # what it printed, cut off at the limit
+    stderr: str  # its traceback or the test that failed, or why the sandbox failed
+    seconds: float  # wall time, the sandbox's own start included
 
 # %% ../../nbs/03_sandbox/02_jail.ipynb #bd3acd8c
-def _environment() -> dict[str, str]: # the whole environment of the jail
+def _environment() -> dict[str, str]:  # the whole environment of the jail
     "Nothing, or the library folders where the interpreter itself is found through `LD_LIBRARY_PATH`."
-    folders = [folder for folder in os.environ.get("LD_LIBRARY_PATH", "").split(":") if folder.startswith(interpreter_files()[1])]
+    folders = [
+        folder
+        for folder in os.environ.get("LD_LIBRARY_PATH", "").split(":")
+        if folder.startswith(interpreter_files()[1])
+    ]
     return {"LD_LIBRARY_PATH": ":".join(folders)} if folders else {}
 
-
+# %% ../../nbs/03_sandbox/02_jail.ipynb #795f3e58
 class Jail:
-    "A started jail, to be used in a `with`; raises OSError, ImportError or RuntimeError where it does not start."
-    def __init__(self, where: str): # one of `LEVELS`
+    """A started jail, to be used in a `with`.
+
+    Raises OSError, ImportError or RuntimeError where it does not start.
+    """
+
+    def __init__(self, where: str):  # one of `LEVELS`
         self.where, self.root = where, os.geteuid() == 0 and where != "none"
         self.filter = system_call_filter() if where != "none" else b""
 
     def __enter__(self) -> "Jail":
-        command = [*(bubblewrap_command() if self.where == "bubblewrap" else []), interpreter_files()[0], *FLAGS, "-c", BOOT]
+        command = [
+            *(bubblewrap_command() if self.where == "bubblewrap" else []),
+            interpreter_files()[0],
+            *FLAGS,
+            "-c",
+            BOOT,
+        ]
         self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            with theirs: self.process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=_environment(), cwd="/", start_new_session=True)
+            with theirs:
+                self.process = subprocess.Popen(
+                    command,
+                    stdin=theirs,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    env=_environment(),
+                    cwd="/",
+                    start_new_session=True,
+                )
         except OSError:
             self.line.close()
             raise
         try:
             self.line.settimeout(20)
             self.line.send(marshal.dumps(jailed_code()))
-            if self.line.recv(16) != b"up": raise RuntimeError("the jail did not start")
+            if self.line.recv(16) != b"up":
+                raise RuntimeError("the jail did not start")
         except (OSError, RuntimeError) as error:
             self.process.kill()
             said = self.process.stderr.read().decode(errors="replace").strip()
@@ -76,43 +117,55 @@ class Jail:
         return self
 
     def __exit__(self, *error):
-        self.line.close() # hanging up ends it
+        self.line.close()  # hanging up ends it
         if self.process.poll() is None:
-            with open(os.pidfd_open(self.process.pid)) as ended: # `wait` with a limit would look only now and then
-                if not select.select([ended], [], [], 10)[0]: self.process.kill()
+            # `wait` with a limit would look only now and then
+            with open(os.pidfd_open(self.process.pid)) as ended:
+                if not select.select([ended], [], [], 10)[0]:
+                    self.process.kill()
         self.process.wait()
         self.process.stderr.close()
 
 # %% ../../nbs/03_sandbox/02_jail.ipynb #fc59d566
-OUTPUT_LIMIT = 64 * 1024 # bytes kept of each stream
-FLOOD_LIMIT = 64 * MEGABYTE # bytes printed in all before the program is ended
+OUTPUT_LIMIT = 64 * 1024  # bytes kept of each stream
+FLOOD_LIMIT = 64 * MEGABYTE  # bytes printed in all before the program is ended
 
 
 def _exchange(giving, streams, job, seconds):
-    "Writes the job and reads the streams (output, errors, verdict) until they end; what we write to stays open until then. Returns what came, and whether it printed too much."
+    """Writes the job and reads the streams (output, errors, verdict) until they end; what we write to stays
+    open until then. Returns what came, and whether it printed too much.
+    """
     kept = {stream.fileno(): bytearray() for stream in streams}
     total, left, flooded, asked, deadline = 0, memoryview(job), False, False, time.monotonic() + seconds
     os.set_blocking(giving.fileno(), False)
     with selectors.DefaultSelector() as selector:
         selector.register(giving, selectors.EVENT_WRITE)
-        for descriptor in kept: selector.register(descriptor, selectors.EVENT_READ)
+        for descriptor in kept:
+            selector.register(descriptor, selectors.EVENT_READ)
         while set(selector.get_map()) & set(kept):
-            if time.monotonic() > deadline and asked: break # it does not listen: closing the jail ends it by force
+            # it does not listen: closing the jail ends it by force
+            if time.monotonic() > deadline and asked:
+                break
             flooded = total > FLOOD_LIMIT
             if not asked and (flooded or time.monotonic() > deadline):
                 asked, deadline, left = True, time.monotonic() + 5, left[:0]
-                if giving in (key.fileobj for key in selector.get_map().values()): selector.unregister(giving)
-                giving.close() # hanging up asks the supervisor to end everything
+                if giving in (key.fileobj for key in selector.get_map().values()):
+                    selector.unregister(giving)
+                giving.close()  # hanging up asks the supervisor to end everything
             for key, _ in selector.select(0.5):
                 if key.fileobj is giving:
-                    try: left = left[os.write(key.fd, left[:1 << 16]):]
-                    except BrokenPipeError: left = left[:0]
-                    if not left: selector.unregister(key.fileobj)
+                    try:
+                        left = left[os.write(key.fd, left[: 1 << 16]) :]
+                    except BrokenPipeError:
+                        left = left[:0]
+                    if not left:
+                        selector.unregister(key.fileobj)
                     continue
                 part = os.read(key.fd, 1 << 16)
                 total += len(part)
-                if not part: selector.unregister(key.fileobj)
-                kept[key.fd] += part[:max(0, OUTPUT_LIMIT - len(kept[key.fd]))]
+                if not part:
+                    selector.unregister(key.fileobj)
+                kept[key.fd] += part[: max(0, OUTPUT_LIMIT - len(kept[key.fd]))]
     return *(bytes(part) for part in kept.values()), flooded
 
 # %% ../../nbs/03_sandbox/02_jail.ipynb #3f571c0f
@@ -120,115 +173,172 @@ def _read_verdict(said, secret, flooded):
     "From the lines of judge and supervisor to one of `STATUSES`, and why if it is a sandbox error."
     lines = [line.split(" ") for line in said.splitlines()]
     broken = [" ".join(words[1:]) for words in lines if words[0] == "broken"]
-    if broken or sum(words == ["ready"] for words in lines) < 2: return "sandbox-error", (broken or ["the jail did not start"])[0]
-    if flooded: return "killed", ""
+    if broken or sum(words == ["ready"] for words in lines) < 2:
+        return "sandbox-error", (broken or ["the jail did not start"])[0]
+    if flooded:
+        return "killed", ""
     verdict = next((words[2] for words in lines if words[:2] == ["verdict", secret]), None)
     reason, program, judging = next((words[1:] for words in lines if words[0] == "ended"), ("lost", "0", "0"))
-    if verdict == "bad-tests": return "sandbox-error", "the tests do not compile"
-    if verdict in ("ok", "failed", "syntax", "memory"): return verdict, ""
-    if reason == "timeout" or -signal.SIGXCPU in (int(program), int(judging)): return "timeout", ""
-    if reason in ("lost", "abandoned"): return "sandbox-error", "the supervisor was ended from outside"
+    if verdict == "bad-tests":
+        return "sandbox-error", "the tests do not compile"
+    if verdict in ("ok", "failed", "syntax", "memory"):
+        return verdict, ""
+    if reason == "timeout" or -signal.SIGXCPU in (int(program), int(judging)):
+        return "timeout", ""
+    if reason in ("lost", "abandoned"):
+        return "sandbox-error", "the supervisor was ended from outside"
     return ("killed", "") if int(program) < 0 else ("failed", "")
 
 # %% ../../nbs/03_sandbox/02_jail.ipynb #e7e85da7
-def _pipes(stack: ExitStack) -> tuple[list, list]: # our ends, the program's ends
+def _pipes(stack: ExitStack) -> tuple[list, list]:  # our ends, the program's ends
     "Four pipes, the first to be written by us; all closed with the stack at the latest."
     ours, theirs = [], []
     for number in range(4):
         reading, writing = os.pipe()
-        reading, writing = (stack.enter_context(open(end, mode, buffering=0)) for end, mode in ((reading, "rb"), (writing, "wb")))
-        ours.append(reading if number else writing), theirs.append(writing if number else reading)
+        reading, writing = (
+            stack.enter_context(open(end, mode, buffering=0))
+            for end, mode in ((reading, "rb"), (writing, "wb"))
+        )
+        ours.append(reading if number else writing)
+        theirs.append(writing if number else reading)
     return ours, theirs
 
-
+# %% ../../nbs/03_sandbox/02_jail.ipynb #72f07c15
 def _settings(jail: Jail, timeout_s: float, memory_mb: int, folder: str | None) -> dict:
     "What the jail is told of one program."
     quota = creation_quota() if jail.where == "landlock" else None
     smaller = {"RLIMIT_FSIZE": FILE_LIMIT} if quota else {}
-    return {"timeout_s": timeout_s, "limits": limits(timeout_s, memory_mb) | smaller, "filter": jail.filter, "quota": quota,
-            "user": next(USERS) if jail.root else None, "folder": folder or "/jail", "remove": bool(folder),
-            "own_view": 0 if folder else FOLDER_LIMIT,
-            "keep_reading": jail.root and jail.where == "landlock" and closed_to_others()}
+    return {
+        "timeout_s": timeout_s,
+        "limits": limits(timeout_s, memory_mb) | smaller,
+        "filter": jail.filter,
+        "quota": quota,
+        "user": next(USERS) if jail.root else None,
+        "folder": folder or "/jail",
+        "remove": bool(folder),
+        "own_view": 0 if folder else FOLDER_LIMIT,
+        "keep_reading": jail.root and jail.where == "landlock" and closed_to_others(),
+    }
 
-
-def _launch(jail: Jail, code: str, tests: str, timeout_s: float, memory_mb: int) -> tuple[str, bytes, bytes, str]:
-    "Sends one program into a jail, waits for its end and leaves nothing behind; returns status, output, errors and why it is a sandbox error."
+# %% ../../nbs/03_sandbox/02_jail.ipynb #58933c11
+def _launch(
+    jail: Jail, code: str, tests: str, timeout_s: float, memory_mb: int
+) -> tuple[str, bytes, bytes, str]:
+    """Sends one program into a jail, waits for its end and leaves nothing behind; returns status, output,
+    errors and why it is a sandbox error.
+    """
     secret = secrets.token_hex(16)
     job = codec(None, None)[0]([secret, code, tests])
     with ExitStack() as stack:
         folder = None if jail.where == "bubblewrap" else tempfile.mkdtemp(prefix="jail-")
-        if folder: stack.callback(lambda: os.path.isdir(folder) and remove_folder(folder))
+        if folder:
+            stack.callback(lambda: os.path.isdir(folder) and remove_folder(folder))
         settings = _settings(jail, timeout_s, memory_mb, folder)
-        if folder and jail.root: os.chown(folder, settings["user"], settings["user"])
+        if folder and jail.root:
+            os.chown(folder, settings["user"], settings["user"])
         (giving, *streams), theirs = _pipes(stack)
         ruleset = [stack.enter_context(landlock_ruleset(folder)).fileno()] if jail.where == "landlock" else []
         socket.send_fds(jail.line, [marshal.dumps(settings)], [end.fileno() for end in theirs] + ruleset)
-        for end in theirs: end.close()
-        output, errors, said, flooded = _exchange(giving, streams, len(job).to_bytes(8, "big") + job, timeout_s + 10)
+        for end in theirs:
+            end.close()
+        output, errors, said, flooded = _exchange(
+            giving, streams, len(job).to_bytes(8, "big") + job, timeout_s + 10
+        )
     status, why = _read_verdict(said.decode(errors="replace"), secret, flooded)
     return status, output, errors, why
 
-
-BUSY = ("another sandbox around this process already answers for its system calls, and Linux allows one at a time: "
-        "install bubblewrap, or run outside of that sandbox")
+# %% ../../nbs/03_sandbox/02_jail.ipynb #45c72460
+BUSY = (
+    "another sandbox around this process already answers for its system calls, and Linux allows one at a"
+    " time: install bubblewrap, or run outside of that sandbox"
+)
 
 
 def _plain(why: str) -> str:
     "Why a jail failed, in words that say what to do where the kernel's own do not."
     return BUSY if "quota: " in why and os.strerror(errno.EBUSY) in why else why
 
-
+# %% ../../nbs/03_sandbox/02_jail.ipynb #b1f57a23
 def _run_in(jail: Jail, program: tuple[str, str], timeout_s: float, memory_mb: int) -> CodeResult:
     "One program, and how it ended."
     began, output, errors = time.perf_counter(), b"", b""
-    try: status, output, errors, why = _launch(jail, *program, timeout_s, memory_mb)
-    except (OSError, RuntimeError) as error: status, why = "sandbox-error", f"{type(error).__name__}: {error}"
+    try:
+        status, output, errors, why = _launch(jail, *program, timeout_s, memory_mb)
+    except (OSError, RuntimeError) as error:
+        status, why = "sandbox-error", f"{type(error).__name__}: {error}"
     text = errors.decode("utf-8", "replace") + (f"sandbox: {_plain(why)}\n" if why else "")
-    return CodeResult(None if status == "sandbox-error" else status == "ok", status, output.decode("utf-8", "replace"), text, time.perf_counter() - began)
+    return CodeResult(
+        None if status == "sandbox-error" else status == "ok",
+        status,
+        output.decode("utf-8", "replace"),
+        text,
+        time.perf_counter() - began,
+    )
 
 # %% ../../nbs/03_sandbox/02_jail.ipynb #548c7bd7
-NO_LEVEL = "sandbox: neither bubblewrap nor Landlock works here, so nothing was run; install bubblewrap, or allow unsafe code explicitly"
+NO_LEVEL = (
+    "sandbox: neither bubblewrap nor Landlock works here, so nothing was run; install bubblewrap, or allow"
+    " unsafe code explicitly"
+)
 UNSAFE = "model-written code runs WITHOUT any isolation: it can read, change and send whatever this user can"
 
 
 def run_many(
-    programs: Sequence[tuple[str, str]], # (code, tests) of each
-    workers: int | None = None, # how many at once; default: three for each processor that we may use
+    programs: Sequence[tuple[str, str]],  # (code, tests) of each
+    workers: int | None = None,  # how many at once; default: three for each processor that we may use
     *,
-    timeout_s: float = 5, # wall seconds from a program's start
-    memory_mb: int = 512, # address space in MB
-    using: str | None = None, # one of `LEVELS`; default: the best that this machine offers
-    allow_unsafe: bool = False, # run with no wall at all where the level is "none"
-) -> list[CodeResult]: # in the order of the programs
+    timeout_s: float = 5,  # wall seconds from a program's start
+    memory_mb: int = 512,  # address space in MB
+    using: str | None = None,  # one of `LEVELS`; default: the best that this machine offers
+    allow_unsafe: bool = False,  # run with no wall at all where the level is "none"
+) -> list[CodeResult]:  # in the order of the programs
     "Run many programs, each as `run_code` does, in one jail. Raises `InputError` as that does."
     where = using or level()
-    if where not in LEVELS: raise InputError(f"unknown sandbox level {where!r}: use one of {', '.join(LEVELS)}")
-    if not 0 < timeout_s < 10**6 or not 32 <= memory_mb < 10**9: raise InputError(f"the sandbox wants timeout_s above 0 and memory_mb of at least 32, and numbers a kernel knows, got {timeout_s} and {memory_mb}")
-    if where == "none" and not allow_unsafe: return [CodeResult(None, "sandbox-error", "", NO_LEVEL, 0.0)] * len(programs)
-    if not programs: return []
-    if where == "none": warnings.warn(UNSAFE, RuntimeWarning, stacklevel=2)
+    if where not in LEVELS:
+        raise InputError(f"unknown sandbox level {where!r}: use one of {', '.join(LEVELS)}")
+    if not 0 < timeout_s < 10**6 or not 32 <= memory_mb < 10**9:
+        raise InputError(
+            "the sandbox wants timeout_s above 0 and memory_mb of at least 32, and numbers a kernel knows,"
+            f" got {timeout_s} and {memory_mb}"
+        )
+    if where == "none" and not allow_unsafe:
+        return [CodeResult(None, "sandbox-error", "", NO_LEVEL, 0.0)] * len(programs)
+    if not programs:
+        return []
+    if where == "none":
+        warnings.warn(UNSAFE, RuntimeWarning, stacklevel=2)
     try:
-        with Jail(where) as jail, ThreadPoolExecutor(min(len(programs), workers or 3 * len(os.sched_getaffinity(0)))) as pool:
+        with (
+            Jail(where) as jail,
+            ThreadPoolExecutor(min(len(programs), workers or 3 * len(os.sched_getaffinity(0)))) as pool,
+        ):
             return list(pool.map(partial(_run_in, jail, timeout_s=timeout_s, memory_mb=memory_mb), programs))
     except (OSError, ImportError, RuntimeError) as error:
-        return [CodeResult(None, "sandbox-error", "", f"sandbox: {type(error).__name__}: {error}\n", 0.0)] * len(programs)
+        return [
+            CodeResult(None, "sandbox-error", "", f"sandbox: {type(error).__name__}: {error}\n", 0.0)
+        ] * len(programs)
 
-
+# %% ../../nbs/03_sandbox/02_jail.ipynb #4fa07089
 def run_code(
-    code: str, # Python source of the program
-    tests: str = "", # Python source of its tests; without tests the program passes by reaching its end
+    code: str,  # Python source of the program
+    tests: str = "",  # Python source of its tests; without tests the program passes by reaching its end
     *,
-    timeout_s: float = 5, # wall seconds from the program's start
-    memory_mb: int = 512, # address space in MB
-    using: str | None = None, # one of `LEVELS`; default: the best that this machine offers
-    allow_unsafe: bool = False, # run with no wall at all where the level is "none"
-) -> CodeResult: # how it ended; its seconds hold the start of the jail
+    timeout_s: float = 5,  # wall seconds from the program's start
+    memory_mb: int = 512,  # address space in MB
+    using: str | None = None,  # one of `LEVELS`; default: the best that this machine offers
+    allow_unsafe: bool = False,  # run with no wall at all where the level is "none"
+) -> CodeResult:  # how it ended; its seconds hold the start of the jail
     """Run a program, then its tests against it, in a jail of its own.
 
-    The tests see the program's names; calls are carried out in the program's own process and plain data come back. A program is one process with up to 512 threads: starting others is not permitted.
-    Raises `InputError` for an unknown level or limits that are no positive numbers; never raises for what the program does."""
+    The tests see the program's names; calls are carried out in the program's own process and plain data come
+    back. A program is one process with up to 512 threads: starting others is not permitted. Raises
+    `InputError` for an unknown level or limits that are no positive numbers; never raises for what the
+    program does.
+    """
     began = time.perf_counter()
-    [result] = run_many([(code, tests)], timeout_s=timeout_s, memory_mb=memory_mb, using=using, allow_unsafe=allow_unsafe)
+    [result] = run_many(
+        [(code, tests)], timeout_s=timeout_s, memory_mb=memory_mb, using=using, allow_unsafe=allow_unsafe
+    )
     return replace(result, seconds=time.perf_counter() - began)
 
 # %% ../../nbs/03_sandbox/02_jail.ipynb #15f6731a
@@ -249,22 +359,34 @@ def escapes(path): return [name for name, action, *parts in (("file", open, path
 
 @cache
 def probe(
-    where: str, # "bubblewrap" or "landlock"
-) -> str: # empty if the level holds, else why it does not
+    where: str,  # "bubblewrap" or "landlock"
+) -> str:  # empty if the level holds, else why it does not
     "Tries a level for real, once in a process."
     with tempfile.NamedTemporaryFile() as file:
         os.chmod(file.name, 0o644)
-        found = run_code(PROBE, f"assert keep_a_file() == 'x'\nassert escapes({file.name!r}) == []", using=where, timeout_s=20)
-    return "" if found.passed else (found.stderr.strip().splitlines() or [found.status])[-1].removeprefix("sandbox: ").removeprefix("FileNotFoundError: ").removeprefix("RuntimeError: ")
+        found = run_code(
+            PROBE,
+            f"assert keep_a_file() == 'x'\nassert escapes({file.name!r}) == []",
+            using=where,
+            timeout_s=20,
+        )
+    return (
+        ""
+        if found.passed
+        else (found.stderr.strip().splitlines() or [found.status])[-1]
+        .removeprefix("sandbox: ")
+        .removeprefix("FileNotFoundError: ")
+        .removeprefix("RuntimeError: ")
+    )
 
-
+# %% ../../nbs/03_sandbox/02_jail.ipynb #7f86ac07
 @cache
-def level() -> str: # one of `LEVELS`
+def level() -> str:  # one of `LEVELS`
     "The best level that holds on this machine."
     return next((where for where in LEVELS[:-1] if not probe(where)), "none")
 
-
-def describe_level() -> str: # one line, for `doctor` and the manifest
+# %% ../../nbs/03_sandbox/02_jail.ipynb #46c5771c
+def describe_level() -> str:  # one line, for `doctor` and the manifest
     "The level in use, and why not a better one."
-    missing = [f"{where}: {probe(where)}" for where in LEVELS[:LEVELS.index(level())] if where != "none"]
+    missing = [f"{where}: {probe(where)}" for where in LEVELS[: LEVELS.index(level())] if where != "none"]
     return level() + (f" ({'; '.join(missing)})" if missing else "")

@@ -10,51 +10,104 @@ from collections.abc import Callable
 
 # %% ../../nbs/03_sandbox/00_protocol.ipynb #e5f68850
 def codec(
-    refer: Callable, # called with what is no plain data; returns a tuple of plain data that names it
-    resolve: Callable, # called with the parts of such a name; returns what stands in for it
-) -> tuple[Callable, Callable]: # values to bytes, bytes to a list of values
+    refer: Callable,  # called with what is no plain data; returns a tuple of plain data that names it
+    resolve: Callable,  # called with the parts of such a name; returns what stands in for it
+) -> tuple[Callable, Callable]:  # values to bytes, bytes to a list of values
     "Writes and reads plain data by exact type; reading runs nothing that the writer chose."
-    letters = {type(None): b"N", bool: b"B", int: b"I", float: b"F", complex: b"C", str: b"S", bytes: b"Y", bytearray: b"A",
-               list: b"L", tuple: b"T", set: b"E", frozenset: b"Z", range: b"R", dict: b"D"}
-    split = {b"L": list, b"T": list, b"E": list, b"Z": list, b"R": lambda value: (value.start, value.stop, value.step),
-             b"D": lambda value: [part for pair in value.items() for part in pair], b"@": refer}
-    spell = {b"N": lambda value: b"", b"B": lambda value: b"1" if value else b"", b"I": lambda value: b"%x" % value, b"F": lambda value: value.hex().encode(),
-             b"C": lambda value: f"{value.real.hex()} {value.imag.hex()}".encode(), b"S": lambda value: value.encode("utf-8", "surrogatepass"), b"Y": bytes, b"A": bytes}
-    join = {b"L": list, b"T": tuple, b"E": set, b"Z": frozenset, b"R": lambda parts: range(*parts), b"D": lambda parts: dict(zip(parts[::2], parts[1::2])), b"@": lambda parts: resolve(*parts)}
-    read = {b"N": lambda body: None, b"B": bool, b"I": lambda body: int(body, 16), b"F": lambda body: float.fromhex(body.decode()),
-            b"C": lambda body: complex(*map(float.fromhex, body.decode().split())), b"S": lambda body: body.decode("utf-8", "surrogatepass"), b"Y": bytes, b"A": bytearray}
+    letters = {
+        type(None): b"N",
+        bool: b"B",
+        int: b"I",
+        float: b"F",
+        complex: b"C",
+        str: b"S",
+        bytes: b"Y",
+        bytearray: b"A",
+        list: b"L",
+        tuple: b"T",
+        set: b"E",
+        frozenset: b"Z",
+        range: b"R",
+        dict: b"D",
+    }
+    split = {
+        b"L": list,
+        b"T": list,
+        b"E": list,
+        b"Z": list,
+        b"R": lambda value: (value.start, value.stop, value.step),
+        b"D": lambda value: [part for pair in value.items() for part in pair],
+        b"@": refer,
+    }
+    spell = {
+        b"N": lambda value: b"",
+        b"B": lambda value: b"1" if value else b"",
+        b"I": lambda value: b"%x" % value,
+        b"F": lambda value: value.hex().encode(),
+        b"C": lambda value: f"{value.real.hex()} {value.imag.hex()}".encode(),
+        b"S": lambda value: value.encode("utf-8", "surrogatepass"),
+        b"Y": bytes,
+        b"A": bytes,
+    }
+    join = {
+        b"L": list,
+        b"T": tuple,
+        b"E": set,
+        b"Z": frozenset,
+        b"R": lambda parts: range(*parts),
+        b"D": lambda parts: dict(zip(parts[::2], parts[1::2])),
+        b"@": lambda parts: resolve(*parts),
+    }
+    read = {
+        b"N": lambda body: None,
+        b"B": bool,
+        b"I": lambda body: int(body, 16),
+        b"F": lambda body: float.fromhex(body.decode()),
+        b"C": lambda body: complex(*map(float.fromhex, body.decode().split())),
+        b"S": lambda body: body.decode("utf-8", "surrogatepass"),
+        b"Y": bytes,
+        b"A": bytearray,
+    }
 
     def pack(value):
         letter = letters.get(type(value), b"@")
-        body = b"".join([pack(part) for part in split[letter](value)]) if letter in split else spell[letter](value)
+        body = (
+            b"".join([pack(part) for part in split[letter](value)])
+            if letter in split
+            else spell[letter](value)
+        )
         return letter + len(body).to_bytes(8, "big") + body
 
     def unpack(data):
         values = []
         while data:
             letter, size = bytes(data[:1]), int.from_bytes(data[1:9], "big")
-            body, data = data[9:9 + size], data[9 + size:]
-            if len(body) != size: raise ValueError("a message is cut off")
+            body, data = data[9 : 9 + size], data[9 + size :]
+            if len(body) != size:
+                raise ValueError("a message is cut off")
             values.append(join[letter](unpack(body)) if letter in join else read[letter](bytes(body)))
         return values
+
     return pack, unpack
 
 # %% ../../nbs/03_sandbox/00_protocol.ipynb #051111e3
 def channel(
-    reading: int, # file descriptor to read from
-    writing: int, # file descriptor to write to
-    refer: Callable, # see `codec`
-    resolve: Callable, # see `codec`
-) -> tuple[Callable, Callable]: # send(*parts), receive() -> list of parts
+    reading: int,  # file descriptor to read from
+    writing: int,  # file descriptor to write to
+    refer: Callable,  # see `codec`
+    resolve: Callable,  # see `codec`
+) -> tuple[Callable, Callable]:  # send(*parts), receive() -> list of parts
     "Sends and receives lists of values; raises EOFError where the other side is gone."
     import os
+
     pack, unpack = codec(refer, resolve)
 
     def exactly(size):
         parts = []
         while size:
             parts.append(os.read(reading, min(size, 1 << 20)))
-            if not parts[-1]: raise EOFError("the other side is gone")
+            if not parts[-1]:
+                raise EOFError("the other side is gone")
             size -= len(parts[-1])
         return b"".join(parts)
 
@@ -62,54 +115,85 @@ def channel(
         data = pack(list(message))
         left = memoryview(len(data).to_bytes(8, "big") + data)
         try:
-            while left: left = left[os.write(writing, left):]
-        except BrokenPipeError: raise EOFError("the other side is gone") from None
+            while left:
+                left = left[os.write(writing, left) :]
+        except BrokenPipeError:
+            raise EOFError("the other side is gone") from None
 
     def receive():
         size = int.from_bytes(exactly(8), "big")
-        if size > 64 << 20: raise ValueError("a message of more than 64 MB")
+        if size > 64 << 20:
+            raise ValueError("a message of more than 64 MB")
         return unpack(memoryview(exactly(size)))[0]
+
     return send, receive
 
 # %% ../../nbs/03_sandbox/00_protocol.ipynb #3a750348
 def _library_value(value):
     "A number or a time of the library's as the plain data that make it again; None for anything else."
     module, name = type(value).__module__, type(value).__qualname__
-    if (module, name) == ("decimal", "Decimal"): parts = (str(value),)
-    elif (module, name) == ("fractions", "Fraction"): parts = (value.numerator, value.denominator)
-    elif module == "datetime" and name in ("date", "time", "datetime", "timedelta"): parts = value.__reduce__()[1]
-    else: return None
+    if (module, name) == ("decimal", "Decimal"):
+        parts = (str(value),)
+    elif (module, name) == ("fractions", "Fraction"):
+        parts = (value.numerator, value.denominator)
+    elif module == "datetime" and name in ("date", "time", "datetime", "timedelta"):
+        parts = value.__reduce__()[1]
+    else:
+        return None
     return ("made", module, name, parts) if all(type(part) in (int, str, bytes) for part in parts) else None
 
-
+# %% ../../nbs/03_sandbox/00_protocol.ipynb #49d58a02
 def _made(module, name, parts):
     "What `_library_value` described, made of our own library; raises ValueError for anything else."
-    known = {"decimal": ("Decimal",), "fractions": ("Fraction",), "datetime": ("date", "time", "datetime", "timedelta")}
+    known = {
+        "decimal": ("Decimal",),
+        "fractions": ("Fraction",),
+        "datetime": ("date", "time", "datetime", "timedelta"),
+    }
     if name not in known.get(module, ()) or not all(type(part) in (int, str, bytes) for part in parts):
         raise ValueError(f"a {module}.{name} cannot be made of {parts!r}")
     return getattr(__import__(module), name)(*parts)
 
-
+# %% ../../nbs/03_sandbox/00_protocol.ipynb #fd4a8dc8
 def _describe(value, number):
-    "How the program names a value that must stay where it is: a tuple of plain data; `number(value)` gives a number."
+    """How the program names a value that must stay where it is: a tuple of plain data; `number(value)` gives
+    a number.
+    """
     import builtins
     import sys
-    if isinstance(value, type(sys)): return "module", value.__name__
-    if plain := _library_value(value): return plain
+
+    if isinstance(value, type(sys)):
+        return "module", value.__name__
+    if plain := _library_value(value):
+        return plain
     if isinstance(value, type):
-        if getattr(builtins, value.__name__, None) is value: return "builtin", value.__name__
+        if getattr(builtins, value.__name__, None) is value:
+            return "builtin", value.__name__
         if issubclass(value, BaseException):
-            return "error", number(value), value.__name__, next(base.__name__ for base in value.__mro__ if getattr(builtins, base.__name__, None) is base)
+            return (
+                "error",
+                number(value),
+                value.__name__,
+                next(
+                    base.__name__ for base in value.__mro__ if getattr(builtins, base.__name__, None) is base
+                ),
+            )
     for base in (int, float, complex):
-        if isinstance(value, base): return "copy", number(value), type(value).__name__, base.__pos__(value)
+        if isinstance(value, base):
+            return "copy", number(value), type(value).__name__, base.__pos__(value)
     for base in (str, bytes, tuple):
-        if isinstance(value, base): return "copy", number(value), type(value).__name__, base.__getitem__(value, slice(None))
+        if isinstance(value, base):
+            return "copy", number(value), type(value).__name__, base.__getitem__(value, slice(None))
     return "object", number(value)
 
 # %% ../../nbs/03_sandbox/00_protocol.ipynb #85415063
 def _execute(code, module):
-    "Runs the source in a module; prints a traceback where it does not reach its end. Returns ok, failed, syntax or memory."
+    """Runs the source in a module; prints a traceback where it does not reach its end.
+
+    Returns ok, failed, syntax or memory.
+    """
     import sys
+
     status = "syntax"
     try:
         compiled = compile(code, "<program>", "exec", dont_inherit=True)
@@ -117,33 +201,55 @@ def _execute(code, module):
         exec(compiled, module.__dict__)
         return "ok"
     except BaseException as error:
-        if isinstance(error, MemoryError): status = "memory"
+        if isinstance(error, MemoryError):
+            status = "memory"
         trace, error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next, None
-        try: sys.__excepthook__(type(error), error, trace)
-        except BaseException: pass
+        try:
+            sys.__excepthook__(type(error), error, trace)
+        except BaseException:
+            pass
         return status
     finally:
-        try: sys.stdout.flush()
-        except BaseException: pass
+        try:
+            sys.stdout.flush()
+        except BaseException:
+            pass
 
 # %% ../../nbs/03_sandbox/00_protocol.ipynb #26f74163
 def _own_operations(module):
-    "What the judge may ask for beyond Python's own operations: looking up names, calling, copying the content of a list, dict or set of a class of its own."
+    """What the judge may ask for beyond Python's own operations: looking up names, calling, copying the
+    content of a list, dict or set of a class of its own.
+    """
+
     def look_up(name):
-        if name not in module.__dict__: raise NameError(f"name {name!r} is not defined")
+        if name not in module.__dict__:
+            raise NameError(f"name {name!r} is not defined")
         return module.__dict__[name]
-    def plain_copy(value): return [dict(dict.items(value)) if base is dict else base(base.__iter__(value)) for base in (list, dict, set) if isinstance(value, base)]
-    return {"name": look_up, "names": lambda: [name for name in module.__dict__ if type(name) is str], "copy": plain_copy, "call": lambda function, *parts, **named: function(*parts, **named)}
 
+    def plain_copy(value):
+        return [
+            dict(dict.items(value)) if base is dict else base(base.__iter__(value))
+            for base in (list, dict, set)
+            if isinstance(value, base)
+        ]
 
+    return {
+        "name": look_up,
+        "names": lambda: [name for name in module.__dict__ if type(name) is str],
+        "copy": plain_copy,
+        "call": lambda function, *parts, **named: function(*parts, **named),
+    }
+
+# %% ../../nbs/03_sandbox/00_protocol.ipynb #e753cd84
 def run_program(
-    reading: int, # file descriptor from the judge
-    writing: int, # file descriptor to the judge
+    reading: int,  # file descriptor from the judge
+    writing: int,  # file descriptor to the judge
 ):
     "The program's process: run the source, then serve the judge until it hangs up."
-    import _operator as operator # quicker to load than `operator`, and the same functions
+    import _operator as operator  # quicker to load than `operator`, and the same functions
     import builtins
     import sys
+
     objects, numbers = [], {}
 
     def number(value):
@@ -153,62 +259,112 @@ def run_program(
         return numbers[id(value)]
 
     def resolve(kind, name, *rest):
-        if kind == "made": return _made(name, *rest)
-        if kind == "object": return lambda *parts, **named: ask(name, parts, named)
-        return objects[name] if kind == "mine" else sys.modules[name] if kind == "module" else getattr(builtins, name)
+        if kind == "made":
+            return _made(name, *rest)
+        if kind == "object":
+            return lambda *parts, **named: ask(name, parts, named)
+        return (
+            objects[name]
+            if kind == "mine"
+            else sys.modules[name]
+            if kind == "module"
+            else getattr(builtins, name)
+        )
 
     def ask(number, parts, named):
         send("call", number, parts, named)
         while True:
             kind, *rest = receive()
-            if kind == "value": return rest[0]
-            if kind == "raise": raise rest[0](*rest[1])
+            if kind == "value":
+                return rest[0]
+            if kind == "raise":
+                raise rest[0](*rest[1])
             answer(*rest)
 
     def answer(operation, parts, named):
         try:
-            value = (own.get(operation) or getattr(builtins, operation, None) or getattr(operator, operation))(*parts, **named)
-            send("value", value, [part if type(part) in (list, dict, set, bytearray) else None for part in parts])
-        except EOFError: raise
-        except BaseException as error: send("raise", type(error), list(error.args))
-        finally: sys.stdout.flush()
+            value = (
+                own.get(operation) or getattr(builtins, operation, None) or getattr(operator, operation)
+            )(*parts, **named)
+            send(
+                "value",
+                value,
+                [part if type(part) in (list, dict, set, bytearray) else None for part in parts],
+            )
+        except EOFError:
+            raise
+        except BaseException as error:
+            send("raise", type(error), list(error.args))
+        finally:
+            sys.stdout.flush()
 
     send, receive = channel(reading, writing, lambda value: _describe(value, number), resolve)
     code, name = receive()
     module = sys.modules[name] = type(sys)(name)
     own = _own_operations(module)
     send("ended", _execute(code, module))
-    while True: answer(*receive()[1:])
+    while True:
+        answer(*receive()[1:])
 
 # %% ../../nbs/03_sandbox/00_protocol.ipynb #bce0add3
 def _stand_in_class(do):
-    "The class of what the judge holds in place of a program's object; `do(operation, *parts)` asks the program."
+    """The class of what the judge holds in place of a program's object; `do(operation, *parts)` asks the
+    program.
+    """
+
     class StandIn:
         __slots__ = ("number", "__weakref__")
-        def __init__(self, number): object.__setattr__(self, "number", number)
-        def __getattr__(self, name): return do("getattr", self, name)
-        def __setattr__(self, name, value): do("setattr", self, name, value)
-        def __call__(self, *parts, **named): return do("call", self, *parts, **named)
-        def __hash__(self): return hash(self.number)
-        def __instancecheck__(self, value): return do("isinstance", value, self) is True
-        def __subclasscheck__(self, value): return do("issubclass", value, self) is True
-        def __enter__(self): return do("getattr", self, "__enter__")()
-        def __exit__(self, *error): do("getattr", self, "__exit__")(None, None, None)
+
+        def __init__(self, number):
+            object.__setattr__(self, "number", number)
+
+        def __getattr__(self, name):
+            return do("getattr", self, name)
+
+        def __setattr__(self, name, value):
+            do("setattr", self, name, value)
+
+        def __call__(self, *parts, **named):
+            return do("call", self, *parts, **named)
+
+        def __hash__(self):
+            return hash(self.number)
+
+        def __instancecheck__(self, value):
+            return do("isinstance", value, self) is True
+
+        def __subclasscheck__(self, value):
+            return do("issubclass", value, self) is True
+
+        def __enter__(self):
+            return do("getattr", self, "__enter__")()
+
+        def __exit__(self, *error):
+            do("getattr", self, "__exit__")(None, None, None)
+
         def __eq__(self, other):
-            if isinstance(other, StandIn): return other is self or do("eq", self, other) is True
+            if isinstance(other, StandIn):
+                return other is self or do("eq", self, other) is True
             return do("copy", self) == [other]
 
-    def passed_on(operation): return lambda self, *parts: do(operation, self, *parts)
-    for operation in ("len", "iter", "next", "str", "repr", "bool", "getitem", "setitem", "delitem"): setattr(StandIn, f"__{operation}__", passed_on(operation))
+    def passed_on(operation):
+        return lambda self, *parts: do(operation, self, *parts)
+
+    for operation in ("len", "iter", "next", "str", "repr", "bool", "getitem", "setitem", "delitem"):
+        setattr(StandIn, f"__{operation}__", passed_on(operation))
 
     def between(operation, turned, compares=False):
         def method(self, other):
             both = type(other) is StandIn
-            if compares and not both: return NotImplemented
+            if compares and not both:
+                return NotImplemented
             value = do(operation, other, self) if turned else do(operation, self, other)
             return value if both or type(value) is StandIn else NotImplemented
+
         return method
-    for operation in ("lt", "le", "gt", "ge"): setattr(StandIn, f"__{operation}__", between(operation, False, True))
+
+    for operation in ("lt", "le", "gt", "ge"):
+        setattr(StandIn, f"__{operation}__", between(operation, False, True))
     for operation in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"):
         word = operation + "_" * (operation in ("and", "or"))
         setattr(StandIn, f"__{operation}__", between(word, False))
@@ -218,77 +374,131 @@ def _stand_in_class(do):
 # %% ../../nbs/03_sandbox/00_protocol.ipynb #8eb2abb5
 def _raised(operation, kind, parts):
     "The program's error (its class and arguments) as one of the judge's, given what was asked for."
-    if not (isinstance(kind, type) and issubclass(kind, Exception)) or (issubclass(kind, StopIteration) and operation != "next"):
+    if not (isinstance(kind, type) and issubclass(kind, Exception)) or (
+        issubclass(kind, StopIteration) and operation != "next"
+    ):
         return RuntimeError(f"the program raised {getattr(kind, '__name__', kind)}")
-    try: return kind(*parts)
-    except Exception: return RuntimeError(f"{kind.__name__}: {parts}")
+    try:
+        return kind(*parts)
+    except Exception:
+        return RuntimeError(f"{kind.__name__}: {parts}")
 
-
+# %% ../../nbs/03_sandbox/00_protocol.ipynb #2ed1da5c
 def _make_class(kind, name, base, attribute):
-    "An error class that the tests can catch (`base`: name of a built-in one), or a subclass of a plain value's type (`base`: the value) that asks for its attributes."
+    """An error class that the tests can catch (`base`: name of a built-in one), or a subclass of a plain
+    value's type (`base`: the value) that asks for its attributes.
+    """
     import builtins
-    if kind == "error": return type(name, (getattr(builtins, base) if issubclass(getattr(builtins, base), Exception) else Exception,), {})
-    if type(base) not in (int, float, complex, str, bytes, tuple): raise ValueError("a copy of something that is no plain data")
+
+    if kind == "error":
+        return type(
+            name,
+            (getattr(builtins, base) if issubclass(getattr(builtins, base), Exception) else Exception,),
+            {},
+        )
+    if type(base) not in (int, float, complex, str, bytes, tuple):
+        raise ValueError("a copy of something that is no plain data")
     return type(name, (type(base),), {"__getattr__": lambda self, name: attribute(name)})
 
-
+# %% ../../nbs/03_sandbox/00_protocol.ipynb #7a4ead98
 def _write_back(mine, theirs):
     "Changes our lists, dicts and sets as the program changed its copies (None where they cannot change)."
     for before, after in zip(mine, theirs):
-        if type(before) is not type(after) or type(before) not in (list, dict, set, bytearray) or before == after: continue
+        if (
+            type(before) is not type(after)
+            or type(before) not in (list, dict, set, bytearray)
+            or before == after
+        ):
+            continue
         before.clear()
         before.extend(after) if type(before) in (list, bytearray) else before.update(after)
 
 # %% ../../nbs/03_sandbox/00_protocol.ipynb #4e030d52
 def _correspondent(reading, writing, tests):
-    "The judge's end of the pipe: do(operation, *parts) gives plain data or stand-ins back; with it send and receive."
+    """The judge's end of the pipe: do(operation, *parts) gives plain data or stand-ins back; with it send and
+    receive.
+    """
     import builtins
     import sys
+
     exported, known, marks = [], {}, {}
     written = set("".join(letter if letter.isalnum() or letter == "_" else " " for letter in tests).split())
     looked_up = [None]
 
     def may_name(kind, name):
-        if kind == "module": return name == looked_up[0] and name in sys.stdlib_module_names
+        if kind == "module":
+            return name == looked_up[0] and name in sys.stdlib_module_names
         value = getattr(builtins, name, None)
         return isinstance(value, type) and (name in written or issubclass(value, BaseException))
 
     def refer(value):
-        if type(value) is StandIn: return "mine", object.__getattribute__(value, "number")
-        if id(value) in marks: return "mine", marks[id(value)]
-        if isinstance(value, type) and getattr(builtins, value.__name__, None) is value: return "builtin", value.__name__
-        if isinstance(value, type(sys)): return "module", value.__name__
-        if plain := _library_value(value): return plain
-        if not callable(value): raise TypeError(f"the tests hand a {type(value).__name__} to the program; only plain data and functions can be handed over")
+        if type(value) is StandIn:
+            return "mine", object.__getattribute__(value, "number")
+        if id(value) in marks:
+            return "mine", marks[id(value)]
+        if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
+            return "builtin", value.__name__
+        if isinstance(value, type(sys)):
+            return "module", value.__name__
+        if plain := _library_value(value):
+            return plain
+        if not callable(value):
+            raise TypeError(
+                f"the tests hand a {type(value).__name__} to the program; only plain data and functions can"
+                " be handed over"
+            )
         exported.append(value)
         return "object", len(exported) - 1
 
     def resolve(kind, name, *rest):
-        if kind == "mine": return exported[name]
-        if kind == "made": return _made(name, *rest)
-        if kind in ("builtin", "module") and not may_name(kind, name): raise ValueError(f"the program names a {kind} {name!r}")
-        if kind == "builtin": return getattr(builtins, name)
-        if kind == "module": return __import__(name)
-        if kind not in ("object", "error", "copy"): raise ValueError(f"the program names a {kind} {name!r}")
+        if kind == "mine":
+            return exported[name]
+        if kind == "made":
+            return _made(name, *rest)
+        if kind in ("builtin", "module") and not may_name(kind, name):
+            raise ValueError(f"the program names a {kind} {name!r}")
+        if kind == "builtin":
+            return getattr(builtins, name)
+        if kind == "module":
+            return __import__(name)
+        if kind not in ("object", "error", "copy"):
+            raise ValueError(f"the program names a {kind} {name!r}")
         if name not in known:
             stand_in = StandIn(name)
-            made = stand_in if kind == "object" else _make_class(kind, *rest, lambda attribute: do("getattr", stand_in, attribute))
+            made = (
+                stand_in
+                if kind == "object"
+                else _make_class(kind, *rest, lambda attribute: do("getattr", stand_in, attribute))
+            )
             known[name] = made(rest[1]) if kind == "copy" else made
             marks[id(known[name])] = name
         return known[name]
 
     def called_back(number, parts, named):
-        try: send("value", exported[number](*parts, **named), [])
-        except EOFError: raise
-        except Exception as error: send("raise", type(error) if id(type(error)) in marks or hasattr(builtins, type(error).__name__) else RuntimeError, list(error.args))
+        try:
+            send("value", exported[number](*parts, **named), [])
+        except EOFError:
+            raise
+        except Exception as error:
+            send(
+                "raise",
+                (
+                    type(error)
+                    if id(type(error)) in marks or hasattr(builtins, type(error).__name__)
+                    else RuntimeError
+                ),
+                list(error.args),
+            )
 
     def do(operation, *parts, **named):
         looked_up[0] = parts[0] if operation == "name" else None
         send("do", operation, list(parts), named)
         while True:
             kind, *rest = receive()
-            if kind == "raise": raise _raised(operation, *rest)
-            if kind == "value": break
+            if kind == "raise":
+                raise _raised(operation, *rest)
+            if kind == "value":
+                break
             called_back(*rest)
         _write_back(parts, rest[1])
         return rest[0]
@@ -300,45 +510,61 @@ def _correspondent(reading, writing, tests):
 # %% ../../nbs/03_sandbox/00_protocol.ipynb #90937c0e
 def _names_under_test(tests, program):
     "Which of the program's names the tests use; raises NameError where they use none."
-    import _symtable as table # what `symtable` is made of, quicker to load
+    import _symtable as table  # what `symtable` is made of, quicker to load
     import builtins
+
     def global_names(part):
-        own = {name for name, flags in part.symbols.items() if flags >> table.SCOPE_OFF & table.SCOPE_MASK in (table.GLOBAL_IMPLICIT, table.GLOBAL_EXPLICIT)}
+        own = {
+            name
+            for name, flags in part.symbols.items()
+            if flags >> table.SCOPE_OFF & table.SCOPE_MASK in (table.GLOBAL_IMPLICIT, table.GLOBAL_EXPLICIT)
+        }
         return own.union(*map(global_names, part.children))
+
     whole = table.symtable(tests, "<tests>", "exec")
-    used = {name for name in global_names(whole) if not whole.symbols.get(name, 0) & table.DEF_BOUND} & set(program)
+    used = {name for name in global_names(whole) if not whole.symbols.get(name, 0) & table.DEF_BOUND} & set(
+        program
+    )
     plain = {name for name in used if not hasattr(builtins, name)}
-    if not used and "solution" not in compile(tests, "<tests>", "exec", dont_inherit=True).co_names: raise NameError("the tests use no name that the program defines")
+    if not used and "solution" not in compile(tests, "<tests>", "exec", dont_inherit=True).co_names:
+        raise NameError("the tests use no name that the program defines")
     return plain or used
 
-
+# %% ../../nbs/03_sandbox/00_protocol.ipynb #f8356a79
 def _tests_namespace(taken, do):
-    "Their own names, then built-in ones, then the program's; `import solution` gives the program as a module."
+    """Their own names, then built-in ones, then the program's; `import solution` gives the program as a
+    module.
+    """
     import builtins
     import sys
 
     def attribute(name):
-        if name.startswith("__"): raise AttributeError(name) # what the import system asks for
+        if name.startswith("__"):
+            raise AttributeError(name)  # what the import system asks for
         return do("name", name)
 
     class Names(dict):
         def __missing__(self, name):
-            if name not in taken and hasattr(builtins, name): return getattr(builtins, name)
+            if name not in taken and hasattr(builtins, name):
+                return getattr(builtins, name)
             return do("name", name)
+
     sys.modules["solution"] = type(sys)("solution")
     sys.modules["solution"].__getattr__ = attribute
     return Names(__name__="__main__", __builtins__=builtins)
 
 # %% ../../nbs/03_sandbox/00_protocol.ipynb #76e6e617
 def judge(
-    reading: int, # file descriptor from the program
-    writing: int, # file descriptor to the program
-    code: str, # the program's source
-    tests: str, # Python source of the tests, may be empty
-) -> str: # "ok", "failed", "syntax", "memory", "gone" (the program's process ended) or "bad-tests"
+    reading: int,  # file descriptor from the program
+    writing: int,  # file descriptor to the program
+    code: str,  # the program's source
+    tests: str,  # Python source of the tests, may be empty
+) -> str:  # "ok", "failed", "syntax", "memory", "gone" (the program's process ended) or "bad-tests"
     "The judge's process: hand the source over, run the tests, say how it went."
     import sys
-    try: compiled = compile(tests, "<tests>", "exec", dont_inherit=True)
+
+    try:
+        compiled = compile(tests, "<tests>", "exec", dont_inherit=True)
     except Exception as error:
         print(f"the tests do not compile: {error}", file=sys.stderr)
         return "bad-tests"
@@ -346,21 +572,47 @@ def judge(
     try:
         send(code, "solution" if tests.strip() else "__main__")
         status = receive()[1]
-        if status != "ok": return status if status in ("syntax", "memory") else "failed"
-        if tests.strip(): exec(compiled, _tests_namespace(_names_under_test(tests, do("names")), do))
-        do("copy", 0) # is it still there?
+        if status != "ok":
+            return status if status in ("syntax", "memory") else "failed"
+        if tests.strip():
+            exec(compiled, _tests_namespace(_names_under_test(tests, do("names")), do))
+        do("copy", 0)  # is it still there?
         return "ok"
     except BaseException as error:
-        if isinstance(error, EOFError): return "gone"
+        if isinstance(error, EOFError):
+            return "gone"
         trace, line = error.__traceback__, 0
         while trace:
-            if trace.tb_frame.f_code.co_filename == "<tests>": line = trace.tb_lineno
+            if trace.tb_frame.f_code.co_filename == "<tests>":
+                line = trace.tb_lineno
             trace = trace.tb_next
         shown = tests.splitlines()[line - 1].strip()[:200] if line else ""
-        print(f"line {line} of the tests, {shown!r}: {type(error).__name__}: {str(error)[:500]}", file=sys.stderr)
+        print(
+            f"line {line} of the tests, {shown!r}: {type(error).__name__}: {str(error)[:500]}",
+            file=sys.stderr,
+        )
         return "memory" if isinstance(error, MemoryError) else "failed"
-    finally: sys.stdout.flush()
+    finally:
+        sys.stdout.flush()
 
 # %% ../../nbs/03_sandbox/00_protocol.ipynb #d096ee3b
-HARNESS = (codec, channel, run_program, _library_value, _made, _describe, _execute, _own_operations, # the program's side
-           judge, _correspondent, _stand_in_class, _raised, _make_class, _write_back, _names_under_test, _tests_namespace) # the judge's side
+# the program's side
+HARNESS = (
+    codec,
+    channel,
+    run_program,
+    _library_value,
+    _made,
+    _describe,
+    _execute,
+    _own_operations,
+    # the judge's side
+    judge,
+    _correspondent,
+    _stand_in_class,
+    _raised,
+    _make_class,
+    _write_back,
+    _names_under_test,
+    _tests_namespace,
+)

@@ -40,24 +40,25 @@ getpid gettid getppid getpgrp getuid geteuid getgid getegid getresuid getresgid 
 getcpu getrandom getrlimit setrlimit getrusage capget getpriority uname sysinfo
 sched_getaffinity sched_getparam sched_getscheduler sched_get_priority_max sched_get_priority_min
 sched_rr_get_interval""".split()
-LOW = 0xFFFFFFFF # the bits that the kernel reads of an `int` argument
-ANY_NAMESPACE = 0x7E020000 # CLONE_NEWNS, -CGROUP, -UTS, -IPC, -USER, -PID and -NET
-UNNAMED = getattr(os, "O_TMPFILE", 0) & ~os.O_DIRECTORY # of `open`: a file that has no name
-
+LOW = 0xFFFFFFFF  # the bits that the kernel reads of an `int` argument
+ANY_NAMESPACE = 0x7E020000  # CLONE_NEWNS, -CGROUP, -UTS, -IPC, -USER, -PID and -NET
+UNNAMED = getattr(os, "O_TMPFILE", 0) & ~os.O_DIRECTORY  # of `open`: a file that has no name
 # call -> conditions, each a tuple of (argument, mask, value); one condition that holds is enough
 CONDITIONS = {
     "open": [[(1, UNNAMED, 0)]],
     "openat": [[(2, UNNAMED, 0)]],
-    "clone": [[(0, 0x10000 | ANY_NAMESPACE, 0x10000)]], # CLONE_THREAD: a thread, not a process
-    "socketpair": [[(0, LOW, 1), (1, 0xF, 1)]], # local streams, which cannot be sent elsewhere
-    "renameat2": [[(4, LOW, flags)] for flags in (0, 1)], # RENAME_NOREPLACE
-    "prlimit64": [[(0, LOW, 0)]], # its own limits
-    "prctl": [[(0, LOW, option)] for option in (15, 16)], # PR_SET_NAME, PR_GET_NAME
-    "fcntl": [[(1, LOW, command)] for command in (*range(8), 36, 37, 38, 1030, 1032)], # copies, flags, locks; no signals
-    "ioctl": [[(1, LOW, command)] for command in (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)], # TCGETS, TIOCGWINSZ, FION*
+    "clone": [[(0, 0x10000 | ANY_NAMESPACE, 0x10000)]],  # CLONE_THREAD: a thread, not a process
+    "socketpair": [[(0, LOW, 1), (1, 0xF, 1)]],  # local streams, which cannot be sent elsewhere
+    "renameat2": [[(4, LOW, flags)] for flags in (0, 1)],  # RENAME_NOREPLACE
+    "prlimit64": [[(0, LOW, 0)]],  # its own limits
+    "prctl": [[(0, LOW, option)] for option in (15, 16)],  # PR_SET_NAME, PR_GET_NAME
+    # copies, flags, locks; no signals
+    "fcntl": [[(1, LOW, command)] for command in (*range(8), 36, 37, 38, 1030, 1032)],
+    # TCGETS, TIOCGWINSZ, FION*
+    "ioctl": [[(1, LOW, command)] for command in (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)],
 }
 
-
+# %% ../../nbs/03_sandbox/01_walls.ipynb #85759207
 def _compiled(wall) -> bytes:
     "A libseccomp filter as the kernel takes it."
     with tempfile.TemporaryFile() as file:
@@ -65,126 +66,197 @@ def _compiled(wall) -> bytes:
         file.seek(0)
         return file.read()
 
-
+# %% ../../nbs/03_sandbox/01_walls.ipynb #3eb0a673
 def _add(wall, action, name, condition=()):
     "Adds a rule for a call, unless this libseccomp is too old to know it."
     import pyseccomp as seccomp
-    if seccomp.resolve_syscall(seccomp.Arch.NATIVE, name) == -1: return
-    wall.add_rule(action, name, *(seccomp.Arg(at, seccomp.MASKED_EQ, mask, value) for at, mask, value in condition))
 
+    if seccomp.resolve_syscall(seccomp.Arch.NATIVE, name) == -1:
+        return
+    wall.add_rule(
+        action, name, *(seccomp.Arg(at, seccomp.MASKED_EQ, mask, value) for at, mask, value in condition)
+    )
 
+# %% ../../nbs/03_sandbox/01_walls.ipynb #82b19fb3
 @functools.cache
-def system_call_filter() -> bytes: # a seccomp program for the processor we run on
-    "The filter, compiled once by libseccomp; raises ImportError or RuntimeError where that library is missing."
+def system_call_filter() -> bytes:  # a seccomp program for the processor we run on
+    """The filter, compiled once by libseccomp.
+
+    Raises ImportError or RuntimeError where that library is missing.
+    """
     import errno
+
     import pyseccomp as seccomp
+
     wall = seccomp.SyscallFilter(seccomp.ERRNO(errno.EPERM))
-    for name in ALLOWED: _add(wall, seccomp.ALLOW, name)
+    for name in ALLOWED:
+        _add(wall, seccomp.ALLOW, name)
     for name, conditions in CONDITIONS.items():
-        for condition in conditions: _add(wall, seccomp.ALLOW, name, condition)
-    _add(wall, seccomp.ERRNO(errno.ENOSYS), "clone3") # so that the C library asks for `clone`, whose flags a filter can see
+        for condition in conditions:
+            _add(wall, seccomp.ALLOW, name, condition)
+    # so that the C library asks for `clone`, whose flags a filter can see
+    _add(wall, seccomp.ERRNO(errno.ENOSYS), "clone3")
     return _compiled(wall)
 
 # %% ../../nbs/03_sandbox/01_walls.ipynb #31f69467
-QUOTA = 4096 # what a program may create with Landlock: `FILE_COST` for a file, 1 for a folder, a link or a new name
+# what a program may create with Landlock: `FILE_COST` for a file, 1 for a folder, a link or a new name
+QUOTA = 4096
 FILE_COST = 8
-FILE_LIMIT = 256 << 10 # bytes in one file with Landlock
+FILE_LIMIT = 256 << 10  # bytes in one file with Landlock
 
 
 @functools.cache
-def creation_quota() -> dict: # "filter", "call" (number of `seccomp`), "opens" (numbers of the calls that open files), "left"
+def creation_quota() -> (
+    dict
+):  # "filter", "call" (number of `seccomp`), "opens" (numbers of the calls that open files), "left"
     "What a child needs to report each call that creates something; raises as `system_call_filter` does."
     import pyseccomp as seccomp
+
     wall = seccomp.SyscallFilter(seccomp.ALLOW)
-    for name in ("mkdir", "mkdirat", "symlink", "symlinkat", "rename", "renameat", "renameat2"): _add(wall, seccomp.NOTIFY, name)
-    for name, at in (("open", 1), ("openat", 2)): _add(wall, seccomp.NOTIFY, name, [(at, os.O_CREAT, os.O_CREAT)])
+    for name in ("mkdir", "mkdirat", "symlink", "symlinkat", "rename", "renameat", "renameat2"):
+        _add(wall, seccomp.NOTIFY, name)
+    for name, at in (("open", 1), ("openat", 2)):
+        _add(wall, seccomp.NOTIFY, name, [(at, os.O_CREAT, os.O_CREAT)])
     opens = [seccomp.resolve_syscall(seccomp.Arch.NATIVE, name) for name in ("open", "openat")]
     call = seccomp.resolve_syscall(seccomp.Arch.NATIVE, "seccomp")
     return {"filter": _compiled(wall), "call": call, "opens": opens, "left": QUOTA, "cost": FILE_COST}
 
 # %% ../../nbs/03_sandbox/01_walls.ipynb #f3e821eb
 @functools.cache
-def interpreter_files() -> tuple[str, tuple[str, ...]]: # the real interpreter, and all paths that it must read
-    "The base interpreter behind any virtual environment, with its standard library and the folders of its shared libraries."
+def interpreter_files() -> tuple[
+    str, tuple[str, ...]
+]:  # the real interpreter, and all paths that it must read
+    """The base interpreter behind any virtual environment, with its standard library and the folders of its
+    shared libraries.
+    """
     python = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
-    needed = {python, sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib", vars={"platbase": sys.base_exec_prefix})}
+    needed = {
+        python,
+        sysconfig.get_path("stdlib"),
+        sysconfig.get_path("platstdlib", vars={"platbase": sys.base_exec_prefix}),
+    }
     extensions = [str(path) for folder in needed for path in Path(folder).glob("lib-dynload/*.so")]
-    listed = subprocess.run(["ldd", python, *extensions], capture_output=True, text=True).stdout if shutil.which("ldd") else ""
+    listed = (
+        subprocess.run(["ldd", python, *extensions], capture_output=True, text=True).stdout
+        if shutil.which("ldd")
+        else ""
+    )
     for word in listed.split() or ["/lib/any", "/lib64/any", "/usr/lib/any"]:
         folder = Path(os.path.normpath(word)).parent
-        if not word.startswith("/") or word.endswith(":") or not folder.is_dir(): continue
+        if not word.startswith("/") or word.endswith(":") or not folder.is_dir():
+            continue
         needed.add(str(folder) if {folder.name, folder.parent.name} & {"lib", "lib64"} else word)
     outermost = [path for path in needed if not any(str(folder) in needed for folder in Path(path).parents)]
     return python, tuple(sorted(outermost))
 
 # %% ../../nbs/03_sandbox/01_walls.ipynb #3ee78027
 MEGABYTE = 1 << 20
-FOLDER_LIMIT = 64 * MEGABYTE # bytes in the program's folder where it is in memory
-USERS = itertools.cycle(range(60706, 61184)) # one for each program that root runs
+FOLDER_LIMIT = 64 * MEGABYTE  # bytes in the program's folder where it is in memory
+USERS = itertools.cycle(range(60706, 61184))  # one for each program that root runs
 
 
 def limits(
-    timeout_s: float, # wall seconds
-    memory_mb: int, # address space in MB
-) -> dict[str, int]: # name of the resource -> hard and soft limit
+    timeout_s: float,  # wall seconds
+    memory_mb: int,  # address space in MB
+) -> dict[str, int]:  # name of the resource -> hard and soft limit
     "The kernel's limits on one process of the jail."
-    return {"RLIMIT_AS": int(memory_mb * MEGABYTE), "RLIMIT_CPU": int(timeout_s) + 2, "RLIMIT_NPROC": 512, "RLIMIT_FSIZE": 16 * MEGABYTE, "RLIMIT_NOFILE": 64, "RLIMIT_CORE": 0, "RLIMIT_MEMLOCK": 0}
+    return {
+        "RLIMIT_AS": int(memory_mb * MEGABYTE),
+        "RLIMIT_CPU": int(timeout_s) + 2,
+        "RLIMIT_NPROC": 512,
+        "RLIMIT_FSIZE": 16 * MEGABYTE,
+        "RLIMIT_NOFILE": 64,
+        "RLIMIT_CORE": 0,
+        "RLIMIT_MEMLOCK": 0,
+    }
 
 # %% ../../nbs/03_sandbox/01_walls.ipynb #2e4a834f
 def _change_user(user, keep_reading):
-    "From root to another user for good. `keep_reading` past file modes where the interpreter lies in a folder closed to others; Landlock still decides what can be read."
+    """From root to another user for good.
+
+    `keep_reading` past file modes where the interpreter lies in a folder closed to others; Landlock still
+    decides what can be read.
+    """
     import ctypes
     import os
+
     libc = ctypes.CDLL(None, use_errno=True)
-    if keep_reading: libc.prctl(8, 1, 0, 0, 0) # PR_SET_KEEPCAPS
+    if keep_reading:
+        libc.prctl(8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS
     os.setgroups([])
     os.setresgid(user, user, user)
     os.setresuid(user, user, user)
-    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)(4, 4) # CAP_DAC_READ_SEARCH, effective and permitted
-    if keep_reading and libc.capset(header, sets): raise OSError(ctypes.get_errno(), "capset")
+    # CAP_DAC_READ_SEARCH, effective and permitted
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)(4, 4)
+    if keep_reading and libc.capset(header, sets):
+        raise OSError(ctypes.get_errno(), "capset")
 
-
+# %% ../../nbs/03_sandbox/01_walls.ipynb #74a84592
 def restrict(
-    settings: dict, # what the host wants, see `run_code`
-    supervisor: int, # process id of the parent
-    line, # socket to the parent, for the descriptor that reports what is created; None without a quota
+    settings: dict,  # what the host wants, see `run_code`
+    supervisor: int,  # process id of the parent
+    line,  # socket to the parent, for the descriptor that reports what is created; None without a quota
 ):
     "Puts the walls around the calling process; raises OSError where one does not stand."
     import ctypes
     import os
     import resource
+
     libc = ctypes.CDLL(None, use_errno=True)
-    if hasattr(libc, "mallopt"): libc.mallopt(-8, 1) # one heap for all threads: else each reserves 64 MB of address space
+    # one heap for all threads: else each reserves 64 MB of address space
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-8, 1)
+
     def must(outcome, what):
-        if outcome: raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
-    must(libc.prctl(1, 9, 0, 0, 0), "die with the supervisor") # PR_SET_PDEATHSIG
-    must(libc.prctl(4, 0, 0, 0, 0), "no memory dumps") # PR_SET_DUMPABLE: a crash writes no file, and no other process may look inside
-    if os.getppid() != supervisor: os._exit(70)
-    for name, limit in settings["limits"].items(): resource.setrlimit(getattr(resource, name), (limit, limit + (name == "RLIMIT_CPU"))) # first a signal that can be told from others
-    must(libc.prctl(38, 1, 0, 0, 0), "no new privileges") # PR_SET_NO_NEW_PRIVS
-    if settings["ruleset"] is not None: must(libc.syscall(446, settings["ruleset"], 0), "Landlock")
-    if settings["quota"]: _report_creations(libc, settings["quota"], line)
-    if settings["filter"]: must(libc.prctl(22, 2, _seccomp_program(settings["filter"]), 0, 0), "seccomp") # PR_SET_SECCOMP
+        if outcome:
+            raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
 
+    must(libc.prctl(1, 9, 0, 0, 0), "die with the supervisor")  # PR_SET_PDEATHSIG
+    # PR_SET_DUMPABLE: a crash writes no file, and no other process may look inside
+    must(libc.prctl(4, 0, 0, 0, 0), "no memory dumps")
+    if os.getppid() != supervisor:
+        os._exit(70)
+    # first a signal that can be told from others
+    for name, limit in settings["limits"].items():
+        resource.setrlimit(getattr(resource, name), (limit, limit + (name == "RLIMIT_CPU")))
+    must(libc.prctl(38, 1, 0, 0, 0), "no new privileges")  # PR_SET_NO_NEW_PRIVS
+    if settings["ruleset"] is not None:
+        must(libc.syscall(446, settings["ruleset"], 0), "Landlock")
+    if settings["quota"]:
+        _report_creations(libc, settings["quota"], line)
+    # PR_SET_SECCOMP
+    if settings["filter"]:
+        must(libc.prctl(22, 2, _seccomp_program(settings["filter"]), 0, 0), "seccomp")
 
+# %% ../../nbs/03_sandbox/01_walls.ipynb #7c88a207
 def _seccomp_program(filter):
     "A filter in the form that the kernel reads."
     import ctypes
-    class Program(ctypes.Structure): _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
+
+    class Program(ctypes.Structure):
+        _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
+
     return ctypes.byref(Program(len(filter) // 8, filter))
 
-
+# %% ../../nbs/03_sandbox/01_walls.ipynb #729564dc
 def _report_creations(libc, quota, line):
     "From now on each call of this process that creates something waits for the supervisor's answer."
-    import _socket, ctypes, os, sys
-    listener = libc.syscall(quota["call"], 1, 8, _seccomp_program(quota["filter"])) # SECCOMP_FILTER_FLAG_NEW_LISTENER
-    if listener < 0: raise OSError(ctypes.get_errno(), f"quota: {os.strerror(ctypes.get_errno())}")
+    import _socket
+    import ctypes
+    import os
+    import sys
+
+    # SECCOMP_FILTER_FLAG_NEW_LISTENER
+    listener = libc.syscall(quota["call"], 1, 8, _seccomp_program(quota["filter"]))
+    if listener < 0:
+        raise OSError(ctypes.get_errno(), f"quota: {os.strerror(ctypes.get_errno())}")
     line.sendmsg([b"x"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, listener.to_bytes(4, sys.byteorder))])
 
 # %% ../../nbs/03_sandbox/01_walls.ipynb #5873ebae
 def remove_folder(folder):
     "Removes a folder whatever is in it, at any depth; symbolic links are removed, never followed."
     import os
+
     lifted, prefix = 0, f"{folder}/lifted-{os.urandom(8).hex()}-"
     while entries := list(os.scandir(folder)):
         for entry in entries:
@@ -193,7 +265,8 @@ def remove_folder(folder):
                 continue
             os.chmod(entry.path, 0o700)
             for inner in list(os.scandir(entry.path)):
-                if not inner.is_dir(follow_symlinks=False): os.unlink(inner.path)
+                if not inner.is_dir(follow_symlinks=False):
+                    os.unlink(inner.path)
                 else:
                     os.chmod(inner.path, 0o700)
                     lifted += 1
@@ -203,21 +276,27 @@ def remove_folder(folder):
 
 # %% ../../nbs/03_sandbox/01_walls.ipynb #7d097def
 def _start(role, settings, keep, closed):
-    """Forks a child, restricts it and lets it play its role with its two ends of the pipes; gives its number and what reports to us.
+    """Forks a child, restricts it and lets it play its role with its two ends of the pipes; gives its number and
+    what reports to us.
 
-    `closed`: it keeps nothing else of the host's but the output."""
-    import _socket, os
+    `closed`: it keeps nothing else of the host's but the output.
+    """
+    import _socket
+    import os
+
     supervisor, result = os.getpid(), settings["result"]
     ours, theirs = _socket.socketpair() if settings["quota"] else (None, None)
     child = os.fork()
     if child:
-        if theirs: theirs.close()
+        if theirs:
+            theirs.close()
         return child, ours
     try:
         nothing = os.open("/dev/null", os.O_RDWR)
         restrict(settings, supervisor, theirs)
         os.write(result, b"ready\n")
-        if closed: os.dup2(nothing, 0)
+        if closed:
+            os.dup2(nothing, 0)
         low = 3
         for descriptor in sorted({*keep} if closed else {*keep, result}) + [4096]:
             os.closerange(low, descriptor)
@@ -225,36 +304,44 @@ def _start(role, settings, keep, closed):
     except BaseException as error:
         os.write(result, f"broken {type(error).__name__}: {error}\n".encode())
         os._exit(70)
-    try: role(*keep, result)
-    finally: os._exit(71)
+    try:
+        role(*keep, result)
+    finally:
+        os._exit(71)
 
-
+# %% ../../nbs/03_sandbox/01_walls.ipynb #6c39efee
 def _read_frame(descriptor):
     "Reads one length and that many bytes."
     import os
+
     def exactly(size):
         data = []
         while size:
             data.append(os.read(descriptor, min(size, 1 << 20)))
-            if not data[-1]: os._exit(72)
+            if not data[-1]:
+                os._exit(72)
             size -= len(data[-1])
         return b"".join(data)
+
     return exactly(int.from_bytes(exactly(8), "big"))
 
-
+# %% ../../nbs/03_sandbox/01_walls.ipynb #c0ca9dab
 def _judge_role(reading, writing, result):
     "The judge's child: reads the job, judges, and signs the verdict with the secret."
     import os
+
     secret, code, tests = codec(None, None)[1](memoryview(_read_frame(0)))[0]
     status = judge(reading, writing, code, tests)
     os.write(result, f"verdict {secret} {status}\n".encode())
     os._exit(0)
 
-
+# %% ../../nbs/03_sandbox/01_walls.ipynb #9a59405a
 def _program_role(reading, writing, result):
     "The program's child."
-    import builtins, sys
-    builtins.exit = builtins.quit = sys.exit # what `site` would give
+    import builtins
+    import sys
+
+    builtins.exit = builtins.quit = sys.exit  # what `site` would give
     run_program(reading, writing)
 
 # %% ../../nbs/03_sandbox/01_walls.ipynb #f51455bd
@@ -262,63 +349,90 @@ def _own_view(folder, size):
     "Takes the calling process into namespaces of its own, with an empty folder in memory of so many bytes."
     import ctypes
     import os
+
     libc = ctypes.CDLL(None, use_errno=True)
+
     def must(outcome, what):
-        if outcome: raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
-    must(libc.unshare(0x20000 | 0x4000000 | 0x8000000 | 0x40000000), "a view of its own") # CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWNET
-    must(libc.mount(b"jail", folder.encode(), b"tmpfs", 2 | 4, b"mode=0777,nr_inodes=16384,size=%d" % size), "a folder in memory") # MS_NOSUID, MS_NODEV
+        if outcome:
+            raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
 
+    # CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWNET
+    must(libc.unshare(0x20000 | 0x4000000 | 0x8000000 | 0x40000000), "a view of its own")
+    # MS_NOSUID, MS_NODEV
+    must(
+        libc.mount(b"jail", folder.encode(), b"tmpfs", 2 | 4, b"mode=0777,nr_inodes=16384,size=%d" % size),
+        "a folder in memory",
+    )
 
+# %% ../../nbs/03_sandbox/01_walls.ipynb #17af7ce3
 def _give_up_rights():
     "Gives up every capability that root left behind, or that bubblewrap gave to an ordinary user."
     import ctypes
     import os
+
     libc = ctypes.CDLL(None, use_errno=True)
     header, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-    if libc.capset(header, nothing): raise OSError(ctypes.get_errno(), "capset")
+    if libc.capset(header, nothing):
+        raise OSError(ctypes.get_errno(), "capset")
 
 # %% ../../nbs/03_sandbox/01_walls.ipynb #bd589178
 def _listener(line):
     "The descriptor that reports what a child creates; None where the child ended before it sent one."
     import _socket
+
     _, control, _, _ = line.recvmsg(1, _socket.CMSG_SPACE(4))
     line.close()
     return memoryview(control[0][2]).cast("i")[0] if control else None
 
-
+# %% ../../nbs/03_sandbox/01_walls.ipynb #0be8793e
 def _answer_creation(listener, quota):
     "Lets one call that creates something go on, or answers that the quota is used up."
-    import ctypes, errno
+    import ctypes
+    import errno
+
     libc = ctypes.CDLL(None, use_errno=True)
-    asked = ctypes.create_string_buffer(80) # struct seccomp_notif: id, pid, flags, number of the call
-    if libc.ioctl(listener, ctypes.c_ulong(0xC0502100), asked): return # SECCOMP_IOCTL_NOTIF_RECV; it has been ended
+    asked = ctypes.create_string_buffer(80)  # struct seccomp_notif: id, pid, flags, number of the call
+    # SECCOMP_IOCTL_NOTIF_RECV; it has been ended
+    if libc.ioctl(listener, ctypes.c_ulong(0xC0502100), asked):
+        return
     number = ctypes.c_int.from_buffer(asked, 16).value
     quota["left"] -= quota["cost"] if number in quota["opens"] else 1
-    answer = ctypes.create_string_buffer(asked.raw[:8], 24) # struct seccomp_notif_resp: id, value, error, flags
-    if quota["left"] < 0: ctypes.c_int.from_buffer(answer, 16).value = -errno.EDQUOT
-    else: ctypes.c_int.from_buffer(answer, 20).value = 1 # SECCOMP_USER_NOTIF_FLAG_CONTINUE
-    libc.ioctl(listener, ctypes.c_ulong(0xC0182101), answer) # SECCOMP_IOCTL_NOTIF_SEND
+    # struct seccomp_notif_resp: id, value, error, flags
+    answer = ctypes.create_string_buffer(asked.raw[:8], 24)
+    if quota["left"] < 0:
+        ctypes.c_int.from_buffer(answer, 16).value = -errno.EDQUOT
+    else:
+        ctypes.c_int.from_buffer(answer, 20).value = 1  # SECCOMP_USER_NOTIF_FLAG_CONTINUE
+    libc.ioctl(listener, ctypes.c_ulong(0xC0182101), answer)  # SECCOMP_IOCTL_NOTIF_SEND
 
-
+# %% ../../nbs/03_sandbox/01_walls.ipynb #00b09e06
 def supervise(
-    settings: dict, # see `run_code`
+    settings: dict,  # see `run_code`
 ):
     "The supervisor: the first of a program's processes, which runs nothing but this."
-    import os, select, time
+    import os
+    import select
+    import time
+
     os.umask(0o077)
-    if settings["own_view"]: _own_view(settings["folder"], settings["own_view"])
+    if settings["own_view"]:
+        _own_view(settings["folder"], settings["own_view"])
     os.chdir(settings["folder"])
-    if settings["user"] is not None: _change_user(settings["user"], settings["keep_reading"])
-    if settings["own_view"]: _give_up_rights()
+    if settings["user"] is not None:
+        _change_user(settings["user"], settings["keep_reading"])
+    if settings["own_view"]:
+        _give_up_rights()
     (to_program, from_judge), (to_judge, from_program) = os.pipe(), os.pipe()
     program, first = _start(_program_role, settings, (to_program, from_program), True)
     judging, second = _start(_judge_role, settings, (to_judge, from_judge), False)
-    for descriptor in (to_program, from_judge, to_judge, from_program): os.close(descriptor)
+    for descriptor in (to_program, from_judge, to_judge, from_program):
+        os.close(descriptor)
     ended, poll, reason = os.pidfd_open(judging), select.poll(), "timeout"
     poll.register(ended, select.POLLIN)
-    poll.register(0, 0) # only for the hang-up of the host
+    poll.register(0, 0)  # only for the hang-up of the host
     listeners = {listener for line in (first, second) if line if (listener := _listener(line)) is not None}
-    for listener in listeners: poll.register(listener, select.POLLIN)
+    for listener in listeners:
+        poll.register(listener, select.POLLIN)
     deadline = time.monotonic() + settings["timeout_s"]
     while (left := deadline - time.monotonic()) > 0:
         happened = dict(poll.poll(left * 1000))
@@ -326,60 +440,108 @@ def supervise(
             reason = "judged"
             break
         for listener, event in happened.items():
-            if event & select.POLLIN: _answer_creation(listener, settings["quota"])
-            else: poll.unregister(listener) # nobody is left who could create anything
-    if 0 in dict(poll.poll(0)): reason = "abandoned" # whoever noticed first
-    for child in (program, judging): os.kill(child, 9)
+            if event & select.POLLIN:
+                _answer_creation(listener, settings["quota"])
+            else:
+                poll.unregister(listener)  # nobody is left who could create anything
+    if 0 in dict(poll.poll(0)):
+        reason = "abandoned"  # whoever noticed first
+    for child in (program, judging):
+        os.kill(child, 9)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in (program, judging)]
-    if reason == "abandoned" and settings["remove"]: # the host may be dead
-        try: remove_folder(settings["folder"])
-        except OSError: pass # emptied, but it lies in a folder that this user may not change
+    if reason == "abandoned" and settings["remove"]:  # the host may be dead
+        try:
+            remove_folder(settings["folder"])
+        except OSError:
+            pass  # emptied, but it lies in a folder that this user may not change
     os.write(settings["result"], f"ended {reason} {codes[0]} {codes[1]}\n".encode())
     os._exit(0)
 
 # %% ../../nbs/03_sandbox/01_walls.ipynb #79a19243
 def serve(
-    line, # socket to the host
+    line,  # socket to the host
 ):
-    "The warm interpreter: forks a supervisor for each program that the host announces, until the host hangs up."
-    import _signal, _socket, _symtable, ctypes, gc, marshal, os, resource, select, time # here, so that the children find them loaded
+    """The warm interpreter: forks a supervisor for each program that the host announces, until the host hangs
+    up.
+    """
+    # here, so that the children find them loaded
+    import _signal
+    import _socket
+    import _symtable
+    import ctypes
+    import gc
+    import marshal
+    import os
+    import resource
+    import select
+    import time
+
     libc, myself = ctypes.CDLL(None, use_errno=True), os.pidfd_open(os.getpid())
-    _signal.signal(_signal.SIGCHLD, _signal.SIG_IGN) # nobody waits for supervisors
+    _signal.signal(_signal.SIGCHLD, _signal.SIG_IGN)  # nobody waits for supervisors
     gc.freeze()
     line.send(b"up")
     while True:
         message, control, _, _ = line.recvmsg(1 << 16, _socket.CMSG_SPACE(5 * 4))
-        if not message: break
+        if not message:
+            break
         descriptors = memoryview(control[0][2]).cast("i").tolist()
         settings = marshal.loads(message)
-        refused = settings["own_view"] and libc.unshare(0x20000000) # CLONE_NEWPID
-        if os.fork() == 0: _become_supervisor(line, settings, descriptors, refused and ctypes.get_errno())
-        if settings["own_view"] and not refused and libc.setns(myself, 0x20000000): os._exit(73)
-        for descriptor in descriptors: os.close(descriptor)
-    try: os.waitid(os.P_ALL, 0, os.WEXITED) # the last supervisors may have a folder to remove
-    finally: os._exit(0)
+        refused = settings["own_view"] and libc.unshare(0x20000000)  # CLONE_NEWPID
+        if os.fork() == 0:
+            _become_supervisor(line, settings, descriptors, refused and ctypes.get_errno())
+        if settings["own_view"] and not refused and libc.setns(myself, 0x20000000):
+            os._exit(73)
+        for descriptor in descriptors:
+            os.close(descriptor)
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED)  # the last supervisors may have a folder to remove
+    finally:
+        os._exit(0)
 
-
+# %% ../../nbs/03_sandbox/01_walls.ipynb #17d44220
 def _become_supervisor(line, settings, descriptors, refused):
     "Lays the program's pipes in their places and supervises; whatever goes wrong is told to the host."
-    import _signal, ctypes, os
+    import _signal
+    import ctypes
+    import os
+
     settings |= {"result": descriptors[3], "ruleset": descriptors[4] if len(descriptors) > 4 else None}
     try:
         _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
         line.detach()
-        for number in range(3): os.dup2(descriptors[number], number)
+        for number in range(3):
+            os.dup2(descriptors[number], number)
         low = 3
         for descriptor in [*sorted(descriptors[3:]), 4096]:
             os.closerange(low, descriptor)
             low = descriptor + 1
-        if refused: raise OSError(refused, f"process numbers of its own: {os.strerror(refused)}")
+        if refused:
+            raise OSError(refused, f"process numbers of its own: {os.strerror(refused)}")
         supervise(settings)
-    except BaseException as error: os.write(settings["result"], f"broken {type(error).__name__}: {error}\n".encode())
-    finally: os._exit(74)
+    except BaseException as error:
+        os.write(settings["result"], f"broken {type(error).__name__}: {error}\n".encode())
+    finally:
+        os._exit(74)
 
 # %% ../../nbs/03_sandbox/01_walls.ipynb #88698d6e
-WALLS = (serve, _become_supervisor, supervise, restrict, _change_user, _own_view, _give_up_rights, _start, _read_frame, remove_folder,
-         _seccomp_program, _report_creations, _listener, _answer_creation, _program_role, _judge_role)
+WALLS = (
+    serve,
+    _become_supervisor,
+    supervise,
+    restrict,
+    _change_user,
+    _own_view,
+    _give_up_rights,
+    _start,
+    _read_frame,
+    remove_folder,
+    _seccomp_program,
+    _report_creations,
+    _listener,
+    _answer_creation,
+    _program_role,
+    _judge_role,
+)
 FLAGS = ("-I", "-S", "-B", "-X", "utf8")
 BOOT = """import _socket, marshal
 line = _socket.socket(fileno=0)
@@ -387,45 +549,101 @@ for name, code in marshal.loads(line.recv(1 << 18)).items(): globals()[name] = t
 serve(line)"""
 
 
-def jailed_code() -> dict: # name -> code object
+def jailed_code() -> dict:  # name -> code object
     "The functions that run in the jail, ready to be sent."
     return {function.__name__: function.__code__ for function in HARNESS + WALLS}
 
 # %% ../../nbs/03_sandbox/01_walls.ipynb #9a99a1e3
 @functools.cache
-def bubblewrap_command() -> list[str]: # words in front of the interpreter
+def bubblewrap_command() -> list[str]:  # words in front of the interpreter
     "The words that start bubblewrap; raises FileNotFoundError where it is not installed."
     found = shutil.which("bwrap")
-    if not found: raise FileNotFoundError("bubblewrap is not installed (Debian and Ubuntu: apt-get install bubblewrap)")
+    if not found:
+        raise FileNotFoundError("bubblewrap is not installed (Debian and Ubuntu: apt-get install bubblewrap)")
     known = subprocess.run([found, "--help"], capture_output=True, text=True).stdout
     rights = ("SETUID", "SETGID", "SYS_ADMIN") if os.geteuid() == 0 else ("SYS_ADMIN",)
-    who = [*(["--unshare-user"] if os.geteuid() else []), *(word for right in rights for word in ("--cap-add", f"CAP_{right}"))]
+    who = [
+        *(["--unshare-user"] if os.geteuid() else []),
+        *(word for right in rights for word in ("--cap-add", f"CAP_{right}")),
+    ]
     paths = interpreter_files()[1]
-    above = sorted({str(folder) for path in (*paths, "/dev/null") for folder in Path(path).parents if folder != Path("/")})
-    open_folders = [word for folder in above for word in (*(["--perms", "0755"] if "--perms" in known else []), "--dir", folder)] # passable for the other user
+    above = sorted(
+        {
+            str(folder)
+            for path in (*paths, "/dev/null")
+            for folder in Path(path).parents
+            if folder != Path("/")
+        }
+    )
+    # passable for the other user
+    open_folders = [
+        word
+        for folder in above
+        for word in (*(["--perms", "0755"] if "--perms" in known else []), "--dir", folder)
+    ]
     binds = [word for path in paths for word in ("--ro-bind", path, path)]
-    return [found, *who, "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try", "--as-pid-1", "--die-with-parent", "--new-session",
-            *open_folders, *binds, "--dev-bind", "/dev/null", "/dev/null", "--dir", "/jail", "--remount-ro", "/"]
+    return [
+        found,
+        *who,
+        "--unshare-ipc",
+        "--unshare-pid",
+        "--unshare-net",
+        "--unshare-uts",
+        "--unshare-cgroup-try",
+        "--as-pid-1",
+        "--die-with-parent",
+        "--new-session",
+        *open_folders,
+        *binds,
+        "--dev-bind",
+        "/dev/null",
+        "/dev/null",
+        "--dir",
+        "/jail",
+        "--remount-ro",
+        "/",
+    ]
 
 # %% ../../nbs/03_sandbox/01_walls.ipynb #5c59bdb6
 def landlock_ruleset(
-    folder: str, # the program's own folder
-): # a `landlockpy.Ruleset`, to be closed by the caller
-    "What may be read, and the one folder that may be written; raises RuntimeError where the kernel has no Landlock."
+    folder: str,  # the program's own folder
+):  # a `landlockpy.Ruleset`, to be closed by the caller
+    """What may be read, and the one folder that may be written.
+
+    Raises RuntimeError where the kernel has no Landlock.
+    """
     import landlockpy
     from landlockpy import AccessFS, Scope
-    if not landlockpy.supported(): raise RuntimeError("this kernel has no Landlock")
+
+    if not landlockpy.supported():
+        raise RuntimeError("this kernel has no Landlock")
     files, folders = AccessFS.READ_FILE, AccessFS.READ_FILE | AccessFS.READ_DIR
-    own = folders | AccessFS.WRITE_FILE | AccessFS.REMOVE_DIR | AccessFS.REMOVE_FILE | AccessFS.MAKE_DIR | AccessFS.MAKE_REG | AccessFS.MAKE_SYM | AccessFS.TRUNCATE | AccessFS.REFER
+    own = (
+        folders
+        | AccessFS.WRITE_FILE
+        | AccessFS.REMOVE_DIR
+        | AccessFS.REMOVE_FILE
+        | AccessFS.MAKE_DIR
+        | AccessFS.MAKE_REG
+        | AccessFS.MAKE_SYM
+        | AccessFS.TRUNCATE
+        | AccessFS.REFER
+    )
     ruleset = landlockpy.Ruleset(scoped=Scope.SIGNAL | Scope.ABSTRACT_UNIX_SOCKET)
-    for path in interpreter_files()[1]: ruleset.allow_path(path, folders if os.path.isdir(path) else files)
+    for path in interpreter_files()[1]:
+        ruleset.allow_path(path, folders if os.path.isdir(path) else files)
     ruleset.allow_path("/dev/null", files | AccessFS.WRITE_FILE)
     ruleset.allow_path(folder, own)
     return ruleset
 
-
+# %% ../../nbs/03_sandbox/01_walls.ipynb #b23ffa93
 @functools.cache
-def closed_to_others() -> bool: # does a folder above the interpreter shut other users out
+def closed_to_others() -> bool:  # does a folder above the interpreter shut other users out
     "Whether another user could not reach the interpreter (it lies in root's home, say)."
-    def shut(path): return not os.stat(path).st_mode & (stat.S_IXOTH if os.path.isdir(path) else stat.S_IROTH)
-    return any(shut(step) for path in interpreter_files()[1] for step in (path, *map(str, Path(path).parents)))
+
+    def shut(path):
+        return not os.stat(path).st_mode & (stat.S_IXOTH if os.path.isdir(path) else stat.S_IROTH)
+
+    return any(
+        shut(step) for path in interpreter_files()[1] for step in (path, *map(str, Path(path).parents))
+    )

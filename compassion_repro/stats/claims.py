@@ -13,13 +13,24 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .inference import Interval, holm, make_interval
-from .scores import GRADE_COLUMNS, MEAN_OF_JUDGES, beside_judges, check_columns, check_scores, dimension_weights, mean_of_judges, question_texts, scores_from_grades
-from .estimates import Contrast, Items, contrast, within_reach
-from ..paper import CLAIMS, Cell, Claim, Reading, claim_readings, family_of
 from ..core.errors import InputError
+from ..paper import CLAIMS, Cell, Claim, Reading, claim_readings, family_of
+from .estimates import Contrast, Items, contrast, within_reach
+from .inference import Interval, holm, make_interval
+from compassion_repro.stats.scores import (
+    GRADE_COLUMNS,
+    MEAN_OF_JUDGES,
+    beside_judges,
+    check_columns,
+    check_scores,
+    dimension_weights,
+    mean_of_judges,
+    question_texts,
+    scores_from_grades,
+)
 from ..study import Preset, Statistics
 
 # %% ../../nbs/06_stats/03_claims.ipynb #83ce5f26
@@ -27,151 +38,228 @@ VERDICTS = ("supported", "contradicted", "inconclusive", "not testable", "not te
 
 
 def verdict_of(
-    kind: str, # "superiority", "equivalence" or "non-inferiority"
-    interval: Interval, # in points
-    margin: float, # points, for the two kinds of null claim
-) -> tuple[str, str]: # one of the first three of VERDICTS, and the reason
+    kind: str,  # "superiority", "equivalence" or "non-inferiority"
+    interval: Interval,  # in points
+    margin: float,  # points, for the two kinds of null claim
+) -> tuple[str, str]:  # one of the first three of VERDICTS, and the reason
     "Where an interval lies against the region that the claim names."
-    if interval.low is None: return "inconclusive", "no interval: a single question"
+    if interval.low is None:
+        return "inconclusive", "no interval: a single question"
     lower = 0 if kind == "superiority" else -margin
     upper = margin if kind == "equivalence" else np.inf
-    region = {"superiority": "above 0", "equivalence": f"within ±{margin:g}", "non-inferiority": f"above −{margin:g}"}[kind]
-    if interval.low > lower and interval.high < upper: return "supported", f"the interval lies {region}"
-    if interval.high < lower or interval.low > upper: return "contradicted", f"no part of the interval lies {region}"
+    region = {
+        "superiority": "above 0",
+        "equivalence": f"within ±{margin:g}",
+        "non-inferiority": f"above −{margin:g}",
+    }[kind]
+    if interval.low > lower and interval.high < upper:
+        return "supported", f"the interval lies {region}"
+    if interval.high < lower or interval.low > upper:
+        return "contradicted", f"no part of the interval lies {region}"
     return "inconclusive", f"only part of the interval lies {region}"
 
 # %% ../../nbs/06_stats/03_claims.ipynb #85048127
 def worth_losing(
-    scores: pd.DataFrame | Items, # of one judge
-    reading: Reading, # whose benchmark and languages count
-    settings: Statistics, # of the preset
-) -> Interval | None: # in points; the least favourable group of languages; None without the scores it needs
+    scores: pd.DataFrame | Items,  # of one judge
+    reading: Reading,  # whose benchmark and languages count
+    settings: Statistics,  # of the preset
+) -> Interval | None:  # in points; the least favourable group of languages; None without the scores it needs
     "What there is to keep or lose on the questions of a null claim: mid − base, or what the reading names."
     results, cells = [], reading.to_lose or (Cell("mid", 1), Cell("base", -1))
     for group in dict.fromkeys(cell.languages for cell in reading.cells):
-        own = Reading("to lose", "", "superiority", reading.benchmark, tuple(Cell(cell.model, cell.weight, group) for cell in cells))
-        try: results.append(contrast(scores, own, settings, full=False).interval)
-        except InputError: return None
+        own = Reading(
+            "to lose",
+            "",
+            "superiority",
+            reading.benchmark,
+            tuple(Cell(cell.model, cell.weight, group) for cell in cells),
+        )
+        try:
+            results.append(contrast(scores, own, settings, full=False).interval)
+        except InputError:
+            return None
     return min(results, key=lambda interval: -np.inf if interval.low is None else interval.low)
 
-
+# %% ../../nbs/06_stats/03_claims.ipynb #1537fe66
 def null_verdict(
-    kind: str, # "equivalence" or "non-inferiority"
-    interval: Interval, # of the reading, in points
-    to_lose: Interval | None, # what there was to lose
-    margin: float, # points
-) -> tuple[str, str]: # verdict and reason
+    kind: str,  # "equivalence" or "non-inferiority"
+    interval: Interval,  # of the reading, in points
+    to_lose: Interval | None,  # what there was to lose
+    margin: float,  # points
+) -> tuple[str, str]:  # verdict and reason
     "Verdict on a claim of no (or no smaller) effect, with the rule about the floor."
-    if to_lose is None: return "not testable", "needs scores of base and mid on the same questions"
+    if to_lose is None:
+        return "not testable", "needs scores of base and mid on the same questions"
     if to_lose.low is None or to_lose.low <= margin:
-        return "not testable", f"what there is to lose here is {to_lose}, not surely above the margin of {margin:g}"
+        return (
+            "not testable",
+            f"what there is to lose here is {to_lose}, not surely above the margin of {margin:g}",
+        )
     return verdict_of(kind, interval, margin)
 
 # %% ../../nbs/06_stats/03_claims.ipynb #5af60c20
 class ClaimRecord(Contrast):
-    "The verdict on one reading of one claim under one judge, with everything it rests on; figures are points (percents, or differences of percents)."
-    claim: str # C0 ... C8
-    reading: str # C4a ...
-    text: str # the claim in words
-    estimand: str = "" # the reading in words
-    kind: str = "" # superiority, equivalence, non-inferiority
-    benchmark: str = "" # benchmark id
-    models: list[str] = [] # models it needs
-    family: str | None = None # readings that it is corrected with; None: not corrected
-    family_size: int = 0 # how many of them were tested under this judge
-    adjusted_p: float | None = None # Holm's, within the family
-    adjusted_low: float | None = None # bounds of the interval of level 1 − alpha/k that the verdict rests on
+    """The verdict on one reading of one claim under one judge, with everything it rests on; figures are
+    points (percents, or differences of percents).
+    """
+
+    claim: str  # C0 ... C8
+    reading: str  # C4a ...
+    text: str  # the claim in words
+    estimand: str = ""  # the reading in words
+    kind: str = ""  # superiority, equivalence, non-inferiority
+    benchmark: str = ""  # benchmark id
+    models: list[str] = []  # models it needs
+    family: str | None = None  # readings that it is corrected with; None: not corrected
+    family_size: int = 0  # how many of them were tested under this judge
+    adjusted_p: float | None = None  # Holm's, within the family
+    adjusted_low: float | None = None  # bounds of the interval of level 1 − alpha/k that the verdict rests on
     adjusted_high: float | None = None
-    adjusted_confidence: float | None = None # that level; `detectable` and the margins are at it, too
-    paper: float | None = None # the paper's figure for the same quantity
-    paper_ratio: float | None = None # the paper's figure for the ratio of gains
-    agrees_with_paper: bool | None = None # same sign as the paper's figure
-    agrees_in_size: bool | None = None # the paper's figure lies in our interval (for C5: its ratio in Fieller's set)
-    margin: float | None = None # of null claims
-    sensitivity: dict[str, str] = {} # other margins, each with its verdict at the family's first step
-    added_by_midtraining: Interval | None = None # null claims: what there is to lose, mid − base (C8: mid) on the same questions
-    estimate_counting_unparsed_as_wrong: Interval | None = None # the estimate when a reply without a readable grade counts as 0
-    judge: str # who graded
-    scope: str # what the verdict is about
-    verdict: str = "not tested" # one of VERDICTS
-    reason: str = "" # why
+    adjusted_confidence: float | None = None  # that level; `detectable` and the margins are at it, too
+    paper: float | None = None  # the paper's figure for the same quantity
+    paper_ratio: float | None = None  # the paper's figure for the ratio of gains
+    agrees_with_paper: bool | None = None  # same sign as the paper's figure
+    # the paper's figure lies in our interval (for C5: its ratio in Fieller's set)
+    agrees_in_size: bool | None = None
+    margin: float | None = None  # of null claims
+    sensitivity: dict[str, str] = {}  # other margins, each with its verdict at the family's first step
+    # null claims: what there is to lose, mid − base (C8: mid) on the same questions
+    added_by_midtraining: Interval | None = None
+    # the estimate when a reply without a readable grade counts as 0
+    estimate_counting_unparsed_as_wrong: Interval | None = None
+    judge: str  # who graded
+    scope: str  # what the verdict is about
+    verdict: str = "not tested"  # one of VERDICTS
+    reason: str = ""  # why
 
-    def __str__(self): return f"{self.reading}: {self.verdict} ({self.reason})"
+    def __str__(self):
+        return f"{self.reading}: {self.verdict} ({self.reason})"
 
-    def with_(self, **changes) -> "ClaimRecord":
-        "A copy with other values."
-        return self.model_copy(update=changes)
+# %% ../../nbs/06_stats/03_claims.ipynb #926da6b4
+@patch
+def with_(self: ClaimRecord, **changes) -> "ClaimRecord":
+    "A copy with other values."
+    return self.model_copy(update=changes)
 
-    def at_step(self, factor: float) -> Interval:
-        "Its interval of level 1 − alpha/k."
-        return make_interval(self.estimate / 100, self.sources, 1 - (1 - self.confidence) / factor, -self.reach / 100, self.reach / 100)
+# %% ../../nbs/06_stats/03_claims.ipynb #4981a468
+@patch
+def at_step(self: ClaimRecord, factor: float) -> Interval:
+    "Its interval of level 1 − alpha/k."
+    return make_interval(
+        self.estimate / 100,
+        self.sources,
+        1 - (1 - self.confidence) / factor,
+        -self.reach / 100,
+        self.reach / 100,
+    )
 
-    @property
-    def sources(self) -> list[tuple[float, float]]:
-        "Sources of variation as `inference` takes them: variances of shares, degrees of freedom."
-        return [((error / 100) ** 2, freedom) for error, freedom in self.spread]
+# %% ../../nbs/06_stats/03_claims.ipynb #130f980c
+@patch(as_prop=True)
+def sources(self: ClaimRecord) -> list[tuple[float, float]]:
+    "Sources of variation as `inference` takes them: variances of shares, degrees of freedom."
+    return [((error / 100) ** 2, freedom) for error, freedom in self.spread]
 
-    @property
-    def decisive(self) -> Interval:
-        "The interval that the verdict rests on: the corrected one, or the plain one where there is no family."
-        return self.interval if self.adjusted_p is None else Interval(estimate=self.estimate, low=self.adjusted_low, high=self.adjusted_high)
+# %% ../../nbs/06_stats/03_claims.ipynb #fa77939a
+@patch(as_prop=True)
+def decisive(self: ClaimRecord) -> Interval:
+    """The interval that the verdict rests on: the corrected one, or the plain one where there is no
+    family.
+    """
+    return (
+        self.interval
+        if self.adjusted_p is None
+        else Interval(estimate=self.estimate, low=self.adjusted_low, high=self.adjusted_high)
+    )
 
-    @property
-    def agreement(self) -> str:
-        "Agreement with the paper in words; empty where it gives no figure."
-        found = {"sign": self.agrees_with_paper, "size": self.agrees_in_size}
-        if None in found.values(): return ", ".join(("" if same else "not in ") + name for name, same in found.items() if same is not None)
-        return {(True, True): "sign and size", (True, False): "sign only", (False, True): "size only", (False, False): "neither"}[self.agrees_with_paper, self.agrees_in_size]
+# %% ../../nbs/06_stats/03_claims.ipynb #d62998a5
+@patch(as_prop=True)
+def agreement(self: ClaimRecord) -> str:
+    "Agreement with the paper in words; empty where it gives no figure."
+    found = {"sign": self.agrees_with_paper, "size": self.agrees_in_size}
+    if None in found.values():
+        return ", ".join(
+            ("" if same else "not in ") + name for name, same in found.items() if same is not None
+        )
+    return {
+        (True, True): "sign and size",
+        (True, False): "sign only",
+        (False, True): "size only",
+        (False, False): "neither",
+    }[self.agrees_with_paper, self.agrees_in_size]
 
 # %% ../../nbs/06_stats/03_claims.ipynb #00b1e6b2
 def estimate_reading(
-    items: Items, # scores of one judge
-    reading: Reading, # what to estimate
-    record: ClaimRecord, # its record so far
-    settings: Statistics, # of the preset
-    counted_wrong: Items | None = None, # the same with unreadable replies counted as 0; None: not known
-) -> ClaimRecord: # with its estimate, or the reason why there is none
+    items: Items,  # scores of one judge
+    reading: Reading,  # what to estimate
+    record: ClaimRecord,  # its record so far
+    settings: Statistics,  # of the preset
+    counted_wrong: Items | None = None,  # the same with unreadable replies counted as 0; None: not known
+) -> ClaimRecord:  # with its estimate, or the reason why there is none
     "Estimate a reading; its verdict still waits for the rest of its family."
     own = items.scores[items.scores["benchmark"] == reading.benchmark]
-    if own.empty: return record.with_(reason=_no_benchmark(reading))
+    if own.empty:
+        return record.with_(reason=_no_benchmark(reading))
     missing = [model for model in reading.models if model not in own["model"].unique()]
-    if missing: return record.with_(reason=f"no scores of {', '.join(missing)} on {reading.benchmark}")
-    try: record = record.with_(**dict(contrast(items, reading, settings)))
-    except InputError as error: return record.with_(reason=str(error))
+    if missing:
+        return record.with_(reason=f"no scores of {', '.join(missing)} on {reading.benchmark}")
+    try:
+        record = record.with_(**dict(contrast(items, reading, settings)))
+    except InputError as error:
+        return record.with_(reason=str(error))
     wrong = record.interval if counted_wrong is items else _counted_wrong(counted_wrong, reading, settings)
     record = record.with_(estimate_counting_unparsed_as_wrong=wrong, **_beside_the_paper(record))
-    if reading.kind == "superiority": return record
+    if reading.kind == "superiority":
+        return record
     return record.with_(margin=settings.margin, added_by_midtraining=worth_losing(items, reading, settings))
 
-
+# %% ../../nbs/06_stats/03_claims.ipynb #95f48b3d
 def _counted_wrong(items: Items | None, reading: Reading, settings: Statistics) -> Interval | None:
     "The estimate with unreadable replies as wrong; None where the grades do not hold what it needs."
-    if items is None: return None
-    try: return contrast(items, reading, settings, full=False).interval
-    except InputError: return None
+    if items is None:
+        return None
+    try:
+        return contrast(items, reading, settings, full=False).interval
+    except InputError:
+        return None
 
-
+# %% ../../nbs/06_stats/03_claims.ipynb #91be99c9
 def _no_benchmark(reading: Reading) -> str:
     "What to do for scores of a benchmark that the study lacks."
     base = reading.benchmark.removesuffix("-stripped")
-    if base == reading.benchmark: return f"no scores on {reading.benchmark}"
-    return f"no scores on {reading.benchmark}: add a benchmark of that name, like {base} with strip_suffix: \"Answer:\""
+    if base == reading.benchmark:
+        return f"no scores on {reading.benchmark}"
+    return (
+        f"no scores on {reading.benchmark}: add a benchmark of that name, like {base} with strip_suffix:"
+        ' "Answer:"'
+    )
 
-
+# %% ../../nbs/06_stats/03_claims.ipynb #d293cf28
 def _beside_the_paper(record: ClaimRecord) -> dict:
     "Whether an estimate has the paper's sign, and its interval the paper's figure."
     if record.paper is not None:
         within = None if record.low is None else bool(record.low <= record.paper <= record.high)
-        return {"agrees_with_paper": bool(np.sign(record.estimate) == np.sign(record.paper)) if record.estimate else None, "agrees_in_size": within}
-    if record.paper_ratio is None or record.ratio is None: return {}
-    within = None if record.ratio.shape == "everything" else record.ratio.holds(record.paper_ratio) # everything agrees with any figure
-    return {"agrees_with_paper": bool((record.estimate > 0) == (record.paper_ratio > 1)) if record.estimate else None, "agrees_in_size": within}
+        return {
+            "agrees_with_paper": (
+                bool(np.sign(record.estimate) == np.sign(record.paper)) if record.estimate else None
+            ),
+            "agrees_in_size": within,
+        }
+    if record.paper_ratio is None or record.ratio is None:
+        return {}
+    # everything agrees with any figure
+    within = None if record.ratio.shape == "everything" else record.ratio.holds(record.paper_ratio)
+    return {
+        "agrees_with_paper": (
+            bool((record.estimate > 0) == (record.paper_ratio > 1)) if record.estimate else None
+        ),
+        "agrees_in_size": within,
+    }
 
 # %% ../../nbs/06_stats/03_claims.ipynb #754c7867
 def correct_families(
-    records: Sequence[ClaimRecord], # of one judge, estimated
-    settings: Statistics = Statistics(), # of the preset: alpha, the error rate of a family, and the power
-) -> list[ClaimRecord]: # with adjusted p values and intervals, in the same order
+    records: Sequence[ClaimRecord],  # of one judge, estimated
+    settings: Statistics = Statistics(),  # of the preset: alpha, the error rate of a family, and the power
+) -> list[ClaimRecord]:  # with adjusted p values and intervals, in the same order
     "Holm's correction within the families of `study`."
     corrected = list(records)
     tested = [place for place, record in enumerate(records) if record.family and record.p is not None]
@@ -180,62 +268,119 @@ def correct_families(
         adjusted, factors = holm([records[place].p for place in places])
         for place, p, factor in zip(places, adjusted, factors):
             record = records[place]
-            if record.kind != "superiority" and record.p >= 1: factor = len(places)
+            if record.kind != "superiority" and record.p >= 1:
+                factor = len(places)
             interval, confidence = record.at_step(factor), 1 - settings.alpha / float(factor)
-            corrected[place] = record.with_(family_size=len(places), adjusted_p=float(p), adjusted_low=interval.low, adjusted_high=interval.high, adjusted_confidence=confidence,
-                                            **within_reach(record.sources, record.kind, confidence, settings.power))
+            corrected[place] = record.with_(
+                family_size=len(places),
+                adjusted_p=float(p),
+                adjusted_low=interval.low,
+                adjusted_high=interval.high,
+                adjusted_confidence=confidence,
+                **within_reach(record.sources, record.kind, confidence, settings.power),
+            )
     return corrected
 
-
+# %% ../../nbs/06_stats/03_claims.ipynb #8b477a81
 def judge_record(
-    record: ClaimRecord, # estimated and corrected
-    ruled_out: str = "", # why the scores cannot speak to it at all, whatever they are
-    margins: Sequence[float] = (), # sensitivity margins
-) -> ClaimRecord: # with its verdict
+    record: ClaimRecord,  # estimated and corrected
+    ruled_out: str = "",  # why the scores cannot speak to it at all, whatever they are
+    margins: Sequence[float] = (),  # sensitivity margins
+) -> ClaimRecord:  # with its verdict
     "Apply the rules to one record; one without an estimate stays as it is."
-    if record.estimate is None: return record
-    if ruled_out: return record.with_(verdict="not testable", reason=ruled_out)
-    if record.kind == "superiority": verdict, reason = verdict_of(record.kind, record.decisive, 0)
+    if record.estimate is None:
+        return record
+    if ruled_out:
+        return record.with_(verdict="not testable", reason=ruled_out)
+    if record.kind == "superiority":
+        verdict, reason = verdict_of(record.kind, record.decisive, 0)
     else:
-        verdict, reason = null_verdict(record.kind, record.decisive, record.added_by_midtraining, record.margin)
+        verdict, reason = null_verdict(
+            record.kind, record.decisive, record.added_by_midtraining, record.margin
+        )
         strict = record.at_step(max(record.family_size, 1))
-        record = record.with_(sensitivity={f"{margin:g}": null_verdict(record.kind, strict, record.added_by_midtraining, margin)[0] for margin in margins})
-    if record.family and record.family_size > 1: reason = reason.replace("the interval", f"the {100 * record.adjusted_confidence:.3g} % interval")
-    return record.with_(verdict=verdict, reason=reason + (_reach(record) if verdict == "inconclusive" else ""))
+        record = record.with_(
+            sensitivity={
+                f"{margin:g}": null_verdict(record.kind, strict, record.added_by_midtraining, margin)[0]
+                for margin in margins
+            }
+        )
+    if record.family and record.family_size > 1:
+        reason = reason.replace("the interval", f"the {100 * record.adjusted_confidence:.3g} % interval")
+    return record.with_(
+        verdict=verdict, reason=reason + (_reach(record) if verdict == "inconclusive" else "")
+    )
 
-
+# %% ../../nbs/06_stats/03_claims.ipynb #d9be6232
 def _reach(record: ClaimRecord) -> str:
     "What the study could have shown, in words, for a verdict that is open."
-    if record.kind == "superiority": return "" if record.detectable is None else f"; it would find effects from {record.detectable:.1f} points on with {record.power:.0%} power"
-    return "" if record.smallest_margin is None else f"; the smallest margin it could have established is {record.smallest_margin:.1f}"
+    if record.kind == "superiority":
+        return (
+            ""
+            if record.detectable is None
+            else (
+                f"; it would find effects from {record.detectable:.1f} points on with {record.power:.0%}"
+                " power"
+            )
+        )
+    return (
+        ""
+        if record.smallest_margin is None
+        else f"; the smallest margin it could have established is {record.smallest_margin:.1f}"
+    )
 
-
+# %% ../../nbs/06_stats/03_claims.ipynb #b5067b02
 def _untrained(model: str, found: Mapping) -> str:
     "Why a model cannot speak for its training."
-    if not found.get("known", True): return f"it is not known whether {model} was trained: {found['reason']}"
+    if not found.get("known", True):
+        return f"it is not known whether {model} was trained: {found['reason']}"
     return f"{model} was not trained: {found.get('reason') or 'no gain in its own domain'}"
 
-
+# %% ../../nbs/06_stats/03_claims.ipynb #542f609d
 def _ruled_out(record: ClaimRecord, own: pd.DataFrame, training: Mapping[str, Mapping]) -> str:
     "Why the scores cannot speak to a reading at all."
     untrained = [model for model in record.models if not training.get(model, {}).get("trained", True)]
-    if untrained: return "; ".join(_untrained(model, training[model]) for model in untrained)
-    if "judge_valid" in own and not own["judge_valid"].all(): return f"the judge {record.judge!r} cannot read the indicators of {record.benchmark}: its scores mean nothing"
+    if untrained:
+        return "; ".join(_untrained(model, training[model]) for model in untrained)
+    if "judge_valid" in own and not own["judge_valid"].all():
+        return (
+            f"the judge {record.judge!r} cannot read the indicators of {record.benchmark}: its scores mean"
+            " nothing"
+        )
     return ""
 
 # %% ../../nbs/06_stats/03_claims.ipynb #500508c8
 def intersection(
-    blank: ClaimRecord, # the claim's own record, not tested so far
-    parts: list[ClaimRecord], # records of the readings that must all hold; none leaves the claim not tested
-) -> ClaimRecord: # with the verdict that follows from theirs
+    blank: ClaimRecord,  # the claim's own record, not tested so far
+    parts: list[ClaimRecord],  # records of the readings that must all hold; none leaves the claim not tested
+) -> ClaimRecord:  # with the verdict that follows from theirs
     "The verdict on a claim that holds where all its parts do (intersection-union)."
-    if not parts: return blank
-    def alone(part): return verdict_of(part.kind, part.interval, part.margin or 0)[0] if part.verdict in ("supported", "inconclusive") and part.estimate is not None else part.verdict
+    if not parts:
+        return blank
+
+    def alone(part):
+        return (
+            verdict_of(part.kind, part.interval, part.margin or 0)[0]
+            if part.verdict in ("supported", "inconclusive") and part.estimate is not None
+            else part.verdict
+        )
+
     verdicts = [alone(part) for part in parts]
-    verdict = next((v for v in ("contradicted", "not tested", "not testable", "inconclusive") if v in verdicts), "supported")
+    verdict = next(
+        (v for v in ("contradicted", "not tested", "not testable", "inconclusive") if v in verdicts),
+        "supported",
+    )
     known = [part.p for part in parts if part.p is not None]
-    return blank.with_(verdict=verdict, kind="intersection", test="intersection-union", p=max(known) if len(known) == len(parts) else None, seeds=min(part.seeds for part in parts), models=list(dict.fromkeys(model for part in parts for model in part.models)),
-                       reason=", ".join(f"{part.reading} {verdict}" for part, verdict in zip(parts, verdicts)) + (" (each without correction)" if "supported" in verdicts else ""))
+    return blank.with_(
+        verdict=verdict,
+        kind="intersection",
+        test="intersection-union",
+        p=max(known) if len(known) == len(parts) else None,
+        seeds=min(part.seeds for part in parts),
+        models=list(dict.fromkeys(model for part in parts for model in part.models)),
+        reason=", ".join(f"{part.reading} {verdict}" for part, verdict in zip(parts, verdicts))
+        + (" (each without correction)" if "supported" in verdicts else ""),
+    )
 
 # %% ../../nbs/06_stats/03_claims.ipynb #87145b1a
 COLOURS = {"supported": "green", "contradicted": "red", "inconclusive": "yellow"}
@@ -243,124 +388,278 @@ COLOURS = {"supported": "green", "contradicted": "red", "inconclusive": "yellow"
 
 class ClaimTable(BaseModel):
     "Claim records that show themselves in a notebook (Markdown) and a terminal (rich)."
+
     model_config = ConfigDict(extra="forbid")
     records: list[ClaimRecord]
 
-    def __len__(self): return len(self.records)
+    def __len__(self):
+        return len(self.records)
 
     def __getitem__(self, reading: str | tuple[str, str]) -> ClaimRecord:
         "The first record of a reading, or that of (reading, judge); raises `KeyError` where there is none."
         name, judge = reading if isinstance(reading, tuple) else (reading, None)
-        found = next((record for record in self.records if record.reading == name and judge in (None, record.judge)), None)
-        if found is None: raise KeyError(reading)
+        found = next(
+            (record for record in self.records if record.reading == name and judge in (None, record.judge)),
+            None,
+        )
+        if found is None:
+            raise KeyError(reading)
         return found
-
-    def frame(self) -> pd.DataFrame:
-        "A row a record, a column a field; intervals are dictionaries."
-        return pd.DataFrame([record.model_dump() for record in self.records], columns=list(ClaimRecord.model_fields))
-
-    def rows(self) -> list[list[str]]:
-        "Cells of the table as text, one row a record."
-        def points(record): return "" if record.estimate is None else f"{record.estimate:+.1f}" + ("" if record.low is None else f" [{record.low:+.1f}, {record.high:+.1f}]")
-        def p(record): return "" if record.p is None else f"{record.p:.2g} (plain)" if record.adjusted_p is None else f"{record.adjusted_p:.2g}"
-        def paper(record): return f"{record.paper:+.1f}" if record.paper is not None else f"ratio {record.paper_ratio:g}" if record.paper_ratio is not None else ""
-        def words(record):
-            wrong = record.estimate_counting_unparsed_as_wrong
-            also = f"; unreadable replies counted as wrong: {wrong}" if wrong is not None and wrong != record.interval else ""
-            return (record.estimand or record.text) + ("" if record.ratio is None else f"; ratio {record.ratio}") + also
-        several = len({record.judge for record in self.records}) > 1
-        return [[record.reading + (f" ({record.judge})" if several else ""), words(record), points(record), p(record),
-                 paper(record), record.agreement, f"{record.questions} × {record.seeds}" if record.questions else "", record.verdict, record.reason] for record in self.records]
-
-    def header(self) -> list[str]:
-        "Names of the columns."
-        level = next((record.confidence for record in self.records if record.confidence), 0.95)
-        return ["claim", "what is estimated", f"points [{100 * level:g} %]", "adjusted p", "paper", "agrees in", "questions × seeds", "verdict", "why"]
-
-    def caption(
-        self,
-        decisive: bool = False, # the intervals shown are those that the verdicts rest on
-    ) -> str:
-        "What the verdicts are about, who judged, what the intervals cover and how they were corrected."
-        if not self.records: return "No claims."
-        tested = [record for record in self.records if record.level]
-        level = "" if not tested else " Intervals: the procedure (seeds and questions)." if all(record.level == "the procedure" for record in tested) else \
-            f" Checkpoint level only ({min(record.seeds for record in tested)} seed): other training runs may come out otherwise."
-        sizes = {record.family: record.family_size for record in tested if record.family_size}
-        corrected = "" if not sizes else f" Verdicts rest on intervals corrected after Holm within families ({', '.join(f'{family}: {size}' for family, size in sizes.items())}); the intervals shown are {'these' if decisive else 'not'}."
-        return f"Verdicts {self.records[0].scope}. Judge: {', '.join(sorted({record.judge for record in self.records}))}.{level}{corrected}"
-
-    def _repr_markdown_(self) -> str:
-        lines = [self.header(), ["---"] * len(self.header()), *([cell.replace("|", "\\|") for cell in row] for row in self.rows())]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{self.caption()}\n"
-
-    def rich_table(self):
-        "A table for a terminal of 80 columns or more (`rich.table.Table`): the paper's figure stands below ours, the reason below what is estimated."
-        from rich import box
-        from rich.markup import escape
-        from rich.table import Table
-        claim, what, points, *_ = self.header()
-        table = Table(title="Claims", caption=self.caption(), box=box.SIMPLE_HEAD, padding=(0, 1, 1, 0), pad_edge=False)
-        for name in (claim, points, "verdict"): table.add_column(name, no_wrap=True)
-        table.add_column(f"{what}, and why this verdict")
-        for row in self.rows():
-            claim, estimand, points, p, paper, agreement, questions, verdict, reason = map(escape, row)
-            basis = f"{questions.replace(' ×', ' questions ×')} {'seed' if questions.endswith(' 1') else 'seeds'}, adjusted p = {p}: " if p and questions else ""
-            below = f"\n[dim]paper {paper}{f' ({agreement})' if agreement else ''}[/]" if paper else ""
-            table.add_row(claim, points + below, f"[{COLOURS.get(verdict, 'dim')}]{verdict}[/]", f"{estimand}\n[dim]{basis}{reason}[/]")
-        return table
-
-    def to_json(self) -> str:
-        "The records as the text of `claims.json`."
-        return json.dumps([record.model_dump(mode="json") for record in self.records], indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "ClaimTable":
-        "Records from the text of `claims.json`; raises `InputError` for anything else, an empty list included."
-        try: table = cls(records=json.loads(text))
-        except (ValueError, ValidationError): raise InputError("these are no claim records of this version (cut short?): compute them again from the scores") from None
-        if not table.records: raise InputError("there are no claim records here: compute them again from the scores")
+        """Records from the text of `claims.json`.
+
+        Raises `InputError` for anything else, an empty list included.
+        """
+        try:
+            table = cls(records=json.loads(text))
+        except (ValueError, ValidationError):
+            raise InputError(
+                "these are no claim records of this version (cut short?): compute them again from the scores"
+            ) from None
+        if not table.records:
+            raise InputError("there are no claim records here: compute them again from the scores")
         return table
 
+# %% ../../nbs/06_stats/03_claims.ipynb #3b73047d
+@patch
+def frame(self: ClaimTable) -> pd.DataFrame:
+    "A row a record, a column a field; intervals are dictionaries."
+    return pd.DataFrame(
+        [record.model_dump() for record in self.records], columns=list(ClaimRecord.model_fields)
+    )
 
+# %% ../../nbs/06_stats/03_claims.ipynb #d99cd1b0
+@patch
+def rows(self: ClaimTable) -> list[list[str]]:
+    "Cells of the table as text, one row a record."
+
+    def points(record):
+        return (
+            ""
+            if record.estimate is None
+            else f"{record.estimate:+.1f}"
+            + ("" if record.low is None else f" [{record.low:+.1f}, {record.high:+.1f}]")
+        )
+
+    def p(record):
+        return (
+            ""
+            if record.p is None
+            else f"{record.p:.2g} (plain)"
+            if record.adjusted_p is None
+            else f"{record.adjusted_p:.2g}"
+        )
+
+    def paper(record):
+        return (
+            f"{record.paper:+.1f}"
+            if record.paper is not None
+            else f"ratio {record.paper_ratio:g}"
+            if record.paper_ratio is not None
+            else ""
+        )
+
+    def words(record):
+        wrong = record.estimate_counting_unparsed_as_wrong
+        also = (
+            f"; unreadable replies counted as wrong: {wrong}"
+            if wrong is not None and wrong != record.interval
+            else ""
+        )
+        return (
+            (record.estimand or record.text)
+            + ("" if record.ratio is None else f"; ratio {record.ratio}")
+            + also
+        )
+
+    several = len({record.judge for record in self.records}) > 1
+    return [
+        [
+            record.reading + (f" ({record.judge})" if several else ""),
+            words(record),
+            points(record),
+            p(record),
+            paper(record),
+            record.agreement,
+            f"{record.questions} × {record.seeds}" if record.questions else "",
+            record.verdict,
+            record.reason,
+        ]
+        for record in self.records
+    ]
+
+# %% ../../nbs/06_stats/03_claims.ipynb #12d0beb1
+@patch
+def header(self: ClaimTable) -> list[str]:
+    "Names of the columns."
+    level = next((record.confidence for record in self.records if record.confidence), 0.95)
+    return [
+        "claim",
+        "what is estimated",
+        f"points [{100 * level:g} %]",
+        "adjusted p",
+        "paper",
+        "agrees in",
+        "questions × seeds",
+        "verdict",
+        "why",
+    ]
+
+# %% ../../nbs/06_stats/03_claims.ipynb #8921871b
+@patch
+def caption(
+    self: ClaimTable,
+    decisive: bool = False,  # the intervals shown are those that the verdicts rest on
+) -> str:
+    "What the verdicts are about, who judged, what the intervals cover and how they were corrected."
+    if not self.records:
+        return "No claims."
+    tested = [record for record in self.records if record.level]
+    level = (
+        ""
+        if not tested
+        else (
+            " Intervals: the procedure (seeds and questions)."
+            if all(record.level == "the procedure" for record in tested)
+            else (
+                f" Checkpoint level only ({min(record.seeds for record in tested)} seed): other training"
+                " runs may come out otherwise."
+            )
+        )
+    )
+    sizes = {record.family: record.family_size for record in tested if record.family_size}
+    corrected = (
+        ""
+        if not sizes
+        else (
+            " Verdicts rest on intervals corrected after Holm within families"
+            f" ({', '.join(f'{family}: {size}' for family, size in sizes.items())}); the intervals shown"
+            f" are {'these' if decisive else 'not'}."
+        )
+    )
+    return (
+        f"Verdicts {self.records[0].scope}. Judge:"
+        f" {', '.join(sorted({record.judge for record in self.records}))}.{level}{corrected}"
+    )
+
+# %% ../../nbs/06_stats/03_claims.ipynb #b675d3ae
+@patch
+def _repr_markdown_(self: ClaimTable) -> str:
+    lines = [
+        self.header(),
+        ["---"] * len(self.header()),
+        *([cell.replace("|", "\\|") for cell in row] for row in self.rows()),
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{self.caption()}\n"
+
+# %% ../../nbs/06_stats/03_claims.ipynb #dd8b0639
+@patch
+def rich_table(self: ClaimTable):
+    """A table for a terminal of 80 columns or more (`rich.table.Table`): the paper's figure stands below
+    ours, the reason below what is estimated.
+    """
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    claim, what, points, *_ = self.header()
+    table = Table(
+        title="Claims", caption=self.caption(), box=box.SIMPLE_HEAD, padding=(0, 1, 1, 0), pad_edge=False
+    )
+    for name in (claim, points, "verdict"):
+        table.add_column(name, no_wrap=True)
+    table.add_column(f"{what}, and why this verdict")
+    for row in self.rows():
+        claim, estimand, points, p, paper, agreement, questions, verdict, reason = map(escape, row)
+        basis = (
+            f"{questions.replace(' ×', ' questions ×')}"
+            f" {'seed' if questions.endswith(' 1') else 'seeds'}, adjusted p = {p}: "
+            if p and questions
+            else ""
+        )
+        below = f"\n[dim]paper {paper}{f' ({agreement})' if agreement else ''}[/]" if paper else ""
+        table.add_row(
+            claim,
+            points + below,
+            f"[{COLOURS.get(verdict, 'dim')}]{verdict}[/]",
+            f"{estimand}\n[dim]{basis}{reason}[/]",
+        )
+    return table
+
+# %% ../../nbs/06_stats/03_claims.ipynb #9ccbb43e
+@patch
+def to_json(self: ClaimTable) -> str:
+    "The records as the text of `claims.json`."
+    return (
+        json.dumps([record.model_dump(mode="json") for record in self.records], indent=1, ensure_ascii=False)
+        + "\n"
+    )
+
+# %% ../../nbs/06_stats/03_claims.ipynb #3963af8c
 def read_claims(
-    path: str | Path, # `claims.json` of a study
-) -> ClaimTable: # its records
-    "Read a study's claims; raises `InputError` for a file that is missing, empty, cut short or of something else."
-    try: return ClaimTable.from_json(Path(path).read_text(encoding="utf-8"))
-    except OSError: raise InputError(f"no claims at {path}: run the study first") from None
-    except ValueError as error: raise InputError(f"{path}: {error}") from None # InputError, or not UTF-8
+    path: str | Path,  # `claims.json` of a study
+) -> ClaimTable:  # its records
+    """Read a study's claims.
+
+    Raises `InputError` for a file that is missing, empty, cut short or of something else.
+    """
+    try:
+        return ClaimTable.from_json(Path(path).read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(f"no claims at {path}: run the study first") from None
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None  # InputError, or not UTF-8
 
 # %% ../../nbs/06_stats/03_claims.ipynb #d70880b1
-def _by_judge(scores: pd.DataFrame, grades: pd.DataFrame | None) -> list[tuple[str, pd.DataFrame, pd.DataFrame | None]]:
-    "Judge, scores, and scores that count unreadable replies as wrong (the very same frame where there are none; None where grades are not known)."
+def _by_judge(
+    scores: pd.DataFrame, grades: pd.DataFrame | None
+) -> list[tuple[str, pd.DataFrame, pd.DataFrame | None]]:
+    """Judge, scores, and scores that count unreadable replies as wrong (the very same frame where there are
+    none; None where grades are not known).
+    """
     found = []
-    if grades is not None: check_columns(grades, GRADE_COLUMNS, "the table of grades")
+    if grades is not None:
+        check_columns(grades, GRADE_COLUMNS, "the table of grades")
     for judge, own in scores.groupby("judge", sort=True):
         given = None if grades is None else grades[grades["judge"] == judge]
         wrong = None if given is None or given.empty else own
         if wrong is not None and (given["grade"].isna() & given["attempted"].astype(bool)).any():
             wrong = scores_from_grades(given, "wrong", dimension_weights(own), own["study"].iloc[0])
         found.append((judge, own, wrong))
-    if len(found) < 2: return found
+    if len(found) < 2:
+        return found
     mean = mean_of_judges(scores)
-    if any(wrong is None for _, _, wrong in found): return [*found, (MEAN_OF_JUDGES, mean, None)]
+    if any(wrong is None for _, _, wrong in found):
+        return [*found, (MEAN_OF_JUDGES, mean, None)]
     unchanged = all(wrong is own for _, own, wrong in found)
-    return [*found, (MEAN_OF_JUDGES, mean, mean if unchanged else mean_of_judges(pd.concat([wrong for *_, wrong in found])))]
+    return [
+        *found,
+        (
+            MEAN_OF_JUDGES,
+            mean,
+            mean if unchanged else mean_of_judges(pd.concat([wrong for *_, wrong in found])),
+        ),
+    ]
 
-
+# %% ../../nbs/06_stats/03_claims.ipynb #37d1823c
 def judge_claims(
-    scores: pd.DataFrame, # rows of `scores.parquet`, one judge or several
-    training: Mapping[str, Mapping], # model id to {"trained": bool, "reason": str}; models left out count as trained
-    preset: Preset, # its scope, benchmarks and statistics
-    grades: pd.DataFrame | None = None, # rows of `grades.parquet`: estimates that count unreadable replies as wrong
-    claims: Sequence[Claim] = CLAIMS, # claims with their readings
-    answers: pd.DataFrame | None = None, # rows of `answers.parquet`: the questions' text, for readings that leave some out
-) -> ClaimTable: # one record per claim, reading and judge
+    scores: pd.DataFrame,  # rows of `scores.parquet`, one judge or several
+    # model id to {"trained": bool, "reason": str}; models left out count as trained
+    training: Mapping[str, Mapping],
+    preset: Preset,  # its scope, benchmarks and statistics
+    # rows of `grades.parquet`: estimates that count unreadable replies as wrong
+    grades: pd.DataFrame | None = None,
+    claims: Sequence[Claim] = CLAIMS,  # claims with their readings
+    # rows of `answers.parquet`: the questions' text, for readings that leave some out
+    answers: pd.DataFrame | None = None,
+) -> ClaimTable:  # one record per claim, reading and judge
     """Verdict on every reading of every claim, under each judge and, where there are several, under their mean.
 
-    A claim without a reading is not tested, for the reason its note gives. Where `judge_valid` is false the judge's scores mean nothing, and nothing is testable.
-    Raises `InputError` for scores that cannot be used."""
+    A claim without a reading is not tested, for the reason its note gives. Where `judge_valid` is false the
+    judge's scores mean nothing, and nothing is testable. Raises `InputError` for scores that cannot be used.
+    """
     texts, table = {} if answers is None else question_texts(answers), []
     for judge, own, wrong in _by_judge(beside_judges(check_scores(scores)), grades):
         items = Items(own, texts)
@@ -369,13 +668,37 @@ def judge_claims(
         for claim in claims:
             common = {"claim": claim.id, "text": claim.text, "judge": judge, "scope": preset.scope}
             wanted = claim_readings(claim, preset)
-            if not wanted: records.append(ClaimRecord(reading=claim.id, reason=claim.note, **common))
+            if not wanted:
+                records.append(ClaimRecord(reading=claim.id, reason=claim.note, **common))
             for reading in wanted:
-                blank = ClaimRecord(reading=reading.id, estimand=reading.estimand, kind=reading.kind, benchmark=reading.benchmark, models=list(reading.models), family=family_of(reading.id),
-                                    paper=reading.paper, paper_ratio=reading.paper_ratio, **common)
+                blank = ClaimRecord(
+                    reading=reading.id,
+                    estimand=reading.estimand,
+                    kind=reading.kind,
+                    benchmark=reading.benchmark,
+                    models=list(reading.models),
+                    family=family_of(reading.id),
+                    paper=reading.paper,
+                    paper_ratio=reading.paper_ratio,
+                    **common,
+                )
                 records.append(estimate_reading(items, reading, blank, settings, counted))
         valid = {benchmark: part for benchmark, part in own.groupby("benchmark", observed=True)}
-        judged = [judge_record(record, _ruled_out(record, valid.get(record.benchmark, own[:0]), training), settings.sensitivity_margins) for record in correct_families(records, settings)]
+        judged = [
+            judge_record(
+                record,
+                _ruled_out(record, valid.get(record.benchmark, own[:0]), training),
+                settings.sensitivity_margins,
+            )
+            for record in correct_families(records, settings)
+        ]
         both = {claim.id: claim.both for claim in claims if claim.both}
-        table += [intersection(record, [part for part in judged if part.reading in both[record.reading]]) if record.reading in both else record for record in judged]
+        table += [
+            (
+                intersection(record, [part for part in judged if part.reading in both[record.reading]])
+                if record.reading in both
+                else record
+            )
+            for record in judged
+        ]
     return ClaimTable(records=table)

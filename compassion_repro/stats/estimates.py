@@ -9,192 +9,330 @@ __all__ = ['language_strata', 'resampling_weights', 'model_means', 'complete_que
            'item_scores', 'model_rank', 'one_judge', 'read_scores']
 
 # %% ../../nbs/06_stats/02_estimates.ipynb #b78193e6
-from collections.abc import Sequence, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict
 
 from ..core.errors import InputError
-from ..paper import paper_percent, Cell, Reading
-from .inference import Interval, item_spread, make_interval, MixedModel, Ratio, Spread, detectable, effect_sizes, fieller, mixed_model, p_value, paper_t_tests, ratio_noise, sign_flip_test, smallest_margin
-from .scores import dimension_normalised, in_languages, item_scores, model_rank, one_judge
-from ..study import Statistics, STARTS, parse_model
+from ..paper import Cell, Reading, paper_percent
+from compassion_repro.stats.inference import (
+    Interval,
+    MixedModel,
+    Ratio,
+    Spread,
+    detectable,
+    effect_sizes,
+    fieller,
+    item_spread,
+    make_interval,
+    mixed_model,
+    p_value,
+    paper_t_tests,
+    ratio_noise,
+    sign_flip_test,
+    smallest_margin,
+)
+from compassion_repro.stats.scores import (
+    dimension_normalised,
+    in_languages,
+    item_scores,
+    model_rank,
+    one_judge,
+)
+
+# %% ../../nbs/06_stats/02_estimates.ipynb #2ce8b310
+from ..study import STARTS, Statistics, parse_model
 
 # %% ../../nbs/06_stats/02_estimates.ipynb #203b345a
-_all_ = ["Interval", "answer_summary", "check_columns", "check_scores", "dimension_means", "dimension_normalised", "in_languages", "item_scores", "model_rank", "one_judge", "read_scores"]
+_all_ = [
+    "Interval",
+    "answer_summary",
+    "check_columns",
+    "check_scores",
+    "dimension_means",
+    "dimension_normalised",
+    "in_languages",
+    "item_scores",
+    "model_rank",
+    "one_judge",
+    "read_scores",
+]
 
 # %% ../../nbs/06_stats/02_estimates.ipynb #7278c08f
 def language_strata(
-    items: Sequence[str], # item id of each question
-    language: Sequence[str], # language of each question
-) -> pd.Series: # index: item id; value: stratum number
-    "Items by the languages they come in: English only, others only, both. A stratum of one item cannot be resampled, so all are then pooled."
+    items: Sequence[str],  # item id of each question
+    language: Sequence[str],  # language of each question
+) -> pd.Series:  # index: item id; value: stratum number
+    """Items by the languages they come in: English only, others only, both.
+
+    A stratum of one item cannot be resampled, so all are then pooled.
+    """
     english = pd.Series(np.asarray(language) == "en").groupby(np.asarray(items)).agg(["any", "all"])
     strata = english["any"].astype(int) + english["all"].astype(int)
     return strata * 0 if strata.value_counts().min() < 2 else strata
 
-
+# %% ../../nbs/06_stats/02_estimates.ipynb #88f74d0b
 def resampling_weights(
-    strata: np.ndarray, # (items,) stratum of each item
-    replicates: int, # bootstrap replicates
-    random_seed: int = 0, # fixed, so that a study analysed twice gives the same figures
-) -> np.ndarray: # (replicates, items)
-    "How often each replicate counts each item (Rao and Wu 1988); always once in a stratum of one, which has no spread to show."
+    strata: np.ndarray,  # (items,) stratum of each item
+    replicates: int,  # bootstrap replicates
+    random_seed: int = 0,  # fixed, so that a study analysed twice gives the same figures
+) -> np.ndarray:  # (replicates, items)
+    """How often each replicate counts each item (Rao and Wu 1988); always once in a stratum of one, which has
+    no spread to show.
+    """
     generator = np.random.default_rng(random_seed)
     weights = np.ones((replicates, len(strata)))
     for stratum in np.unique(strata):
         members = np.flatnonzero(strata == stratum)
         n = len(members)
-        if n > 1: weights[:, members] = generator.multinomial(n - 1, np.full(n, 1 / n), size=replicates) * (n / (n - 1))
+        if n > 1:
+            weights[:, members] = generator.multinomial(n - 1, np.full(n, 1 / n), size=replicates) * (
+                n / (n - 1)
+            )
     return weights
 
 # %% ../../nbs/06_stats/02_estimates.ipynb #a102eaab
 def _mean_of_items(own: pd.DataFrame, settings: Statistics) -> dict | None:
     "Mean and interval of one model over the questions of one benchmark and group of languages."
     scored = own.dropna(subset="score")
-    if scored.empty: return None
+    if scored.empty:
+        return None
     strata = language_strata(scored["item_id"], scored["language"])
     questions = scored.groupby(["item_id", "question_id"], observed=True)["score"].mean()
     sums = questions.groupby(level="item_id").agg(["sum", "size"]).reindex(strata.index)
     mean, per_seed = sums["sum"].sum() / sums["size"].sum(), scored.groupby("seed")["score"].mean()
-    spread = [item_spread(((sums["sum"] - mean * sums["size"]) / sums["size"].sum()).to_numpy(), strata.to_numpy())]
-    if len(per_seed) >= 3: spread.append((per_seed.var() / len(per_seed), len(per_seed) - 1))
+    spread = [
+        item_spread(((sums["sum"] - mean * sums["size"]) / sums["size"].sum()).to_numpy(), strata.to_numpy())
+    ]
+    if len(per_seed) >= 3:
+        spread.append((per_seed.var() / len(per_seed), len(per_seed) - 1))
     interval = make_interval(mean, spread, settings.confidence, lowest=0)
-    return {"mean": interval.estimate, "low": interval.low, "high": interval.high, "questions": int(sums["size"].sum()), "items": len(sums),
-            "seeds": len(per_seed), "seed_low": 100 * per_seed.min(), "seed_high": 100 * per_seed.max(), "nulls": int(own["nulls"].sum())}
+    return {
+        "mean": interval.estimate,
+        "low": interval.low,
+        "high": interval.high,
+        "questions": int(sums["size"].sum()),
+        "items": len(sums),
+        "seeds": len(per_seed),
+        "seed_low": 100 * per_seed.min(),
+        "seed_high": 100 * per_seed.max(),
+        "nulls": int(own["nulls"].sum()),
+    }
 
-
+# %% ../../nbs/06_stats/02_estimates.ipynb #d6843101
 def model_means(
-    scores: pd.DataFrame, # rows of `scores.parquet` of one judge
-    languages: Sequence[str] = ("all",), # groups: "all", "en", "other", or ISO codes
-    settings: Statistics = Statistics(), # of the preset
-) -> pd.DataFrame: # one row a benchmark, group of languages and model
+    scores: pd.DataFrame,  # rows of `scores.parquet` of one judge
+    languages: Sequence[str] = ("all",),  # groups: "all", "en", "other", or ISO codes
+    settings: Statistics = Statistics(),  # of the preset
+) -> pd.DataFrame:  # one row a benchmark, group of languages and model
     """Mean score (percent) with a 95 % interval by benchmark, group of languages and model.
 
-    Columns: benchmark, languages, model, mean, low, high (null with a single question), questions, items, seeds, seed_low and seed_high
-    (smallest and largest mean of a seed), nulls (epochs without a score), dimension_normalised and paper (percent, null where there is none),
-    judge_valid (false where the judge's scores mean nothing).
-    With three seeds or more the interval is about the procedure, else about these checkpoints."""
+    Columns: benchmark, languages, model, mean, low, high (null with a single question), questions, items,
+    seeds, seed_low and seed_high (smallest and largest mean of a seed), nulls (epochs without a score),
+    dimension_normalised and paper (percent, null where there is none), judge_valid (false where the judge's
+    scores mean nothing). With three seeds or more the interval is about the procedure, else about these
+    checkpoints.
+    """
     scores, parts = one_judge(scores), []
     valid = scores.groupby("benchmark")["judge_valid"].all() if "judge_valid" in scores else {}
     items = item_scores(scores)
     for group in languages:
-        chosen, normalised = items[in_languages(items["language"], group)], dimension_normalised(scores, group)
+        chosen, normalised = (
+            items[in_languages(items["language"], group)],
+            dimension_normalised(scores, group),
+        )
         for benchmark, own in chosen.groupby("benchmark", observed=True):
             for model in sorted(own["model"].unique(), key=model_rank):
                 row = _mean_of_items(own[own["model"] == model], settings)
-                if row: parts.append({"benchmark": benchmark, "languages": group, "model": model, **row, "dimension_normalised": normalised.get((model, benchmark), np.nan),
-                                      "paper": paper_percent(benchmark, model, group), "judge_valid": bool(valid.get(benchmark, True))})
-    if not parts: raise InputError(f"no scored questions in {', '.join(languages)}")
+                if row:
+                    parts.append(
+                        {
+                            "benchmark": benchmark,
+                            "languages": group,
+                            "model": model,
+                            **row,
+                            "dimension_normalised": normalised.get((model, benchmark), np.nan),
+                            "paper": paper_percent(benchmark, model, group),
+                            "judge_valid": bool(valid.get(benchmark, True)),
+                        }
+                    )
+    if not parts:
+        raise InputError(f"no scored questions in {', '.join(languages)}")
     return pd.DataFrame(parts).astype({"low": float, "high": float, "paper": float})
 
 # %% ../../nbs/06_stats/02_estimates.ipynb #6bcf43eb
 def complete_questions(
-    items: pd.DataFrame, # from `item_scores`, one judge, one benchmark
-    models: Sequence[str], # models that must all be there
-) -> pd.DataFrame: # (questions, models × seeds): scores; index item_id, question_id, language; columns (model, seed)
-    "Questions of the models in all their common seeds; raises `InputError` where a model, a common seed or a common scored question is lacking."
+    items: pd.DataFrame,  # from `item_scores`, one judge, one benchmark
+    models: Sequence[str],  # models that must all be there
+    # (questions, models × seeds): scores; index item_id, question_id, language; columns (model, seed)
+) -> pd.DataFrame:
+    """Questions of the models in all their common seeds.
+
+    Raises `InputError` where a model, a common seed or a common scored question is lacking.
+    """
     seeds = {model: set(items.loc[items["model"] == model, "seed"].unique().tolist()) for model in models}
     missing = [model for model, own in seeds.items() if not own]
-    if missing: raise InputError(f"no scores of {', '.join(missing)}")
+    if missing:
+        raise InputError(f"no scores of {', '.join(missing)}")
     common = sorted(set.intersection(*seeds.values()))
-    if not common: raise InputError("no seeds in common: " + ", ".join(f"{model} has {sorted(own)}" for model, own in seeds.items()))
+    if not common:
+        raise InputError(
+            "no seeds in common: " + ", ".join(f"{model} has {sorted(own)}" for model, own in seeds.items())
+        )
     chosen = items[items["model"].isin(models) & items["seed"].isin(common)]
-    table = chosen.pivot(index=["item_id", "question_id", "language"], columns=["model", "seed"], values="score")
-    if table.dropna().empty: raise InputError(f"no question is scored for all of {', '.join(models)}")
+    table = chosen.pivot(
+        index=["item_id", "question_id", "language"], columns=["model", "seed"], values="score"
+    )
+    if table.dropna().empty:
+        raise InputError(f"no question is scored for all of {', '.join(models)}")
     return table
 
-
+# %% ../../nbs/06_stats/02_estimates.ipynb #f9257679
 @dataclass
 class CellSums:
     "A contrast laid out by cell, item and seed; the arrays that everything is computed from."
-    weights: np.ndarray # (cells,)
-    sums: np.ndarray # (cells, items, seeds) sums of scores over an item's questions
-    counts: np.ndarray # (cells, items) number of those questions
-    strata: np.ndarray # (items,)
-    seeds: list # seed of each column
-    questions: int # questions used
-    dropped: int = 0 # questions left out because a model has no score there
 
-    @property
-    def means(self) -> np.ndarray:
-        "Mean of each cell in each seed, (cells, seeds)."
-        return self.sums.sum(axis=1) / self.counts.sum(axis=1, keepdims=True)
+    weights: np.ndarray  # (cells,)
+    sums: np.ndarray  # (cells, items, seeds) sums of scores over an item's questions
+    counts: np.ndarray  # (cells, items) number of those questions
+    strata: np.ndarray  # (items,)
+    seeds: list  # seed of each column
+    questions: int  # questions used
+    dropped: int = 0  # questions left out because a model has no score there
 
-    @property
-    def same_items(self) -> bool:
-        "Whether every item is in every cell, so that its contribution may change its sign."
-        return bool((self.counts > 0).all())
+# %% ../../nbs/06_stats/02_estimates.ipynb #f60157e1
+@patch(as_prop=True)
+def means(self: CellSums) -> np.ndarray:
+    "Mean of each cell in each seed, (cells, seeds)."
+    return self.sums.sum(axis=1) / self.counts.sum(axis=1, keepdims=True)
 
-    def influence(self, weights: np.ndarray | None = None) -> np.ndarray:
-        "What each item adds to a weighted sum of the cells, (items,); the contrast's own weights where none are given."
-        means = self.means.mean(axis=1)
-        parts = (self.sums.mean(axis=2) - means[:, None] * self.counts) / self.counts.sum(axis=1, keepdims=True)
-        return (self.weights if weights is None else weights) @ parts
+# %% ../../nbs/06_stats/02_estimates.ipynb #96ba6e18
+@patch(as_prop=True)
+def same_items(self: CellSums) -> bool:
+    "Whether every item is in every cell, so that its contribution may change its sign."
+    return bool((self.counts > 0).all())
 
-    def contributions(self) -> np.ndarray:
-        "Each item's share of the estimate in each seed, (items, seeds)."
-        return np.einsum("c,cis->is", self.weights / self.counts.sum(axis=1), self.sums)
+# %% ../../nbs/06_stats/02_estimates.ipynb #e1b912a2
+@patch
+def influence(self: CellSums, weights: np.ndarray | None = None) -> np.ndarray:
+    """What each item adds to a weighted sum of the cells, (items,); the contrast's own weights where none
+    are given.
+    """
+    means = self.means.mean(axis=1)
+    parts = (self.sums.mean(axis=2) - means[:, None] * self.counts) / self.counts.sum(axis=1, keepdims=True)
+    return (self.weights if weights is None else weights) @ parts
 
+# %% ../../nbs/06_stats/02_estimates.ipynb #ed53f298
+@patch
+def contributions(self: CellSums) -> np.ndarray:
+    "Each item's share of the estimate in each seed, (items, seeds)."
+    return np.einsum("c,cis->is", self.weights / self.counts.sum(axis=1), self.sums)
 
+# %% ../../nbs/06_stats/02_estimates.ipynb #22848faf
 def cell_sums(
-    tables: Sequence[pd.DataFrame], # from `complete_questions`: one of all dimensions together, or one a dimension
-    cells: Sequence[Cell], # the weighted sum, shared out evenly among the tables
-) -> CellSums: # laid out by cell and item
+    # from `complete_questions`: one of all dimensions together, or one a dimension
+    tables: Sequence[pd.DataFrame],
+    cells: Sequence[Cell],  # the weighted sum, shared out evenly among the tables
+) -> CellSums:  # laid out by cell and item
     "Sums and counts of questions by cell and item; raises `InputError` for a cell without questions."
-    languages = [in_languages(table.index.get_level_values("language"), cell.languages) for table in tables for cell in cells]
+    languages = [
+        in_languages(table.index.get_level_values("language"), cell.languages)
+        for table in tables
+        for cell in cells
+    ]
     empty = [cell.languages for cell, mask in zip([*cells] * len(tables), languages) if not mask.any()]
-    if empty: raise InputError(f"no questions in the languages {empty[0]!r}")
-    every = [table.loc[mask, cell.model] for (table, cell), mask in zip([(table, cell) for table in tables for cell in cells], languages)]
+    if empty:
+        raise InputError(f"no questions in the languages {empty[0]!r}")
+    every = [
+        table.loc[mask, cell.model]
+        for (table, cell), mask in zip([(table, cell) for table in tables for cell in cells], languages)
+    ]
     used = every[0].index
-    for own in every[1:]: used = used.union(own.index)
+    for own in every[1:]:
+        used = used.union(own.index)
     strata = language_strata(used.get_level_values("item_id"), used.get_level_values("language"))
     grouped = [own.groupby(level="item_id") for own in every]
-    sums, counts = ([how(group).reindex(strata.index, fill_value=0).to_numpy() for group in grouped] for how in (lambda g: g.sum(), lambda g: g.size()))
+    sums, counts = (
+        [how(group).reindex(strata.index, fill_value=0).to_numpy() for group in grouped]
+        for how in (lambda g: g.sum(), lambda g: g.size())
+    )
     weights = np.array([cell.weight for cell in cells] * len(tables)) / len(tables)
-    return CellSums(weights, np.stack(sums), np.stack(counts), strata.to_numpy(), list(every[0].columns), len(used))
+    return CellSums(
+        weights, np.stack(sums), np.stack(counts), strata.to_numpy(), list(every[0].columns), len(used)
+    )
 
 # %% ../../nbs/06_stats/02_estimates.ipynb #df8c9832
 @dataclass
 class Items:
     "One judge's item scores, by dimension, computed when first asked for."
-    scores: pd.DataFrame # rows of `scores.parquet` of one judge
-    texts: Mapping[tuple[str, str], str] = field(default_factory=dict) # (benchmark, question id) to the question, where known
-    known: dict = field(default_factory=dict) # item scores by dimension
 
-    def of(self, benchmark: str, dimension: str = "overall") -> pd.DataFrame:
-        "Item scores of a benchmark on a dimension."
-        if dimension not in self.known: self.known[dimension] = item_scores(self.scores, dimension)
-        return self.known[dimension][self.known[dimension]["benchmark"] == benchmark]
+    scores: pd.DataFrame  # rows of `scores.parquet` of one judge
+    # (benchmark, question id) to the question, where known
+    texts: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    known: dict = field(default_factory=dict)  # item scores by dimension
 
-    def without_suffix(self, items: pd.DataFrame, suffix: str) -> pd.DataFrame:
-        "The questions that do not end in a text; raises `InputError` where that is not known or changes nothing."
-        texts = [self.texts.get(key) for key in zip(items["benchmark"], items["question_id"])]
-        if None in texts: raise InputError("the questions' text is not known here: give the answers, too")
-        keep = np.array([not text.rstrip().endswith(suffix) for text in texts])
-        if keep.all(): raise InputError(f"no question of this benchmark ends in {suffix!r}")
-        return items[keep]
+# %% ../../nbs/06_stats/02_estimates.ipynb #5e406720
+@patch
+def of(self: Items, benchmark: str, dimension: str = "overall") -> pd.DataFrame:
+    "Item scores of a benchmark on a dimension."
+    if dimension not in self.known:
+        self.known[dimension] = item_scores(self.scores, dimension)
+    return self.known[dimension][self.known[dimension]["benchmark"] == benchmark]
 
+# %% ../../nbs/06_stats/02_estimates.ipynb #003d5a9b
+@patch
+def without_suffix(self: Items, items: pd.DataFrame, suffix: str) -> pd.DataFrame:
+    """The questions that do not end in a text.
 
+    Raises `InputError` where that is not known or changes nothing.
+    """
+    texts = [self.texts.get(key) for key in zip(items["benchmark"], items["question_id"])]
+    if None in texts:
+        raise InputError("the questions' text is not known here: give the answers, too")
+    keep = np.array([not text.rstrip().endswith(suffix) for text in texts])
+    if keep.all():
+        raise InputError(f"no question of this benchmark ends in {suffix!r}")
+    return items[keep]
+
+# %% ../../nbs/06_stats/02_estimates.ipynb #d5df77cc
 def reading_cells(
-    items: Items, # of one judge
-    reading: Reading, # benchmark, cells and options
-) -> CellSums: # only questions that all models answered
+    items: Items,  # of one judge
+    reading: Reading,  # benchmark, cells and options
+) -> CellSums:  # only questions that all models answered
     "Lay out a reading; raises `InputError` where it cannot be computed."
     dimensions = ["overall"]
     if reading.by_dimension:
-        own = items.scores[(items.scores["benchmark"] == reading.benchmark) & (items.scores["dimension"] != "overall")]
-        groups = [set(own.loc[in_languages(own["language"], group), "dimension"]) for group in {cell.languages for cell in reading.cells}]
+        own = items.scores[
+            (items.scores["benchmark"] == reading.benchmark) & (items.scores["dimension"] != "overall")
+        ]
+        groups = [
+            set(own.loc[in_languages(own["language"], group), "dimension"])
+            for group in {cell.languages for cell in reading.cells}
+        ]
         dimensions = sorted(set.intersection(*groups))
-        if not dimensions: raise InputError("no dimension is asked about in all groups of languages")
+        if not dimensions:
+            raise InputError("no dimension is asked about in all groups of languages")
     used, complete = [], []
     for dimension in dimensions:
         own = items.of(reading.benchmark, dimension)
-        if reading.without_suffix: own = items.without_suffix(own, reading.without_suffix)
+        if reading.without_suffix:
+            own = items.without_suffix(own, reading.without_suffix)
         table = complete_questions(own, reading.models)
-        used.append(table[np.any([in_languages(table.index.get_level_values("language"), cell.languages) for cell in reading.cells], axis=0)])
+        used.append(
+            table[
+                np.any(
+                    [
+                        in_languages(table.index.get_level_values("language"), cell.languages)
+                        for cell in reading.cells
+                    ],
+                    axis=0,
+                )
+            ]
+        )
         complete.append(used[-1].dropna())
     laid = cell_sums(complete, reading.cells)
     laid.dropped = len(set().union(*(table.index for table in used))) - laid.questions
@@ -202,151 +340,280 @@ def reading_cells(
 
 # %% ../../nbs/06_stats/02_estimates.ipynb #6fda1920
 class Contrast(BaseModel):
-    "An estimated weighted sum of means, in points; `low` and `high` are the procedure's where there are three seeds or more."
-    model_config = ConfigDict(extra="forbid")
-    estimate: float | None = None # the weighted sum
-    low: float | None = None # lower bound of the interval, not corrected for the number of claims
-    high: float | None = None # upper bound
-    confidence: float | None = None # level of the interval
-    level: str | None = None # "these checkpoints" or "the procedure"
-    checkpoints: Interval | None = None # questions random, models given
-    procedure: Interval | None = None # seeds and questions random
-    bootstrap: Interval | None = None # these checkpoints, percentiles over resampled questions
-    spread: list[tuple[float, float]] = [] # standard error (points) and degrees of freedom by source: questions, then seeds
-    reach: float = 100.0 # the largest estimate there could be, in points
-    per_seed: dict[str, float] = {} # seed to estimate
-    test: str | None = None # name of the test
-    p: float | None = None # its p value, not corrected for the number of claims
-    permutation_p: float | None = None # of `sign_flip_test`, these checkpoints, against no difference
-    paper_t_tests: dict[str, float] = {} # the paper's own tests, p by name; no verdict rests on them
-    mixed_model: MixedModel | None = None # crossed items and seeds; no verdict rests on it
-    cohens_d: float | None = None # d_z: mean over standard deviation of the paired differences
-    hedges_g: float | None = None # the same, corrected for few items
-    log_odds: float | None = None # the contrast of the cells' log-odds
-    ratio: Ratio | None = None # of the gains elsewhere and in English, where the reading asks for it
-    power: float | None = None # the preset's, for the next and the last of the following
-    detectable: float | None = None # smallest true effect that such a study finds with that power, points
-    smallest_margin: float | None = None # half the interval: the margin that an estimate of zero would have met
-    margin_with_power: float | None = None # smallest margin that it establishes with that power when nothing differs
-    questions: int = 0 # questions used
-    items: int = 0 # items they belong to
-    epochs: int = 0 # answers a question
-    seeds: int = 0 # seeds common to the models
-    dropped: int = 0 # questions left out because a model has no score there
+    """An estimated weighted sum of means, in points; `low` and `high` are the procedure's where there are
+    three seeds or more.
+    """
 
-    @property
-    def interval(self) -> Interval:
-        "Estimate and interval, not corrected for the number of claims."
-        return Interval(estimate=self.estimate, low=self.low, high=self.high)
+    model_config = ConfigDict(extra="forbid")
+    estimate: float | None = None  # the weighted sum
+    low: float | None = None  # lower bound of the interval, not corrected for the number of claims
+    high: float | None = None  # upper bound
+    confidence: float | None = None  # level of the interval
+    level: str | None = None  # "these checkpoints" or "the procedure"
+    checkpoints: Interval | None = None  # questions random, models given
+    procedure: Interval | None = None  # seeds and questions random
+    bootstrap: Interval | None = None  # these checkpoints, percentiles over resampled questions
+    # standard error (points) and degrees of freedom by source: questions, then seeds
+    spread: list[tuple[float, float]] = []
+    reach: float = 100.0  # the largest estimate there could be, in points
+    per_seed: dict[str, float] = {}  # seed to estimate
+    test: str | None = None  # name of the test
+    p: float | None = None  # its p value, not corrected for the number of claims
+    permutation_p: float | None = None  # of `sign_flip_test`, these checkpoints, against no difference
+    paper_t_tests: dict[str, float] = {}  # the paper's own tests, p by name; no verdict rests on them
+    mixed_model: MixedModel | None = None  # crossed items and seeds; no verdict rests on it
+    cohens_d: float | None = None  # d_z: mean over standard deviation of the paired differences
+    hedges_g: float | None = None  # the same, corrected for few items
+    log_odds: float | None = None  # the contrast of the cells' log-odds
+    ratio: Ratio | None = None  # of the gains elsewhere and in English, where the reading asks for it
+    power: float | None = None  # the preset's, for the next and the last of the following
+    detectable: float | None = None  # smallest true effect that such a study finds with that power, points
+    # half the interval: the margin that an estimate of zero would have met
+    smallest_margin: float | None = None
+    # smallest margin that it establishes with that power when nothing differs
+    margin_with_power: float | None = None
+    questions: int = 0  # questions used
+    items: int = 0  # items they belong to
+    epochs: int = 0  # answers a question
+    seeds: int = 0  # seeds common to the models
+    dropped: int = 0  # questions left out because a model has no score there
+
+# %% ../../nbs/06_stats/02_estimates.ipynb #8895b989
+@patch(as_prop=True)
+def interval(self: Contrast) -> Interval:
+    "Estimate and interval, not corrected for the number of claims."
+    return Interval(estimate=self.estimate, low=self.low, high=self.high)
 
 # %% ../../nbs/06_stats/02_estimates.ipynb #47100566
 def _sources(laid: CellSums) -> tuple[float, np.ndarray, Spread]:
     "Estimate, estimate by seed, and sources of variation."
     per_seed = laid.weights @ laid.means
     spread = [tuple(map(float, item_spread(laid.influence(), laid.strata)))]
-    if len(per_seed) >= 3: spread.append((float(per_seed.var(ddof=1)) / len(per_seed), len(per_seed) - 1))
+    if len(per_seed) >= 3:
+        spread.append((float(per_seed.var(ddof=1)) / len(per_seed), len(per_seed) - 1))
     return float(per_seed.mean()), per_seed, spread
 
-
+# %% ../../nbs/06_stats/02_estimates.ipynb #5bd3f95e
 def _bootstrap(laid: CellSums, settings: Statistics) -> Interval | None:
-    "Percentiles over resampled questions; None where a replicate leaves a cell without any, or there is only one."
-    if len(laid.strata) < 2: return None
+    """Percentiles over resampled questions; None where a replicate leaves a cell without any, or there is
+    only one.
+    """
+    if len(laid.strata) < 2:
+        return None
     weights = resampling_weights(laid.strata, settings.resamples)
     with np.errstate(invalid="ignore", divide="ignore"):
-        replicates = sum(weight * (weights @ s) / (weights @ n) for weight, s, n in zip(laid.weights, laid.sums.mean(axis=2), laid.counts))
-    if not np.isfinite(replicates).all(): return None
+        replicates = sum(
+            weight * (weights @ s) / (weights @ n)
+            for weight, s, n in zip(laid.weights, laid.sums.mean(axis=2), laid.counts)
+        )
+    if not np.isfinite(replicates).all():
+        return None
     tail = 50 * (1 - settings.confidence)
     low, high = np.percentile(replicates, [tail, 100 - tail])
-    return Interval(estimate=100 * float(laid.weights @ laid.means.mean(axis=1)), low=100 * low, high=100 * high)
+    return Interval(
+        estimate=100 * float(laid.weights @ laid.means.mean(axis=1)), low=100 * low, high=100 * high
+    )
 
-
+# %% ../../nbs/06_stats/02_estimates.ipynb #8901b532
 def _second_opinions(laid: CellSums, settings: Statistics) -> dict:
     "What stands beside the estimate and decides nothing."
     found, means = {"bootstrap": _bootstrap(laid, settings)}, laid.means.mean(axis=1)
-    if ((means > 0) & (means < 1)).all(): found["log_odds"] = float(laid.weights @ np.log(means / (1 - means)))
-    if not laid.same_items: return found | {"mixed_model": MixedModel(note="the languages sit on different items")}
-    if abs(laid.weights.sum()) > 1e-9: return found # a mean, not a difference
+    if ((means > 0) & (means < 1)).all():
+        found["log_odds"] = float(laid.weights @ np.log(means / (1 - means)))
+    if not laid.same_items:
+        return found | {"mixed_model": MixedModel(note="the languages sit on different items")}
+    if abs(laid.weights.sum()) > 1e-9:
+        return found  # a mean, not a difference
     shares = laid.contributions()
     averages = laid.sums.mean(axis=2) / laid.counts
-    if sorted(laid.weights) == [-1, 1]: found["paper_t_tests"] = paper_t_tests(averages[laid.weights.argmax()], averages[laid.weights.argmin()])
-    return found | effect_sizes(shares.mean(axis=1)) | {"permutation_p": float(sign_flip_test(shares.mean(axis=1), settings.resamples)), "mixed_model": mixed_model(shares * len(shares), settings.confidence)}
+    if sorted(laid.weights) == [-1, 1]:
+        found["paper_t_tests"] = paper_t_tests(
+            averages[laid.weights.argmax()], averages[laid.weights.argmin()]
+        )
+    return (
+        found
+        | effect_sizes(shares.mean(axis=1))
+        | {
+            "permutation_p": float(sign_flip_test(shares.mean(axis=1), settings.resamples)),
+            "mixed_model": mixed_model(shares * len(shares), settings.confidence),
+        }
+    )
 
-
+# %% ../../nbs/06_stats/02_estimates.ipynb #8bb81115
 def within_reach(
-    spread: Spread, # sources of variation
-    kind: str, # of the reading
-    confidence: float, # level of the interval that decides
-    power: float, # how often an effect is to be found
-) -> dict: # power, detectable, smallest_margin, margin_with_power
+    spread: Spread,  # sources of variation
+    kind: str,  # of the reading
+    confidence: float,  # level of the interval that decides
+    power: float,  # how often an effect is to be found
+) -> dict:  # power, detectable, smallest_margin, margin_with_power
     "What a study with this spread could have shown, in points."
-    return {"power": power, "detectable": detectable(spread, confidence, power), "smallest_margin": smallest_margin(spread, kind, confidence), "margin_with_power": smallest_margin(spread, kind, confidence, power)}
+    return {
+        "power": power,
+        "detectable": detectable(spread, confidence, power),
+        "smallest_margin": smallest_margin(spread, kind, confidence),
+        "margin_with_power": smallest_margin(spread, kind, confidence, power),
+    }
 
-
+# %% ../../nbs/06_stats/02_estimates.ipynb #fdc1e72b
 def contrast(
-    scores: pd.DataFrame | Items, # rows of `scores.parquet` of one judge
-    reading: Reading, # benchmark, cells, kind
-    settings: Statistics = Statistics(), # of the preset
-    full: bool = True, # with the second opinions; without them estimate, intervals and test only
-) -> Contrast: # in points
-    """Estimate a reading's weighted sum of means, paired on items and within seeds; epochs are averaged first, then seeds.
+    scores: pd.DataFrame | Items,  # rows of `scores.parquet` of one judge
+    reading: Reading,  # benchmark, cells, kind
+    settings: Statistics = Statistics(),  # of the preset
+    full: bool = True,  # with the second opinions; without them estimate, intervals and test only
+) -> Contrast:  # in points
+    """Estimate a reading's weighted sum of means, paired on items and within seeds; epochs are averaged first,
+    then seeds.
 
-    Raises `InputError` where a model, a common seed or a language is lacking. Source: ours; see the formulas of `inference`."""
+    Raises `InputError` where a model, a common seed or a language is lacking. Source: ours; see the formulas
+    of `inference`.
+    """
     items = scores if isinstance(scores, Items) else Items(one_judge(scores))
     laid = reading_cells(items, reading)
     estimate, per_seed, spread = _sources(laid)
     highest = float(laid.weights[laid.weights > 0].sum())
-    ends = dict(confidence=settings.confidence, lowest=-highest if (laid.weights < 0).any() else 0.0, highest=highest)
-    checkpoints, interval = make_interval(estimate, spread[:1], **ends), make_interval(estimate, spread, **ends)
+    ends = dict(
+        confidence=settings.confidence, lowest=-highest if (laid.weights < 0).any() else 0.0, highest=highest
+    )
+    checkpoints, interval = (
+        make_interval(estimate, spread[:1], **ends),
+        make_interval(estimate, spread, **ends),
+    )
     test, p = p_value(estimate, spread, reading.kind, settings.margin, highest)
     power = within_reach(spread, reading.kind, settings.confidence, settings.power) if full else {}
     second = _second_opinions(laid, settings) if full else {}
-    return Contrast(**interval.model_dump(), confidence=settings.confidence, level="the procedure" if len(spread) > 1 else "these checkpoints",
-                    checkpoints=checkpoints, procedure=interval if len(spread) > 1 else None, test=test, p=p, spread=[(100 * v**0.5, f) for v, f in spread], reach=100 * highest,
-                    per_seed={str(seed): 100 * float(value) for seed, value in zip(laid.seeds, per_seed)}, ratio=_ratio_of_gains(laid, reading, settings) if full else None,
-                    questions=laid.questions, items=len(laid.strata), epochs=int(items.of(reading.benchmark)["epochs"].max()), seeds=len(per_seed), dropped=laid.dropped, **second, **power)
+    return Contrast(
+        **interval.model_dump(),
+        confidence=settings.confidence,
+        level="the procedure" if len(spread) > 1 else "these checkpoints",
+        checkpoints=checkpoints,
+        procedure=interval if len(spread) > 1 else None,
+        test=test,
+        p=p,
+        spread=[(100 * v**0.5, f) for v, f in spread],
+        reach=100 * highest,
+        per_seed={str(seed): 100 * float(value) for seed, value in zip(laid.seeds, per_seed)},
+        ratio=_ratio_of_gains(laid, reading, settings) if full else None,
+        questions=laid.questions,
+        items=len(laid.strata),
+        epochs=int(items.of(reading.benchmark)["epochs"].max()),
+        seeds=len(per_seed),
+        dropped=laid.dropped,
+        **second,
+        **power,
+    )
 
-
+# %% ../../nbs/06_stats/02_estimates.ipynb #26026167
 def ratio_of(
-    laid: CellSums, # cells of both
-    numerator: np.ndarray, # (cells,) weights
-    denominator: np.ndarray, # (cells,) weights
-    confidence: float = 0.95, # level
-) -> Ratio: # with Fieller's set
+    laid: CellSums,  # cells of both
+    numerator: np.ndarray,  # (cells,) weights
+    denominator: np.ndarray,  # (cells,) weights
+    confidence: float = 0.95,  # level
+) -> Ratio:  # with Fieller's set
     "Ratio of two weighted sums of the same cells."
     both = np.stack([numerator, denominator])
     per_seed = both @ laid.means
-    return fieller(*per_seed.mean(axis=1), ratio_noise(np.stack([laid.influence(weights) for weights in both]), per_seed, laid.strata, (1 - confidence) / 2))
+    return fieller(
+        *per_seed.mean(axis=1),
+        ratio_noise(
+            np.stack([laid.influence(weights) for weights in both]),
+            per_seed,
+            laid.strata,
+            (1 - confidence) / 2,
+        ),
+    )
 
-
+# %% ../../nbs/06_stats/02_estimates.ipynb #bf58cf22
 def _ratio_of_gains(laid: CellSums, reading: Reading, settings: Statistics) -> Ratio | None:
     "Gain elsewhere over gain in English, where the reading asks for the ratio."
-    if reading.paper_ratio is None: return None
-    english = np.array([cell.languages == "en" for cell in reading.cells] * (len(laid.weights) // len(reading.cells)))
-    return ratio_of(laid, np.where(english, 0, laid.weights), np.where(english, -laid.weights, 0), settings.confidence)
+    if reading.paper_ratio is None:
+        return None
+    english = np.array(
+        [cell.languages == "en" for cell in reading.cells] * (len(laid.weights) // len(reading.cells))
+    )
+    return ratio_of(
+        laid, np.where(english, 0, laid.weights), np.where(english, -laid.weights, 0), settings.confidence
+    )
 
 # %% ../../nbs/06_stats/02_estimates.ipynb #1d39538c
 def retention(
-    scores: pd.DataFrame, # rows of `scores.parquet` of one judge
-    settings: Statistics = Statistics(), # of the preset
-    languages: str = "all", # group of languages
-) -> pd.DataFrame: # benchmark, model, retention, low, high, shape, added, added_low, added_high, questions, seeds, note
-    "Share of what mid-training added that each arm from mid keeps, by benchmark; null, with the reason in `note`, where it cannot be given."
+    scores: pd.DataFrame,  # rows of `scores.parquet` of one judge
+    settings: Statistics = Statistics(),  # of the preset
+    languages: str = "all",  # group of languages
+    # benchmark, model, retention, low, high, shape, added, added_low, added_high, questions, seeds, note
+) -> pd.DataFrame:
+    """Share of what mid-training added that each arm from mid keeps, by benchmark; null, with the reason in
+    `note`, where it cannot be given.
+    """
     items, rows = Items(one_judge(scores)), []
     for benchmark, own in items.scores.groupby("benchmark", observed=True):
         for model in sorted(set(own["model"]) - set(STARTS), key=model_rank):
-            try: starts_at_mid = parse_model(model).start == "mid"
-            except InputError: starts_at_mid = False
-            if starts_at_mid: rows.append({"benchmark": benchmark, "model": model, **_retained(items, benchmark, model, languages, settings)})
-    return pd.DataFrame(rows, columns=["benchmark", "model", "retention", "low", "high", "shape", "added", "added_low", "added_high", "questions", "seeds", "note"])
+            try:
+                starts_at_mid = parse_model(model).start == "mid"
+            except InputError:
+                starts_at_mid = False
+            if starts_at_mid:
+                rows.append(
+                    {
+                        "benchmark": benchmark,
+                        "model": model,
+                        **_retained(items, benchmark, model, languages, settings),
+                    }
+                )
+    return pd.DataFrame(
+        rows,
+        columns=[
+            "benchmark",
+            "model",
+            "retention",
+            "low",
+            "high",
+            "shape",
+            "added",
+            "added_low",
+            "added_high",
+            "questions",
+            "seeds",
+            "note",
+        ],
+    )
 
-
+# %% ../../nbs/06_stats/02_estimates.ipynb #558b7efe
 def _retained(items: Items, benchmark: str, model: str, languages: str, settings: Statistics) -> dict:
     "The row of one arm."
-    reading = Reading("retention", "", "superiority", benchmark, tuple(Cell(name, 1, languages) for name in (model, "mid", "base")))
-    try: laid = reading_cells(items, reading)
-    except InputError as error: return {"note": str(error)}
-    added = contrast(items, Reading("added", "", "superiority", benchmark, (Cell("mid", 1, languages), Cell("base", -1, languages))), settings, full=False)
-    row = {"added": added.estimate, "added_low": added.low, "added_high": added.high, "questions": laid.questions, "seeds": len(laid.seeds)}
-    if added.low is None or added.low <= 0 <= added.high: return {**row, "note": "mid − base does not exclude 0"}
+    reading = Reading(
+        "retention",
+        "",
+        "superiority",
+        benchmark,
+        tuple(Cell(name, 1, languages) for name in (model, "mid", "base")),
+    )
+    try:
+        laid = reading_cells(items, reading)
+    except InputError as error:
+        return {"note": str(error)}
+    added = contrast(
+        items,
+        Reading(
+            "added", "", "superiority", benchmark, (Cell("mid", 1, languages), Cell("base", -1, languages))
+        ),
+        settings,
+        full=False,
+    )
+    row = {
+        "added": added.estimate,
+        "added_low": added.low,
+        "added_high": added.high,
+        "questions": laid.questions,
+        "seeds": len(laid.seeds),
+    }
+    if added.low is None or added.low <= 0 <= added.high:
+        return {**row, "note": "mid − base does not exclude 0"}
     kept = ratio_of(laid, np.array([1, 0, -1]), np.array([0, 1, -1]), settings.confidence)
-    return {**row, "retention": kept.estimate, "low": kept.low, "high": kept.high, "shape": kept.shape, "note": "" if kept.shape == "interval" else "unbounded"}
+    return {
+        **row,
+        "retention": kept.estimate,
+        "low": kept.low,
+        "high": kept.high,
+        "shape": kept.shape,
+        "note": "" if kept.shape == "interval" else "unbounded",
+    }

@@ -15,26 +15,33 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 # %% ../../nbs/06_stats/00_inference.ipynb #4a6885ee
-Spread = list[tuple[float, float]] # a variance with its degrees of freedom, one for each source of variation
+Spread = list[tuple[float, float]]  # a variance with its degrees of freedom, one for each source of variation
 
 
 def _stratum_spread(influence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Variance and degrees of freedom of one stratum, items last."
     n = influence.shape[-1]
-    if n < 2: return np.zeros(influence.shape[:-1]), np.zeros(influence.shape[:-1])
+    if n < 2:
+        return np.zeros(influence.shape[:-1]), np.zeros(influence.shape[:-1])
     centred = influence - influence.mean(-1, keepdims=True)
     square = (centred**2).mean(-1)
     flat = square < 1e-20
     excess = np.where(flat, 0, (centred**4).mean(-1) / np.where(flat, 1, square) ** 2 - 3)
-    if n > 3: excess = (n - 1) / ((n - 2) * (n - 3)) * ((n + 1) * excess + 6) # less biased in small samples
-    return np.where(flat, 0, square * n * n / (n - 1)), np.clip(2 * n / np.maximum(excess + 2, 1e-9) - 1, 1, n - 1)
+    if n > 3:
+        excess = (n - 1) / ((n - 2) * (n - 3)) * ((n + 1) * excess + 6)  # less biased in small samples
+    return np.where(flat, 0, square * n * n / (n - 1)), np.clip(
+        2 * n / np.maximum(excess + 2, 1e-9) - 1, 1, n - 1
+    )
 
-
+# %% ../../nbs/06_stats/00_inference.ipynb #47ff104a
 def item_spread(
-    influence: np.ndarray, # (..., items) what each item adds to the estimate
-    strata: np.ndarray | None = None, # (items,) stratum of each item; one where not given
-) -> tuple[np.ndarray, np.ndarray]: # (...) variance of the estimate over questions, (...) its degrees of freedom
-    "The variance that comes from the questions (see the formulas); without any spread the freedom is the smallest stratum's items less one."
+    influence: np.ndarray,  # (..., items) what each item adds to the estimate
+    strata: np.ndarray | None = None,  # (items,) stratum of each item; one where not given
+    # (...) variance of the estimate over questions, (...) its degrees of freedom
+) -> tuple[np.ndarray, np.ndarray]:
+    """The variance that comes from the questions (see the formulas); without any spread the freedom is the
+    smallest stratum's items less one.
+    """
     influence = np.asarray(influence, dtype=float)
     strata = np.zeros(influence.shape[-1], dtype=int) if strata is None else np.asarray(strata)
     members = [strata == stratum for stratum in np.unique(strata)]
@@ -46,128 +53,162 @@ def item_spread(
 
 # %% ../../nbs/06_stats/00_inference.ipynb #5e915b4c
 class Interval(BaseModel):
-    "An estimate in points (percent, or a difference of percents) with its interval; the bounds are null where there is only one question."
+    """An estimate in points (percent, or a difference of percents) with its interval; the bounds are null
+    where there is only one question.
+    """
+
     model_config = ConfigDict(extra="forbid")
-    estimate: float # points
-    low: float | None # lower bound
-    high: float | None # upper bound
+    estimate: float  # points
+    low: float | None  # lower bound
+    high: float | None  # upper bound
 
-    def __str__(self): return f"{self.estimate:.1f}" + ("" if self.low is None else f" [{self.low:.1f}, {self.high:.1f}]")
+    def __str__(self):
+        return f"{self.estimate:.1f}" + ("" if self.low is None else f" [{self.low:.1f}, {self.high:.1f}]")
 
-
+# %% ../../nbs/06_stats/00_inference.ipynb #52f5baa0
 def half_width(
-    spread: Spread, # sources of variation
-    tail: float, # probability left beyond each bound
-) -> np.ndarray: # in the units of the estimate
+    spread: Spread,  # sources of variation
+    tail: float,  # probability left beyond each bound
+) -> np.ndarray:  # in the units of the estimate
     "Half-width of an interval: each source's Student half-width, added in quadrature."
     from scipy.stats import t
+
     return np.sqrt(sum(variance * t.isf(tail, np.maximum(freedom, 1)) ** 2 for variance, freedom in spread))
 
-
+# %% ../../nbs/06_stats/00_inference.ipynb #97c2ea8d
 def bounds(
-    estimate: np.ndarray, # (...) a mean (0-1) or a difference of means
-    spread: Spread, # of (...) variances and degrees of freedom
-    tail: float = 0.025, # probability left beyond each bound
-    lowest: float = -1.0, # end of the estimate's range: 0 for a mean, which then gets Wilson's interval
-    highest: float = 1.0, # the other end
-) -> tuple[np.ndarray, np.ndarray]: # (...) lower and upper bounds
+    estimate: np.ndarray,  # (...) a mean (0-1) or a difference of means
+    spread: Spread,  # of (...) variances and degrees of freedom
+    tail: float = 0.025,  # probability left beyond each bound
+    lowest: float = -1.0,  # end of the estimate's range: 0 for a mean, which then gets Wilson's interval
+    highest: float = 1.0,  # the other end
+) -> tuple[np.ndarray, np.ndarray]:  # (...) lower and upper bounds
     "The interval of the formulas above, for one estimate or many at once."
     estimate, half = np.asarray(estimate, dtype=float), half_width(spread, tail)
     alike = half < 1e-9
     low, high = estimate - half, estimate + half
     if lowest == 0:
         c = half**2 / np.clip(estimate * (1 - estimate), 1e-12, None)
-        centre, reach = (estimate + c / 2) / (1 + c), np.sqrt(c * (estimate * (1 - estimate) + c / 4)) / (1 + c)
+        centre, reach = (
+            (estimate + c / 2) / (1 + c),
+            np.sqrt(c * (estimate * (1 - estimate) + c / 4)) / (1 + c),
+        )
         low, high = np.maximum(centre - reach, 0), np.minimum(centre + reach, 1)
     unseen = 1 - tail ** (1 / (np.asarray(spread[0][1], dtype=float) + 1))
-    return np.where(alike, estimate - unseen * (estimate - lowest), low), np.where(alike, estimate + unseen * (highest - estimate), high)
+    return np.where(alike, estimate - unseen * (estimate - lowest), low), np.where(
+        alike, estimate + unseen * (highest - estimate), high
+    )
 
-
+# %% ../../nbs/06_stats/00_inference.ipynb #06986596
 def make_interval(
-    estimate: float, # a mean (0-1) or a difference of means
-    spread: Spread, # sources of variation, in the same units squared; the first is the questions
-    confidence: float = 0.95, # level
-    lowest: float = -1.0, # end of the estimate's range; 0 for a mean
-    highest: float = 1.0, # the other end
-) -> Interval: # in points
+    estimate: float,  # a mean (0-1) or a difference of means
+    spread: Spread,  # sources of variation, in the same units squared; the first is the questions
+    confidence: float = 0.95,  # level
+    lowest: float = -1.0,  # end of the estimate's range; 0 for a mean
+    highest: float = 1.0,  # the other end
+) -> Interval:  # in points
     "One interval in points; null bounds where there is a single question."
-    if spread[0][1] <= 0: return Interval(estimate=100 * estimate, low=None, high=None)
+    if spread[0][1] <= 0:
+        return Interval(estimate=100 * estimate, low=None, high=None)
     low, high = bounds(estimate, spread, (1 - confidence) / 2, lowest, highest)
     return Interval(estimate=100 * estimate, low=100 * float(low), high=100 * float(high))
 
 # %% ../../nbs/06_stats/00_inference.ipynb #0ad662d1
 def tail_probability(
-    distance: float, # how far the estimate lies beyond a bound; negative where it falls short of it
-    spread: Spread, # sources of variation
-    room: float = 1.0, # how far the estimate could fall: its distance from the end of its range
-) -> float | None: # one-sided p value; None with a single question
+    distance: float,  # how far the estimate lies beyond a bound; negative where it falls short of it
+    spread: Spread,  # sources of variation
+    room: float = 1.0,  # how far the estimate could fall: its distance from the end of its range
+) -> float | None:  # one-sided p value; None with a single question
     "The p value that belongs to `bounds`: the tail at which the interval just touches the bound."
-    if spread[0][1] <= 0: return None
-    if half_width(spread, 0.025) < 1e-9: return 1.0 if distance <= 0 else float(max(1 - distance / room, 0) ** (spread[0][1] + 1))
+    if spread[0][1] <= 0:
+        return None
+    if half_width(spread, 0.025) < 1e-9:
+        return 1.0 if distance <= 0 else float(max(1 - distance / room, 0) ** (spread[0][1] + 1))
     from scipy.optimize import brentq
-    def gap(log_tail): return half_width(spread, np.exp(log_tail)) - abs(distance)
+
+    def gap(log_tail):
+        return half_width(spread, np.exp(log_tail)) - abs(distance)
+
     smallest, largest = np.log(1e-9), np.log(0.5)
-    if gap(smallest) < 0: tail = 1e-9
-    elif gap(largest) >= 0: tail = 0.5 # an estimate of 0, whose interval at one half has rounding for its width
-    else: tail = float(np.exp(brentq(gap, smallest, largest)))
+    if gap(smallest) < 0:
+        tail = 1e-9
+    # an estimate of 0, whose interval at one half has rounding for its width
+    elif gap(largest) >= 0:
+        tail = 0.5
+    else:
+        tail = float(np.exp(brentq(gap, smallest, largest)))
     return tail if distance > 0 else 1 - tail
 
-
+# %% ../../nbs/06_stats/00_inference.ipynb #2fd174d3
 def p_value(
-    estimate: float, # difference of means
-    spread: Spread, # sources of variation
-    kind: str = "superiority", # or "equivalence", "non-inferiority"
-    margin: float = 5.0, # points, of the latter two
-    highest: float = 1.0, # end of the estimate's range; the other end is its negative
-) -> tuple[str, float | None]: # name of the test and its p value
+    estimate: float,  # difference of means
+    spread: Spread,  # sources of variation
+    kind: str = "superiority",  # or "equivalence", "non-inferiority"
+    margin: float = 5.0,  # points, of the latter two
+    highest: float = 1.0,  # end of the estimate's range; the other end is its negative
+) -> tuple[str, float | None]:  # name of the test and its p value
     "The test that belongs to a kind of reading."
-    if spread[0][1] <= 0: return "none", None
+    if spread[0][1] <= 0:
+        return "none", None
     by = "t" + (", questions and seeds" if len(spread) > 1 else ", questions")
-    if kind == "superiority": return f"two-sided {by}", min(1.0, 2 * tail_probability(abs(estimate), spread, abs(estimate) + highest))
+    if kind == "superiority":
+        return f"two-sided {by}", min(
+            1.0, 2 * tail_probability(abs(estimate), spread, abs(estimate) + highest)
+        )
     above = 2 * tail_probability(estimate + margin / 100, spread, estimate + highest)
-    if kind == "non-inferiority": return f"one-sided {by}, against −{margin:g}, doubled", min(1.0, above)
+    if kind == "non-inferiority":
+        return f"one-sided {by}, against −{margin:g}, doubled", min(1.0, above)
     below = 2 * tail_probability(margin / 100 - estimate, spread, highest - estimate)
     return f"two one-sided {by}, against ±{margin:g}, doubled", min(1.0, max(above, below))
 
 # %% ../../nbs/06_stats/00_inference.ipynb #d2c751f8
 def sign_flip_test(
-    contributions: np.ndarray, # (..., items) paired contributions, their sum is the estimate
-    replicates: int = 10_000, # random assignments of signs
-    random_seed: int = 0, # fixed
-) -> np.ndarray: # (...) two-sided p values
-    "Paired permutation test over items: the share of sign assignments whose sum is as far from zero as the one observed."
+    contributions: np.ndarray,  # (..., items) paired contributions, their sum is the estimate
+    replicates: int = 10_000,  # random assignments of signs
+    random_seed: int = 0,  # fixed
+) -> np.ndarray:  # (...) two-sided p values
+    """Paired permutation test over items: the share of sign assignments whose sum is as far from zero as the
+    one observed.
+    """
     contributions = np.asarray(contributions, dtype=float)
-    signs = np.random.default_rng(random_seed).integers(0, 2, size=(replicates, contributions.shape[-1])) * 2.0 - 1
+    signs = (
+        np.random.default_rng(random_seed).integers(0, 2, size=(replicates, contributions.shape[-1])) * 2.0
+        - 1
+    )
     observed = np.abs(contributions.sum(-1))
     return (1 + (np.abs(contributions @ signs.T) >= observed[..., None] - 1e-12).sum(-1)) / (1 + replicates)
 
 # %% ../../nbs/06_stats/00_inference.ipynb #34452973
 def paper_t_tests(
-    first: np.ndarray, # (items,) mean score of each question, one arm
-    second: np.ndarray, # (items,) the other arm, on the same questions
-) -> dict[str, float]: # p values: "independent", "paired"; those that cannot be computed are left out
+    first: np.ndarray,  # (items,) mean score of each question, one arm
+    second: np.ndarray,  # (items,) the other arm, on the same questions
+) -> dict[str, float]:  # p values: "independent", "paired"; those that cannot be computed are left out
     "The paper's own tests (S): independent t-test on mean scores, and the paired one. For comparison only."
     from scipy.stats import ttest_ind, ttest_rel
+
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore") # all alike: no t, left out
+        warnings.simplefilter("ignore")  # all alike: no t, left out
         found = {"independent": ttest_ind(first, second).pvalue, "paired": ttest_rel(first, second).pvalue}
     return {name: float(p) for name, p in found.items() if np.isfinite(p)}
 
-
+# %% ../../nbs/06_stats/00_inference.ipynb #ad7cf190
 def effect_sizes(
-    differences: np.ndarray, # (items,) paired differences
-) -> dict[str, float]: # "cohens_d" and "hedges_g"; empty where all items are alike
-    "Cohen's d_z = mean / standard deviation of the paired differences, and Hedges' g, its correction for few items (1985)."
+    differences: np.ndarray,  # (items,) paired differences
+) -> dict[str, float]:  # "cohens_d" and "hedges_g"; empty where all items are alike
+    """Cohen's d_z = mean / standard deviation of the paired differences, and Hedges' g, its correction for
+    few items (1985).
+    """
     differences = np.asarray(differences, dtype=float)
     deviation, freedom = (differences.std(ddof=1), len(differences) - 1) if len(differences) > 1 else (0.0, 0)
-    if deviation < 1e-9: return {}
+    if deviation < 1e-9:
+        return {}
     d = float(differences.mean() / deviation)
     return {"cohens_d": d, "hedges_g": d * (1 - 3 / (4 * freedom - 1))}
 
 # %% ../../nbs/06_stats/00_inference.ipynb #a1f7ba63
 def holm(
-    p_values: Sequence[float], # of one family
-) -> tuple[np.ndarray, np.ndarray]: # adjusted p values; the factors k that make them
+    p_values: Sequence[float],  # of one family
+) -> tuple[np.ndarray, np.ndarray]:  # adjusted p values; the factors k that make them
     "Holm's adjustment, with the factor of each p value."
     p = np.asarray(p_values, dtype=float)
     order = np.argsort(p, kind="stable")
@@ -179,48 +220,65 @@ def holm(
 # %% ../../nbs/06_stats/00_inference.ipynb #8fd6ee21
 class Ratio(BaseModel):
     "A ratio with Fieller's confidence set: an interval, all values outside one, or everything."
+
     model_config = ConfigDict(extra="forbid")
-    estimate: float | None # None where the denominator is zero
-    low: float | None = None # lower end of the interval, or of the gap
-    high: float | None = None # upper end
-    shape: str = "everything" # "interval", "outside" (all values below `low` and above `high`), "everything"
+    estimate: float | None  # None where the denominator is zero
+    low: float | None = None  # lower end of the interval, or of the gap
+    high: float | None = None  # upper end
+    shape: str = "everything"  # "interval", "outside" (all values below `low` and above `high`), "everything"
 
     def __str__(self):
         text = "undefined" if self.estimate is None else f"{self.estimate:.2f}"
-        if self.shape == "interval": return f"{text} [{self.low:.2f}, {self.high:.2f}]"
-        return f"{text} (unbounded: " + ("any value)" if self.shape == "everything" else f"below {self.low:.2f} or above {self.high:.2f})")
+        if self.shape == "interval":
+            return f"{text} [{self.low:.2f}, {self.high:.2f}]"
+        return f"{text} (unbounded: " + (
+            "any value)" if self.shape == "everything" else f"below {self.low:.2f} or above {self.high:.2f})"
+        )
 
     def holds(self, value: float) -> bool:
         "Whether a value lies in the set."
-        if self.shape == "everything": return True
+        if self.shape == "everything":
+            return True
         inside = self.low <= value <= self.high
         return inside if self.shape == "interval" else not self.low < value < self.high
 
-
+# %% ../../nbs/06_stats/00_inference.ipynb #703a4238
 def fieller(
-    numerator: float, # N
-    denominator: float, # D
-    noise: np.ndarray, # (2, 2) squared half-widths: t² times the variances and covariances, numerator first
-) -> Ratio: # N / D with its set
+    numerator: float,  # N
+    denominator: float,  # D
+    noise: np.ndarray,  # (2, 2) squared half-widths: t² times the variances and covariances, numerator first
+) -> Ratio:  # N / D with its set
     "Fieller's confidence set of a ratio."
     estimate = None if abs(denominator) < 1e-12 else numerator / denominator
     a, b, c = denominator**2 - noise[1, 1], numerator * denominator - noise[0, 1], numerator**2 - noise[0, 0]
     root = b * b - a * c
-    if abs(a) < 1e-15 or root < 0: return Ratio(estimate=estimate) # a > 0 always has roots: the estimate itself is inside
+    # a > 0 always has roots: the estimate itself is inside
+    if abs(a) < 1e-15 or root < 0:
+        return Ratio(estimate=estimate)
     ends = sorted(((b - np.sqrt(root)) / a, (b + np.sqrt(root)) / a))
     return Ratio(estimate=estimate, low=ends[0], high=ends[1], shape="interval" if a > 0 else "outside")
 
 # %% ../../nbs/06_stats/00_inference.ipynb #bee65fbd
 def ratio_noise(
-    influences: np.ndarray, # (2, items) what each item adds to numerator and denominator
-    per_seed: np.ndarray, # (2, seeds) both in each seed
-    strata: np.ndarray | None = None, # (items,) stratum of each item
-    tail: float = 0.025, # probability left beyond each bound
-) -> np.ndarray: # (2, 2), for `fieller`
-    "The matrix A: covariances over questions and, with three seeds or more, over seeds, each times its squared t quantile."
+    influences: np.ndarray,  # (2, items) what each item adds to numerator and denominator
+    per_seed: np.ndarray,  # (2, seeds) both in each seed
+    strata: np.ndarray | None = None,  # (items,) stratum of each item
+    tail: float = 0.025,  # probability left beyond each bound
+) -> np.ndarray:  # (2, 2), for `fieller`
+    """The matrix A: covariances over questions and, with three seeds or more, over seeds, each times its
+    squared t quantile.
+    """
     from scipy.stats import t
-    influences, strata = np.asarray(influences, dtype=float), np.zeros(influences.shape[1], dtype=int) if strata is None else np.asarray(strata)
-    by_items = sum((own := influences[:, strata == stratum]).shape[1] * np.cov(own) for stratum in np.unique(strata) if (strata == stratum).sum() > 1)
+
+    influences, strata = (
+        np.asarray(influences, dtype=float),
+        (np.zeros(influences.shape[1], dtype=int) if strata is None else np.asarray(strata)),
+    )
+    by_items = sum(
+        (own := influences[:, strata == stratum]).shape[1] * np.cov(own)
+        for stratum in np.unique(strata)
+        if (strata == stratum).sum() > 1
+    )
     noise = by_items * t.isf(tail, max(item_spread(influences, strata)[1].min(), 1)) ** 2
     seeds = per_seed.shape[1]
     return noise if seeds < 3 else noise + np.cov(per_seed) / seeds * t.isf(tail, seeds - 1) ** 2
@@ -228,15 +286,16 @@ def ratio_noise(
 # %% ../../nbs/06_stats/00_inference.ipynb #d6cf0239
 class MixedModel(BaseModel):
     "A fitted model of items and seeds, in points; only `note` where there is none."
+
     model_config = ConfigDict(extra="forbid")
-    estimate: float | None = None # the mean difference
-    low: float | None = None # lower bound
-    high: float | None = None # upper bound
-    item_sd: float | None = None # spread between items
-    seed_sd: float | None = None # spread between seeds
-    note: str = "" # why there is no fit, or what was left out of it
+    estimate: float | None = None  # the mean difference
+    low: float | None = None  # lower bound
+    high: float | None = None  # upper bound
+    item_sd: float | None = None  # spread between items
+    seed_sd: float | None = None  # spread between seeds
+    note: str = ""  # why there is no fit, or what was left out of it
 
-
+# %% ../../nbs/06_stats/00_inference.ipynb #9761a8a7
 def _moment_components(differences: np.ndarray) -> np.ndarray:
     "Variances of items and seeds in units of the residual's, from the mean squares: where the fit starts."
     (items, seeds), by_item, by_seed = differences.shape, differences.mean(1), differences.mean(0)
@@ -244,92 +303,154 @@ def _moment_components(differences: np.ndarray) -> np.ndarray:
     error = max((residual**2).sum() / ((items - 1) * (seeds - 1)), 1e-9)
     return np.array([by_item.var(ddof=1) / error - 1 / seeds, by_seed.var(ddof=1) / error - 1 / items])
 
-
+# %% ../../nbs/06_stats/00_inference.ipynb #8defd7f7
 def _fit_components(differences: np.ndarray, moments: np.ndarray, names: Sequence[str]):
-    "A MixedLM fit with some of the two components; None where it does not converge, the error's text where it fails."
+    """A MixedLM fit with some of the two components; None where it does not converge, the error's text where
+    it fails.
+    """
     from statsmodels.regression.mixed_linear_model import MixedLM, MixedLMParams
+
     items, seeds = differences.shape
-    designs = {"item": np.kron(np.eye(items), np.ones((seeds, 1))), "seed": np.kron(np.ones((items, 1)), np.eye(seeds))}
-    start = MixedLMParams.from_components(np.array([differences.mean()]), vcomp=np.clip(moments[:len(names)], 0.01, 100))
+    designs = {
+        "item": np.kron(np.eye(items), np.ones((seeds, 1))),
+        "seed": np.kron(np.ones((items, 1)), np.eye(seeds)),
+    }
+    start = MixedLMParams.from_components(
+        np.array([differences.mean()]), vcomp=np.clip(moments[: len(names)], 0.01, 100)
+    )
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
-        model = MixedLM(differences.ravel(), np.ones((items * seeds, 1)), groups=np.repeat("all", items * seeds), exog_vc={name: {"all": designs[name]} for name in names})
-        try: fit = model.fit(start_params=start, method=["lbfgs"])
-        except (ValueError, np.linalg.LinAlgError) as error: return str(error)
+        model = MixedLM(
+            differences.ravel(),
+            np.ones((items * seeds, 1)),
+            groups=np.repeat("all", items * seeds),
+            exog_vc={name: {"all": designs[name]} for name in names},
+        )
+        try:
+            fit = model.fit(start_params=start, method=["lbfgs"])
+        except (ValueError, np.linalg.LinAlgError) as error:
+            return str(error)
     return fit if fit.converged and np.isfinite(fit.bse_fe[0]) else None
 
-
+# %% ../../nbs/06_stats/00_inference.ipynb #b7b2aa40
 def mixed_model(
-    differences: np.ndarray, # (items, seeds) paired differences (-1 to 1)
-    confidence: float = 0.95, # level
-) -> MixedModel: # in points
+    differences: np.ndarray,  # (items, seeds) paired differences (-1 to 1)
+    confidence: float = 0.95,  # level
+) -> MixedModel:  # in points
     "Crossed random effects of items and seeds, by `statsmodels`."
     items, seeds = differences.shape
-    if seeds < 3: return MixedModel(note=f"{seeds} seed{'s' * (seeds > 1)}: three are needed to see how they vary")
-    if items < 3: return MixedModel(note="fewer than three questions")
-    if differences.std() < 1e-9: return MixedModel(note="all questions alike")
+    if seeds < 3:
+        return MixedModel(note=f"{seeds} seed{'s' * (seeds > 1)}: three are needed to see how they vary")
+    if items < 3:
+        return MixedModel(note="fewer than three questions")
+    if differences.std() < 1e-9:
+        return MixedModel(note="all questions alike")
     from scipy.stats import t
+
     scale, moments, note = differences.std(), _moment_components(differences), ""
     fit = _fit_components(differences / scale, moments, ("item", "seed"))
-    if fit is None and moments[1] <= 0: fit, note = _fit_components(differences / scale, moments, ("item",)), "seeds left out: they differ no more than the questions make them"
-    if fit is None or isinstance(fit, str): return MixedModel(note=f"the fit failed: {fit}" if fit else "the fit did not converge")
+    if fit is None and moments[1] <= 0:
+        fit, note = (
+            _fit_components(differences / scale, moments, ("item",)),
+            "seeds left out: they differ no more than the questions make them",
+        )
+    if fit is None or isinstance(fit, str):
+        return MixedModel(note=f"the fit failed: {fit}" if fit else "the fit did not converge")
     centre, half = fit.fe_params[0], t.isf((1 - confidence) / 2, seeds - 1) * fit.bse_fe[0]
     item_sd, seed_sd = np.sqrt(np.maximum([*fit.vcomp, 0], 0))[:2]
-    return MixedModel(**{name: float(100 * scale * value) for name, value in (("estimate", centre), ("low", centre - half), ("high", centre + half), ("item_sd", item_sd), ("seed_sd", seed_sd))}, note=note)
+    return MixedModel(
+        **{
+            name: float(100 * scale * value)
+            for name, value in (
+                ("estimate", centre),
+                ("low", centre - half),
+                ("high", centre + half),
+                ("item_sd", item_sd),
+                ("seed_sd", seed_sd),
+            )
+        },
+        note=note,
+    )
 
 # %% ../../nbs/06_stats/00_inference.ipynb #442e77f7
 def expected_spread(
-    items: int, # questions, translations counted once
-    epochs: int = 5, # answers a question
-    seeds: int = 1, # mid-training seeds; their spread counts from three on
-    item_sd: float = 25.0, # spread of the paired difference between items, in points
-    epoch_sd: float = 40.0, # spread of it between single answers to one question
-    seed_sd: float = 5.0, # spread of it between training runs
-) -> Spread: # what the sources may be expected to be
+    items: int,  # questions, translations counted once
+    epochs: int = 5,  # answers a question
+    seeds: int = 1,  # mid-training seeds; their spread counts from three on
+    item_sd: float = 25.0,  # spread of the paired difference between items, in points
+    epoch_sd: float = 40.0,  # spread of it between single answers to one question
+    seed_sd: float = 5.0,  # spread of it between training runs
+) -> Spread:  # what the sources may be expected to be
     "Sources of variation of a design that has not been run."
     noise = (epoch_sd / 100) ** 2 / (items * epochs * seeds)
     spread = [((item_sd / 100) ** 2 / items + noise, items - 1)]
     return spread + [((seed_sd / 100) ** 2 / seeds + noise, seeds - 1)] * (seeds >= 3)
 
-
+# %% ../../nbs/06_stats/00_inference.ipynb #33cc9281
 def _half_widths(spread: Spread, confidence: float) -> np.ndarray:
     "Half-widths over the distribution of the estimated variances: a grid of quantiles, a dimension a source."
-    from scipy.stats import chi2
-    from scipy.stats import t
+    from scipy.stats import chi2, t
+
     quantiles, squares = (np.arange(60) + 0.5) / 60, np.zeros(1)
     for variance, freedom in spread:
         own = variance * chi2.ppf(quantiles, freedom) / freedom * t.isf((1 - confidence) / 2, freedom) ** 2
         squares = np.add.outer(squares, own).ravel()
     return np.sqrt(squares)
 
-
+# %% ../../nbs/06_stats/00_inference.ipynb #49fae062
 def _smallest(chance, spread: Spread, confidence: float, power: float) -> float | None:
-    "The smallest size, in points, that a chance (a function of its distance to the half-width, in standard errors) grants often enough."
+    """The smallest size, in points, that a chance (a function of its distance to the half-width, in standard
+    errors) grants often enough.
+    """
     from scipy.optimize import brentq
+
     deviation = np.sqrt(sum(variance for variance, _ in spread))
-    if spread[0][1] <= 0 or deviation < 1e-9: return None
+    if spread[0][1] <= 0 or deviation < 1e-9:
+        return None
     half = _half_widths(spread, confidence)
-    return 100 * float(brentq(lambda size: chance(size, half, deviation).mean() - power, 0, 1e3 * deviation + 10 * half.max()))
+    return 100 * float(
+        brentq(
+            lambda size: chance(size, half, deviation).mean() - power, 0, 1e3 * deviation + 10 * half.max()
+        )
+    )
 
-
+# %% ../../nbs/06_stats/00_inference.ipynb #d38b05a9
 def detectable(
-    spread: Spread, # sources of variation, from `expected_spread` or from data
-    confidence: float = 0.95, # level of the interval that decides
-    power: float = 0.8, # how often it is to be found
-) -> float | None: # points; None without spread
+    spread: Spread,  # sources of variation, from `expected_spread` or from data
+    confidence: float = 0.95,  # level of the interval that decides
+    power: float = 0.8,  # how often it is to be found
+) -> float | None:  # points; None without spread
     "The smallest true effect that a two-sided test finds with the given power."
     from scipy.stats import norm
-    return _smallest(lambda size, half, deviation: norm.cdf((size - half) / deviation) + norm.cdf((-size - half) / deviation), spread, confidence, power)
 
+    return _smallest(
+        lambda size, half, deviation: (
+            norm.cdf((size - half) / deviation) + norm.cdf((-size - half) / deviation)
+        ),
+        spread,
+        confidence,
+        power,
+    )
 
+# %% ../../nbs/06_stats/00_inference.ipynb #9e6102f9
 def smallest_margin(
-    spread: Spread, # sources of variation, from `expected_spread` or from data
-    kind: str = "equivalence", # or "non-inferiority"
-    confidence: float = 0.95, # level of the interval that decides
-    power: float | None = None, # how often it is to be established; None: only where the estimate is just zero
-) -> float | None: # points; None without spread
+    spread: Spread,  # sources of variation, from `expected_spread` or from data
+    kind: str = "equivalence",  # or "non-inferiority"
+    confidence: float = 0.95,  # level of the interval that decides
+    # how often it is to be established; None: only where the estimate is just zero
+    power: float | None = None,
+) -> float | None:  # points; None without spread
     "The smallest margin that a design could establish when there is truly no difference."
     from scipy.stats import norm
-    if power is None: return None if spread[0][1] <= 0 else 100 * float(half_width(spread, (1 - confidence) / 2))
+
+    if power is None:
+        return None if spread[0][1] <= 0 else 100 * float(half_width(spread, (1 - confidence) / 2))
     sides = 2 if kind == "equivalence" else 1
-    return _smallest(lambda size, half, deviation: np.maximum(sides * norm.cdf((size - half) / deviation) - (sides - 1), 0), spread, confidence, power)
+    return _smallest(
+        lambda size, half, deviation: np.maximum(
+            sides * norm.cdf((size - half) / deviation) - (sides - 1), 0
+        ),
+        spread,
+        confidence,
+        power,
+    )

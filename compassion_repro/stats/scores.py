@@ -16,23 +16,35 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..study import ARMS, STARTS
 from ..core.errors import InputError
+from ..study import ARMS, STARTS
 
 # %% ../../nbs/06_stats/01_scores.ipynb #1d1f68c1
-DRAWN = {"base": -3.5, "mid": -0.9, "sft-help": -2.2, "sft-code": -0.9, "sft-help@base": -3.6, "sft-code@base": -3.5} # log-odds of a point
-DRAWN_SIZE = {"anima": {"en": 32, "es": 16, "ms": 16}, "moru": {"en": 32, "es": 16, "ms": 16}} # questions by benchmark and language
+# log-odds of a point
+DRAWN = {
+    "base": -3.5,
+    "mid": -0.9,
+    "sft-help": -2.2,
+    "sft-code": -0.9,
+    "sft-help@base": -3.6,
+    "sft-code@base": -3.5,
+}
+# questions by benchmark and language
+DRAWN_SIZE = {"anima": {"en": 32, "es": 16, "ms": 16}, "moru": {"en": 32, "es": 16, "ms": 16}}
 
 
 def draw_scores(
-    logits: Mapping[str, float] = DRAWN, # model id to log-odds of a point on a question of middling difficulty
-    seeds: int = 1, # mid-training seeds
-    sizes: Mapping[str, Mapping[str, int]] = DRAWN_SIZE, # questions by benchmark and language
-    shift: float = 0.2, # how much the seeds differ, in log-odds
-    epochs: int = 5, # answers a question
-    random_seed: int = 0, # fixed
-) -> pd.DataFrame: # in the layout of `scores.parquet`, two dimensions and their mean
-    "A study's scores drawn with a known truth; MORU's translations share an item and its difficulty, other benchmarks' questions do not."
+    # model id to log-odds of a point on a question of middling difficulty
+    logits: Mapping[str, float] = DRAWN,
+    seeds: int = 1,  # mid-training seeds
+    sizes: Mapping[str, Mapping[str, int]] = DRAWN_SIZE,  # questions by benchmark and language
+    shift: float = 0.2,  # how much the seeds differ, in log-odds
+    epochs: int = 5,  # answers a question
+    random_seed: int = 0,  # fixed
+) -> pd.DataFrame:  # in the layout of `scores.parquet`, two dimensions and their mean
+    """A study's scores drawn with a known truth; MORU's translations share an item and its difficulty, other
+    benchmarks' questions do not.
+    """
     generator, rows = np.random.default_rng(random_seed), []
     for benchmark, size in sizes.items():
         questions = [(language, i) for language, n in size.items() for i in range(n)]
@@ -46,151 +58,256 @@ def draw_scores(
                     ease = logit + model_shift + difficulty[shared[language, i]] + 0.8 * generator.normal()
                     grades = (generator.random((epochs, 2)) < 1 / (1 + np.exp(-ease))).astype(float)
                     for epoch, (care, weighing) in enumerate(grades, 1):
-                        for dimension, score in (("overall", (care + weighing) / 2), ("Care", care), ("Weighing", weighing)):
-                            rows.append((model, seed, benchmark, language, item, f"{item}-{language}", epoch, dimension, score))
-    return pd.DataFrame(rows, columns=["model", "seed", "benchmark", "language", "item_id", "question_id", "epoch", "dimension", "score"]).assign(study="drawn", judge="indicator")
+                        for dimension, score in (
+                            ("overall", (care + weighing) / 2),
+                            ("Care", care),
+                            ("Weighing", weighing),
+                        ):
+                            rows.append(
+                                (
+                                    model,
+                                    seed,
+                                    benchmark,
+                                    language,
+                                    item,
+                                    f"{item}-{language}",
+                                    epoch,
+                                    dimension,
+                                    score,
+                                )
+                            )
+    return pd.DataFrame(
+        rows,
+        columns=[
+            "model",
+            "seed",
+            "benchmark",
+            "language",
+            "item_id",
+            "question_id",
+            "epoch",
+            "dimension",
+            "score",
+        ],
+    ).assign(study="drawn", judge="indicator")
 
 # %% ../../nbs/06_stats/01_scores.ipynb #89fe92e7
-SCORE_COLUMNS = ("study", "model", "seed", "benchmark", "language", "item_id", "question_id", "epoch", "dimension", "score", "judge")
-ITEM_KEYS = ["judge", "model", "seed", "benchmark", "language", "item_id", "question_id"] # what makes a question's score
+SCORE_COLUMNS = (
+    "study",
+    "model",
+    "seed",
+    "benchmark",
+    "language",
+    "item_id",
+    "question_id",
+    "epoch",
+    "dimension",
+    "score",
+    "judge",
+)
+# what makes a question's score
+ITEM_KEYS = ["judge", "model", "seed", "benchmark", "language", "item_id", "question_id"]
 ANSWER_COLUMNS = ("model", "seed", "benchmark", "language", "tokens", "stop_reason", "empty", "looping")
 
 
 def check_columns(
-    frame: pd.DataFrame, # any frame
-    columns: Sequence[str], # columns it must have
-    what: str, # what it should be, for the message
-) -> pd.DataFrame: # the same frame
+    frame: pd.DataFrame,  # any frame
+    columns: Sequence[str],  # columns it must have
+    what: str,  # what it should be, for the message
+) -> pd.DataFrame:  # the same frame
     "The frame itself; raises `InputError` where columns are missing or there are no rows."
     missing = [column for column in columns if column not in frame]
-    if missing: raise InputError(f"{what} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}: is it from this package?")
-    if frame.empty: raise InputError(f"{what} has no rows: was anything evaluated?")
+    if missing:
+        raise InputError(
+            f"{what} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}: is it from this"
+            " package?"
+        )
+    if frame.empty:
+        raise InputError(f"{what} has no rows: was anything evaluated?")
     return frame
 
-
+# %% ../../nbs/06_stats/01_scores.ipynb #76eab1d6
 def check_scores(
-    frame: pd.DataFrame, # rows of `scores.parquet`
-    study: str | None = None, # name of the study they must belong to
-    what: str = "the score frame", # for the message
-) -> pd.DataFrame: # the same rows, `score` as float
-    "Scores fit to compute with; raises `InputError` for wrong columns, values outside 0-1, repeated rows or another study's scores."
+    frame: pd.DataFrame,  # rows of `scores.parquet`
+    study: str | None = None,  # name of the study they must belong to
+    what: str = "the score frame",  # for the message
+) -> pd.DataFrame:  # the same rows, `score` as float
+    """Scores fit to compute with.
+
+    Raises `InputError` for wrong columns, values outside 0-1, repeated rows or another study's scores.
+    """
     check_columns(frame, SCORE_COLUMNS, what)
-    if frame[ITEM_KEYS].isna().any(axis=None): raise InputError(f"{what} has rows without {' or '.join(key for key in ITEM_KEYS if frame[key].isna().any())}")
+    if frame[ITEM_KEYS].isna().any(axis=None):
+        raise InputError(
+            f"{what} has rows without {' or '.join(key for key in ITEM_KEYS if frame[key].isna().any())}"
+        )
     numbers = pd.to_numeric(frame["score"], errors="coerce")
     if (numbers.isna() & frame["score"].notna()).any() or ((numbers < 0) | (numbers > 1)).any():
         raise InputError(f"{what} holds scores that are no numbers between 0 and 1")
     studies = sorted(frame["study"].unique())
-    if len(studies) > 1: raise InputError(f"{what} mixes the studies {', '.join(studies)}: give one at a time")
-    if study and studies != [study]: raise InputError(f"{what} belongs to the study {studies[0]!r}, not to {study!r}")
+    if len(studies) > 1:
+        raise InputError(f"{what} mixes the studies {', '.join(studies)}: give one at a time")
+    if study and studies != [study]:
+        raise InputError(f"{what} belongs to the study {studies[0]!r}, not to {study!r}")
     if frame.duplicated(["judge", "model", "seed", "benchmark", "question_id", "epoch", "dimension"]).any():
         raise InputError(f"{what} holds the same question, epoch and dimension of a model twice")
     return frame.assign(score=numbers)
 
 # %% ../../nbs/06_stats/01_scores.ipynb #6333cb10
 def read_scores(
-    path: str | Path, # `scores.parquet` of a study
-    study: str | None = None, # name of the study they must belong to, where it is known
-) -> pd.DataFrame: # checked rows, see `check_scores`
-    "Read and check a study's scores; raises `InputError` in one line for a file that is missing, cut short or of something else."
+    path: str | Path,  # `scores.parquet` of a study
+    study: str | None = None,  # name of the study they must belong to, where it is known
+) -> pd.DataFrame:  # checked rows, see `check_scores`
+    """Read and check a study's scores.
+
+    Raises `InputError` in one line for a file that is missing, cut short or of something else.
+    """
     path = Path(path)
-    if not path.is_file(): raise InputError(f"no scores at {path}: run the study first")
-    try: frame = pd.read_parquet(path)
-    except (OSError, ValueError) as error: # pyarrow's errors derive from these
-        raise InputError(f"{path} is not a readable Parquet file (cut short?): run the study again to rebuild it") from error
+    if not path.is_file():
+        raise InputError(f"no scores at {path}: run the study first")
+    try:
+        frame = pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's errors derive from these
+        raise InputError(
+            f"{path} is not a readable Parquet file (cut short?): run the study again to rebuild it"
+        ) from error
     return check_scores(frame, study, str(path))
 
 # %% ../../nbs/06_stats/01_scores.ipynb #062dcfa1
 def item_scores(
-    scores: pd.DataFrame, # rows of `scores.parquet`
-    dimension: str = "overall", # "overall" is the task's own aggregate
-) -> pd.DataFrame: # judge, model, seed, benchmark, language, item_id, question_id, score, epochs, nulls
-    "One score (0-1) a question: its mean over epochs; `epochs` were scored, `nulls` were not. A question with no score at all stays, as null."
+    scores: pd.DataFrame,  # rows of `scores.parquet`
+    dimension: str = "overall",  # "overall" is the task's own aggregate
+) -> pd.DataFrame:  # judge, model, seed, benchmark, language, item_id, question_id, score, epochs, nulls
+    """One score (0-1) a question: its mean over epochs; `epochs` were scored, `nulls` were not.
+
+    A question with no score at all stays, as null.
+    """
     rows = scores[scores["dimension"] == dimension]
     grouped = rows.groupby(ITEM_KEYS, observed=True)["score"]
     items = grouped.agg(score="mean", epochs="count", rows="size").reset_index()
     items["nulls"] = items.pop("rows") - items["epochs"]
     return items
 
-
+# %% ../../nbs/06_stats/01_scores.ipynb #770861cd
 def one_judge(
-    scores: pd.DataFrame, # rows of `scores.parquet`
-    judge: str | None = None, # judge to keep; may be left out where there is only one
-) -> pd.DataFrame: # the rows of that judge
-    "The scores of one judge: means over several judges hide which of them failed. Raises `InputError` where the choice is open."
+    scores: pd.DataFrame,  # rows of `scores.parquet`
+    judge: str | None = None,  # judge to keep; may be left out where there is only one
+) -> pd.DataFrame:  # the rows of that judge
+    """The scores of one judge: means over several judges hide which of them failed.
+
+    Raises `InputError` where the choice is open.
+    """
     judges = sorted(scores["judge"].unique())
-    if judge is None and len(judges) > 1: raise InputError(f"scores of several judges ({', '.join(judges)}): choose one")
-    if judge is not None and judge not in judges: raise InputError(f"no scores of the judge {judge!r}: there are {', '.join(judges)}")
+    if judge is None and len(judges) > 1:
+        raise InputError(f"scores of several judges ({', '.join(judges)}): choose one")
+    if judge is not None and judge not in judges:
+        raise InputError(f"no scores of the judge {judge!r}: there are {', '.join(judges)}")
     return scores if judge is None else scores[scores["judge"] == judge]
 
 # %% ../../nbs/06_stats/01_scores.ipynb #1fed30c5
 def model_rank(
-    model: str, # any model id
-) -> tuple: # sorts in the order of the experiment, strangers last
+    model: str,  # any model id
+) -> tuple:  # sorts in the order of the experiment, strangers last
     "Key that sorts models: base, mid, mid-control, then the arms from mid, from base, from mid-control."
     arm, _, start = model.partition("@")
     order = (*STARTS, *ARMS)
-    return order.index(arm) if arm in order else len(order), STARTS.index(start) if start in STARTS else -1, model
+    return (
+        order.index(arm) if arm in order else len(order),
+        STARTS.index(start) if start in STARTS else -1,
+        model,
+    )
 
 # %% ../../nbs/06_stats/01_scores.ipynb #2695b7f1
 def in_languages(
-    language: pd.Series | np.ndarray, # ISO codes
-    group: str, # "all", "en", "other" (all but English), or one ISO code
-) -> np.ndarray: # true where the language belongs to the group
+    language: pd.Series | np.ndarray,  # ISO codes
+    group: str,  # "all", "en", "other" (all but English), or one ISO code
+) -> np.ndarray:  # true where the language belongs to the group
     "Which questions belong to a group of languages."
     language = np.asarray(language)
-    if group == "all": return np.ones(len(language), dtype=bool)
+    if group == "all":
+        return np.ones(len(language), dtype=bool)
     return language != "en" if group == "other" else language == group
 
-
+# %% ../../nbs/06_stats/01_scores.ipynb #f4238aa1
 def dimension_means(
-    scores: pd.DataFrame, # rows of `scores.parquet` of one judge
-    languages: str = "all", # group of languages
-) -> pd.DataFrame: # model, benchmark, dimension, mean (percent), questions
+    scores: pd.DataFrame,  # rows of `scores.parquet` of one judge
+    languages: str = "all",  # group of languages
+) -> pd.DataFrame:  # model, benchmark, dimension, mean (percent), questions
     "Mean score of each dimension: epochs first, then questions (all seeds together)."
     rows = scores[(scores["dimension"] != "overall") & in_languages(scores["language"], languages)]
-    questions = rows.groupby(["model", "benchmark", "dimension", "question_id", "seed"], observed=True)["score"].mean()
-    means = questions.groupby(["model", "benchmark", "dimension", "question_id"]).mean().groupby(["model", "benchmark", "dimension"]).agg(["mean", "count"])
+    questions = rows.groupby(["model", "benchmark", "dimension", "question_id", "seed"], observed=True)[
+        "score"
+    ].mean()
+    means = (
+        questions.groupby(["model", "benchmark", "dimension", "question_id"])
+        .mean()
+        .groupby(["model", "benchmark", "dimension"])
+        .agg(["mean", "count"])
+    )
     return means.rename(columns={"count": "questions"}).assign(mean=100 * means["mean"]).reset_index()
 
-
+# %% ../../nbs/06_stats/01_scores.ipynb #3a2cc66b
 def dimension_normalised(
-    scores: pd.DataFrame, # rows of `scores.parquet` of one judge
-    languages: str = "all", # group of languages
-    weights: Mapping[str, float] | None = None, # dimension to weight; equal where not given
-) -> pd.Series: # percent, by (model, benchmark)
+    scores: pd.DataFrame,  # rows of `scores.parquet` of one judge
+    languages: str = "all",  # group of languages
+    weights: Mapping[str, float] | None = None,  # dimension to weight; equal where not given
+) -> pd.Series:  # percent, by (model, benchmark)
     "Weighted mean over dimensions of their means: ANIMA's `dimension_normalized_avg`."
     means = dimension_means(scores, languages).dropna(subset="mean")
     means["weight"] = 1.0 if weights is None else means["dimension"].map(weights)
-    totals = means.assign(mean=means["mean"] * means["weight"]).groupby(["model", "benchmark"])[["mean", "weight"]].sum()
+    totals = (
+        means.assign(mean=means["mean"] * means["weight"])
+        .groupby(["model", "benchmark"])[["mean", "weight"]]
+        .sum()
+    )
     return totals["mean"] / totals["weight"]
 
 # %% ../../nbs/06_stats/01_scores.ipynb #9f471949
 MEAN_OF_JUDGES = "mean of judges"
-_ROW_KEYS = ["study", "model", "seed", "benchmark", "language", "item_id", "question_id", "epoch", "dimension"]
+_ROW_KEYS = [
+    "study",
+    "model",
+    "seed",
+    "benchmark",
+    "language",
+    "item_id",
+    "question_id",
+    "epoch",
+    "dimension",
+]
 
 
 def mean_of_judges(
-    scores: pd.DataFrame, # rows of `scores.parquet` of several judges
-) -> pd.DataFrame: # the same columns as far as all judges share them; judge "mean of judges"
+    scores: pd.DataFrame,  # rows of `scores.parquet` of several judges
+) -> pd.DataFrame:  # the same columns as far as all judges share them; judge "mean of judges"
     "Scores of the same answers, averaged over judges; null where a judge gave none."
     valid = "judge_valid" in scores
     grouped = scores.groupby(_ROW_KEYS, observed=True, sort=False)
-    means = grouped.agg(score=("score", "mean"), given=("score", "count"), **({"judge_valid": ("judge_valid", "all")} if valid else {})).reset_index()
+    means = grouped.agg(
+        score=("score", "mean"),
+        given=("score", "count"),
+        **({"judge_valid": ("judge_valid", "all")} if valid else {}),
+    ).reset_index()
     means["score"] = means["score"].where(means.pop("given") == scores["judge"].nunique())
     return means.assign(judge=MEAN_OF_JUDGES)
 
 # %% ../../nbs/06_stats/01_scores.ipynb #39e74939
-TASK = "task" # what stands for the judge where a task scores by rules of its own
+TASK = "task"  # what stands for the judge where a task scores by rules of its own
 
 
 def beside_judges(
-    scores: pd.DataFrame, # rows of `scores.parquet`
-) -> pd.DataFrame: # the same, with the rows of `TASK` under the name of every judge
-    "Scores with what tasks scored by their own rules beside what each judge scored; as they are where there is only the one or the other."
+    scores: pd.DataFrame,  # rows of `scores.parquet`
+) -> pd.DataFrame:  # the same, with the rows of `TASK` under the name of every judge
+    """Scores with what tasks scored by their own rules beside what each judge scored; as they are where there
+    is only the one or the other.
+    """
     own = scores["judge"] == TASK
     judges = scores.loc[~own, "judge"].unique()
-    if not own.any() or not len(judges): return scores
-    return pd.concat([scores[~own], *(scores[own].assign(judge=judge) for judge in judges)], ignore_index=True)
+    if not own.any() or not len(judges):
+        return scores
+    return pd.concat(
+        [scores[~own], *(scores[own].assign(judge=judge) for judge in judges)], ignore_index=True
+    )
 
 # %% ../../nbs/06_stats/01_scores.ipynb #d462b115
 _ANSWER_KEYS = ["judge", "model", "seed", "benchmark", "language", "item_id", "question_id", "epoch"]
@@ -198,71 +315,124 @@ GRADE_COLUMNS = (*_ANSWER_KEYS, "dimension", "grade", "attempted")
 
 
 def scores_from_grades(
-    grades: pd.DataFrame, # rows of `grades.parquet`
-    unparsed: str = "excluded", # or "wrong": what a reply without a readable grade counts as
-    weights: Mapping[str, Mapping[str, float]] = {}, # benchmark to dimension to weight; equal where not given
-    study: str = "", # study name, copied into the scores
-) -> pd.DataFrame: # scores as in `scores.parquet`, rows by answer and dimension, "overall" first
-    "Item scores again from single grades, with unreadable replies left out (as the official scorers do) or counted as 0."
+    grades: pd.DataFrame,  # rows of `grades.parquet`
+    unparsed: str = "excluded",  # or "wrong": what a reply without a readable grade counts as
+    # benchmark to dimension to weight; equal where not given
+    weights: Mapping[str, Mapping[str, float]] = {},
+    study: str = "",  # study name, copied into the scores
+) -> pd.DataFrame:  # scores as in `scores.parquet`, rows by answer and dimension, "overall" first
+    """Item scores again from single grades, with unreadable replies left out (as the official scorers do) or
+    counted as 0.
+    """
     check_columns(grades, GRADE_COLUMNS, "the grade frame")
-    if unparsed not in ("excluded", "wrong"): raise InputError(f"unparsed replies count as 'excluded' or 'wrong', not as {unparsed!r}")
+    if unparsed not in ("excluded", "wrong"):
+        raise InputError(f"unparsed replies count as 'excluded' or 'wrong', not as {unparsed!r}")
     grade = grades["grade"].astype(float)
-    if unparsed == "wrong": grade = grade.mask(grade.isna() & grades["attempted"].astype(bool), 0.0)
+    if unparsed == "wrong":
+        grade = grade.mask(grade.isna() & grades["attempted"].astype(bool), 0.0)
     valid = {"judge_valid": grades["judge_valid"]} if "judge_valid" in grades else {}
     frame = grades[[*_ANSWER_KEYS, "dimension"]].assign(score=grade, **valid)
-    parts = frame.groupby([*_ANSWER_KEYS, "dimension"], observed=True, sort=False).agg(score=("score", "mean"), **({"judge_valid": ("judge_valid", "all")} if valid else {})).reset_index()
-    weight = np.array([weights.get(b, {}).get(d, 1.0) for b, d in zip(parts["benchmark"], parts["dimension"])]) * parts["score"].notna()
-    sums = parts[[*_ANSWER_KEYS, *valid]].assign(weight=weight, part=weight * parts["score"].fillna(0)).groupby([*_ANSWER_KEYS, *valid], observed=True, sort=False)[["part", "weight"]].sum()
-    overall = (sums["part"] / sums["weight"].where(sums["weight"] > 0)).rename("score").reset_index().assign(dimension="overall")
+    parts = (
+        frame.groupby([*_ANSWER_KEYS, "dimension"], observed=True, sort=False)
+        .agg(score=("score", "mean"), **({"judge_valid": ("judge_valid", "all")} if valid else {}))
+        .reset_index()
+    )
+    weight = (
+        np.array([weights.get(b, {}).get(d, 1.0) for b, d in zip(parts["benchmark"], parts["dimension"])])
+        * parts["score"].notna()
+    )
+    sums = (
+        parts[[*_ANSWER_KEYS, *valid]]
+        .assign(weight=weight, part=weight * parts["score"].fillna(0))
+        .groupby([*_ANSWER_KEYS, *valid], observed=True, sort=False)[["part", "weight"]]
+        .sum()
+    )
+    overall = (
+        (sums["part"] / sums["weight"].where(sums["weight"] > 0))
+        .rename("score")
+        .reset_index()
+        .assign(dimension="overall")
+    )
     return pd.concat([overall, parts], ignore_index=True).assign(study=study)
 
-
+# %% ../../nbs/06_stats/01_scores.ipynb #06d937be
 def dimension_weights(
-    scores: pd.DataFrame, # rows of `scores.parquet`
-) -> dict[str, dict[str, float]]: # benchmark to dimension to weight, up to a common factor
-    "The weights with which a task joined its dimensions, read off its scores: they solve sum of w (score − overall) = 0 in every answer; equal ones where that does."
+    scores: pd.DataFrame,  # rows of `scores.parquet`
+) -> dict[str, dict[str, float]]:  # benchmark to dimension to weight, up to a common factor
+    """The weights with which a task joined its dimensions, read off its scores: they solve sum of w (score −
+    overall) = 0 in every answer; equal ones where that does.
+    """
     found = {}
     for benchmark, own in scores.groupby("benchmark", observed=True):
         table = own.pivot_table(index=_ANSWER_KEYS, columns="dimension", values="score", observed=True)
-        if "overall" not in table or table.shape[1] < 2: continue
+        if "overall" not in table or table.shape[1] < 2:
+            continue
         gaps = table.drop(columns="overall").sub(table["overall"], axis=0).fillna(0)
         distinct = np.unique(gaps.to_numpy().round(9), axis=0)
         equal = np.abs(distinct.sum(1)).max() < 1e-7
-        change = np.zeros(distinct.shape[1]) if equal else np.linalg.lstsq(distinct, -distinct.sum(1), rcond=1e-9)[0]
+        change = (
+            np.zeros(distinct.shape[1])
+            if equal
+            else np.linalg.lstsq(distinct, -distinct.sum(1), rcond=1e-9)[0]
+        )
         found[benchmark] = dict(zip(gaps.columns, (1 + change).tolist()))
     return found
 
-
+# %% ../../nbs/06_stats/01_scores.ipynb #c6a69d5e
 def unparsed_shares(
-    grades: pd.DataFrame, # rows of `grades.parquet`
-) -> pd.DataFrame: # judge, model, benchmark, replies, unparsed, percent
+    grades: pd.DataFrame,  # rows of `grades.parquet`
+) -> pd.DataFrame:  # judge, model, benchmark, replies, unparsed, percent
     "Share of replies without a readable grade, by judge, model and benchmark."
     check_columns(grades, GRADE_COLUMNS, "the grade frame")
     replies = grades[grades["attempted"].astype(bool)]
-    table = replies.assign(unparsed=replies["grade"].isna()).groupby(["judge", "model", "benchmark"], observed=True)["unparsed"].agg(["size", "sum"]).reset_index()
-    table = table.rename(columns={"size": "replies", "sum": "unparsed"}).assign(percent=100 * table["sum"] / table["size"])
-    return table.sort_values(["judge", "benchmark", "model"], key=lambda column: column.map(model_rank) if column.name == "model" else column, ignore_index=True)
+    table = (
+        replies.assign(unparsed=replies["grade"].isna())
+        .groupby(["judge", "model", "benchmark"], observed=True)["unparsed"]
+        .agg(["size", "sum"])
+        .reset_index()
+    )
+    table = table.rename(columns={"size": "replies", "sum": "unparsed"}).assign(
+        percent=100 * table["sum"] / table["size"]
+    )
+    return table.sort_values(
+        ["judge", "benchmark", "model"],
+        key=lambda column: column.map(model_rank) if column.name == "model" else column,
+        ignore_index=True,
+    )
 
 # %% ../../nbs/06_stats/01_scores.ipynb #2c3f6141
 def question_texts(
-    answers: pd.DataFrame, # rows of `answers.parquet`, with `prompt`
-) -> dict[tuple[str, str], str]: # (benchmark, question id) to text
+    answers: pd.DataFrame,  # rows of `answers.parquet`, with `prompt`
+) -> dict[tuple[str, str], str]:  # (benchmark, question id) to text
     "The questions as they were asked, the template taken off."
     check_columns(answers, ("benchmark", "question_id", "prompt"), "the answer frame")
     known = answers.drop_duplicates(["benchmark", "question_id"])
     prompts = known["prompt"].tolist()
     head = len(os.path.commonprefix(prompts)) if len(prompts) > 1 else 0
     tail = len(os.path.commonprefix([prompt[head:][::-1] for prompt in prompts])) if len(prompts) > 1 else 0
-    return {(b, q): prompt[head:len(prompt) - tail] for b, q, prompt in zip(known["benchmark"], known["question_id"], prompts)}
+    return {
+        (b, q): prompt[head : len(prompt) - tail]
+        for b, q, prompt in zip(known["benchmark"], known["question_id"], prompts)
+    }
 
 # %% ../../nbs/06_stats/01_scores.ipynb #2d29c5ce
 def answer_summary(
-    answers: pd.DataFrame, # rows of `answers.parquet`
-) -> pd.DataFrame: # model, benchmark, answers, seeds, tokens (mean), empty, looping, cut_off (percent)
-    "Length of the answers and shares of those that are empty, loop, or ran into the limit, by model and benchmark."
+    answers: pd.DataFrame,  # rows of `answers.parquet`
+) -> pd.DataFrame:  # model, benchmark, answers, seeds, tokens (mean), empty, looping, cut_off (percent)
+    """Length of the answers and shares of those that are empty, loop, or ran into the limit, by model and
+    benchmark.
+    """
     check_columns(answers, ANSWER_COLUMNS, "the answer frame")
-    flags = answers.assign(cut_off=answers["stop_reason"] == "length").astype({"empty": float, "looping": float, "cut_off": float})
+    flags = answers.assign(cut_off=answers["stop_reason"] == "length").astype(
+        {"empty": float, "looping": float, "cut_off": float}
+    )
     summary = flags.groupby(["model", "benchmark"], observed=True).agg(
-        answers=("tokens", "size"), seeds=("seed", "nunique"), tokens=("tokens", "mean"), empty=("empty", "mean"), looping=("looping", "mean"), cut_off=("cut_off", "mean"))
+        answers=("tokens", "size"),
+        seeds=("seed", "nunique"),
+        tokens=("tokens", "mean"),
+        empty=("empty", "mean"),
+        looping=("looping", "mean"),
+        cut_off=("cut_off", "mean"),
+    )
     shares = ["empty", "looping", "cut_off"]
     return summary.assign(**{share: 100 * summary[share] for share in shares}).reset_index()

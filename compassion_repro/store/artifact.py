@@ -18,11 +18,18 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ..core.files import read_sealed, write_atomically, write_sealed, flush_path, hidden, remove
+from compassion_repro.core.files import (
+    flush_path,
+    hidden,
+    read_sealed,
+    remove,
+    write_atomically,
+    write_sealed,
+)
 
 # %% ../../nbs/07_store/01_artifact.ipynb #03dcb527
-_HASHED: dict[tuple, str] = {} # identity of a file -> SHA-256
-SETTLED = 50_000_000 # nanoseconds after its last change from which a file's times tell it apart
+_HASHED: dict[tuple, str] = {}  # identity of a file -> SHA-256
+SETTLED = 50_000_000  # nanoseconds after its last change from which a file's times tell it apart
 
 
 def file_hash(path: Path) -> str:
@@ -30,9 +37,11 @@ def file_hash(path: Path) -> str:
     with path.open("rb") as file:
         told = os.fstat(file.fileno())
         identity = (told.st_dev, told.st_ino, told.st_size, told.st_mtime_ns, told.st_ctime_ns)
-        if identity in _HASHED: return _HASHED[identity]
+        if identity in _HASHED:
+            return _HASHED[identity]
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if time.time_ns() - max(told.st_mtime_ns, told.st_ctime_ns) > SETTLED: _HASHED[identity] = found
+    if time.time_ns() - max(told.st_mtime_ns, told.st_ctime_ns) > SETTLED:
+        _HASHED[identity] = found
     return found
 
 # %% ../../nbs/07_store/01_artifact.ipynb #d6bacdff
@@ -42,38 +51,56 @@ MANIFEST = "manifest.json"
 def artifact_files(folder: Path) -> dict[str, Path]:
     "Files of an artifact by their path within it."
     found = {p.relative_to(folder): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    return {str(name): p for name, p in found.items() if str(name) != MANIFEST and not any(part.startswith(".") for part in name.parts)}
+    return {
+        str(name): p
+        for name, p in found.items()
+        if str(name) != MANIFEST and not any(part.startswith(".") for part in name.parts)
+    }
 
-
+# %% ../../nbs/07_store/01_artifact.ipynb #8301bddf
 def file_records(
-    folder: Path, # an artifact
-) -> dict[str, dict]: # path within it -> {"bytes": size, "sha256": hex}
+    folder: Path,  # an artifact
+) -> dict[str, dict]:  # path within it -> {"bytes": size, "sha256": hex}
     "What a manifest keeps of each file."
     files = artifact_files(folder)
-    with ThreadPoolExecutor(4) as pool: hashes = pool.map(file_hash, files.values())
-    return {name: {"bytes": path.stat().st_size, "sha256": found} for (name, path), found in zip(files.items(), hashes)}
+    with ThreadPoolExecutor(4) as pool:
+        hashes = pool.map(file_hash, files.values())
+    return {
+        name: {"bytes": path.stat().st_size, "sha256": found}
+        for (name, path), found in zip(files.items(), hashes)
+    }
 
 # %% ../../nbs/07_store/01_artifact.ipynb #011ebbbd
 def file_damage(
-    path: Path, # where it lies
-    name: str, # what to call it
-    record: dict, # its entry of `file_records`
-    content: bool = True, # read it; else look at its size alone
-) -> str | None: # in words; None where all is as it was
+    path: Path,  # where it lies
+    name: str,  # what to call it
+    record: dict,  # its entry of `file_records`
+    content: bool = True,  # read it; else look at its size alone
+) -> str | None:  # in words; None where all is as it was
     "What is wrong with one file."
-    if not path.is_file(): return f"{name} is missing"
+    if not path.is_file():
+        return f"{name} is missing"
     size = path.stat().st_size
-    if size != record["bytes"]: return f"{name} is {abs(size - record['bytes']):,} bytes {'longer' if size > record['bytes'] else 'shorter'} than it was written"
-    return f"the content of {name} is not what was written" if content and file_hash(path) != record["sha256"] else None
+    if size != record["bytes"]:
+        return (
+            f"{name} is {abs(size - record['bytes']):,} bytes"
+            f" {'longer' if size > record['bytes'] else 'shorter'} than it was written"
+        )
+    return (
+        f"the content of {name} is not what was written"
+        if content and file_hash(path) != record["sha256"]
+        else None
+    )
 
-
+# %% ../../nbs/07_store/01_artifact.ipynb #ddf2bf09
 def find_damage(
-    folder: Path, # an artifact
-    files: dict[str, dict], # from `file_records`
-    content: bool = True, # read every file; else look at the sizes alone
-) -> str | None: # what is wrong, naming the file; None where all is as it was
+    folder: Path,  # an artifact
+    files: dict[str, dict],  # from `file_records`
+    content: bool = True,  # read every file; else look at the sizes alone
+) -> str | None:  # what is wrong, naming the file; None where all is as it was
     "Compare a folder with what was written."
-    if strange := next((name for name in artifact_files(folder) if name not in files), None): return f"{strange} does not belong there"
+    if strange := next((name for name in artifact_files(folder) if name not in files), None):
+        return f"{strange} does not belong there"
     with ThreadPoolExecutor(4 if content else 1) as pool:
         found = list(pool.map(lambda item: file_damage(folder / item[0], *item, content), files.items()))
     return next(filter(None, found), None)
@@ -83,62 +110,83 @@ RECORD = "record.json"
 
 
 def read_record(folder: Path) -> dict:
-    "What a study knows of its own files (`files`) and of the data it was given (`sources`); empty where nothing is known."
+    """What a study knows of its own files (`files`) and of the data it was given (`sources`); empty where
+    nothing is known.
+    """
     return read_sealed(folder / RECORD) or {}
 
-
+# %% ../../nbs/07_store/01_artifact.ipynb #5b4f6295
 def add_to_record(folder: Path, **sections: dict):
     "Lay entries over sections of the record."
     known = read_record(folder)
-    write_sealed(folder / RECORD, {**known, **{name: {**known.get(name, {}), **entries} for name, entries in sections.items()}})
+    write_sealed(
+        folder / RECORD,
+        {**known, **{name: {**known.get(name, {}), **entries} for name, entries in sections.items()}},
+    )
 
-
+# %% ../../nbs/07_store/01_artifact.ipynb #b106e0b1
 def write_recorded(
-    folder: Path, # study or evaluation folder
-    name: str, # file within it
-    write: Callable[[Path], Any], # called with a temporary path
-) -> Path: # the file
+    folder: Path,  # study or evaluation folder
+    name: str,  # file within it
+    write: Callable[[Path], Any],  # called with a temporary path
+) -> Path:  # the file
     "Write a file atomically and record what it is."
+
     def write_and_record(partial):
         write(partial)
         before = read_record(folder).get("files", {}).get(name, [])
-        add_to_record(folder, files={name: [{"bytes": partial.stat().st_size, "sha256": file_hash(partial)}, *before[:1]]})
+        add_to_record(
+            folder,
+            files={name: [{"bytes": partial.stat().st_size, "sha256": file_hash(partial)}, *before[:1]]},
+        )
+
     return write_atomically(folder / name, write_and_record)
 
-
+# %% ../../nbs/07_store/01_artifact.ipynb #43132216
 def recorded_damage(
-    folder: Path, # study or evaluation folder
-    name: str, # file within it
-) -> str | None: # in words; None where it is as it was written, or was never recorded
+    folder: Path,  # study or evaluation folder
+    name: str,  # file within it
+) -> str | None:  # in words; None where it is as it was written, or was never recorded
     "What is wrong with a file of the study itself."
-    found = [file_damage(folder / name, name, version) for version in read_record(folder).get("files", {}).get(name, [])]
+    found = [
+        file_damage(folder / name, name, version)
+        for version in read_record(folder).get("files", {}).get(name, [])
+    ]
     return found[0] if found and all(found) else None
 
 # %% ../../nbs/07_store/01_artifact.ipynb #5d1e8a02
 def foreign_files(
-    folder: Path, # that is to become a study or an evaluation; it need not exist
-    own: tuple[str, ...], # names of the files that a start writes first, or patterns of them
-) -> list[Path]: # by name
-    "What a folder holds beside the files that a start of ours leaves when it is cut off, whole or half written."
+    folder: Path,  # that is to become a study or an evaluation; it need not exist
+    own: tuple[str, ...],  # names of the files that a start writes first, or patterns of them
+) -> list[Path]:  # by name
+    """What a folder holds beside the files that a start of ours leaves when it is cut off, whole or half
+    written.
+    """
     ours = (*own, *(f".{name}.partial" for name in own))
-    def is_ours(path): return path.is_file() and any(fnmatchcase(path.name, name) for name in ours)
+
+    def is_ours(path):
+        return path.is_file() and any(fnmatchcase(path.name, name) for name in ours)
+
     return sorted(path for path in folder.glob("*") if not is_ours(path))
 
 # %% ../../nbs/07_store/01_artifact.ipynb #2840e852
 def put_in_place(
-    partial: Path, # a whole folder, flushed
-    place: Path, # its name from now on
+    partial: Path,  # a whole folder, flushed
+    place: Path,  # its name from now on
 ):
     "Give a finished folder its name; what stood there goes last."
     aside = hidden(place, "aside")
     if os.path.lexists(place):
         remove(aside)
         place.rename(aside)
-    try: partial.rename(place)
+    try:
+        partial.rename(place)
     except BaseException:
-        if aside.exists() and not place.exists(): aside.rename(place)
+        if aside.exists() and not place.exists():
+            aside.rename(place)
         raise
-    with suppress(OSError): flush_path(place.parent)
+    with suppress(OSError):
+        flush_path(place.parent)
     remove(aside)
 
 # %% ../../nbs/07_store/01_artifact.ipynb #193ecb6f
@@ -147,16 +195,21 @@ def is_whole(folder: Path) -> bool:
     manifest = read_sealed(folder / MANIFEST)
     return manifest is not None and find_damage(folder, manifest["files"]) is None
 
-
+# %% ../../nbs/07_store/01_artifact.ipynb #190cd400
 def settle(
-    place: Path, # folder of an artifact
-) -> str | None: # what was done, in a word: "finished", "restored" or "removed"; None where there was nothing to do
+    place: Path,  # folder of an artifact
+    # what was done, in a word: "finished", "restored" or "removed"; None where there was nothing to do
+) -> str | None:
     "Settle what an interrupted run left beside a place."
     partial, aside = hidden(place, "partial"), hidden(place, "aside")
-    if not os.path.lexists(partial) and not os.path.lexists(aside): return None
+    if not os.path.lexists(partial) and not os.path.lexists(aside):
+        return None
     whole = is_whole(partial)
-    if whole: put_in_place(partial, place)
+    if whole:
+        put_in_place(partial, place)
     restored = aside.exists() and not place.exists()
-    if restored: aside.rename(place)
-    remove(partial), remove(aside)
+    if restored:
+        aside.rename(place)
+    remove(partial)
+    remove(aside)
     return "finished" if whole else "restored" if restored else "removed"

@@ -21,279 +21,533 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import yaml
+from fastcore.basics import patch
 
-from .artifact import MANIFEST, RECORD, add_to_record, file_damage, find_damage, foreign_files, read_record, recorded_damage, settle, write_recorded
-from ..core.files import read_sealed, remove, writable
-from .graph import Stage, graph, source_digest, source_settings
-from ..core.files import digest, is_local
-from ..core.lock import LOCK_FILES, hold
 from ..core.errors import InputError, first_line
-from ..study import Preset
+from ..core.files import digest, is_local, read_sealed, remove, writable
+from ..core.lock import LOCK_FILES, hold
 from ..presets import build_preset
+from compassion_repro.store.artifact import (
+    MANIFEST,
+    RECORD,
+    add_to_record,
+    file_damage,
+    find_damage,
+    foreign_files,
+    read_record,
+    recorded_damage,
+    settle,
+    write_recorded,
+)
+from .graph import Stage, graph, source_digest, source_settings
+from ..study import Preset
 
 # %% ../../nbs/07_store/02_folder.ipynb #530d3ae8
-PACKAGES = ("compassion_repro", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "inspect_ai", "inspect_evals", "scipy", "statsmodels")
+PACKAGES = (
+    "compassion_repro",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "inspect_ai",
+    "inspect_evals",
+    "scipy",
+    "statsmodels",
+)
 
 
 def _installed(package: str) -> str | None:
-    try: return version(package)
-    except PackageNotFoundError: return None
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
-
+# %% ../../nbs/07_store/02_folder.ipynb #5016393e
 @cache
 def provenance() -> dict:
     "Package versions, commit and machine, as far as they can be told; no host name, no path."
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True) if shutil.which("git") else None
-    return {"packages": {p: _installed(p) for p in PACKAGES}, "commit": git.stdout.strip() if git and git.returncode == 0 else None,
-            "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}", "processors": os.cpu_count()}
+    git = (
+        subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
+        if shutil.which("git")
+        else None
+    )
+    return {
+        "packages": {p: _installed(p) for p in PACKAGES},
+        "commit": git.stdout.strip() if git and git.returncode == 0 else None,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processors": os.cpu_count(),
+    }
 
-
+# %% ../../nbs/07_store/02_folder.ipynb #5729ca98
 def peak_memory_mb() -> float:
     "Highest memory of this process so far, in MB (Linux counts in kilobytes, macOS in bytes)."
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 1024), 1)
+    return round(
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        / (2**20 if platform.system() == "Darwin" else 1024),
+        1,
+    )
 
 # %% ../../nbs/07_store/02_folder.ipynb #af476013
 def flat(values: dict, prefix: str = "") -> dict:
-    return {k: v for name, value in values.items() for k, v in (flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}).items()}
+    return {
+        k: v
+        for name, value in values.items()
+        for k, v in (
+            flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
+        ).items()
+    }
 
-
-_FREE = ("scope", "compute.", "generation.templates", "generation.cut_off_alarm", "models.merge_tolerance") # what may change in a study: how the machine is used, what else is asked and told
+# %% ../../nbs/07_store/02_folder.ipynb #c9c1fb6e
+# what may change in a study: how the machine is used, what else is asked and told
+_FREE = ("scope", "compute.", "generation.templates", "generation.cut_off_alarm", "models.merge_tolerance")
 
 
 def study_name(preset: Preset, default: Preset) -> str:
     "The preset's name, with a short hash where settings changed it."
     return preset.name if preset == default else f"{preset.name}-{digest(preset.resolved())[:6]}"
 
-
+# %% ../../nbs/07_store/02_folder.ipynb #2aab0c93
 class Study:
     "A study on disk: its preset and its artifacts."
-    def __init__(self, folder: str | Path): # folder of a study, existing or new
+
+    def __init__(self, folder: str | Path):  # folder of a study, existing or new
         self.folder = Path(folder) if Path(folder).name not in ("", "..") else Path(folder).resolve()
 
     @classmethod
     def create(cls, folder: str | Path, preset: Preset, say: Callable[[str], None] = print) -> "Study":
-        "Open a study folder for a preset, or make it; raises `InputError` where it holds another configuration or cannot be written."
+        """Open a study folder for a preset, or make it.
+
+        Raises `InputError` where it holds another configuration or cannot be written.
+        """
         study = cls(folder)
         there = study._configured(preset, say)
         with writable(study.folder, new=True):
             study.folder.mkdir(parents=True, exist_ok=True)
             if there != preset:
                 text = yaml.safe_dump(preset.resolved(), sort_keys=False, allow_unicode=True, width=120)
-                write_recorded(study.folder, "study.yaml", lambda partial: partial.write_text(text, encoding="utf-8"))
-            found = {source: source_digest(os.path.expanduser(source)) for source in source_settings(preset).values() if is_local(os.path.expanduser(source))}
-            if not found.items() <= study.sources.items(): add_to_record(study.folder, sources=found)
+                write_recorded(
+                    study.folder, "study.yaml", lambda partial: partial.write_text(text, encoding="utf-8")
+                )
+            found = {
+                source: source_digest(os.path.expanduser(source))
+                for source in source_settings(preset).values()
+                if is_local(os.path.expanduser(source))
+            }
+            if not found.items() <= study.sources.items():
+                add_to_record(study.folder, sources=found)
         return study
 
-    def _configured(self, preset: Preset, say: Callable[[str], None]) -> Preset | None:
-        "The configuration that is there, None for none; raises `InputError` where what is there belongs to another."
-        file, begun = self.folder / "study.yaml", any(self.folder.glob("seed-*/[!.]*"))
-        if not file.exists() and not begun and foreign_files(self.folder, (file.name, RECORD, LOCK_FILES)):
-            raise InputError(f"{self.folder} is not empty and holds no study: choose another folder with --out")
-        try: there = self.preset
-        except InputError:
-            if begun: self._refuse_unfit(preset)
-            if begun: say(f"{file} was missing or damaged; what is finished was made with these settings, so it is written anew")
-            return None
-        if begun: self._refuse_other(preset, there)
-        return there
+# %% ../../nbs/07_store/02_folder.ipynb #503c97e4
+@patch
+def _configured(self: Study, preset: Preset, say: Callable[[str], None]) -> Preset | None:
+    """The configuration that is there, None for none.
 
-    @property
-    def preset(self) -> Preset:
-        "The configuration the folder belongs to."
-        file = self.folder / "study.yaml"
-        if not file.is_file(): raise InputError(f"{self.folder} is not a study folder: it has no study.yaml (make one with `compassion-repro run --out {self.folder}`)")
-        try: values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError, ValueError, RecursionError): values = None
-        if not isinstance(values, dict) or recorded_damage(self.folder, file.name):
-            raise InputError(f"{file} is damaged or was edited by hand: run the study again with the settings it was begun with, that writes it anew")
-        try: return build_preset(values)
-        except InputError as error: raise InputError(f"{file}: {error}") from None
+    Raises `InputError` where what is there belongs to another.
+    """
+    file, begun = self.folder / "study.yaml", any(self.folder.glob("seed-*/[!.]*"))
+    if not file.exists() and not begun and foreign_files(self.folder, (file.name, RECORD, LOCK_FILES)):
+        raise InputError(f"{self.folder} is not empty and holds no study: choose another folder with --out")
+    try:
+        there = self.preset
+    except InputError:
+        if begun:
+            self._refuse_unfit(preset)
+        if begun:
+            say(
+                f"{file} was missing or damaged; what is finished was made with these settings, so it is"
+                " written anew"
+            )
+        return None
+    if begun:
+        self._refuse_other(preset, there)
+    return there
 
-    def _refuse_unfit(self, preset: Preset):
-        own = {stage.place: stage.key for stage in self.stages(preset)}
-        for manifest in self.manifests():
-            place = f"seed-{manifest['seed']}/{manifest['stage']}"
-            if own.get(place, manifest["key"]) != manifest["key"]:
-                raise InputError(f"{self.folder / 'study.yaml'} is missing or damaged, and {place} was made with other settings than these: run with the settings that the study was begun with, or choose another folder with --out")
+# %% ../../nbs/07_store/02_folder.ipynb #c60e5af5
+@patch(as_prop=True)
+def preset(self: Study) -> Preset:
+    "The configuration the folder belongs to."
+    file = self.folder / "study.yaml"
+    if not file.is_file():
+        raise InputError(
+            f"{self.folder} is not a study folder: it has no study.yaml (make one with `compassion-repro"
+            f" run --out {self.folder}`)"
+        )
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict) or recorded_damage(self.folder, file.name):
+        raise InputError(
+            f"{file} is damaged or was edited by hand: run the study again with the settings it was begun"
+            " with, that writes it anew"
+        )
+    try:
+        return build_preset(values)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
 
-    def _refuse_other(self, preset: Preset, there: Preset):
-        ours, theirs, known = flat(preset.resolved()), flat(there.resolved()), self.sources
-        def same(a, b):
-            if isinstance(a, list) and isinstance(b, list): return len(a) == len(b) and all(map(same, a, b))
-            if isinstance(a, dict) and isinstance(b, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-            named = isinstance(a, str) and isinstance(b, str) and all(is_local(x) or x in known for x in (a, b))
-            return a == b or named and source_digest(a, known) == source_digest(b, known)
-        differ = [f"{k}: {theirs.get(k)} there, {ours.get(k)} here" for k in {**theirs, **ours} if not k.startswith(_FREE) and not same(ours.get(k), theirs.get(k))]
-        if differ:
-            more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
-            other = self.folder.with_name(f"{self.folder.name}-{digest(preset.resolved())[:6]}")
-            raise InputError(f"{self.folder} belongs to another configuration ({'; '.join(differ[:3])}{more}): use --out {other}")
+# %% ../../nbs/07_store/02_folder.ipynb #9f793af3
+@patch
+def _refuse_unfit(self: Study, preset: Preset):
+    own = {stage.place: stage.key for stage in self.stages(preset)}
+    for manifest in self.manifests():
+        place = f"seed-{manifest['seed']}/{manifest['stage']}"
+        if own.get(place, manifest["key"]) != manifest["key"]:
+            raise InputError(
+                f"{self.folder / 'study.yaml'} is missing or damaged, and {place} was made with other"
+                " settings than these: run with the settings that the study was begun with, or choose"
+                " another folder with --out"
+            )
 
-    @property
-    def sources(self) -> dict[str, str]:
-        "What each local path held when the study last saw it: path, as the user wrote it -> identity."
-        return read_record(self.folder).get("sources", {})
+# %% ../../nbs/07_store/02_folder.ipynb #bc1d39e2
+@patch
+def _refuse_other(self: Study, preset: Preset, there: Preset):
+    ours, theirs, known = flat(preset.resolved()), flat(there.resolved()), self.sources
 
-    def lock(self, command: str, say: Callable[[str], None] = print):
-        "Hold the study for what is written inside (see `lock.hold`)."
-        return hold(self.folder, command, say)
+    def same(a, b):
+        if isinstance(a, list) and isinstance(b, list):
+            return len(a) == len(b) and all(map(same, a, b))
+        if isinstance(a, dict) and isinstance(b, dict):
+            return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+        named = isinstance(a, str) and isinstance(b, str) and all(is_local(x) or x in known for x in (a, b))
+        return a == b or named and source_digest(a, known) == source_digest(b, known)
 
-    def stages(self, preset: Preset, seeds: int | None = None) -> list[Stage]:
-        "The graph of the study, by default of as many seeds as there are folders."
-        there = [int(p.name[5:]) for p in self.folder.glob("seed-*") if re.fullmatch("seed-[0-9]{1,6}", p.name)]
-        return graph(preset, max(there, default=0) if seeds is None else seeds, self.sources)
+    differ = [
+        f"{k}: {theirs.get(k)} there, {ours.get(k)} here"
+        for k in {**theirs, **ours}
+        if not k.startswith(_FREE) and not same(ours.get(k), theirs.get(k))
+    ]
+    if differ:
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        other = self.folder.with_name(f"{self.folder.name}-{digest(preset.resolved())[:6]}")
+        raise InputError(
+            f"{self.folder} belongs to another configuration ({'; '.join(differ[:3])}{more}): use --out"
+            f" {other}"
+        )
 
-    def manifest(self, stage: Stage) -> dict | None:
-        "The manifest of a finished stage, or None."
-        return self._manifest(self.folder / stage.place)
+# %% ../../nbs/07_store/02_folder.ipynb #2164fb18
+@patch(as_prop=True)
+def sources(self: Study) -> dict[str, str]:
+    "What each local path held when the study last saw it: path, as the user wrote it -> identity."
+    return read_record(self.folder).get("sources", {})
 
-    def _manifest(self, place: Path) -> dict | None:
-        "What a folder says of itself; None where that is damaged, or of another place."
-        manifest = read_sealed(place / MANIFEST)
-        if manifest is None or not {"key", "files", "result", "seed", "stage"} <= manifest.keys(): return None
-        return manifest if place.parts[-2:] == (f"seed-{manifest['seed']}", manifest["stage"]) else None
+# %% ../../nbs/07_store/02_folder.ipynb #5425d449
+@patch
+def lock(self: Study, command: str, say: Callable[[str], None] = print):
+    "Hold the study for what is written inside (see `lock.hold`)."
+    return hold(self.folder, command, say)
 
-    def done(self, stage: Stage) -> bool:
-        "Whether the stage's artifact is there, made from the same key, every file with its size; contents are not read."
-        manifest = self.manifest(stage)
-        return manifest is not None and manifest["key"] == stage.key and _damage(self.folder / stage.place, manifest, content=False) is None
+# %% ../../nbs/07_store/02_folder.ipynb #45a78024
+@patch
+def stages(self: Study, preset: Preset, seeds: int | None = None) -> list[Stage]:
+    "The graph of the study, by default of as many seeds as there are folders."
+    there = [int(p.name[5:]) for p in self.folder.glob("seed-*") if re.fullmatch("seed-[0-9]{1,6}", p.name)]
+    return graph(preset, max(there, default=0) if seeds is None else seeds, self.sources)
 
-    def damage(self, stage: Stage) -> str | None:
-        "What is wrong with a stage's artifact, its contents read; None where it is sound, was never made, or was made from another key."
-        place, manifest = self.folder / stage.place, self.manifest(stage)
-        if not os.path.lexists(place) or manifest and manifest["key"] != stage.key: return None
-        return _damage(place, manifest)
+# %% ../../nbs/07_store/02_folder.ipynb #28b91adf
+@patch
+def manifest(self: Study, stage: Stage) -> dict | None:
+    "The manifest of a finished stage, or None."
+    return self._manifest(self.folder / stage.place)
 
-    def verified(self, stage: Stage) -> Path:
-        "Folder of a finished stage, every file as it was written; raises `InputError` naming the one that is not."
-        if wrong := self.damage(stage): raise InputError(f"{wrong}: run the study again, that makes {stage.id} anew")
-        if not self.done(stage): raise InputError(f"{self.folder / stage.place} is not finished: run the study again")
-        return self.folder / stage.place
+# %% ../../nbs/07_store/02_folder.ipynb #473cf3c5
+@patch
+def _manifest(self: Study, place: Path) -> dict | None:
+    "What a folder says of itself; None where that is damaged, or of another place."
+    manifest = read_sealed(place / MANIFEST)
+    if manifest is None or not {"key", "files", "result", "seed", "stage"} <= manifest.keys():
+        return None
+    return manifest if place.parts[-2:] == (f"seed-{manifest['seed']}", manifest["stage"]) else None
 
-    def finished(self, preset: Preset, left_out: list[str] = []) -> list[Stage]:
-        "The stages of every seed that is finished whole, as many seeds as there are; arms that were left out are not waited for."
-        by_seed = {}
-        for stage in self.stages(preset):
-            if stage.model not in left_out: by_seed.setdefault(stage.seed, []).append(stage)
-        return [stage for stages in by_seed.values() if all(map(self.done, stages)) for stage in stages]
+# %% ../../nbs/07_store/02_folder.ipynb #b328fc5b
+@patch
+def done(self: Study, stage: Stage) -> bool:
+    """Whether the stage's artifact is there, made from the same key, every file with its size; contents
+    are not read.
+    """
+    manifest = self.manifest(stage)
+    return (
+        manifest is not None
+        and manifest["key"] == stage.key
+        and _damage(self.folder / stage.place, manifest, content=False) is None
+    )
 
-    def manifests(self) -> list[dict]:
-        "Manifests of the stages that have one, by seed."
-        places = sorted((p.parent for p in self.folder.glob(f"seed-*/[!.]*/{MANIFEST}")), key=lambda p: p.stat().st_mtime)
-        return sorted(filter(None, map(self._manifest, places)), key=lambda m: m["seed"])
+# %% ../../nbs/07_store/02_folder.ipynb #dfe6704a
+@patch
+def damage(self: Study, stage: Stage) -> str | None:
+    """What is wrong with a stage's artifact, its contents read; None where it is sound, was never made,
+    or was made from another key.
+    """
+    place, manifest = self.folder / stage.place, self.manifest(stage)
+    if not os.path.lexists(place) or manifest and manifest["key"] != stage.key:
+        return None
+    return _damage(place, manifest)
 
-    def table(self, name: str): # answers, grades, scores, margin or kl
-        "One of the study's tables as a frame; raises `InputError` where it is missing or damaged."
-        import pandas as pd
-        file = self.folder / f"{name}.parquet"
-        if not file.exists(): raise InputError(f"{self.folder} has no {name}.parquet: finish it with `compassion-repro run --out {self.folder}`")
-        table, wrong = None, recorded_damage(self.folder, file.name)
-        try: table = None if wrong else pd.read_parquet(file)
-        except Exception as error: wrong = f"{type(error).__name__}: {first_line(error, 120)}" # whatever a damaged file makes of its reader
-        if wrong: raise InputError(f"{file} is damaged ({wrong}): run the study again, that lays its tables together anew; finished stages are kept")
-        return table
+# %% ../../nbs/07_store/02_folder.ipynb #b7494144
+@patch
+def verified(self: Study, stage: Stage) -> Path:
+    """Folder of a finished stage, every file as it was written.
 
-    def _repr_markdown_(self) -> str:
-        rows = [f"| {m['seed']} | {m['stage']} | {m['seconds']:.1f} | {m['peak_memory_mb']:.0f} | {stage_facts(m)} |" for m in self.manifests()]
-        return "\n".join([f"**{self.folder.name}**", "", "| seed | stage | seconds | peak memory, MB | |", "|---|---|---|---|---|", *rows])
+    Raises `InputError` naming the one that is not.
+    """
+    if wrong := self.damage(stage):
+        raise InputError(f"{wrong}: run the study again, that makes {stage.id} anew")
+    if not self.done(stage):
+        raise InputError(f"{self.folder / stage.place} is not finished: run the study again")
+    return self.folder / stage.place
 
+# %% ../../nbs/07_store/02_folder.ipynb #7ec4338d
+@patch
+def finished(self: Study, preset: Preset, left_out: list[str] = []) -> list[Stage]:
+    """The stages of every seed that is finished whole, as many seeds as there are; arms that were left
+    out are not waited for.
+    """
+    by_seed = {}
+    for stage in self.stages(preset):
+        if stage.model not in left_out:
+            by_seed.setdefault(stage.seed, []).append(stage)
+    return [stage for stages in by_seed.values() if all(map(self.done, stages)) for stage in stages]
 
+# %% ../../nbs/07_store/02_folder.ipynb #5a7e74dc
+@patch
+def manifests(self: Study) -> list[dict]:
+    "Manifests of the stages that have one, by seed."
+    places = sorted(
+        (p.parent for p in self.folder.glob(f"seed-*/[!.]*/{MANIFEST}")), key=lambda p: p.stat().st_mtime
+    )
+    return sorted(filter(None, map(self._manifest, places)), key=lambda m: m["seed"])
+
+# %% ../../nbs/07_store/02_folder.ipynb #c8d75111
+@patch
+def table(self: Study, name: str):  # answers, grades, scores, margin or kl
+    "One of the study's tables as a frame; raises `InputError` where it is missing or damaged."
+    import pandas as pd
+
+    file = self.folder / f"{name}.parquet"
+    if not file.exists():
+        raise InputError(
+            f"{self.folder} has no {name}.parquet: finish it with `compassion-repro run --out {self.folder}`"
+        )
+    table, wrong = None, recorded_damage(self.folder, file.name)
+    try:
+        table = None if wrong else pd.read_parquet(file)
+    # whatever a damaged file makes of its reader
+    except Exception as error:
+        wrong = f"{type(error).__name__}: {first_line(error, 120)}"
+    if wrong:
+        raise InputError(
+            f"{file} is damaged ({wrong}): run the study again, that lays its tables together anew;"
+            " finished stages are kept"
+        )
+    return table
+
+# %% ../../nbs/07_store/02_folder.ipynb #2e9a29e3
+@patch
+def _repr_markdown_(self: Study) -> str:
+    rows = [
+        f"| {m['seed']} | {m['stage']} | {m['seconds']:.1f} | {m['peak_memory_mb']:.0f} | {stage_facts(m)} |"
+        for m in self.manifests()
+    ]
+    return "\n".join(
+        [
+            f"**{self.folder.name}**",
+            "",
+            "| seed | stage | seconds | peak memory, MB | |",
+            "|---|---|---|---|---|",
+            *rows,
+        ]
+    )
+
+# %% ../../nbs/07_store/02_folder.ipynb #e5da31f7
 def _damage(place: Path, manifest: dict | None, content: bool = True) -> str | None:
-    "What is wrong with an artifact, in words that name its place; raises `InputError` where it cannot be read."
-    if manifest is None: return f"{place}: {MANIFEST} is {'damaged, was edited by hand, or is of an older version' if (place / MANIFEST).is_file() else 'missing'}"
-    try: wrong = find_damage(place, manifest["files"], content)
-    except OSError as error: raise InputError(f"{error.filename or place} cannot be read ({error.strerror}): mend that, or delete {place} and run the study again, that makes it anew") from None
+    """What is wrong with an artifact, in words that name its place.
+
+    Raises `InputError` where it cannot be read.
+    """
+    if manifest is None:
+        return (
+            f"{place}: {MANIFEST} is"
+            f" {'damaged, was edited by hand, or is of an older version' if (place / MANIFEST).is_file() else 'missing'}"
+        )
+    try:
+        wrong = find_damage(place, manifest["files"], content)
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or place} cannot be read ({error.strerror}): mend that, or delete {place} and"
+            " run the study again, that makes it anew"
+        ) from None
     return wrong and f"{place}: {wrong}"
 
-
+# %% ../../nbs/07_store/02_folder.ipynb #1bf44c5e
 def _reward_facts(result: dict, untrained: str) -> str:
     "The rise of a GRPO arm's reward, how much of it could not be judged, and what its training warned of."
-    rise = " → ".join("unknown" if result[key] is None else f"{result[key]:.3f}" for key in ("reward_before", "reward_after"))
+    rise = " → ".join(
+        "unknown" if result[key] is None else f"{result[key]:.3f}"
+        for key in ("reward_before", "reward_after")
+    )
     abstained = f", abstained on {result['abstained']:.0%}" if result.get("abstained") else ""
     return rise + untrained + abstained + "".join(f"; warning: {line}" for line in result.get("warnings", []))
 
-
+# %% ../../nbs/07_store/02_folder.ipynb #f00eec95
 def stage_facts(manifest: dict) -> str:
     "What a stage did, in a few words."
     r = manifest["result"]
-    cut = f" ({r['data']['truncated']} cut to fit a sequence{', {:,} tokens of those trained on lost'.format(r['account']['truncated']) if 'account' in r else ''})" if r.get("data", {}).get("truncated") else f" ({r['split_rows']} split over sequences)" if r.get("split_rows") else ""
+    cut = (
+        f" ({r['data']['truncated']} cut to fit a"
+        f" sequence{', {:,} tokens of those trained on lost'.format(r['account']['truncated']) if 'account' in r else ''})"
+        if r.get("data", {}).get("truncated")
+        else f" ({r['split_rows']} split over sequences)"
+        if r.get("split_rows")
+        else ""
+    )
     way = r.get("merge_check", {}).get("way", "own")
-    untrained = ("" if r.get("trained", True) else " (not trained)") + (f"; merge: {way}" if way != "own" else "") + (f"; out of memory, micro-batch lowered to {r['micro_batch']}" if r.get("out_of_memory") else "")
-    if "margin_mean" in r: return f"{r['pairs']} pairs, margin {r['margin_mean']:+.3f} nats a token" + ("" if r["kl_mean"] is None else f"; KL from mid {r['kl_mean']:.4f}")
-    if "reward_after" in r: return f"{r['rows']} prompts, {r['steps']} steps, {r['completions']:,} completions; held-out reward {_reward_facts(r, untrained)}"
-    if "accuracy" in r: return f"{r['pairs']} pairs, {r['steps']} steps; {r['accuracy']:.1%} of held-out pairs right, correlation with length {r['length_correlation']:+.2f}"
-    if "loss_after" in r: return f"{r['rows']} rows{cut}, {r['steps']} steps, {r['tokens']:,} tokens; held-out loss {r['loss_before']:.3f} → {r['loss_after']:.3f}{untrained}"
-    if "answers" in r: return f"{r['answers']:,} answers, {r['tokens']:,} tokens, {r['samples_per_second']:.0f} answers/s" + (f"; {r['cut_off']:.0%} ran into the limit" if r["cut_off"] else "") + "".join(f"; warning: {line}" for line in r.get("warnings", ()))
-    if "grades" in r: return f"{r['grades']:,} grades by {r['judge']}" + "".join(f", {r[k]:,} {k}" for k in ("unparseable", "unjudged") if r[k])
+    untrained = (
+        ("" if r.get("trained", True) else " (not trained)")
+        + (f"; merge: {way}" if way != "own" else "")
+        + (f"; out of memory, micro-batch lowered to {r['micro_batch']}" if r.get("out_of_memory") else "")
+    )
+    if "margin_mean" in r:
+        return f"{r['pairs']} pairs, margin {r['margin_mean']:+.3f} nats a token" + (
+            "" if r["kl_mean"] is None else f"; KL from mid {r['kl_mean']:.4f}"
+        )
+    if "reward_after" in r:
+        return (
+            f"{r['rows']} prompts, {r['steps']} steps, {r['completions']:,} completions; held-out reward"
+            f" {_reward_facts(r, untrained)}"
+        )
+    if "accuracy" in r:
+        return (
+            f"{r['pairs']} pairs, {r['steps']} steps; {r['accuracy']:.1%} of held-out pairs right,"
+            f" correlation with length {r['length_correlation']:+.2f}"
+        )
+    if "loss_after" in r:
+        return (
+            f"{r['rows']} rows{cut}, {r['steps']} steps, {r['tokens']:,} tokens; held-out loss"
+            f" {r['loss_before']:.3f} → {r['loss_after']:.3f}{untrained}"
+        )
+    if "answers" in r:
+        return (
+            f"{r['answers']:,} answers, {r['tokens']:,} tokens, {r['samples_per_second']:.0f} answers/s"
+            + (f"; {r['cut_off']:.0%} ran into the limit" if r["cut_off"] else "")
+            + "".join(f"; warning: {line}" for line in r.get("warnings", ()))
+        )
+    if "grades" in r:
+        return f"{r['grades']:,} grades by {r['judge']}" + "".join(
+            f", {r[k]:,} {k}" for k in ("unparseable", "unjudged") if r[k]
+        )
     return f"from {r['source']}"
 
 # %% ../../nbs/07_store/02_folder.ipynb #2d751aa4
 def settle_all(
-    study: Study, # held by this process
-    say: Callable[[str], None] = print, # called with one line where there was something to do
+    study: Study,  # held by this process
+    say: Callable[[str], None] = print,  # called with one line where there was something to do
 ):
     "Settle what interrupted runs left: half-written folders and files go, whole ones are put in their place."
     with writable(study.folder):
-        done = [settle(path.with_name(path.name[1:].rpartition(".")[0])) for path in sorted(study.folder.glob("seed-*/.*")) if path.suffix in (".partial", ".aside")]
-        files = [p for p in study.folder.rglob(".*.partial") if not any(part.startswith(".") for part in p.relative_to(study.folder).parts[:-1])]
-        for file in files: remove(file)
-    told = {"finished": "finished stages put in place", "restored": "older ones put back", "removed": "half-written folders removed"}
-    parts = [f"{done.count(what)} {words}" for what, words in told.items() if what in done] + [f"{len(files)} half-written files removed"] * bool(files)
-    if parts: say(f"{study.folder}: after an interrupted run {', '.join(parts)}")
+        done = [
+            settle(path.with_name(path.name[1:].rpartition(".")[0]))
+            for path in sorted(study.folder.glob("seed-*/.*"))
+            if path.suffix in (".partial", ".aside")
+        ]
+        files = [
+            p
+            for p in study.folder.rglob(".*.partial")
+            if not any(part.startswith(".") for part in p.relative_to(study.folder).parts[:-1])
+        ]
+        for file in files:
+            remove(file)
+    told = {
+        "finished": "finished stages put in place",
+        "restored": "older ones put back",
+        "removed": "half-written folders removed",
+    }
+    parts = [f"{done.count(what)} {words}" for what, words in told.items() if what in done] + [
+        f"{len(files)} half-written files removed"
+    ] * bool(files)
+    if parts:
+        say(f"{study.folder}: after an interrupted run {', '.join(parts)}")
 
-
+# %% ../../nbs/07_store/02_folder.ipynb #fa4da991
 def find_pending(
-    study: Study, # held by this process
-    stages: list[Stage], # wanted
-    say: Callable[[str], None] = print, # called with a line for each damaged artifact
-    report: Callable[[str], None] = lambda line: None, # called with each line of passing progress
-) -> list[Stage]: # those that must be run
+    study: Study,  # held by this process
+    stages: list[Stage],  # wanted
+    say: Callable[[str], None] = print,  # called with a line for each damaged artifact
+    report: Callable[[str], None] = lambda line: None,  # called with each line of passing progress
+) -> list[Stage]:  # those that must be run
     "The stages that are not done, those with a damaged artifact among them."
     for number, stage in enumerate(stages, 1):
         report(f"checking what is finished, {number}/{len(stages)}")
         if wrong := study.damage(stage):
             say(f"{wrong}: {stage.id} is made again")
-            with writable(study.folder), suppress(FileNotFoundError, NotADirectoryError): (study.folder / stage.place / MANIFEST).unlink()
+            with writable(study.folder), suppress(FileNotFoundError, NotADirectoryError):
+                (study.folder / stage.place / MANIFEST).unlink()
     return [stage for stage in stages if not study.done(stage)]
 
-
+# %% ../../nbs/07_store/02_folder.ipynb #36c945ba
 def clear_kept(
-    study: Study, # held by this process
-    stages: list[Stage], # all of the study's
+    study: Study,  # held by this process
+    stages: list[Stage],  # all of the study's
 ):
-    "Remove what stages kept for carrying on (`.mid.checkpoints`, `.mid.carry`) and need no more: done, or made from another key by now."
+    """Remove what stages kept for carrying on (`.mid.checkpoints`, `.mid.carry`) and need no more: done, or
+    made from another key by now.
+    """
     by_place = {stage.place: stage for stage in stages}
     for kept in study.folder.glob("seed-*/.*"):
-        if kept.suffix not in (".checkpoints", ".carry"): continue
-        stage, key = by_place.get(f"{kept.parent.name}/{kept.name[1:].removesuffix(kept.suffix)}"), kept / "key"
-        if stage is None or study.done(stage) or key.is_file() and key.read_text(encoding="utf-8", errors="replace").strip() != stage.key: remove(kept)
+        if kept.suffix not in (".checkpoints", ".carry"):
+            continue
+        stage, key = (
+            by_place.get(f"{kept.parent.name}/{kept.name[1:].removesuffix(kept.suffix)}"),
+            kept / "key",
+        )
+        if (
+            stage is None
+            or study.done(stage)
+            or key.is_file()
+            and key.read_text(encoding="utf-8", errors="replace").strip() != stage.key
+        ):
+            remove(kept)
 
-
+# %% ../../nbs/07_store/02_folder.ipynb #0cbdcb9f
 def take_stock(
-    study: Study, # held by this process
-    preset: Preset, # its configuration
-    stages: list[Stage], # wanted
-    say: Callable[[str], None] = print, # called with each line worth keeping
-    report: Callable[[str], None] = lambda line: None, # called with each line of passing progress
-) -> list[Stage]: # those that must be run
-    "What is left to do, after what dead runs left is settled and what is damaged is found; raises `InputError` where something is to be made from files that are not at hand."
+    study: Study,  # held by this process
+    preset: Preset,  # its configuration
+    stages: list[Stage],  # wanted
+    say: Callable[[str], None] = print,  # called with each line worth keeping
+    report: Callable[[str], None] = lambda line: None,  # called with each line of passing progress
+) -> list[Stage]:  # those that must be run
+    """What is left to do, after what dead runs left is settled and what is damaged is found.
+
+    Raises `InputError` where something is to be made from files that are not at hand.
+    """
     settle_all(study, say)
     pending = find_pending(study, stages, say, report)
     clear_kept(study, study.stages(preset))
     refuse_missing_sources(study, preset, pending)
     return pending
 
-
+# %% ../../nbs/07_store/02_folder.ipynb #16239047
 def refuse_missing_sources(
-    study: Study, # perhaps from another machine
-    preset: Preset, # its configuration
-    pending: list[Stage], # what is to be run
+    study: Study,  # perhaps from another machine
+    preset: Preset,  # its configuration
+    pending: list[Stage],  # what is to be run
 ):
     "Raise `InputError` where stages are left to run and files of the user's are not at hand."
-    missing = {name: source for name, source in source_settings(preset).items() if source in study.sources and not is_local(os.path.expanduser(source))}
+    missing = {
+        name: source
+        for name, source in source_settings(preset).items()
+        if source in study.sources and not is_local(os.path.expanduser(source))
+    }
     if pending and missing:
         places = " ".join(f"--set {name}=PATH" for name in missing)
-        raise InputError(f"{', '.join(missing.values())} {'is' if len(missing) == 1 else 'are'} not on this machine, and {pending[0].id} is still to be made: say where with {places}")
+        raise InputError(
+            f"{', '.join(missing.values())} {'is' if len(missing) == 1 else 'are'} not on this machine, and"
+            f" {pending[0].id} is still to be made: say where with {places}"
+        )
 
 # %% ../../nbs/07_store/02_folder.ipynb #10fab36f
 def check_artifact(path: str | Path):
@@ -301,27 +555,46 @@ def check_artifact(path: str | Path):
     path = Path(path).resolve()
     for place in (path, *path.parents[:2]):
         if place.parent.name.startswith("seed-") and (place.parent.parent / "study.yaml").is_file():
-            if wrong := _damage(place, Study(place.parent.parent)._manifest(place)): raise InputError(f"{wrong}: run the study again, that makes {place.name} anew")
+            if wrong := _damage(place, Study(place.parent.parent)._manifest(place)):
+                raise InputError(f"{wrong}: run the study again, that makes {place.name} anew")
 
-
+# %% ../../nbs/07_store/02_folder.ipynb #b1b72ac1
 def check_passes(folder: Path):
     "Raise `InputError` where what a later judge said is damaged."
     for name in read_record(folder).get("files", {}):
-        if name.startswith("judges/") and (folder / name).exists() and (wrong := recorded_damage(folder, name)):
-            raise InputError(f"{folder}: {wrong}: delete {(folder / name).parent} and judge again, replies are kept")
+        if (
+            name.startswith("judges/")
+            and (folder / name).exists()
+            and (wrong := recorded_damage(folder, name))
+        ):
+            raise InputError(
+                f"{folder}: {wrong}: delete {(folder / name).parent} and judge again, replies are kept"
+            )
 
-
+# %% ../../nbs/07_store/02_folder.ipynb #60a07099
 def note_laid_together(study: Study, stages: list[Stage]):
     "Note from which stages the tables were laid together."
-    with writable(study.folder): add_to_record(study.folder, laid={"tables": {stage.place: stage.key for stage in stages}})
+    with writable(study.folder):
+        add_to_record(study.folder, laid={"tables": {stage.place: stage.key for stage in stages}})
 
-
+# %% ../../nbs/07_store/02_folder.ipynb #8705613d
 def check_for_report(study: Study):
-    "Raise `InputError` where stages that a report reads are damaged, or are not those that the tables came from."
+    """Raise `InputError` where stages that a report reads are damaged, or are not those that the tables came
+    from.
+    """
     for place, key in read_record(study.folder).get("laid", {}).get("tables", {}).items():
         folder, manifest = study.folder / place, study._manifest(study.folder / place)
-        if not folder.exists(): continue
-        if manifest is None: raise InputError(f"{_damage(folder, None)}: run the study again, that makes {folder.name} anew")
-        if manifest["key"] != key: raise InputError(f"the tables of {study.folder} are older than {place}: run the study again, that lays them together anew")
+        if not folder.exists():
+            continue
+        if manifest is None:
+            raise InputError(f"{_damage(folder, None)}: run the study again, that makes {folder.name} anew")
+        if manifest["key"] != key:
+            raise InputError(
+                f"the tables of {study.folder} are older than {place}: run the study again, that lays them"
+                " together anew"
+            )
         drawn = {name: entry for name, entry in manifest["files"].items() if name == "completions.parquet"}
-        if wrong := next(filter(None, (file_damage(folder / name, name, entry) for name, entry in drawn.items())), None): raise InputError(f"{folder}: {wrong}: run the study again, that makes {folder.name} anew")
+        if wrong := next(
+            filter(None, (file_damage(folder / name, name, entry) for name, entry in drawn.items())), None
+        ):
+            raise InputError(f"{folder}: {wrong}: run the study again, that makes {folder.name} anew")

@@ -13,177 +13,351 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fastcore.basics import patch
+
 from ..core.errors import InputError
-from ..core.files import digest, path_digest, is_local
-from ..data import world, hub
-from ..study import DataSource, data_parts, DETERMINISTIC, Preset, judge_names, Benchmark, parse_model
-from ..training.model_files import gguf_file, adapter_base, same_source
+from ..core.files import digest, is_local, path_digest
+from ..data import hub, world
+from compassion_repro.study import (
+    DETERMINISTIC,
+    Benchmark,
+    DataSource,
+    Preset,
+    data_parts,
+    judge_names,
+    parse_model,
+)
+from ..training.model_files import adapter_base, gguf_file, same_source
 
 # %% ../../nbs/07_store/00_graph.ipynb #a8c6b36e
 @cache
 def _embedded_digest(name: str) -> str:
     "Content of an embedded source; of a corpus its first rows, which stand for the rest."
-    if name == "base": return path_digest(world.assets() / name)
+    if name == "base":
+        return path_digest(world.assets() / name)
     if name == "helpfulness":
         from compassion_repro.training import reward_model
+
         return digest(reward_model.preference_pairs(64))
-    return digest([world.benchmark_questions(name), world.rubric(name)] if name in world.BENCHMARKS else world.corpus(name, 64))
+    return digest(
+        [world.benchmark_questions(name), world.rubric(name)]
+        if name in world.BENCHMARKS
+        else world.corpus(name, 64)
+    )
 
-
+# %% ../../nbs/07_store/00_graph.ipynb #33358f94
 EMBEDDED = {f"world:{name}" for name in ("base", "helpfulness", *world.CORPORA, *world.BENCHMARKS)}
 
 # %% ../../nbs/07_store/00_graph.ipynb #f055c55b
 def source_digest(
-    source: str, # `world:<name>`, a path, or a hub id with @revision
-    known: Mapping[str, str] = {}, # identities of paths that were at hand when the study was begun
-) -> str: # identity of what the source holds
-    "Identity of a data or model source, by content where it is at hand; raises `InputError` for an unknown embedded one or a path that cannot be read."
+    source: str,  # `world:<name>`, a path, or a hub id with @revision
+    known: Mapping[str, str] = {},  # identities of paths that were at hand when the study was begun
+) -> str:  # identity of what the source holds
+    """Identity of a data or model source, by content where it is at hand.
+
+    Raises `InputError` for an unknown embedded one or a path that cannot be read.
+    """
     if source.startswith("world:"):
-        if source not in EMBEDDED: raise InputError(f"unknown embedded source {source!r}: choose one of {', '.join(sorted(EMBEDDED))}")
+        if source not in EMBEDDED:
+            raise InputError(
+                f"unknown embedded source {source!r}: choose one of {', '.join(sorted(EMBEDDED))}"
+            )
         return f"{source}#{_embedded_digest(source.removeprefix('world:'))}"
-    try: return path_digest(Path(source)) if is_local(source) else known.get(source, source)
-    except OSError as error: raise InputError(f"{source} cannot be read ({error.strerror})") from None
+    try:
+        return path_digest(Path(source)) if is_local(source) else known.get(source, source)
+    except OSError as error:
+        raise InputError(f"{source} cannot be read ({error.strerror})") from None
 
-
+# %% ../../nbs/07_store/00_graph.ipynb #b6de3fef
 def spec_digest(
-    spec: str | DataSource | tuple[DataSource, ...], # sources of one corpus
-    known: Mapping[str, str] = {}, # as for `source_digest`
-) -> Any: # of a text exactly the `source_digest`
+    spec: str | DataSource | tuple[DataSource, ...],  # sources of one corpus
+    known: Mapping[str, str] = {},  # as for `source_digest`
+) -> Any:  # of a text exactly the `source_digest`
     "Identity of the rows of a corpus: what its sources hold, and what is taken of them."
-    if isinstance(spec, str): return source_digest(spec, known)
+    if isinstance(spec, str):
+        return source_digest(spec, known)
     return [{**part.model_dump(), "path": source_digest(part.path, known)} for part in data_parts(spec)]
 
-
+# %% ../../nbs/07_store/00_graph.ipynb #f68141be
 def model_digest(source: str, known: Mapping[str, str] = {}) -> str:
-    "Like `source_digest`, for a model: a folder must be one before its files are read, and of a folder with a GGUF file that file counts."
-    if is_local(source) and (gguf := gguf_file(source)): return source_digest(str(gguf), known)
-    if is_local(source) and not (Path(source) / "config.json").is_file() and not hub.is_adapter(source): raise InputError(f"{source} is not a model folder: it has no config.json")
+    """Like `source_digest`, for a model: a folder must be one before its files are read, and of a folder with
+    a GGUF file that file counts.
+    """
+    if is_local(source) and (gguf := gguf_file(source)):
+        return source_digest(str(gguf), known)
+    if is_local(source) and not (Path(source) / "config.json").is_file() and not hub.is_adapter(source):
+        raise InputError(f"{source} is not a model folder: it has no config.json")
     return source_digest(source, known)
 
 # %% ../../nbs/07_store/00_graph.ipynb #0d471b35
 def data_settings(
-    key: str, # dotted name of the setting: `data.sft-help`
-    value: str | dict | list, # as in a resolved preset
-) -> dict[str, str]: # dotted name -> source: `data.sft-help.path`, or `data.sft-help.0.path` in a list
+    key: str,  # dotted name of the setting: `data.sft-help`
+    value: str | dict | list,  # as in a resolved preset
+) -> dict[str, str]:  # dotted name -> source: `data.sft-help.path`, or `data.sft-help.0.path` in a list
     "Where each place of a corpus is written."
-    if isinstance(value, str): return {key: value}
-    if isinstance(value, dict): return {f"{key}.path": value["path"]}
+    if isinstance(value, str):
+        return {key: value}
+    if isinstance(value, dict):
+        return {f"{key}.path": value["path"]}
     return {f"{key}.{number}.path": part["path"] for number, part in enumerate(value)}
 
-
+# %% ../../nbs/07_store/00_graph.ipynb #a8f80b41
 def source_settings(
-    preset: Preset, # the study
-) -> dict[str, str]: # dotted name of the setting -> source
+    preset: Preset,  # the study
+) -> dict[str, str]:  # dotted name of the setting -> source
     "Everything that a study takes from elsewhere: models, data, benchmarks, judges that are folders."
     values = preset.resolved()
-    found = {"models.base": preset.models.base, "models.reward": preset.models.reward, **{f"models.given.{name}": source for name, source in preset.models.given.items()}}
-    for name, source in values["data"].items(): found |= data_settings(f"data.{name}", source)
-    found |= {f"benchmarks.{name}.{part}": source for name, b in values["benchmarks"].items() for part in ("data", "dimensions") if (source := b[part])}
+    found = {
+        "models.base": preset.models.base,
+        "models.reward": preset.models.reward,
+        **{f"models.given.{name}": source for name, source in preset.models.given.items()},
+    }
+    for name, source in values["data"].items():
+        found |= data_settings(f"data.{name}", source)
+    found |= {
+        f"benchmarks.{name}.{part}": source
+        for name, b in values["benchmarks"].items()
+        for part in ("data", "dimensions")
+        if (source := b[part])
+    }
     return found | {"judge": judge for judge in judge_names(preset.judge) if judge not in DETERMINISTIC}
 
-
+# %% ../../nbs/07_store/00_graph.ipynb #ea8051f4
 def judge_identity(
-    judge: str, # one judge or several with commas
-    known: Mapping[str, str] = {}, # as for `source_digest`
-) -> str: # the same, a folder by its content
+    judge: str,  # one judge or several with commas
+    known: Mapping[str, str] = {},  # as for `source_digest`
+) -> str:  # the same, a folder by its content
     "Who judges, wherever a judge's folder lies."
-    found = {name: known.get(name, name) if name in DETERMINISTIC or not Path(name).expanduser().is_dir() else path_digest(Path(name).expanduser()) for name in judge_names(judge)}
+    found = {
+        name: (
+            known.get(name, name)
+            if name in DETERMINISTIC or not Path(name).expanduser().is_dir()
+            else path_digest(Path(name).expanduser())
+        )
+        for name in judge_names(judge)
+    }
     return judge if list(found) == list(found.values()) else ",".join(found.values())
 
 # %% ../../nbs/07_store/00_graph.ipynb #cf31a16f
-VERSIONS = {"base": 1, "midtrain": 1, "reward": 1, "sft": 1, "grpo": 1, "answers": 1, "eval": 1, "probe": 1} # raise one when the code of that kind of stage changes its result
+# raise one when the code of that kind of stage changes its result
+VERSIONS = {"base": 1, "midtrain": 1, "reward": 1, "sft": 1, "grpo": 1, "answers": 1, "eval": 1, "probe": 1}
 
 
 @dataclass(frozen=True)
 class Stage:
     "One node of the graph."
-    id: str # unique within a seed: mid, sft-help@base, answers-mid, eval-mid
-    kind: str # a key of VERSIONS
-    seed: int # study seed
-    model: str # model id it makes or measures
-    inputs: tuple["Stage", ...] # stages whose artifacts it reads
-    config: dict = field(hash=False) # everything else that decides its result
 
-    @property
-    def key(self) -> str:
-        "Identity of the result: configuration, seed, inputs' keys and the kind's version."
-        return digest({"kind": self.kind, "version": VERSIONS[self.kind], "seed": self.seed, "model": self.model, "config": self.config, "inputs": [s.key for s in self.inputs]})
+    id: str  # unique within a seed: mid, sft-help@base, answers-mid, eval-mid
+    kind: str  # a key of VERSIONS
+    seed: int  # study seed
+    model: str  # model id it makes or measures
+    inputs: tuple["Stage", ...]  # stages whose artifacts it reads
+    config: dict = field(hash=False)  # everything else that decides its result
 
-    @property
-    def place(self) -> str:
-        "Folder of the artifact within the study."
-        return f"seed-{self.seed}/{self.id}"
+# %% ../../nbs/07_store/00_graph.ipynb #c7d702e1
+@patch(as_prop=True)
+def key(self: Stage) -> str:
+    "Identity of the result: configuration, seed, inputs' keys and the kind's version."
+    return digest(
+        {
+            "kind": self.kind,
+            "version": VERSIONS[self.kind],
+            "seed": self.seed,
+            "model": self.model,
+            "config": self.config,
+            "inputs": [s.key for s in self.inputs],
+        }
+    )
+
+# %% ../../nbs/07_store/00_graph.ipynb #1ce39e67
+@patch(as_prop=True)
+def place(self: Stage) -> str:
+    "Folder of the artifact within the study."
+    return f"seed-{self.seed}/{self.id}"
 
 # %% ../../nbs/07_store/00_graph.ipynb #b10632b4
 def _training_config(preset: Preset, section: str, sources: dict[str, Any], known: Mapping[str, str]) -> dict:
-    "What decides a training stage's result, ordinary ways of holding the weights and the plain template unsaid."
-    data, template = {name: spec_digest(source, known) for name, source in sources.items()}, preset.generation.training_template
-    return {"training": getattr(preset, section).identity(), "lora": preset.lora.identity(), "data": data, **preset.models.holding(), **({"template": template} if template != "plain" else {})}
+    """What decides a training stage's result, ordinary ways of holding the weights and the plain template
+    unsaid.
+    """
+    data, template = (
+        {name: spec_digest(source, known) for name, source in sources.items()},
+        preset.generation.training_template,
+    )
+    return {
+        "training": getattr(preset, section).identity(),
+        "lora": preset.lora.identity(),
+        "data": data,
+        **preset.models.holding(),
+        **({"template": template} if template != "plain" else {}),
+    }
 
-
+# %% ../../nbs/07_store/00_graph.ipynb #7e7f87aa
 def _given_stage(preset: Preset, seed: int, model: str, base: Stage, known: Mapping[str, str]) -> Stage:
     "A finished model in the place of a trained one; it reads the base, which an adapter needs."
     source = preset.models.given[model]
     config = {"source": model_digest(source, known)}
     if is_local(source) and hub.is_adapter(source):
         named = adapter_base(source)
-        if not same_source(named, preset.models.base): config["base"] = model_digest(named, known)
+        if not same_source(named, preset.models.base):
+            config["base"] = model_digest(named, known)
     return Stage(model, "base", seed, model, (base,), config)
 
-
+# %% ../../nbs/07_store/00_graph.ipynb #be4150ca
 def _midtrain_stage(preset: Preset, seed: int, model: str, base: Stage, known: Mapping[str, str]) -> Stage:
-    if model in preset.models.given: return _given_stage(preset, seed, model, base, known)
+    if model in preset.models.given:
+        return _given_stage(preset, seed, model, base, known)
     documents = preset.data.documents if model == "mid" else preset.data.control
-    return Stage(model, "midtrain", seed, model, (base,), _training_config(preset, "midtrain", {"documents": documents, "replay": preset.data.replay}, known))
+    return Stage(
+        model,
+        "midtrain",
+        seed,
+        model,
+        (base,),
+        _training_config(preset, "midtrain", {"documents": documents, "replay": preset.data.replay}, known),
+    )
 
-
-def _arm_stages(preset: Preset, seed: int, starts: dict[str, Stage], reward: Stage | None, known: Mapping[str, str]) -> list[Stage]:
-    "The arms. The data of the supervised ones stand in each other's configuration, because their dose is matched; a GRPO arm's holds its reward."
+# %% ../../nbs/07_store/00_graph.ipynb #456db832
+def _arm_stages(
+    preset: Preset, seed: int, starts: dict[str, Stage], reward: Stage | None, known: Mapping[str, str]
+) -> list[Stage]:
+    """The arms. The data of the supervised ones stand in each other's configuration, because their dose is
+    matched; a GRPO arm's holds its reward.
+    """
     arms = [parse_model(name) for name in preset.arms]
-    matched = {arm.rows: preset.data.source(arm.rows) for arm in arms if arm.paradigm == "sft" and arm.model in preset.trained}
+    matched = {
+        arm.rows: preset.data.source(arm.rows)
+        for arm in arms
+        if arm.paradigm == "sft" and arm.model in preset.trained
+    }
+
     def stage(arm):
-        if arm.model in preset.models.given: return _given_stage(preset, seed, arm.model, starts["base"], known)
-        if arm.paradigm == "sft": return Stage(arm.model, "sft", seed, arm.model, (starts[arm.start],), _training_config(preset, "sft", matched, known))
-        config = _training_config(preset, "grpo", {arm.rows: preset.data.source(arm.rows)}, known) | {"reward": arm.reward}
-        if arm.reward == "help": return Stage(arm.model, "grpo", seed, arm.model, (starts[arm.start], reward), config)
-        return Stage(arm.model, "grpo", seed, arm.model, (starts[arm.start],), config | {"weights": preset.code_reward})
+        if arm.model in preset.models.given:
+            return _given_stage(preset, seed, arm.model, starts["base"], known)
+        if arm.paradigm == "sft":
+            return Stage(
+                arm.model,
+                "sft",
+                seed,
+                arm.model,
+                (starts[arm.start],),
+                _training_config(preset, "sft", matched, known),
+            )
+        config = _training_config(preset, "grpo", {arm.rows: preset.data.source(arm.rows)}, known) | {
+            "reward": arm.reward
+        }
+        if arm.reward == "help":
+            return Stage(arm.model, "grpo", seed, arm.model, (starts[arm.start], reward), config)
+        return Stage(
+            arm.model, "grpo", seed, arm.model, (starts[arm.start],), config | {"weights": preset.code_reward}
+        )
+
     return [stage(arm) for arm in arms]
 
-
+# %% ../../nbs/07_store/00_graph.ipynb #152b07c2
 def _benchmark_config(benchmark: Benchmark, known: Mapping[str, str]) -> dict:
     "What decides a benchmark's questions; sizes count for embedded ones only."
-    if not benchmark.judged: return {"task": benchmark.task, "epochs": benchmark.epochs, "limit": benchmark.limit, "file": source_digest(benchmark.task.rpartition("@")[0], known) if ".py@" in benchmark.task else None}
-    config = {"task": benchmark.task, "data": source_digest(benchmark.data, known), "epochs": benchmark.epochs, "dimensions": benchmark.dimensions and source_digest(benchmark.dimensions, known)}
-    if benchmark.strip_suffix: config["strip_suffix"] = benchmark.strip_suffix
+    if not benchmark.judged:
+        return {
+            "task": benchmark.task,
+            "epochs": benchmark.epochs,
+            "limit": benchmark.limit,
+            "file": (
+                source_digest(benchmark.task.rpartition("@")[0], known) if ".py@" in benchmark.task else None
+            ),
+        }
+    config = {
+        "task": benchmark.task,
+        "data": source_digest(benchmark.data, known),
+        "epochs": benchmark.epochs,
+        "dimensions": benchmark.dimensions and source_digest(benchmark.dimensions, known),
+    }
+    if benchmark.strip_suffix:
+        config["strip_suffix"] = benchmark.strip_suffix
     return {**config, "size": benchmark.size} if benchmark.data.startswith("world:") else config
 
-
+# %% ../../nbs/07_store/00_graph.ipynb #89697a11
 def _probe_stages(preset: Preset, seed: int, measured: list[Stage], mid: Stage) -> list[Stage]:
     "The measures without a judge of each model that answers; pairs count by their content."
-    files = {"world": world.assets() / "world" / "bank.yaml", "written": world.assets() / "margin" / "pairs.yaml"}
-    config = {"margin": preset.margin.model_dump(mode="json"), "pairs": {name: path_digest(files[name]) for name in preset.margin.pairs}}
-    return [Stage(f"probe-{answers.inputs[0].id}", "probe", seed, answers.model, (answers.inputs[0], answers, mid), config) for answers in measured]
+    files = {
+        "world": world.assets() / "world" / "bank.yaml",
+        "written": world.assets() / "margin" / "pairs.yaml",
+    }
+    config = {
+        "margin": preset.margin.model_dump(mode="json"),
+        "pairs": {name: path_digest(files[name]) for name in preset.margin.pairs},
+    }
+    return [
+        Stage(
+            f"probe-{answers.inputs[0].id}",
+            "probe",
+            seed,
+            answers.model,
+            (answers.inputs[0], answers, mid),
+            config,
+        )
+        for answers in measured
+    ]
 
-
+# %% ../../nbs/07_store/00_graph.ipynb #50086863
 def graph(
-    preset: Preset, # the study
-    seeds: int = 1, # how many seeds, counted from 1
-    known: Mapping[str, str] = {}, # identities of paths that are no longer at hand, see `store.folder.Study.sources`
-) -> list[Stage]: # in an order in which every stage follows its inputs
+    preset: Preset,  # the study
+    seeds: int = 1,  # how many seeds, counted from 1
+    # identities of paths that are no longer at hand, see `store.folder.Study.sources`
+    known: Mapping[str, str] = {},
+) -> list[Stage]:  # in an order in which every stage follows its inputs
     "Every stage of the study."
     stages, judge = [], judge_identity(preset.judge, known)
     benchmarks = {name: _benchmark_config(b, known) for name, b in preset.benchmarks.items()}
     for seed in range(1, seeds + 1):
         base = Stage("base", "base", seed, "base", (), {"source": model_digest(preset.models.base, known)})
-        starts = {"base": base} | {m: _midtrain_stage(preset, seed, m, base, known) for m in preset.models_compared if m in ("mid", "mid-control")}
+        starts = {"base": base} | {
+            m: _midtrain_stage(preset, seed, m, base, known)
+            for m in preset.models_compared
+            if m in ("mid", "mid-control")
+        }
         rewarded = any(arm.reward == "help" for arm in preset.trained_arms)
-        reward = Stage("reward", "reward", seed, "reward", (base,), {"source": model_digest(preset.models.reward, known)}) if rewarded else None
-        for stage in [*starts.values(), *([reward] if reward else []), *_arm_stages(preset, seed, starts, reward, known)]:
+        reward = (
+            Stage(
+                "reward",
+                "reward",
+                seed,
+                "reward",
+                (base,),
+                {"source": model_digest(preset.models.reward, known)},
+            )
+            if rewarded
+            else None
+        )
+        for stage in [
+            *starts.values(),
+            *([reward] if reward else []),
+            *_arm_stages(preset, seed, starts, reward, known),
+        ]:
             stages.append(stage)
-            if stage.kind == "reward": continue
+            if stage.kind == "reward":
+                continue
             for template in preset.generation.forms():
-                generation, form = preset.generation.identity() | {"template": template}, "" if template == preset.generation.forms()[0] else f".{template}"
-                answers = Stage(f"answers-{stage.id}{form}", "answers", seed, stage.model, (stage,), {"generation": generation, "benchmarks": benchmarks})
-                stages += [answers, Stage(f"eval-{stage.id}{form}", "eval", seed, stage.model, (answers,), {"judge": judge})]
-        stages += _probe_stages(preset, seed, [s for s in stages if s.id == f"answers-{s.model}" and s.seed == seed], starts["mid"])
+                generation, form = (
+                    preset.generation.identity() | {"template": template},
+                    ("" if template == preset.generation.forms()[0] else f".{template}"),
+                )
+                answers = Stage(
+                    f"answers-{stage.id}{form}",
+                    "answers",
+                    seed,
+                    stage.model,
+                    (stage,),
+                    {"generation": generation, "benchmarks": benchmarks},
+                )
+                stages += [
+                    answers,
+                    Stage(f"eval-{stage.id}{form}", "eval", seed, stage.model, (answers,), {"judge": judge}),
+                ]
+        stages += _probe_stages(
+            preset,
+            seed,
+            [s for s in stages if s.id == f"answers-{s.model}" and s.seed == seed],
+            starts["mid"],
+        )
     return sorted(stages, key=lambda s: s.seed)

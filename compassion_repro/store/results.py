@@ -13,102 +13,153 @@ from pathlib import Path
 
 import pandas as pd
 import yaml
+from fastcore.basics import patch
 
-from ..evaluation.behaviour import moved
-from ..stats.claims import ClaimTable, read_claims
-from ..stats.scores import beside_judges
-from ..stats.scores import model_rank, read_scores
 from ..core.errors import InputError
-from ..study import Preset
+from ..evaluation.behaviour import moved
 from ..presets import build_preset
+from ..stats.claims import ClaimTable, read_claims
+from ..stats.scores import beside_judges, model_rank, read_scores
+from ..study import Preset
 
 # %% ../../nbs/07_store/03_results.ipynb #e28fa426
 @dataclass
 class StudyFiles:
     "The parts of a study that a report shows; one that is not there is None or empty."
-    name: str # the folder's name
-    preset: Preset # the configuration
-    scores: pd.DataFrame # rows of `scores.parquet`
-    claims: ClaimTable # of `claims.json`
-    manifests: list[dict] = field(default_factory=list) # of the stages, by seed
-    answers: pd.DataFrame | None = None # rows of `answers.parquet`
-    grades: pd.DataFrame | None = None # rows of `grades.parquet`
-    margins: pd.DataFrame | None = None # rows of `margin.parquet`
-    kl: pd.DataFrame | None = None # rows of `kl.parquet`: model, seed, benchmark, kl (nats a token), tokens
-    completions: pd.DataFrame | None = None # sampled completions of the GRPO arms: model, seed, step, prompt, completion, reward
 
-    @property
-    def models(self) -> list[str]:
-        "Model ids with scores, in the order of the experiment."
-        return sorted(self.scores["model"].unique(), key=model_rank)
-
-    @property
-    def seeds(self) -> list[int]:
-        "Study seeds with scores."
-        return sorted(int(seed) for seed in self.scores["seed"].unique())
-
-    @property
-    def judges(self) -> list[str]:
-        "Judges whose scores there are."
-        return sorted(self.scores["judge"].unique())
-
-    @property
-    def lead(self) -> pd.DataFrame:
-        "Scores of the first judge: what is shown of one judge at a time."
-        return self.scores[self.scores["judge"] == self.judges[0]]
+    name: str  # the folder's name
+    preset: Preset  # the configuration
+    scores: pd.DataFrame  # rows of `scores.parquet`
+    claims: ClaimTable  # of `claims.json`
+    manifests: list[dict] = field(default_factory=list)  # of the stages, by seed
+    answers: pd.DataFrame | None = None  # rows of `answers.parquet`
+    grades: pd.DataFrame | None = None  # rows of `grades.parquet`
+    margins: pd.DataFrame | None = None  # rows of `margin.parquet`
+    kl: pd.DataFrame | None = None  # rows of `kl.parquet`: model, seed, benchmark, kl (nats a token), tokens
+    # sampled completions of the GRPO arms: model, seed, step, prompt, completion, reward
+    completions: pd.DataFrame | None = None
 
     @cached_property
     def moved(self) -> pd.DataFrame | None:
-        "What else moved beside the scores (`behaviour.moved`), measured once; None where the study keeps no answers."
+        """What else moved beside the scores (`behaviour.moved`), measured once; None where the study keeps no
+        answers.
+        """
         return None if self.answers is None else moved(self.answers)
+
+# %% ../../nbs/07_store/03_results.ipynb #6ed4f432
+@patch(as_prop=True)
+def models(self: StudyFiles) -> list[str]:
+    "Model ids with scores, in the order of the experiment."
+    return sorted(self.scores["model"].unique(), key=model_rank)
+
+# %% ../../nbs/07_store/03_results.ipynb #f037ed08
+@patch(as_prop=True)
+def seeds(self: StudyFiles) -> list[int]:
+    "Study seeds with scores."
+    return sorted(int(seed) for seed in self.scores["seed"].unique())
+
+# %% ../../nbs/07_store/03_results.ipynb #076b50bd
+@patch(as_prop=True)
+def judges(self: StudyFiles) -> list[str]:
+    "Judges whose scores there are."
+    return sorted(self.scores["judge"].unique())
+
+# %% ../../nbs/07_store/03_results.ipynb #d6a1934d
+@patch(as_prop=True)
+def lead(self: StudyFiles) -> pd.DataFrame:
+    "Scores of the first judge: what is shown of one judge at a time."
+    return self.scores[self.scores["judge"] == self.judges[0]]
 
 # %% ../../nbs/07_store/03_results.ipynb #e66bba73
 def _read_preset(folder: Path) -> Preset:
     "The configuration of a study folder."
     file = folder / "study.yaml"
-    if not file.is_file(): raise InputError(f"{folder} is not a study folder: name one that `compassion-repro run` made, such as studies/tiny")
-    try: values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError): values = None
-    if not isinstance(values, dict): raise InputError(f"{file} cannot be read as a study: restore it, or start anew with another --out")
+    if not file.is_file():
+        raise InputError(
+            f"{folder} is not a study folder: name one that `compassion-repro run` made, such as studies/tiny"
+        )
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        values = None
+    if not isinstance(values, dict):
+        raise InputError(f"{file} cannot be read as a study: restore it, or start anew with another --out")
     return build_preset(values)
 
-
+# %% ../../nbs/07_store/03_results.ipynb #23403806
 def _read_table(file: Path) -> pd.DataFrame | None:
     "A table of a study; None where there is none."
-    if not file.is_file(): return None
-    try: table = pd.read_parquet(file)
-    except (OSError, ValueError): raise InputError(f"{file} is not a readable Parquet file (cut short?): run the study again to rebuild it, finished stages are kept") from None
+    if not file.is_file():
+        return None
+    try:
+        table = pd.read_parquet(file)
+    except (OSError, ValueError):
+        raise InputError(
+            f"{file} is not a readable Parquet file (cut short?): run the study again to rebuild it, finished"
+            " stages are kept"
+        ) from None
     return table if len(table) else None
 
-
+# %% ../../nbs/07_store/03_results.ipynb #317fee88
 def _read_manifests(folder: Path) -> list[dict]:
-    "Manifests of the stages by seed and, within one, in the order they were made; half-written ones are passed over."
+    """Manifests of the stages by seed and, within one, in the order they were made; half-written ones are
+    passed over.
+    """
     found = []
     for file in sorted(folder.glob("seed-*/[!.]*/manifest.json"), key=lambda path: path.stat().st_mtime):
-        try: manifest = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError: continue
-        if isinstance(manifest, dict) and {"stage", "kind", "model", "seed", "result"} <= manifest.keys(): found.append(manifest)
+        try:
+            manifest = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            continue
+        if isinstance(manifest, dict) and {"stage", "kind", "model", "seed", "result"} <= manifest.keys():
+            found.append(manifest)
     return sorted(found, key=lambda manifest: manifest["seed"])
 
-
+# %% ../../nbs/07_store/03_results.ipynb #e1736a9f
 def _read_completions(folder: Path, manifests: list[dict]) -> pd.DataFrame | None:
     "Sampled completions of every GRPO arm, laid together."
-    tables = [(m, _read_table(folder / f"seed-{m['seed']}" / m["stage"] / "completions.parquet")) for m in manifests if m["kind"] == "grpo"]
+    tables = [
+        (m, _read_table(folder / f"seed-{m['seed']}" / m["stage"] / "completions.parquet"))
+        for m in manifests
+        if m["kind"] == "grpo"
+    ]
     parts = [table.assign(model=m["model"], seed=m["seed"]) for m, table in tables if table is not None]
     return pd.concat(parts, ignore_index=True) if parts else None
 
-
+# %% ../../nbs/07_store/03_results.ipynb #ffd7ebff
 def read_study_files(
-    folder: str | Path, # a study folder with scores and claims
-) -> StudyFiles: # its parts
-    "Read a study folder for a report. Raises `InputError` in one line for a folder that is no study, lacks scores or claims, or holds damaged files."
+    folder: str | Path,  # a study folder with scores and claims
+) -> StudyFiles:  # its parts
+    """Read a study folder for a report.
+
+    Raises `InputError` in one line for a folder that is no study, lacks scores or claims, or holds damaged
+    files.
+    """
     folder = Path(folder) if Path(folder).name not in ("", "..") else Path(folder).resolve()
     preset = _read_preset(folder)
-    if not (folder / "scores.parquet").is_file(): raise InputError(f"{folder} has no scores yet: finish it with `compassion-repro run --out {folder}`")
+    if not (folder / "scores.parquet").is_file():
+        raise InputError(f"{folder} has no scores yet: finish it with `compassion-repro run --out {folder}`")
     scores = beside_judges(read_scores(folder / "scores.parquet", folder.name))
     claims, manifests = read_claims(folder / "claims.json"), _read_manifests(folder)
     known = {(m["model"], m["seed"]) for m in manifests}
-    scored = sorted({(model, int(seed)) for model, seed in zip(scores["model"], scores["seed"])} - known, key=str)
-    if known and scored: raise InputError(f"{folder / 'scores.parquet'} holds scores of {scored[0][0]}, seed {scored[0][1]}, which this study never made: put its own scores back with `compassion-repro run --out {folder}`")
-    tables = {name: _read_table(folder / f"{file}.parquet") for name, file in (("answers", "answers"), ("grades", "grades"), ("margins", "margin"), ("kl", "kl"))}
-    return StudyFiles(folder.name, preset, scores, claims, manifests, completions=_read_completions(folder, manifests), **tables)
+    scored = sorted(
+        {(model, int(seed)) for model, seed in zip(scores["model"], scores["seed"])} - known, key=str
+    )
+    if known and scored:
+        raise InputError(
+            f"{folder / 'scores.parquet'} holds scores of {scored[0][0]}, seed {scored[0][1]}, which this"
+            f" study never made: put its own scores back with `compassion-repro run --out {folder}`"
+        )
+    tables = {
+        name: _read_table(folder / f"{file}.parquet")
+        for name, file in (("answers", "answers"), ("grades", "grades"), ("margins", "margin"), ("kl", "kl"))
+    }
+    return StudyFiles(
+        folder.name,
+        preset,
+        scores,
+        claims,
+        manifests,
+        completions=_read_completions(folder, manifests),
+        **tables,
+    )

@@ -6,7 +6,6 @@
 __all__ = ['read_adapter', 'attach', 'merged', 'open_adapter', 'given_base', 'check_adapter']
 
 # %% ../../nbs/04_training/02_adapters.ipynb #b1585411
-import json
 from pathlib import Path
 
 import torch
@@ -15,23 +14,38 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import hub
-from .model_files import adapter_base, headers, same_source
-from .models import check_fits, check_numbers, find_model, load_model, load_tokenizer, merge
 from ..core.errors import InputError, first_line
+from ..data import hub
 from ..study import Models
+from .model_files import adapter_base, headers, same_source
+from compassion_repro.training.models import (
+    check_fits,
+    check_numbers,
+    find_model,
+    load_model,
+    load_tokenizer,
+    merge,
+)
 
 # %% ../../nbs/04_training/02_adapters.ipynb #124a8df6
-_PARTIAL = {"alora_invocation_tokens": "acts only after certain tokens", "arrow_config": "routes between adapters",
-            "layer_replication": "copies layers of its base", "use_qalora": "belongs to a quantised base"}
-_CHANGED = ("pissa_niter", "corda", "loftq", "lora_ga")  # beginnings of `init_lora_weights` that change the base and cannot be repeated
+_PARTIAL = {
+    "alora_invocation_tokens": "acts only after certain tokens",
+    "arrow_config": "routes between adapters",
+    "layer_replication": "copies layers of its base",
+    "use_qalora": "belongs to a quantised base",
+}
+# beginnings of `init_lora_weights` that change the base and cannot be repeated
+_CHANGED = ("pissa_niter", "corda", "loftq", "lora_ga")
 
 
 def read_adapter(
     folder: str | Path,  # adapter folder
     name: str | None = None,  # what the user called it
 ) -> PeftConfig:  # of a kind that can be merged
-    "The settings of an adapter; raises `InputError` where they cannot be read or the adapter cannot be merged."
+    """The settings of an adapter.
+
+    Raises `InputError` where they cannot be read or the adapter cannot be merged.
+    """
     name = name or str(folder)
     try:
         config = PeftConfig.from_pretrained(str(folder))
@@ -39,15 +53,22 @@ def read_adapter(
         raise InputError(f"the settings of the adapter {name} cannot be read: {first_line(error)}") from None
     kind = getattr(config.peft_type, "value", config.peft_type)
     if config.is_prompt_learning or config.is_adaption_prompt or kind in ("XLORA", "POLY"):
-        raise InputError(f"the adapter {name} is of the kind {kind}, which changes no weights and cannot be merged: "
-                         "give a LoRA adapter, or a whole model")
+        raise InputError(
+            f"the adapter {name} is of the kind {kind}, which changes no weights and cannot be merged: "
+            "give a LoRA adapter, or a whole model"
+        )
     for setting, what in _PARTIAL.items():
         if getattr(config, setting, None):
-            raise InputError(f"the adapter {name} {what} ({setting}), so it cannot be merged: give a whole model")
+            raise InputError(
+                f"the adapter {name} {what} ({setting}), so it cannot be merged: give a whole model"
+            )
     start = getattr(config, "init_lora_weights", None)
     if isinstance(start, str) and start.startswith(_CHANGED):
-        raise InputError(f"the adapter {name} was trained next to a base that init_lora_weights={start} had changed, and that base is "
-                         "not in its files: save it with path_initial_model_for_weight_conversion, or give a whole model")
+        raise InputError(
+            f"the adapter {name} was trained next to a base that init_lora_weights={start} had changed, and"
+            " that base is not in its files: save it with path_initial_model_for_weight_conversion, or give"
+            " a whole model"
+        )
     return config
 
 # %% ../../nbs/04_training/02_adapters.ipynb #caeb7b22
@@ -70,40 +91,55 @@ def attach(
         found = model.load_adapter(str(folder), "default", torch_device="cpu")
     except Exception as error:  # each kind of adapter raises what it likes
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
-        raise InputError(f"the adapter {name} does not fit {called}: {lines[0][:200] if lines else first_line(error)}") from None
+        raise InputError(
+            f"the adapter {name} does not fit {called}: {lines[0][:200] if lines else first_line(error)}"
+        ) from None
     missing, unused = _still_missing(model, found.missing_keys), list(found.unexpected_keys)
     if missing or unused:
         first = (missing or unused)[0]
-        raise InputError(f"the adapter {name} does not fit {called}: {len(missing)} of its weights are missing from "
-                         f"its file and {len(unused)} of the {len(weights)} in the file are unused (such as {first}); "
-                         "give the adapter with the base that it was trained on")
+        raise InputError(
+            f"the adapter {name} does not fit {called}: {len(missing)} of its weights are missing from "
+            f"its file and {len(unused)} of the {len(weights)} in the file are unused (such as {first}); "
+            "give the adapter with the base that it was trained on"
+        )
     for file in sorted(Path(folder).glob("*.safetensors")):
         for key, weight in load_file(file).items():
             if not torch.isfinite(weight.float()).all():
-                raise InputError(f"the adapter {name} holds weights that are no numbers ({key}): its training diverged; give another")
+                raise InputError(
+                    f"the adapter {name} holds weights that are no numbers ({key}): its training diverged;"
+                    " give another"
+                )
     if getattr(config, "lora_bias", False):
         _check_biases(model, name)
     return model.eval()
 
-
+# %% ../../nbs/04_training/02_adapters.ipynb #b55eb1dc
 def _still_missing(model: PeftModel, missing: list[str]) -> list[str]:
     "Missing weights without those that are another name of a weight that was found."
-    every = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    every = dict(model.named_parameters(remove_duplicate=False)) | dict(
+        model.named_buffers(remove_duplicate=False)
+    )
     found = {id(value) for key, value in every.items() if key not in missing}
     return [key for key in missing if key not in every or id(every[key]) not in found]
 
-
+# %% ../../nbs/04_training/02_adapters.ipynb #63f6d0bf
 def _check_biases(model: PeftModel, name: str):
     "Raise `InputError` where an adapter adds a bias to a layer that has none, so that it cannot be merged."
     for place, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer) and getattr(layer.get_base_layer(), "bias", None) is None:
-            raise InputError(f"the adapter {name} adds a bias (lora_bias) to {place.removeprefix('base_model.model.')}, which has none in "
-                             "its base, so it cannot be merged: give a whole model")
+            raise InputError(
+                f"the adapter {name} adds a bias (lora_bias) to {place.removeprefix('base_model.model.')},"
+                " which has none in its base, so it cannot be merged: give a whole model"
+            )
 
-
+# %% ../../nbs/04_training/02_adapters.ipynb #2912df09
 def _grow(base: PreTrainedModel, weights: dict[str, dict]):
     "Enlarge the embedding for an adapter that was trained with more tokens and brings their vectors."
-    rows = [entry["shape"][0] for key, entry in weights.items() if key.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight"))]
+    rows = [
+        entry["shape"][0]
+        for key, entry in weights.items()
+        if key.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight"))
+    ]
     if rows and max(rows) != base.get_input_embeddings().num_embeddings:
         base.resize_token_embeddings(max(rows), mean_resizing=False)
 
@@ -122,7 +158,7 @@ def _untie(model: PeftModel):
         last.weight = torch.nn.Parameter(last.weight.detach().clone(), requires_grad=False)
         base.config.tie_word_embeddings = False
 
-
+# %% ../../nbs/04_training/02_adapters.ipynb #c43383ac
 @torch.no_grad()
 def merged(
     model: PeftModel,  # from `attach`
@@ -130,7 +166,10 @@ def merged(
 ) -> PreTrainedModel:  # plain
     "Add an adapter into the weights; raises `InputError` where the plain model then answers otherwise."
     if not hasattr(model.base_model, "merge_and_unload"):
-        raise InputError(f"the adapter {name} is of the kind {model.active_peft_config.peft_type.value}, which cannot be merged: give a LoRA adapter, or a whole model")
+        raise InputError(
+            f"the adapter {name} is of the kind {model.active_peft_config.peft_type.value}, which cannot be"
+            " merged: give a LoRA adapter, or a whole model"
+        )
     _untie(model)
     ids = torch.arange(7, 7 + 16, device=model.device)[None]
     before = model(ids).logits.float().log_softmax(-1)
@@ -141,10 +180,13 @@ def merged(
     after = plain(ids).logits.float().log_softmax(-1)
     drift = (before.exp() * (before - after)).sum(-1).mean().item()
     if not drift < _DRIFT:
-        raise InputError(f"the adapter {name} cannot be merged exactly: the merged model differs by {drift:.3f} nats a token; give a whole model")
+        raise InputError(
+            f"the adapter {name} cannot be merged exactly: the merged model differs by {drift:.3f} nats a"
+            " token; give a whole model"
+        )
     return plain
 
-
+# %% ../../nbs/04_training/02_adapters.ipynb #dced99a4
 def open_adapter(
     folder: Path,  # adapter folder
     name: str,  # what the user called it
@@ -153,7 +195,10 @@ def open_adapter(
     called: str = "",  # what the user called the base
     depth: int = 0,  # how many adapters are on top of this one
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # plain model and its tokenizer
-    "Open an adapter merged into its base, which may itself be an adapter; raises `InputError` where they do not belong together."
+    """Open an adapter merged into its base, which may itself be an adapter.
+
+    Raises `InputError` where they do not belong together.
+    """
     if depth > 4:
         raise InputError(f"the adapter {name} stands on more than four other adapters: give a whole model")
     read_adapter(folder, name)
@@ -162,7 +207,9 @@ def open_adapter(
         try:
             base = find_model(named)
         except InputError as error:
-            raise InputError(f"the adapter {name} belongs to the base {named}, which cannot be opened: {error}") from None
+            raise InputError(
+                f"the adapter {name} belongs to the base {named}, which cannot be opened: {error}"
+            ) from None
     if hub.is_adapter(base):
         network, tokenizer = open_adapter(base, str(base), device, depth=depth + 1)
     else:
@@ -186,10 +233,13 @@ def given_base(
     for candidate in (models.base, *(other for key, other in models.given.items() if key != name)):
         if same_source(named, candidate):
             return candidate
-    raise InputError(f"the adapter {source} (models.given.{name}) belongs to {named}, which is neither models.base ({models.base}) "
-                     f"nor another given model: set models.base={named}, or merge the adapter and give the whole model")
+    raise InputError(
+        f"the adapter {source} (models.given.{name}) belongs to {named}, which is neither models.base"
+        f" ({models.base}) nor another given model: set models.base={named}, or merge the adapter and give"
+        " the whole model"
+    )
 
-
+# %% ../../nbs/04_training/02_adapters.ipynb #a0cbc2c7
 def check_adapter(
     folder: Path,  # adapter folder
     name: str,  # what the user called it
@@ -198,7 +248,9 @@ def check_adapter(
 ):
     """Raise `InputError` where an adapter does not fit its base.
 
-    For LoRA this is told from shapes alone; an adapter of another kind, or on top of another adapter, is merged for a trial."""
+    For LoRA this is told from shapes alone; an adapter of another kind, or on top of another adapter, is
+    merged for a trial.
+    """
     kind = getattr(read_adapter(folder, name).peft_type, "value", "")
     if kind == "LORA" and not hub.is_adapter(base):
         attach(load_model(base, "meta"), folder, name, called)

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from fastcore.basics import patch
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
@@ -24,142 +25,232 @@ from ..core.signals import stoppable
 from ..study import Compute
 
 # %% ../../nbs/04_training/06_checkpoints.ipynb #0caf69b0
-SEAL = "seal.json" # sizes and digests of a checkpoint's other files
+SEAL = "seal.json"  # sizes and digests of a checkpoint's other files
 
 
 def seal(
-    checkpoint: Path, # as the trainer wrote it
+    checkpoint: Path,  # as the trainer wrote it
 ):
     "Close a checkpoint: from now on it counts."
     (checkpoint / "training_args.bin").unlink(missing_ok=True)
-    for path in (paths := sorted(path for path in checkpoint.rglob("*") if path.is_file())): flush_path(path)
+    for path in (paths := sorted(path for path in checkpoint.rglob("*") if path.is_file())):
+        flush_path(path)
     files = {str(path.relative_to(checkpoint)): [path.stat().st_size, _digest(path)] for path in paths}
-    write_atomically(checkpoint / SEAL, lambda partial: partial.write_text(json.dumps(files), encoding="utf-8"))
+    write_atomically(
+        checkpoint / SEAL, lambda partial: partial.write_text(json.dumps(files), encoding="utf-8")
+    )
 
-
+# %% ../../nbs/04_training/06_checkpoints.ipynb #460f987c
 def is_whole(
-    checkpoint: Path, # folder
-) -> bool: # whether training may be carried on from it
+    checkpoint: Path,  # folder
+) -> bool:  # whether training may be carried on from it
     "Whether every file of a sealed checkpoint is what it was, and its torch files hold numbers alone."
     try:
         files = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
-        there = {str(path.relative_to(checkpoint)): path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL}
-        if set(files) != set(there) or any(path.stat().st_size != files[name][0] or _digest(path) != files[name][1] for name, path in there.items()): return False
+        there = {
+            str(path.relative_to(checkpoint)): path
+            for path in checkpoint.rglob("*")
+            if path.is_file() and path.name != SEAL
+        }
+        if set(files) != set(there) or any(
+            path.stat().st_size != files[name][0] or _digest(path) != files[name][1]
+            for name, path in there.items()
+        ):
+            return False
         with safe_globals():
             for path in there.values():
-                if path.suffix in (".pt", ".pth", ".bin"): torch.load(path, map_location="meta", weights_only=True, mmap=True)
+                if path.suffix in (".pt", ".pth", ".bin"):
+                    torch.load(path, map_location="meta", weights_only=True, mmap=True)
         return True
-    except Exception: return False # whatever a damaged file makes of its reader
+    except Exception:
+        return False  # whatever a damaged file makes of its reader
 
+# %% ../../nbs/04_training/06_checkpoints.ipynb #773c9cfb
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
-def _step(checkpoint: Path) -> int: return int(checkpoint.name.rpartition("-")[2])
-
-
+# %% ../../nbs/04_training/06_checkpoints.ipynb #79d06f37
 def _checkpoints(folder: Path) -> list[Path]:
     "The newest first."
-    return sorted((path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)), key=_step, reverse=True)
+    return sorted(
+        (path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)),
+        key=_step,
+        reverse=True,
+    )
 
-
+# %% ../../nbs/04_training/06_checkpoints.ipynb #b8ae1681
 def latest(
-    folder: Path, # from `own_folder`
-    report: Callable, # called with a line where one is passed over
-) -> Path | None: # None: training starts anew
+    folder: Path,  # from `own_folder`
+    report: Callable,  # called with a line where one is passed over
+) -> Path | None:  # None: training starts anew
     "The newest checkpoint that counts; the others are removed."
     for checkpoint in _checkpoints(folder):
-        if is_whole(checkpoint): return checkpoint
+        if is_whole(checkpoint):
+            return checkpoint
         report(Notice(f"{checkpoint.name} is damaged or was not written to its end, and is passed over"))
         shutil.rmtree(checkpoint, ignore_errors=True)
 
 # %% ../../nbs/04_training/06_checkpoints.ipynb #59cc4c70
 class Checkpoints(TrainerCallback):
     "Trains to the end, from the last checkpoint that counts, and saves on the way."
+
     def __init__(
         self,
-        folder: Path | None, # from `own_folder`; None: nothing is saved, and a signal ends the training at once
-        compute: Compute = Compute(), # how often, how many, how much
-        report: Callable = print, # called with one line of text
-        label: str = "training", # what is being trained
+        # from `own_folder`; None: nothing is saved, and a signal ends the training at once
+        folder: Path | None,
+        compute: Compute = Compute(),  # how often, how many, how much
+        report: Callable = print,  # called with one line of text
+        label: str = "training",  # what is being trained
     ):
-        self.folder, self.compute, self.report, self.label, self.stop, self.carried = folder, compute, report, label, SimpleNamespace(asked=None), None
+        self.folder, self.compute, self.report, self.label, self.stop, self.carried = (
+            folder,
+            compute,
+            report,
+            label,
+            SimpleNamespace(asked=None),
+            None,
+        )
 
-    def train(
-        self,
-        trainer: Trainer, # ready, its `output_dir` the folder
-    ):
-        "Train it; raises `KeyboardInterrupt` once a signal has been answered."
-        if self.folder is None: return trainer.train()
-        found, last = latest(self.folder, lambda line: self._note(line)), trainer.args.max_steps
-        self.trainer, self.write, self.saved = trainer, trainer._save_checkpoint, time.monotonic()
-        trainer._save_checkpoint, trainer.create_model_card = self._save, lambda **about: None
-        trainer.add_callback(self)
-        if found:
-            self._note(f"carrying on from step {_step(found)} of {last}")
-            self.carried = json.loads((found / "carried.json").read_text(encoding="utf-8"))
-        with stoppable(lambda: self._note("stopping at the end of this step, which is saved; once more to leave at once")) as self.stop:
-            if found and _step(found) >= last: _take(trainer, found) # the trainer would make one step more
-            else: trainer.train(resume_from_checkpoint=found and str(found))
+# %% ../../nbs/04_training/06_checkpoints.ipynb #a31a6a08
+@patch
+def train(
+    self: Checkpoints,
+    trainer: Trainer,  # ready, its `output_dir` the folder
+):
+    "Train it; raises `KeyboardInterrupt` once a signal has been answered."
+    if self.folder is None:
+        return trainer.train()
+    found, last = latest(self.folder, lambda line: self._note(line)), trainer.args.max_steps
+    self.trainer, self.write, self.saved = trainer, trainer._save_checkpoint, time.monotonic()
+    trainer._save_checkpoint, trainer.create_model_card = self._save, lambda **about: None
+    trainer.add_callback(self)
+    if found:
+        self._note(f"carrying on from step {_step(found)} of {last}")
+        self.carried = json.loads((found / "carried.json").read_text(encoding="utf-8"))
+    with stoppable(
+        lambda: self._note("stopping at the end of this step, which is saved; once more to leave at once")
+    ) as self.stop:
+        if found and _step(found) >= last:
+            _take(trainer, found)  # the trainer would make one step more
+        else:
+            trainer.train(resume_from_checkpoint=found and str(found))
 
-    def _note(self, line: str): self.report(Notice(f"{self.label}: {line}"))
+# %% ../../nbs/04_training/06_checkpoints.ipynb #6ba4c781
+@patch
+def _note(self: Checkpoints, line: str):
+    self.report(Notice(f"{self.label}: {line}"))
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        "Take up what had been summed up since the last line of the log."
-        if self.carried is None: return
-        self.trainer._tr_loss += self.carried["loss"]
-        self.trainer._globalstep_last_logged = self.carried["logged"]
-        if hasattr(self.trainer, "_total_train_tokens"): self.trainer._total_train_tokens = self.carried["tokens"]
+# %% ../../nbs/04_training/06_checkpoints.ipynb #619fcd14
+@patch
+def on_train_begin(self: Checkpoints, args, state, control, **kwargs):
+    "Take up what had been summed up since the last line of the log."
+    if self.carried is None:
+        return
+    self.trainer._tr_loss += self.carried["loss"]
+    self.trainer._globalstep_last_logged = self.carried["logged"]
+    if hasattr(self.trainer, "_total_train_tokens"):
+        self.trainer._total_train_tokens = self.carried["tokens"]
 
-    def on_step_end(self, args, state, control, **kwargs):
-        "Save when it is time, and at a signal, which ends the training too."
-        due = time.monotonic() - self.saved > 60 * self.compute.checkpoint_minutes and state.global_step < state.max_steps
-        due, stopped = self._agreed(due, self.stop.asked is not None)
-        control.should_save = control.should_save or due or stopped
-        control.should_training_stop = control.should_training_stop or stopped
+# %% ../../nbs/04_training/06_checkpoints.ipynb #f5a23dd0
+@patch
+def on_step_end(self: Checkpoints, args, state, control, **kwargs):
+    "Save when it is time, and at a signal, which ends the training too."
+    due = (
+        time.monotonic() - self.saved > 60 * self.compute.checkpoint_minutes
+        and state.global_step < state.max_steps
+    )
+    due, stopped = self._agreed(due, self.stop.asked is not None)
+    control.should_save = control.should_save or due or stopped
+    control.should_training_stop = control.should_training_stop or stopped
 
-    def _agreed(self, *wanted: bool) -> list[bool]:
-        "What any of the processes wants."
-        if self.trainer.accelerator.num_processes == 1: return list(wanted)
-        return self.trainer.accelerator.reduce(torch.tensor(wanted, dtype=torch.float32, device=self.trainer.accelerator.device), "sum").gt(0).tolist()
+# %% ../../nbs/04_training/06_checkpoints.ipynb #3493cd16
+@patch
+def _agreed(self: Checkpoints, *wanted: bool) -> list[bool]:
+    "What any of the processes wants."
+    if self.trainer.accelerator.num_processes == 1:
+        return list(wanted)
+    return (
+        self.trainer.accelerator.reduce(
+            torch.tensor(wanted, dtype=torch.float32, device=self.trainer.accelerator.device), "sum"
+        )
+        .gt(0)
+        .tolist()
+    )
 
-    def _save(self, model, trial=None):
-        "Stands in for the trainer's own saving."
-        place, failed, accelerator = self.folder / f"checkpoint-{self.trainer.state.global_step}", None, self.trainer.accelerator
-        loss = accelerator.gather(self.trainer._tr_loss.detach().reshape(1)).mean().item()
-        self.saved = time.monotonic()
-        if not self._make_room(place): return
-        try: self.write(model, trial)
-        except Exception as error: failed = error # a full disk speaks in many tongues
-        accelerator.wait_for_everyone()
-        if self.trainer.args.should_save: self._close(place, loss, failed)
-        self.saved = time.monotonic()
+# %% ../../nbs/04_training/06_checkpoints.ipynb #43cda3ba
+@patch
+def _save(self: Checkpoints, model, trial=None):
+    "Stands in for the trainer's own saving."
+    place, failed, accelerator = (
+        self.folder / f"checkpoint-{self.trainer.state.global_step}",
+        None,
+        self.trainer.accelerator,
+    )
+    loss = accelerator.gather(self.trainer._tr_loss.detach().reshape(1)).mean().item()
+    self.saved = time.monotonic()
+    if not self._make_room(place):
+        return
+    try:
+        self.write(model, trial)
+    except Exception as error:
+        failed = error  # a full disk speaks in many tongues
+    accelerator.wait_for_everyone()
+    if self.trainer.args.should_save:
+        self._close(place, loss, failed)
+    self.saved = time.monotonic()
 
-    def _make_room(self, place: Path) -> bool:
-        "Whether a checkpoint may be written; older ones go first where the budget holds only one."
-        there = [path for path in _checkpoints(self.folder) if path != place] if self.trainer.args.should_save else [] # one process tidies up
-        sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in there}
-        weights = sum(weight.numel() for weight in self.trainer.model.parameters() if weight.requires_grad)
-        needed, budget = max([12 * weights, *sizes.values()]), self.compute.checkpoint_gb * 2**30 # Adam keeps two numbers beside each weight
-        [too_much] = self._agreed(needed > budget)
-        if too_much: self._note(f"no checkpoint is written: it takes about {needed / 2**30:.3g} GB, more than compute.checkpoint_gb={self.compute.checkpoint_gb:g}")
-        while not too_much and sizes and needed + sum(sizes.values()) > budget:
-            oldest = min(sizes, key=_step)
-            sizes.pop(oldest)
-            shutil.rmtree(oldest, ignore_errors=True)
-        return not too_much
+# %% ../../nbs/04_training/06_checkpoints.ipynb #3312f839
+@patch
+def _make_room(self: Checkpoints, place: Path) -> bool:
+    "Whether a checkpoint may be written; older ones go first where the budget holds only one."
+    # one process tidies up
+    there = (
+        [path for path in _checkpoints(self.folder) if path != place] if self.trainer.args.should_save else []
+    )
+    sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in there}
+    weights = sum(weight.numel() for weight in self.trainer.model.parameters() if weight.requires_grad)
+    # Adam keeps two numbers beside each weight
+    needed, budget = max([12 * weights, *sizes.values()]), self.compute.checkpoint_gb * 2**30
+    [too_much] = self._agreed(needed > budget)
+    if too_much:
+        self._note(
+            f"no checkpoint is written: it takes about {needed / 2**30:.3g} GB, more than"
+            f" compute.checkpoint_gb={self.compute.checkpoint_gb:g}"
+        )
+    while not too_much and sizes and needed + sum(sizes.values()) > budget:
+        oldest = min(sizes, key=_step)
+        sizes.pop(oldest)
+        shutil.rmtree(oldest, ignore_errors=True)
+    return not too_much
 
-    def _close(self, place: Path, loss: float, failed: Exception | None):
-        "Seal a checkpoint and remove those it replaces; one that could not be written is removed itself."
-        try:
-            if failed: raise failed
-            carried = {"loss": loss, "logged": self.trainer._globalstep_last_logged, "tokens": getattr(self.trainer, "_total_train_tokens", 0)}
-            write_atomically(place / "carried.json", lambda partial: partial.write_text(json.dumps(carried), encoding="utf-8"))
-            seal(place)
-        except Exception as error:
-            shutil.rmtree(place, ignore_errors=True)
-            why = first_line(error)
-            return self._note(f"the checkpoint of step {_step(place)} could not be written ({why}), so training goes on without it; {shutil.disk_usage(self.folder).free / 2**30:.1f} GB are free there")
-        for old in _checkpoints(self.folder)[self.compute.checkpoints_kept:]: shutil.rmtree(old, ignore_errors=True)
+# %% ../../nbs/04_training/06_checkpoints.ipynb #94f178e5
+@patch
+def _close(self: Checkpoints, place: Path, loss: float, failed: Exception | None):
+    "Seal a checkpoint and remove those it replaces; one that could not be written is removed itself."
+    try:
+        if failed:
+            raise failed
+        carried = {
+            "loss": loss,
+            "logged": self.trainer._globalstep_last_logged,
+            "tokens": getattr(self.trainer, "_total_train_tokens", 0),
+        }
+        write_atomically(
+            place / "carried.json",
+            lambda partial: partial.write_text(json.dumps(carried), encoding="utf-8"),
+        )
+        seal(place)
+    except Exception as error:
+        shutil.rmtree(place, ignore_errors=True)
+        why = first_line(error)
+        return self._note(
+            f"the checkpoint of step {_step(place)} could not be written ({why}), so training goes on"
+            f" without it; {shutil.disk_usage(self.folder).free / 2**30:.1f} GB are free there"
+        )
+    for old in _checkpoints(self.folder)[self.compute.checkpoints_kept :]:
+        shutil.rmtree(old, ignore_errors=True)
 
-
+# %% ../../nbs/04_training/06_checkpoints.ipynb #c1607194
 def _take(trainer: Trainer, found: Path):
     "The trained model of a checkpoint of the last step."
     trainer._load_from_checkpoint(str(found))

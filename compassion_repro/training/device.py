@@ -9,6 +9,8 @@ __all__ = ['DROPS', 'Holding', 'holding', 'kernel', 'load_held', 'held_as', 'kee
 # %% ../../nbs/04_training/04_device.ipynb #f940ba82
 import logging
 
+from fastcore.basics import patch
+
 # %% ../../nbs/04_training/04_device.ipynb #ab347bfa
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
@@ -29,92 +31,172 @@ from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AttentionInterface, AutoConfig, AttentionMaskInterface, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .memory import Held, fit, read_shape
-from .models import IGNORE, attention_extras, is_unmerged, keeps_float32, load_model, load_tokenizer, merge, pick_device, pick_dtype, row_losses, weights_folder
+from compassion_repro.training.models import (
+    IGNORE,
+    attention_extras,
+    is_unmerged,
+    keeps_float32,
+    load_model,
+    load_tokenizer,
+    merge,
+    pick_device,
+    pick_dtype,
+    row_losses,
+    weights_folder,
+)
+
+# %% ../../nbs/04_training/04_device.ipynb #63d7e9ae
+from ..core.errors import InputError
 from ..study import Compute, Grpo, Lora, Models, Training
-from ..core.errors import InputError, first_line, shorten
 
 # %% ../../nbs/04_training/04_device.ipynb #29105b25
 @dataclass(frozen=True)
 class Holding:
     "How models in training are held and computed with on this machine."
-    device: str = "cpu" # "cuda" or "cpu"
-    dtype: torch.dtype = torch.float32 # of the computation, and of the weights that are not quantised
-    quantize: str = "none" # "nf4": linear weights in 4 bits
-    tolerance: float = 0.01 # nats a token by which a merged model may differ from its live adapter
-    compute: Compute = Compute() # device, kernels, memory
 
-    @property
-    def optimizer(self) -> str | None:
-        "Name of the optimiser, or None for the trainer's default."
-        if self.compute.optimizer != "auto": return self.compute.optimizer
-        return "paged_adamw_8bit" if self.quantize == "nf4" and self.device == "cuda" else None
+    device: str = "cpu"  # "cuda" or "cpu"
+    dtype: torch.dtype = torch.float32  # of the computation, and of the weights that are not quantised
+    quantize: str = "none"  # "nf4": linear weights in 4 bits
+    tolerance: float = 0.01  # nats a token by which a merged model may differ from its live adapter
+    compute: Compute = Compute()  # device, kernels, memory
 
-    @property
-    def attention(self) -> str:
-        "Kernel of the attention in training: the one for packed rows where the GPU has it, else PyTorch's ordinary one."
-        if self.compute.attention != "auto": return self.compute.attention
-        return "varlen" if self.device == "cuda" and self.dtype != torch.float32 and torch.cuda.get_device_capability()[0] >= 8 else "sdpa"
+# %% ../../nbs/04_training/04_device.ipynb #35f70760
+@patch(as_prop=True)
+def optimizer(self: Holding) -> str | None:
+    "Name of the optimiser, or None for the trainer's default."
+    if self.compute.optimizer != "auto":
+        return self.compute.optimizer
+    return "paged_adamw_8bit" if self.quantize == "nf4" and self.device == "cuda" else None
 
-    @property
-    def masked(self) -> bool:
-        "Whether attention over packed rows reads a mask, of which a GPU keeps a copy in every layer."
-        return self.device == "cuda" and self.attention in ("sdpa", "eager")
+# %% ../../nbs/04_training/04_device.ipynb #19bed388
+@patch(as_prop=True)
+def attention(self: Holding) -> str:
+    """Kernel of the attention in training: the one for packed rows where the GPU has it, else PyTorch's
+    ordinary one.
+    """
+    if self.compute.attention != "auto":
+        return self.compute.attention
+    return (
+        "varlen"
+        if self.device == "cuda"
+        and self.dtype != torch.float32
+        and torch.cuda.get_device_capability()[0] >= 8
+        else "sdpa"
+    )
 
-    @property
-    def liger(self) -> bool:
-        "Whether Liger's kernels are used."
-        if self.compute.liger != "auto": return self.compute.liger
-        return self.device == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+# %% ../../nbs/04_training/04_device.ipynb #ac0c78a6
+@patch(as_prop=True)
+def masked(self: Holding) -> bool:
+    "Whether attention over packed rows reads a mask, of which a GPU keeps a copy in every layer."
+    return self.device == "cuda" and self.attention in ("sdpa", "eager")
 
+# %% ../../nbs/04_training/04_device.ipynb #6cd1f088
+@patch(as_prop=True)
+def liger(self: Holding) -> bool:
+    "Whether Liger's kernels are used."
+    if self.compute.liger != "auto":
+        return self.compute.liger
+    return self.device == "cuda" and importlib.util.find_spec("liger_kernel") is not None
 
+# %% ../../nbs/04_training/04_device.ipynb #f513e6d1
 def holding(
-    models: Models | None = None, # quantisation, number format, tolerance
-    compute: Compute = Compute(), # device, kernels, memory
-) -> Holding: # for this machine
+    models: Models | None = None,  # quantisation, number format, tolerance
+    compute: Compute = Compute(),  # device, kernels, memory
+) -> Holding:  # for this machine
     "What a preset's wishes come to on this machine; raises `InputError` where it lacks what they demand."
     models = models or Models(base="world:base")
-    if compute.device == "cuda" and not torch.cuda.is_available(): raise InputError("the preset demands a GPU (compute.device=cuda) and this machine has none that torch can use: run it on one that has, or set compute.device=auto")
+    if compute.device == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "the preset demands a GPU (compute.device=cuda) and this machine has none that torch can use: run"
+            " it on one that has, or set compute.device=auto"
+        )
     device = "cpu" if compute.device == "cpu" else pick_device()
     dtype = pick_dtype(device) if models.dtype == "auto" else getattr(torch, models.dtype)
-    if device == "cuda" and dtype == torch.bfloat16 != pick_dtype(device): raise InputError("the preset demands bfloat16 (models.dtype) and this GPU has none: set models.dtype=auto, which takes float16 with scaled losses here")
-    if device == "cpu" and dtype == torch.float16: raise InputError("float16 (models.dtype) wants a GPU: set models.dtype=auto")
-    if device == "cpu" and "8bit" in compute.optimizer: raise InputError(f"{compute.optimizer} (compute.optimizer) wants a GPU: set compute.optimizer=auto")
-    if device == "cpu" and compute.attention in ("varlen", "flash_attention_2"): raise InputError(f"{compute.attention} (compute.attention) wants a GPU: set compute.attention=auto")
-    if compute.attention == "varlen" and (dtype == torch.float32 or torch.cuda.get_device_capability()[0] < 8): raise InputError("varlen (compute.attention) wants a GPU of compute capability 8 or more and 16-bit numbers: set compute.attention=auto")
-    for setting, wanted, package in (("compute.liger", compute.liger is True, "liger_kernel"), ("compute.attention", compute.attention == "flash_attention_2", "flash_attn")):
-        if wanted and not importlib.util.find_spec(package): raise InputError(f"{setting} wants the package {package}, which is not installed: install it, or leave {setting} out")
+    if device == "cuda" and dtype == torch.bfloat16 != pick_dtype(device):
+        raise InputError(
+            "the preset demands bfloat16 (models.dtype) and this GPU has none: set models.dtype=auto, which"
+            " takes float16 with scaled losses here"
+        )
+    if device == "cpu" and dtype == torch.float16:
+        raise InputError("float16 (models.dtype) wants a GPU: set models.dtype=auto")
+    if device == "cpu" and "8bit" in compute.optimizer:
+        raise InputError(f"{compute.optimizer} (compute.optimizer) wants a GPU: set compute.optimizer=auto")
+    if device == "cpu" and compute.attention in ("varlen", "flash_attention_2"):
+        raise InputError(f"{compute.attention} (compute.attention) wants a GPU: set compute.attention=auto")
+    if compute.attention == "varlen" and (
+        dtype == torch.float32 or torch.cuda.get_device_capability()[0] < 8
+    ):
+        raise InputError(
+            "varlen (compute.attention) wants a GPU of compute capability 8 or more and 16-bit numbers: set"
+            " compute.attention=auto"
+        )
+    for setting, wanted, package in (
+        ("compute.liger", compute.liger is True, "liger_kernel"),
+        ("compute.attention", compute.attention == "flash_attention_2", "flash_attn"),
+    ):
+        if wanted and not importlib.util.find_spec(package):
+            raise InputError(
+                f"{setting} wants the package {package}, which is not installed: install it, or leave"
+                f" {setting} out"
+            )
     return Holding(device, dtype, models.quantize, models.merge_tolerance, compute)
 
 # %% ../../nbs/04_training/04_device.ipynb #ee3d5b28
-def _varlen_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):
-    "Attention over packed rows, whose borders are in `cu_seq_lens_q`; ordinary attention where there are none. Tensors of shape (1, heads, tokens, head size)."
+def _varlen_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    dropout=0.0,
+    scaling=None,
+    cu_seq_lens_q=None,
+    max_length_q=None,
+    **kwargs,
+):
+    """Attention over packed rows, whose borders are in `cu_seq_lens_q`; ordinary attention where there are
+    none. Tensors of shape (1, heads, tokens, head size).
+    """
     window = kwargs.get("sliding_window")
     if cu_seq_lens_q is None and attention_mask is None and window and query.shape[2] > window:
         place = torch.arange(query.shape[2], device=query.device)
         behind = place[:, None] - place
         attention_mask = ((behind >= 0) & (behind < window))[None, None]
-    if cu_seq_lens_q is None or attention_mask is not None: return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    if cu_seq_lens_q is None or attention_mask is not None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     from torch.nn.attention.varlen import varlen_attn
+
     groups = query.shape[1] // key.shape[1]
     options = {"scale": scaling, "window_size": (window - 1 if window else -1, 0)}
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters: options["enable_gqa"] = groups > 1 # PyTorch 2.13 and later
-    else: key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    # PyTorch 2.13 and later
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = groups > 1
+    else:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     rows = [x[0].transpose(0, 1).contiguous() for x in (query, key, value)]
     out = varlen_attn(*rows, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **options)
     return out[None], None
 
-
+# %% ../../nbs/04_training/04_device.ipynb #a694ecf9
 def _varlen_mask(*args, attention_mask=None, **kwargs):
     "No mask for packed rows, the ordinary one for padded ones."
     return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
-
+# %% ../../nbs/04_training/04_device.ipynb #485a4ac3
 AttentionInterface.register("varlen", _varlen_attention)
 AttentionMaskInterface.register("varlen", _varlen_mask)
 
@@ -129,141 +211,231 @@ def kernel(
     source: str | Path,  # model folder
     how: Holding,  # from `holding`
 ) -> dict[str, str]:  # `attn_implementation` for `from_pretrained`; nothing where the library chooses
-    "The attention kernel that computes what a model's config.json says; raises `InputError` where the one demanded does not."
-    if how.attention != "varlen" and how.compute.attention == "auto": return {}
-    try: config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError): return {}  # `load_model` says what is wrong with it
+    """The attention kernel that computes what a model's config.json says.
+
+    Raises `InputError` where the one demanded does not.
+    """
+    if how.attention != "varlen" and how.compute.attention == "auto":
+        return {}
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError):
+        return {}  # `load_model` says what is wrong with it
     has, left_out = attention_extras(config), DROPS.get(how.attention)
-    extras = ", ".join(extra for extra in has.split(", ") if extra and (left_out is None or extra in left_out))
-    if not extras or how.attention == "eager": return {"attn_implementation": how.attention}
-    if how.compute.attention != "auto": raise InputError(f"{how.attention} (compute.attention) does not compute {extras}, which {source} has: set compute.attention=auto")
+    extras = ", ".join(
+        extra for extra in has.split(", ") if extra and (left_out is None or extra in left_out)
+    )
+    if not extras or how.attention == "eager":
+        return {"attn_implementation": how.attention}
+    if how.compute.attention != "auto":
+        raise InputError(
+            f"{how.attention} (compute.attention) does not compute {extras}, which {source} has: set"
+            " compute.attention=auto"
+        )
     return {}
 
-
+# %% ../../nbs/04_training/04_device.ipynb #7a2ba355
 def load_held(
-    source: str | Path, # model folder
-    how: Holding, # from `holding`
-) -> PreTrainedModel: # on its device, ready for an adapter
+    source: str | Path,  # model folder
+    how: Holding,  # from `holding`
+) -> PreTrainedModel:  # on its device, ready for an adapter
     "Open a model as a training stage holds it."
     options = {"dtype": how.dtype, **kernel(source, how)}
     if how.quantize == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=how.dtype)
-        if how.device == "cpu": options["device_map"] = {"": "cpu"}
-    if how.device == "cuda" and how.compute.tf32: torch.set_float32_matmul_precision("high")
-    model = _merged_in_memory(source, how, options) if is_unmerged(source) else load_model(source, how.device, **options)
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=how.dtype,
+        )
+        if how.device == "cpu":
+            options["device_map"] = {"": "cpu"}
+    if how.device == "cuda" and how.compute.tf32:
+        torch.set_float32_matmul_precision("high")
+    model = (
+        _merged_in_memory(source, how, options)
+        if is_unmerged(source)
+        else load_model(source, how.device, **options)
+    )
     for layer in model.modules():
-        if isinstance(layer, Linear4bit): layer.support_avx512bf16_for_cpu = False
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
     return model
 
-
+# %% ../../nbs/04_training/04_device.ipynb #cb5af7a6
 def _merged_in_memory(source: str | Path, how: Holding, options: dict) -> PreTrainedModel:
-    "An unmerged model as a start: the sum in float32, which is never rounded to 16 bits; 4-bit weights are made from it."
+    """An unmerged model as a start: the sum in float32, which is never rounded to 16 bits; 4-bit weights are
+    made from it.
+    """
     model = merge(load_model(source, how.device, dtype=torch.float32))
     model.config._name_or_path = str(source)
-    if "quantization_config" not in options: return model
+    if "quantization_config" not in options:
+        return model
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return load_model(folder, how.device, **options)
 
-
+# %% ../../nbs/04_training/04_device.ipynb #a3607378
 def held_as(
-    model: torch.nn.Module, # in training, with its adapter
-) -> dict: # for the manifest
+    model: torch.nn.Module,  # in training, with its adapter
+) -> dict:  # for the manifest
     "How a model is held, read off the model itself."
-    def name(dtype): return str(dtype).removeprefix("torch.")
+
+    def name(dtype):
+        return str(dtype).removeprefix("torch.")
+
     quantised = [module for module in model.modules() if isinstance(module, Linear4bit)]
     trained = sorted({name(p.dtype) for p in model.parameters() if p.requires_grad})
-    told = {"bits": 4 if quantised else 8 * model.dtype.itemsize, "dtype": name(model.dtype), "trained_dtype": ", ".join(trained), "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
-    if not quantised: return told
+    told = {
+        "bits": 4 if quantised else 8 * model.dtype.itemsize,
+        "dtype": name(model.dtype),
+        "trained_dtype": ", ".join(trained),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+    if not quantised:
+        return told
     state = quantised[0].weight.quant_state
-    return told | {"quantised_layers": len(quantised), "quantisation": f"{state.quant_type}, {'double' if state.nested else 'single'} quantisation", "compute_dtype": name(quantised[0].compute_dtype)}
+    return told | {
+        "quantised_layers": len(quantised),
+        "quantisation": f"{state.quant_type}, {'double' if state.nested else 'single'} quantisation",
+        "compute_dtype": name(quantised[0].compute_dtype),
+    }
 
 # %% ../../nbs/04_training/04_device.ipynb #8e41b2c6
 def _logits(model: torch.nn.Module, *rows: list[int]) -> torch.Tensor:
     "What a model says about the last of some packed rows, shape (tokens, vocabulary)."
-    examples = [{"input_ids": sum(rows, []), "labels": sum(rows, []), "seq_lengths": [len(row) for row in rows]}]
+    examples = [
+        {"input_ids": sum(rows, []), "labels": sum(rows, []), "seq_lengths": [len(row) for row in rows]}
+    ]
     batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(examples)
-    inputs = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items() if name != "labels"}
-    return model(**inputs, use_cache=False).logits[0, -len(rows[-1]):].float()
+    inputs = {
+        name: value.to(model.device) if torch.is_tensor(value) else value
+        for name, value in batch.items()
+        if name != "labels"
+    }
+    return model(**inputs, use_cache=False).logits[0, -len(rows[-1]) :].float()
 
-
+# %% ../../nbs/04_training/04_device.ipynb #479a8060
 @torch.no_grad()
 def keeps_rows_apart(
-    model: PreTrainedModel, # as it is trained, with its attention kernel
-) -> bool: # False: packed rows see each other, or the model takes no packed rows
+    model: PreTrainedModel,  # as it is trained, with its attention kernel
+) -> bool:  # False: packed rows see each other, or the model takes no packed rows
     "Whether a model reads a packed row as it reads the row alone, whatever is packed in front of it."
     first, other, second = (list(range(start, start + 12)) for start in (5, 25, 45))
     training, known = model.training, model.get_input_embeddings().num_embeddings
     first, other, second = ([token % known for token in row] for row in (first, other, second))
-    try: one, another, alone = (_logits(model.eval(), *rows) for rows in ((first, second), (other, second), (second,)))
-    except (TypeError, ValueError, NotImplementedError, RuntimeError, AttributeError, IndexError): return False
-    finally: model.train(training)
-    def apart(a, b): return ((a - b).abs().mean() / b.std().clamp(min=1e-9)).item()
+    try:
+        one, another, alone = (
+            _logits(model.eval(), *rows) for rows in ((first, second), (other, second), (second,))
+        )
+    except (TypeError, ValueError, NotImplementedError, RuntimeError, AttributeError, IndexError):
+        return False
+    finally:
+        model.train(training)
+
+    def apart(a, b):
+        return ((a - b).abs().mean() / b.std().clamp(min=1e-9)).item()
+
     exact = model.dtype == torch.float32
     return apart(one, another) < 1e-3 and apart(one, alone) < (1e-3 if exact else 0.05)
 
-
+# %% ../../nbs/04_training/04_device.ipynb #1e9c95e6
 @dataclass
 class PaddedRows:
     "A collator for packed sequences that lays their rows side by side, with a mask."
-    pad: int # token
 
-    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]: # `input_ids`, `labels`, `attention_mask`, shape (rows, tokens)
-        rows = [(torch.tensor(ids), torch.tensor(labels)) for example in examples for ids, labels in self._split(example)]
-        def side_by_side(parts, fill): return torch.nn.utils.rnn.pad_sequence(parts, True, fill)
+    pad: int  # token
+
+    def __call__(
+        self, examples: list[dict]
+    ) -> dict[str, torch.Tensor]:  # `input_ids`, `labels`, `attention_mask`, shape (rows, tokens)
+        rows = [
+            (torch.tensor(ids), torch.tensor(labels))
+            for example in examples
+            for ids, labels in self._split(example)
+        ]
+
+        def side_by_side(parts, fill):
+            return torch.nn.utils.rnn.pad_sequence(parts, True, fill)
+
         labels = side_by_side([labels for _, labels in rows], IGNORE)
-        labels[:, 0] = IGNORE # nothing comes before it; packed rows are counted in the same way
-        return {"input_ids": side_by_side([ids for ids, _ in rows], self.pad), "labels": labels,
-                "attention_mask": side_by_side([torch.ones_like(ids) for ids, _ in rows], 0)}
+        labels[:, 0] = IGNORE  # nothing comes before it; packed rows are counted in the same way
+        return {
+            "input_ids": side_by_side([ids for ids, _ in rows], self.pad),
+            "labels": labels,
+            "attention_mask": side_by_side([torch.ones_like(ids) for ids, _ in rows], 0),
+        }
 
-    def _split(self, example: dict):
-        "The rows of a packed sequence."
-        end = 0
-        for length in example["seq_lengths"]:
-            start, end = end, end + length
-            yield example["input_ids"][start:end], example["labels"][start:end]
-
+# %% ../../nbs/04_training/04_device.ipynb #15dc9807
+@patch
+def _split(self: PaddedRows, example: dict):
+    "The rows of a packed sequence."
+    end = 0
+    for length in example["seq_lengths"]:
+        start, end = end, end + length
+        yield example["input_ids"][start:end], example["labels"][start:end]
 
 # %% ../../nbs/04_training/04_device.ipynb #b889df1a
 def warmup_steps(
-    share: float, # of the steps, from the preset
-    steps: int, # of the whole training
-) -> int: # steps of a rising rate, never all of them
+    share: float,  # of the steps, from the preset
+    steps: int,  # of the whole training
+) -> int:  # steps of a rising rate, never all of them
     "Steps that warm up: the library's number, but at least the last step has the whole learning rate."
     return min(math.ceil(share * steps), max(steps - 1, 0))
 
-
+# %% ../../nbs/04_training/04_device.ipynb #a415147b
 def trainer_options(
-    how: Holding, # from `holding`
-    training: Training | Grpo, # micro-batch and accumulation
-    checkpointing: bool, # activations are computed again in the backward pass
-) -> dict: # arguments of `SFTConfig` and `GRPOConfig`
+    how: Holding,  # from `holding`
+    training: Training | Grpo,  # micro-batch and accumulation
+    checkpointing: bool,  # activations are computed again in the backward pass
+) -> dict:  # arguments of `SFTConfig` and `GRPOConfig`
     "The trainer's settings that have to do with the machine."
-    options = {"use_cpu": how.device == "cpu", "bf16": how.dtype == torch.bfloat16, "fp16": how.dtype == torch.float16, "gradient_checkpointing": checkpointing,
-               "per_device_train_batch_size": training.micro_batch, "gradient_accumulation_steps": training.accumulation}
-    if how.optimizer: options["optim"] = how.optimizer
-    if how.compute.compile: options["torch_compile"] = True
-    if how.liger: options["use_liger_kernel"] = True
+    options = {
+        "use_cpu": how.device == "cpu",
+        "bf16": how.dtype == torch.bfloat16,
+        "fp16": how.dtype == torch.float16,
+        "gradient_checkpointing": checkpointing,
+        "per_device_train_batch_size": training.micro_batch,
+        "gradient_accumulation_steps": training.accumulation,
+    }
+    if how.optimizer:
+        options["optim"] = how.optimizer
+    if how.compute.compile:
+        options["torch_compile"] = True
+    if how.liger:
+        options["use_liger_kernel"] = True
     return options
 
-
+# %% ../../nbs/04_training/04_device.ipynb #487b0b54
 def ready_adapter(
-    model: torch.nn.Module, # as the trainer made it
-    how: Holding, # from `holding`
-    sampling: bool = False, # the trainer also generates
+    model: torch.nn.Module,  # as the trainer made it
+    how: Holding,  # from `holding`
+    sampling: bool = False,  # the trainer also generates
 ):
-    "Put the trained numbers into 32 bits; TRL rounds an adapter beside 4-bit weights to bfloat16, which GPUs without it cannot scale. Under mixed precision the trainer casts a layer's input once; PEFT's own cast would keep a second copy of it."
+    """Put the trained numbers into 32 bits; TRL rounds an adapter beside 4-bit weights to bfloat16, which
+    GPUs without it cannot scale. Under mixed precision the trainer casts a layer's input once; PEFT's own
+    cast would keep a second copy of it.
+    """
     for weight in model.parameters():
-        if weight.requires_grad and weight.dtype != torch.float32: weight.data = weight.data.float()
-    if how.dtype == torch.float32: return
+        if weight.requires_grad and weight.dtype != torch.float32:
+            weight.data = weight.data.float()
+    if how.dtype == torch.float32:
+        return
     for layer in model.modules():
-        if isinstance(layer, BaseTunerLayer) and not sampling: layer.cast_input_dtype_enabled = False
-        if isinstance(layer, (LoraLinear, LoraLinear4bit)) and all(isinstance(dropout, torch.nn.Identity) for dropout in layer.lora_dropout.values()): layer.forward = MethodType(_added_in_one, layer)
+        if isinstance(layer, BaseTunerLayer) and not sampling:
+            layer.cast_input_dtype_enabled = False
+        if isinstance(layer, (LoraLinear, LoraLinear4bit)) and all(
+            isinstance(dropout, torch.nn.Identity) for dropout in layer.lora_dropout.values()
+        ):
+            layer.forward = MethodType(_added_in_one, layer)
 
-
+# %% ../../nbs/04_training/04_device.ipynb #8717e29f
 def _added_in_one(layer, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-    "What PEFT's layer computes, W x + s B A x, with the sum inside the last product: the layer's output is then read and written once instead of three times."
-    if layer.disable_adapters or layer.merged: return layer.base_layer(x, *args, **kwargs)
+    """What PEFT's layer computes, W x + s B A x, with the sum inside the last product: the layer's output is
+    then read and written once instead of three times.
+    """
+    if layer.disable_adapters or layer.merged:
+        return layer.base_layer(x, *args, **kwargs)
     (name,) = layer.active_adapters
     low = torch.nn.functional.linear(x, layer.lora_A[name].weight.to(x.dtype))
     plain = layer.base_layer(x, *args, **kwargs)
@@ -271,71 +443,124 @@ def _added_in_one(layer, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
     return torch.addmm(plain.flatten(0, -2), low.flatten(0, -2), up.t()).view(plain.shape)
 
 # %% ../../nbs/04_training/04_device.ipynb #9d7a839a
-def device_memory(how: Holding) -> float: # GB of 2**30 bytes
+def device_memory(how: Holding) -> float:  # GB of 2**30 bytes
     "Memory to plan with: what the preset says, else what is free on the GPU, else the machine's."
-    if how.compute.memory_gb: return how.compute.memory_gb
-    if how.device == "cpu": return psutil.virtual_memory().total / 2**30
+    if how.compute.memory_gb:
+        return how.compute.memory_gb
+    if how.device == "cpu":
+        return psutil.virtual_memory().total / 2**30
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info()[0] / 2**30
 
-
+# %% ../../nbs/04_training/04_device.ipynb #8f9417c9
 def number_bytes(
-    start: str | Path, # model folder
-    how: Holding, # from `holding`
-) -> int: # 4 or 2
+    start: str | Path,  # model folder
+    how: Holding,  # from `holding`
+) -> int:  # 4 or 2
     "Bytes of a weight in memory: 4 also in 16-bit training where the start must not be rounded."
     exact = is_unmerged(start) or keeps_float32(start)
     return 4 if exact and how.quantize == "none" else how.dtype.itemsize
 
-
+# %% ../../nbs/04_training/04_device.ipynb #904ccec6
 def fitted(
-    training: Training | Grpo, # as the preset says it
-    start: str | Path, # model folder
-    lora: Lora | None, # adapter; None trains every weight
-    how: Holding, # from `holding`
-) -> tuple[Training | Grpo, bool]: # with numbers for `auto`, and whether activations are computed again
+    training: Training | Grpo,  # as the preset says it
+    start: str | Path,  # model folder
+    lora: Lora | None,  # adapter; None trains every weight
+    how: Holding,  # from `holding`
+) -> tuple[Training | Grpo, bool]:  # with numbers for `auto`, and whether activations are computed again
     "Fit a stage to this machine; raises `InputError` where nothing can be estimated and a number is needed."
     again, shape = how.compute.checkpointing, read_shape(weights_folder(start)) if lora else None
     if shape is None:
-        if training.micro_batch == "auto": raise InputError("the memory of this model cannot be estimated (its config.json is not Llama-like, or there is no adapter): give micro_batch a number")
+        if training.micro_batch == "auto":
+            raise InputError(
+                "the memory of this model cannot be estimated (its config.json is not Llama-like, or there is"
+                " no adapter): give micro_batch a number"
+            )
         return training, again == "always" or again == "auto" and how.device == "cuda"
-    found = fit(training, shape, Held(lora.rank, how.quantize, number_bytes(start, how), 2 if "8bit" in (how.optimizer or "") else 8, how.liger, how.masked), device_memory(how), again)
-    changes = {"micro_batch": found.micro_batch} | ({"generate_at_once": found.at_once} if training.micro_batch == "auto" and isinstance(training, Grpo) else {})
+    found = fit(
+        training,
+        shape,
+        Held(
+            lora.rank,
+            how.quantize,
+            number_bytes(start, how),
+            2 if "8bit" in (how.optimizer or "") else 8,
+            how.liger,
+            how.masked,
+        ),
+        device_memory(how),
+        again,
+    )
+    changes = {"micro_batch": found.micro_batch} | (
+        {"generate_at_once": found.at_once}
+        if training.micro_batch == "auto" and isinstance(training, Grpo)
+        else {}
+    )
     return training.model_copy(update=changes), found.checkpointing
 
-
+# %% ../../nbs/04_training/04_device.ipynb #78bbe8c3
 def halved(training: Training | Grpo) -> Training | Grpo | None:
-    "The same stage with at most half the micro-batch, or None where one sequence is all there is; of GRPO the completions sampled at once are halved too, down to a group."
-    if isinstance(training, Training): whole, changes = training.batch_size, {}
+    """The same stage with at most half the micro-batch, or None where one sequence is all there is; of GRPO
+    the completions sampled at once are halved too, down to a group.
+    """
+    if isinstance(training, Training):
+        whole, changes = training.batch_size, {}
     else:
         whole = training.generate_at_once or training.completions
-        if whole % (2 * training.value("group")) == 0: whole //= 2
-        changes = {"generate_at_once": whole} if whole != (training.generate_at_once or training.completions) else {}
+        if whole % (2 * training.value("group")) == 0:
+            whole //= 2
+        changes = (
+            {"generate_at_once": whole}
+            if whole != (training.generate_at_once or training.completions)
+            else {}
+        )
     smaller = [n for n in range(training.micro_batch // 2, 0, -1) if whole % n == 0]
-    if smaller: changes["micro_batch"] = smaller[0]
+    if smaller:
+        changes["micro_batch"] = smaller[0]
     return training.model_copy(update=changes) if changes else None
 
-
+# %% ../../nbs/04_training/04_device.ipynb #e0c171b4
 def _gpu_peak(name: str = "gpu_peak_gb") -> dict:
     return {name: round(torch.cuda.max_memory_allocated() / 2**30, 2)} if torch.cuda.is_available() else {}
 
-
+# %% ../../nbs/04_training/04_device.ipynb #39d84d38
 def with_less_memory(
-    attempt: Callable, # does the stage's training for a `Training` or `Grpo`
-    training: Training | Grpo, # micro-batch as a number
-    report: Callable, # called with one line where memory runs out
-    label: str, # what is being trained
-) -> tuple: # what `attempt` gave, and what to write into the manifest
-    "Run a training, again with half the micro-batch as often as the memory runs out; raises `InputError` when a single sequence is too much."
+    attempt: Callable,  # does the stage's training for a `Training` or `Grpo`
+    training: Training | Grpo,  # micro-batch as a number
+    report: Callable,  # called with one line where memory runs out
+    label: str,  # what is being trained
+) -> tuple:  # what `attempt` gave, and what to write into the manifest
+    """Run a training, again with half the micro-batch as often as the memory runs out.
+
+    Raises `InputError` when a single sequence is too much.
+    """
     times, earlier = 0, _gpu_peak("gpu_peak_before_gb")
     while True:
-        if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-        try: return attempt(training), {"micro_batch": training.micro_batch, "accumulation": training.accumulation, "generate_at_once": getattr(training, "generate_at_once", None), "out_of_memory": times, **earlier, **_gpu_peak()}
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            return attempt(training), {
+                "micro_batch": training.micro_batch,
+                "accumulation": training.accumulation,
+                "generate_at_once": getattr(training, "generate_at_once", None),
+                "out_of_memory": times,
+                **earlier,
+                **_gpu_peak(),
+            }
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error): raise
+            if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+                raise
         smaller, times = halved(training), times + 1
-        if smaller is None: raise InputError(f"{label}: out of memory with a single sequence at a time: set models.quantize=nf4, a shorter length, a smaller model, or take a larger device")
+        if smaller is None:
+            raise InputError(
+                f"{label}: out of memory with a single sequence at a time: set models.quantize=nf4, a shorter"
+                " length, a smaller model, or take a larger device"
+            )
         training = smaller
         gc.collect()
-        if torch.cuda.is_available(): torch.cuda.empty_cache()
-        report(f"{label}: out of memory; starting again with micro-batch {training.micro_batch} and accumulation {training.accumulation}, the effective batch stays")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        report(
+            f"{label}: out of memory; starting again with micro-batch {training.micro_batch} and accumulation"
+            f" {training.accumulation}, the effective batch stays"
+        )

@@ -22,392 +22,749 @@ from pathlib import Path
 import pandas as pd
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import PreTrainedTokenizerBase, PreTrainedModel, TrainerCallback, PrinterCallback, set_seed
+from fastcore.basics import patch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 from ..core.errors import InputError
 from ..core.files import keep_part, kept_parts, own_folder, weights_digest, write_atomically
 from ..data.rows import rows_sha256
-from ..study import Grpo, Lora, GRPO_SETTINGS
+from ..study import GRPO_SETTINGS, Grpo, Lora
 from .checkpoints import Checkpoints
-from .device import Holding, holding, load_held, number_bytes, ready_adapter, trainer_options, warmup_steps, fitted, with_less_memory
+from compassion_repro.training.device import (
+    Holding,
+    fitted,
+    holding,
+    load_held,
+    number_bytes,
+    ready_adapter,
+    trainer_options,
+    warmup_steps,
+    with_less_memory,
+)
+
+# %% ../../nbs/04_training/14_grpo.ipynb #591826b0
 from .memory import engine_memory, read_shape
 from .merging import CHECKED, save_trained, trained_once
-from .models import encode_prompt, end_ids, load_tokenizer, lora_config, on_one_day, weights_folder, load_model, row_losses
-from .processes import is_first, count, on_one_gpu, trainer_words, share, spread
-from .rewards import apply_reward, answer_text, finite
+from compassion_repro.training.models import (
+    encode_prompt,
+    end_ids,
+    load_model,
+    load_tokenizer,
+    lora_config,
+    on_one_day,
+    row_losses,
+    weights_folder,
+)
+from .processes import count, is_first, on_one_gpu, share, spread, trainer_words
+from .rewards import answer_text, apply_reward, finite
 
 # %% ../../nbs/04_training/14_grpo.ipynb #bdf2c69f
 def advantages(
-    rewards: list[float | None], # group after group, None where the reward abstained
-    group: int, # completions a prompt, G
-) -> list[float]: # one a completion; 0 where there is nothing to compare
-    "Group-relative advantages, as DeepSeekMath defines them and TRL computes them (spread with G - 1, epsilon 1e-4)."
-    r = torch.tensor([math.nan if reward is None else reward for reward in rewards], dtype=torch.float32).view(-1, group)
+    rewards: list[float | None],  # group after group, None where the reward abstained
+    group: int,  # completions a prompt, G
+) -> list[float]:  # one a completion; 0 where there is nothing to compare
+    """Group-relative advantages, as DeepSeekMath defines them and TRL computes them (spread with G - 1,
+    epsilon 1e-4).
+    """
+    r = torch.tensor(
+        [math.nan if reward is None else reward for reward in rewards], dtype=torch.float32
+    ).view(-1, group)
     known = ~r.isnan()
     count = known.sum(1, keepdim=True)
-    deviation = torch.where(known, r - r.nanmean(1, keepdim=True), 0.)
+    deviation = torch.where(known, r - r.nanmean(1, keepdim=True), 0.0)
     spread = (deviation.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    return torch.where(known & (count > 1), deviation / (spread + 1e-4), 0.).flatten().tolist()
+    return torch.where(known & (count > 1), deviation / (spread + 1e-4), 0.0).flatten().tolist()
 
-
+# %% ../../nbs/04_training/14_grpo.ipynb #97f3071a
 def without_variance(
-    rewards: list[float | None], # group after group
-    group: int, # completions a prompt, G
-) -> float: # 0 to 1
+    rewards: list[float | None],  # group after group
+    group: int,  # completions a prompt, G
+) -> float:  # 0 to 1
     "Share of the groups that teach nothing: fewer than two different rewards in them."
-    groups = [{reward for reward in rewards[start:start + group] if reward is not None} for start in range(0, len(rewards), group)]
+    groups = [
+        {reward for reward in rewards[start : start + group] if reward is not None}
+        for start in range(0, len(rewards), group)
+    ]
     return sum(len(known) < 2 for known in groups) / max(len(groups), 1)
 
 # %% ../../nbs/04_training/14_grpo.ipynb #3f91381e
 def prompt_rows(
-    rows: list[dict], # `messages` rows, with or without a last answer, and columns for the reward
-    tokenizer: PreTrainedTokenizerBase, # the model's
-    max_tokens: int, # longer prompts are left out
-) -> list[dict]: # `messages` that end with the user, `reference`, and the other columns
+    rows: list[dict],  # `messages` rows, with or without a last answer, and columns for the reward
+    tokenizer: PreTrainedTokenizerBase,  # the model's
+    max_tokens: int,  # longer prompts are left out
+) -> list[dict]:  # `messages` that end with the user, `reference`, and the other columns
     "Rows as GRPO needs them; raises `InputError` where no prompt is left."
     shown = []
     for row in rows:
         turns, answer = row["messages"], row.get("reference")
-        if turns and turns[-1]["role"] == "assistant": turns, answer = turns[:-1], turns[-1]["content"]
+        if turns and turns[-1]["role"] == "assistant":
+            turns, answer = turns[:-1], turns[-1]["content"]
         shown.append({**row, "messages": turns, "reference": answer})
-    kept = [row for row in shown if row["messages"] and len(encode_prompt(row["messages"], tokenizer)) <= max_tokens]
-    if not rows: raise InputError("there is no prompt to train on or to measure with: give rows, or raise held_out")
-    if not kept: raise InputError(f"none of the {len(rows)} prompts has {max_tokens} tokens or fewer: raise max_prompt_tokens or give shorter prompts")
+    kept = [
+        row
+        for row in shown
+        if row["messages"] and len(encode_prompt(row["messages"], tokenizer)) <= max_tokens
+    ]
+    if not rows:
+        raise InputError("there is no prompt to train on or to measure with: give rows, or raise held_out")
+    if not kept:
+        raise InputError(
+            f"none of the {len(rows)} prompts has {max_tokens} tokens or fewer: raise max_prompt_tokens or"
+            " give shorter prompts"
+        )
     return kept
 
-
+# %% ../../nbs/04_training/14_grpo.ipynb #7f80ca9b
 def _as_dataset(rows: list[dict]) -> Dataset:
     "The rows as TRL wants them: `prompt`, and the columns a reward may read."
     names = sorted({name for row in rows for name in row} - {"messages", "id"})
-    return Dataset.from_list([{"prompt": row["messages"], **{name: row.get(name) for name in names}} for row in rows])
+    return Dataset.from_list(
+        [{"prompt": row["messages"], **{name: row.get(name) for name in names}} for row in rows]
+    )
 
 # %% ../../nbs/04_training/14_grpo.ipynb #18a413d8
 def sample_answers(
-    model: PreTrainedModel, # in evaluation mode
-    tokenizer: PreTrainedTokenizerBase, # its tokenizer
-    rows: list[dict], # from `prompt_rows`
-    training: Grpo, # temperature, top_p, max_new_tokens
-    seed: int, # of the sampling; the global chance is left as it was
-    batch_size: int = 256, # answers at once
-) -> list[str]: # `training.samples` a row, together
+    model: PreTrainedModel,  # in evaluation mode
+    tokenizer: PreTrainedTokenizerBase,  # its tokenizer
+    rows: list[dict],  # from `prompt_rows`
+    training: Grpo,  # temperature, top_p, max_new_tokens
+    seed: int,  # of the sampling; the global chance is left as it was
+    batch_size: int = 256,  # answers at once
+) -> list[str]:  # `training.samples` a row, together
     "Answers sampled as GRPO samples them: no top-k, padded on the left."
     prompts = [encode_prompt(row["messages"], tokenizer) for row in rows for _ in range(training.samples)]
     answers = []
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
         for begin in range(0, len(prompts), batch_size):
-            batch = prompts[begin:begin + batch_size]
+            batch = prompts[begin : begin + batch_size]
             width = max(map(len, batch))
-            ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in batch], device=model.device)
-            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch], device=model.device)
-            out = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=training.value("temperature"), top_p=training.value("top_p"), top_k=0,
-                                 max_new_tokens=training.value("max_new_tokens"), eos_token_id=end_ids(tokenizer), pad_token_id=tokenizer.pad_token_id)
+            ids = torch.tensor(
+                [[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in batch],
+                device=model.device,
+            )
+            mask = torch.tensor(
+                [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch], device=model.device
+            )
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                do_sample=True,
+                temperature=training.value("temperature"),
+                top_p=training.value("top_p"),
+                top_k=0,
+                max_new_tokens=training.value("max_new_tokens"),
+                eos_token_id=end_ids(tokenizer),
+                pad_token_id=tokenizer.pad_token_id,
+            )
             answers += tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
     return answers
 
-
+# %% ../../nbs/04_training/14_grpo.ipynb #a8d872fc
 def held_out_rewards(
-    model: PreTrainedModel, # in evaluation mode
-    tokenizer: PreTrainedTokenizerBase, # its tokenizer
-    rows: list[dict], # held-out prompts
-    reward: Callable, # scores the answers
-    training: Grpo, # sampling, and `samples` answers a prompt
-    seed: int, # of the sampling
-) -> tuple[list[float], pd.DataFrame]: # mean reward of each prompt (nan where the reward abstained throughout), and every answer
+    model: PreTrainedModel,  # in evaluation mode
+    tokenizer: PreTrainedTokenizerBase,  # its tokenizer
+    rows: list[dict],  # held-out prompts
+    reward: Callable,  # scores the answers
+    training: Grpo,  # sampling, and `samples` answers a prompt
+    seed: int,  # of the sampling
+    # mean reward of each prompt (nan where the reward abstained throughout), and every answer
+) -> tuple[list[float], pd.DataFrame]:
     "The reward of a model on held-out prompts."
     table = _held_out_answers(model, tokenizer, rows, reward, training, seed)
     return _prompt_rewards(table), table
 
+# %% ../../nbs/04_training/14_grpo.ipynb #59e98809
+def _prompt_rewards(table: pd.DataFrame) -> list[float]:
+    return table.groupby("prompt_number").reward.mean().tolist()
 
-def _prompt_rewards(table: pd.DataFrame) -> list[float]: return table.groupby("prompt_number").reward.mean().tolist()
-
-
+# %% ../../nbs/04_training/14_grpo.ipynb #225dcde9
 def _held_out_answers(model, tokenizer, rows, reward, training, seed) -> pd.DataFrame:
     answers = sample_answers(model, tokenizer, rows, training, seed)
     repeated = [row for row in rows for _ in range(training.samples)]
     values = apply_reward(reward, repeated, answers)
-    return pd.DataFrame({"prompt_number": [number for number in range(len(rows)) for _ in range(training.samples)], "prompt": [row["messages"][-1]["content"] for row in repeated],
-                         "completion": [answer.strip() for answer in answers], "reward": pd.array([math.nan if value is None else value for value in values], dtype="float64")})
+    return pd.DataFrame(
+        {
+            "prompt_number": [number for number in range(len(rows)) for _ in range(training.samples)],
+            "prompt": [row["messages"][-1]["content"] for row in repeated],
+            "completion": [answer.strip() for answer in answers],
+            "reward": pd.array([math.nan if value is None else value for value in values], dtype="float64"),
+        }
+    )
 
-
+# %% ../../nbs/04_training/14_grpo.ipynb #5d4e0fe7
 def _measured_before(folder: Path | None, measure: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     "The start's held-out answers; a run that carries on finds those of the run before it."
-    if folder is None: return measure()
-    if not kept_parts(folder, "before.parquet"): keep_part(folder, "before.parquet", measure().to_parquet)
+    if folder is None:
+        return measure()
+    if not kept_parts(folder, "before.parquet"):
+        keep_part(folder, "before.parquet", measure().to_parquet)
     return pd.read_parquet(kept_parts(folder, "before.parquet")[0])
 
-
+# %% ../../nbs/04_training/14_grpo.ipynb #160c5142
 def reward_gain(
-    before: list[float], # mean reward of each held-out prompt
-    after: list[float], # the same prompts after training
-) -> dict: # means, gain with its 95 % interval, and `trained`; None for what too few prompts leave open
-    "Mean rise of the reward on held-out prompts, paired by prompt; `trained` says that its whole interval lies above 0."
-    pairs = torch.tensor([(a, b) for a, b in zip(before, after) if math.isfinite(a + b)], dtype=torch.float64).view(-1, 2)
+    before: list[float],  # mean reward of each held-out prompt
+    after: list[float],  # the same prompts after training
+) -> dict:  # means, gain with its 95 % interval, and `trained`; None for what too few prompts leave open
+    """Mean rise of the reward on held-out prompts, paired by prompt; `trained` says that its whole interval
+    lies above 0.
+    """
+    pairs = torch.tensor(
+        [(a, b) for a, b in zip(before, after) if math.isfinite(a + b)], dtype=torch.float64
+    ).view(-1, 2)
     gain, count = pairs[:, 1] - pairs[:, 0], len(pairs)
     low, high = pairs.mean(0).tolist() if count else (None, None)
     mean = gain.mean().item() if count else None
     half = 1.96 * gain.std().item() / math.sqrt(count) if count > 1 else None
-    ends = {"gain_low": mean - half, "gain_high": mean + half} if half is not None else {"gain_low": None, "gain_high": None}
-    return {"reward_before": low, "reward_after": high, "gain": mean, **ends, "held_out_prompts": count, "trained": half is not None and mean - half > 0}
+    ends = (
+        {"gain_low": mean - half, "gain_high": mean + half}
+        if half is not None
+        else {"gain_low": None, "gain_high": None}
+    )
+    return {
+        "reward_before": low,
+        "reward_after": high,
+        "gain": mean,
+        **ends,
+        "held_out_prompts": count,
+        "trained": half is not None and mean - half > 0,
+    }
 
 # %% ../../nbs/04_training/14_grpo.ipynb #87d93e3d
 class Recorder:
-    "A reward, watched: same values, and a record of what they meant. A value that is no finite number counts as abstained."
+    """A reward, watched: same values, and a record of what they meant.
+
+    A value that is no finite number counts as abstained.
+    """
+
     def __init__(
         self,
-        reward: Callable, # the reward itself
-        group: int, # completions a prompt
-        folder: Path, # where sampled completions go
-        groups_kept: int = 2, # groups sampled a step
+        reward: Callable,  # the reward itself
+        group: int,  # completions a prompt
+        folder: Path,  # where sampled completions go
+        groups_kept: int = 2,  # groups sampled a step
     ):
         self.reward, self.group, self.folder, self.groups_kept = reward, group, Path(folder), groups_kept
         self.__name__ = getattr(reward, "__name__", type(reward).__name__)
 
     def __call__(self, prompts, completions, trainer_state=None, log_metric=None, log_extra=None, **columns):
         said = {}
-        values = finite(self.reward, self.reward(prompts=prompts, completions=completions, trainer_state=trainer_state, log_metric=log_metric, log_extra=said.__setitem__, **columns), len(prompts))
+        values = finite(
+            self.reward,
+            self.reward(
+                prompts=prompts,
+                completions=completions,
+                trainer_state=trainer_state,
+                log_metric=log_metric,
+                log_extra=said.__setitem__,
+                **columns,
+            ),
+            len(prompts),
+        )
         relative = advantages(values, self.group)
-        log_metric("advantage_spread", math.sqrt(sum(value ** 2 for value in relative) / len(relative)))
+        log_metric("advantage_spread", math.sqrt(sum(value**2 for value in relative) / len(relative)))
         log_metric("zero_variance", without_variance(values, self.group))
         log_metric("abstained", sum(value is None for value in values) / len(values))
         self._keep(trainer_state.global_step + 1, prompts, completions, values, relative, said)
         return values
 
-    def _keep(self, step, prompts, completions, values, relative, said):
-        kept = slice(self.group * self.groups_kept)
-        table = pd.DataFrame({"step": step, "prompt": [prompt[-1]["content"] for prompt in prompts[kept]], "completion": [answer_text(c) for c in completions[kept]],
-                              "reward": pd.array([math.nan if v is None else v for v in values[kept]], dtype="float64"), "advantage": relative[kept], **{name: column[kept] for name, column in said.items()}})
-        if not is_first(): return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        keep_part(self.folder, f"step-{step:06d}.parquet", table.to_parquet)
+# %% ../../nbs/04_training/14_grpo.ipynb #409e8fcb
+@patch
+def _keep(self: Recorder, step, prompts, completions, values, relative, said):
+    kept = slice(self.group * self.groups_kept)
+    table = pd.DataFrame(
+        {
+            "step": step,
+            "prompt": [prompt[-1]["content"] for prompt in prompts[kept]],
+            "completion": [answer_text(c) for c in completions[kept]],
+            "reward": pd.array([math.nan if v is None else v for v in values[kept]], dtype="float64"),
+            "advantage": relative[kept],
+            **{name: column[kept] for name, column in said.items()},
+        }
+    )
+    if not is_first():
+        return
+    self.folder.mkdir(parents=True, exist_ok=True)
+    keep_part(self.folder, f"step-{step:06d}.parquet", table.to_parquet)
 
-    def table(self, steps: int) -> pd.DataFrame:
-        "Every completion kept, up to a step."
-        files = [file for file in kept_parts(self.folder, "step-*.parquet") if int(file.stem.split("-")[1]) <= steps]
-        return pd.concat([pd.read_parquet(file) for file in files], ignore_index=True) if files else pd.DataFrame(columns=["step", "prompt", "completion", "reward", "advantage"])
+# %% ../../nbs/04_training/14_grpo.ipynb #19d98c06
+@patch
+def table(self: Recorder, steps: int) -> pd.DataFrame:
+    "Every completion kept, up to a step."
+    files = [
+        file for file in kept_parts(self.folder, "step-*.parquet") if int(file.stem.split("-")[1]) <= steps
+    ]
+    return (
+        pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
+        if files
+        else pd.DataFrame(columns=["step", "prompt", "completion", "reward", "advantage"])
+    )
 
 # %% ../../nbs/04_training/14_grpo.ipynb #ac78906c
-LOGGED = {"reward": "reward", "reward_std": "reward_spread", "advantage_spread": "advantage_spread", "zero_variance": "zero_variance", "abstained": "abstained", "kl": "kl",
-          "completions/clipped_ratio": "clipped", "completions/mean_length": "length", "entropy": "entropy", "clip_ratio/region_mean": "ratio_clipped",
-          "learning_rate": "learning_rate", "loss": "loss", "step_time": "seconds"}
+LOGGED = {
+    "reward": "reward",
+    "reward_std": "reward_spread",
+    "advantage_spread": "advantage_spread",
+    "zero_variance": "zero_variance",
+    "abstained": "abstained",
+    "kl": "kl",
+    "completions/clipped_ratio": "clipped",
+    "completions/mean_length": "length",
+    "entropy": "entropy",
+    "clip_ratio/region_mean": "ratio_clipped",
+    "learning_rate": "learning_rate",
+    "loss": "loss",
+    "step_time": "seconds",
+}
 
 
 def step_log(
-    history: list[dict], # the trainer's `log_history`
-) -> list[dict]: # one record a step: `step`, the values of LOGGED, and each reward part and measure of another engine's sampling under its own name
-    "The log, in this package's names. `clipped` is the share of completions that ran into the limit, `length` their tokens, `entropy` in nats a token."
-    def parts(entry): return {name: value for name, value in entry.items() if name.startswith(("code/", "sampling/"))}
-    return [{"step": entry["step"], **{ours: entry.get(theirs) for theirs, ours in LOGGED.items()}, **parts(entry)} for entry in history if "reward" in entry]
+    history: list[dict],  # the trainer's `log_history`
+    # one record a step: `step`, the values of LOGGED, and each reward part and measure of another engine's
+    # sampling under its own name
+) -> list[dict]:
+    """The log, in this package's names.
 
+    `clipped` is the share of completions that ran into the limit, `length` their tokens, `entropy` in nats a
+    token.
+    """
 
+    def parts(entry):
+        return {name: value for name, value in entry.items() if name.startswith(("code/", "sampling/"))}
+
+    return [
+        {
+            "step": entry["step"],
+            **{ours: entry.get(theirs) for theirs, ours in LOGGED.items()},
+            **parts(entry),
+        }
+        for entry in history
+        if "reward" in entry
+    ]
+
+# %% ../../nbs/04_training/14_grpo.ipynb #84c183b2
 def warnings_before(
-    answers: pd.DataFrame, # held-out answers of the start, from `held_out_rewards`
-    remark: str = "", # what the reward itself says of these prompts
-) -> list[str]: # one line, or none
+    answers: pd.DataFrame,  # held-out answers of the start, from `held_out_rewards`
+    remark: str = "",  # what the reward itself says of these prompts
+) -> list[str]:  # one line, or none
     "Says before the first step that a reward makes no difference between the answers it will be given."
     known = answers.reward.dropna()
-    if known.nunique() > 1: return []
-    return [f"before training the reward is {known.iloc[0]:.2g} for each of {len(known)} held-out answers, so there is nothing to learn from yet" + (f": {remark}" if remark else "")]
+    if known.nunique() > 1:
+        return []
+    return [
+        f"before training the reward is {known.iloc[0]:.2g} for each of {len(known)} held-out answers, so"
+        " there is nothing to learn from yet" + (f": {remark}" if remark else "")
+    ]
 
-
+# %% ../../nbs/04_training/14_grpo.ipynb #feff3f63
 def warnings_of(
-    log: list[dict], # from `step_log`
-) -> list[str]: # one line each, empty where all is well
+    log: list[dict],  # from `step_log`
+) -> list[str]:  # one line each, empty where all is well
     "What in a log says that the training did not do what it should."
+
     def share(name):
-        known = [record[name] for record in log[len(log) // 2:] if record.get(name) is not None]
-        return sum(known) / len(known) if known else 0.
+        known = [record[name] for record in log[len(log) // 2 :] if record.get(name) is not None]
+        return sum(known) / len(known) if known else 0.0
+
     told = []
     clipped, flat, abstained = share("clipped"), share("zero_variance"), share("abstained")
-    if clipped > .9: told.append(f"{clipped:.0%} of the completions ran into the token limit: answers do not end, so check the template and the end token, or raise max_new_tokens")
-    if flat > .5: told.append(f"{flat:.0%} of the groups had no variance in their rewards and taught nothing: choose prompts that are solved about half the time, or larger groups")
-    if abstained > .5: told.append(f"the reward abstained on {abstained:.0%} of the completions: check that it can judge these prompts")
+    if clipped > 0.9:
+        told.append(
+            f"{clipped:.0%} of the completions ran into the token limit: answers do not end, so check the"
+            " template and the end token, or raise max_new_tokens"
+        )
+    if flat > 0.5:
+        told.append(
+            f"{flat:.0%} of the groups had no variance in their rewards and taught nothing: choose prompts"
+            " that are solved about half the time, or larger groups"
+        )
+    if abstained > 0.5:
+        told.append(
+            f"the reward abstained on {abstained:.0%} of the completions: check that it can judge these"
+            " prompts"
+        )
     return told
 
-
+# %% ../../nbs/04_training/14_grpo.ipynb #d1bdad0e
 class _Progress(TrainerCallback):
     "Reports each step in one line."
-    def __init__(self, report: Callable, label: str): self.report, self.label = report, label
 
-    def on_train_begin(self, args, state, control, **kwargs): self.begun, self.first = time.perf_counter(), state.global_step
+    def __init__(self, report: Callable, label: str):
+        self.report, self.label = report, label
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not logs or "reward" not in logs: return
-        left = (time.perf_counter() - self.begun) / max(state.global_step - self.first, 1) * (state.max_steps - state.global_step)
-        reward, length, flat = (math.nan if logs.get(name) is None else logs[name] for name in ("reward", "completions/mean_length", "zero_variance"))
-        self.report(f"{self.label}: step {state.global_step}/{state.max_steps}, reward {reward:.3f}, {length:.0f} tokens, {flat:.0%} of groups without variance, {left:.0f} s left")
+# %% ../../nbs/04_training/14_grpo.ipynb #75af336d
+@patch
+def on_train_begin(self: _Progress, args, state, control, **kwargs):
+    self.begun, self.first = time.perf_counter(), state.global_step
+
+# %% ../../nbs/04_training/14_grpo.ipynb #b114d8b0
+@patch
+def on_log(self: _Progress, args, state, control, logs=None, **kwargs):
+    if not logs or "reward" not in logs:
+        return
+    left = (
+        (time.perf_counter() - self.begun)
+        / max(state.global_step - self.first, 1)
+        * (state.max_steps - state.global_step)
+    )
+    reward, length, flat = (
+        math.nan if logs.get(name) is None else logs[name]
+        for name in ("reward", "completions/mean_length", "zero_variance")
+    )
+    self.report(
+        f"{self.label}: step {state.global_step}/{state.max_steps}, reward {reward:.3f}, {length:.0f}"
+        f" tokens, {flat:.0%} of groups without variance, {left:.0f} s left"
+    )
 
 # %% ../../nbs/04_training/14_grpo.ipynb #579ee1de
 def make_trainer(
-    start: str | Path, # model folder; also the KL reference
-    prompts: list[dict], # from `prompt_rows`
-    training: Grpo, # sizes and rates
-    seed: int, # decides the order of the prompts, the adapter's first values and the sampling
-    lora: Lora | None, # adapter; None trains every weight
-    reward: Callable, # as TRL calls it
-    folder: str | Path, # checkpoints go here
-    callbacks: list[TrainerCallback] = (), # told of each step
-    save: bool = False, # write checkpoints
-    how: Holding | None = None, # how the policy is held; default: plainly, as the machine has it
-    template: str = "plain", # chat template of the prompts
-    checkpointing: bool = False, # compute activations again in the backward pass
-) -> GRPOTrainer: # ready to train
-    "TRL's trainer with this package's settings; raises `InputError` where there are fewer prompts than one step needs."
+    start: str | Path,  # model folder; also the KL reference
+    prompts: list[dict],  # from `prompt_rows`
+    training: Grpo,  # sizes and rates
+    seed: int,  # decides the order of the prompts, the adapter's first values and the sampling
+    lora: Lora | None,  # adapter; None trains every weight
+    reward: Callable,  # as TRL calls it
+    folder: str | Path,  # checkpoints go here
+    callbacks: list[TrainerCallback] = (),  # told of each step
+    save: bool = False,  # write checkpoints
+    how: Holding | None = None,  # how the policy is held; default: plainly, as the machine has it
+    template: str = "plain",  # chat template of the prompts
+    checkpointing: bool = False,  # compute activations again in the backward pass
+) -> GRPOTrainer:  # ready to train
+    """TRL's trainer with this package's settings.
+
+    Raises `InputError` where there are fewer prompts than one step needs.
+    """
     wanted = training.value("prompts_per_step") * count()
-    if len(prompts) < wanted: raise InputError(f"{len(prompts)} prompts are fewer than one step's {wanted}: give more prompts or lower prompts_per_step")
+    if len(prompts) < wanted:
+        raise InputError(
+            f"{len(prompts)} prompts are fewer than one step's {wanted}: give more prompts or lower"
+            " prompts_per_step"
+        )
     disable_progress_bars()
     how = how or holding()
     tokenizer, model = load_tokenizer(start, template), load_held(start, how)
     tokenizer.padding_side, tokenizer.chat_template = "left", on_one_day(tokenizer.chat_template)
     model.generation_config.eos_token_id = end_ids(tokenizer)
     options = trainer_options(how, training, checkpointing) | engine_options(training, start, how)
-    if "use_vllm" in options: options["generation_kwargs"] = {"stop_token_ids": end_ids(tokenizer)}
-    trainer = GRPOTrainer(model.train(), reward, _config(options, training, seed, folder, save), _as_dataset(prompts), processing_class=tokenizer, peft_config=lora and lora_config(lora), callbacks=list(callbacks))
-    if training.engine == "vllm": set_seed(seed)
+    if "use_vllm" in options:
+        options["generation_kwargs"] = {"stop_token_ids": end_ids(tokenizer)}
+    trainer = GRPOTrainer(
+        model.train(),
+        reward,
+        _config(options, training, seed, folder, save),
+        _as_dataset(prompts),
+        processing_class=tokenizer,
+        peft_config=lora and lora_config(lora),
+        callbacks=list(callbacks),
+    )
+    if training.engine == "vllm":
+        set_seed(seed)
     ready_adapter(trainer.model, how, sampling=True)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
-
+# %% ../../nbs/04_training/14_grpo.ipynb #fa865b1a
 def _config(options: dict, training: Grpo, seed: int, folder: str | Path, save: bool) -> GRPOConfig:
     at_once = (training.generate_at_once or training.completions) * count()
-    return on_one_gpu(GRPOConfig(
-        str(folder), **options, max_steps=training.steps, seed=seed, data_seed=seed, num_generations=training.value("group"), generation_batch_size=at_once,
-        learning_rate=training.value("learning_rate"), warmup_steps=warmup_steps(training.warmup, training.steps),
-        loss_type=training.value("loss"), beta=training.value("beta"), epsilon=training.value("clip"), use_bias_correction_kl=training.value("correct_kl"),
-        temperature=training.value("temperature"), top_p=training.value("top_p"), top_k=0, max_completion_length=training.value("max_new_tokens"),
-        logging_steps=1, save_strategy="steps" if save else "no", save_steps=training.save_every, report_to=[], disable_tqdm=True, **trainer_words()))
+    return on_one_gpu(
+        GRPOConfig(
+            str(folder),
+            **options,
+            max_steps=training.steps,
+            seed=seed,
+            data_seed=seed,
+            num_generations=training.value("group"),
+            generation_batch_size=at_once,
+            learning_rate=training.value("learning_rate"),
+            warmup_steps=warmup_steps(training.warmup, training.steps),
+            loss_type=training.value("loss"),
+            beta=training.value("beta"),
+            epsilon=training.value("clip"),
+            use_bias_correction_kl=training.value("correct_kl"),
+            temperature=training.value("temperature"),
+            top_p=training.value("top_p"),
+            top_k=0,
+            max_completion_length=training.value("max_new_tokens"),
+            logging_steps=1,
+            save_strategy="steps" if save else "no",
+            save_steps=training.save_every,
+            report_to=[],
+            disable_tqdm=True,
+            **trainer_words(),
+        )
+    )
 
-
+# %% ../../nbs/04_training/14_grpo.ipynb #00fa34c6
 def check_engine(
-    training: Grpo, # what samples
-    how: Holding, # how the policy is held
+    training: Grpo,  # what samples
+    how: Holding,  # how the policy is held
 ):
     "Raise `InputError` where vLLM is to sample and cannot."
-    if training.engine == "transformers": return
-    if how.device == "cpu": raise InputError("grpo.engine=vllm wants a GPU: set grpo.engine=transformers")
-    if how.quantize != "none": raise InputError(f"grpo.engine=vllm wants the policy in 16 bits, and models.quantize={how.quantize} holds it in 4: set models.quantize=none or grpo.engine=transformers")
-    if not importlib.util.find_spec("vllm"): raise InputError("grpo.engine=vllm wants vLLM in this environment: pip install vllm==0.31.0, or set grpo.engine=transformers")
+    if training.engine == "transformers":
+        return
+    if how.device == "cpu":
+        raise InputError("grpo.engine=vllm wants a GPU: set grpo.engine=transformers")
+    if how.quantize != "none":
+        raise InputError(
+            f"grpo.engine=vllm wants the policy in 16 bits, and models.quantize={how.quantize} holds it in 4:"
+            " set models.quantize=none or grpo.engine=transformers"
+        )
+    if not importlib.util.find_spec("vllm"):
+        raise InputError(
+            "grpo.engine=vllm wants vLLM in this environment: pip install vllm==0.31.0, or set"
+            " grpo.engine=transformers"
+        )
 
-
+# %% ../../nbs/04_training/14_grpo.ipynb #f6c9e89a
 def engine_options(
-    training: Grpo, # what samples, and how much at once
-    start: str | Path, # model folder
-    how: Holding, # how the policy is held
-) -> dict: # arguments of `GRPOConfig`
+    training: Grpo,  # what samples, and how much at once
+    start: str | Path,  # model folder
+    how: Holding,  # how the policy is held
+) -> dict:  # arguments of `GRPOConfig`
     "TRL's settings of the engine that samples; raises `InputError` where it cannot."
     check_engine(training, how)
-    if training.engine == "transformers": return {}
-    shape, length = read_shape(weights_folder(start)), training.max_prompt_tokens + training.value("max_new_tokens")
-    if shape is None: raise InputError("the memory that vLLM needs for this model cannot be estimated (its config.json is not Llama-like): set grpo.engine=transformers")
-    share = engine_memory(shape, training.generate_at_once or training.completions, length, number_bytes(start, how)) / torch.cuda.get_device_properties(0).total_memory
-    if share > 0.9: raise InputError(f"vLLM's share of this step would be {share:.0%} of the GPU's memory: lower grpo.generate_at_once, or set grpo.engine=transformers")
-    return {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": round(share, 3), "vllm_max_model_length": length}
+    if training.engine == "transformers":
+        return {}
+    shape, length = (
+        read_shape(weights_folder(start)),
+        training.max_prompt_tokens + training.value("max_new_tokens"),
+    )
+    if shape is None:
+        raise InputError(
+            "the memory that vLLM needs for this model cannot be estimated (its config.json is not"
+            " Llama-like): set grpo.engine=transformers"
+        )
+    share = (
+        engine_memory(
+            shape, training.generate_at_once or training.completions, length, number_bytes(start, how)
+        )
+        / torch.cuda.get_device_properties(0).total_memory
+    )
+    if share > 0.9:
+        raise InputError(
+            f"vLLM's share of this step would be {share:.0%} of the GPU's memory: lower"
+            " grpo.generate_at_once, or set grpo.engine=transformers"
+        )
+    return {
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_gpu_memory_utilization": round(share, 3),
+        "vllm_max_model_length": length,
+    }
 
-
+# %% ../../nbs/04_training/14_grpo.ipynb #4fc9965e
 @contextmanager
 def engine_ended(
-    training: Grpo, # what samples
-): # gives a function that is told the trainer
-    "Afterwards the trainer's vLLM is stopped and its memory given back, and the process has its own environment again, in which TRL tells vLLM that it is one of several."
+    training: Grpo,  # what samples
+):  # gives a function that is told the trainer
+    """Afterwards the trainer's vLLM is stopped and its memory given back, and the process has its own
+    environment again, in which TRL tells vLLM that it is one of several.
+    """
     trainers, environment = [], dict(os.environ)
-    try: yield trainers.append
+    try:
+        yield trainers.append
     finally:
         if training.engine == "vllm":
-            for trainer in trainers: _end_engine(trainer)
+            for trainer in trainers:
+                _end_engine(trainer)
             os.environ.clear()
             os.environ.update(environment)
 
-
+# %% ../../nbs/04_training/14_grpo.ipynb #40a7252b
 def _end_engine(trainer: GRPOTrainer):
     from vllm.distributed import cleanup_dist_env_and_memory
+
     engine, trainer.vllm_generation = trainer.vllm_generation.llm.llm_engine, None
     runner = engine.model_executor.driver_worker.model_runner
     held = [*runner.model.parameters(), *runner.model.buffers(), *runner.kv_caches]
     engine.engine_core.shutdown()
-    for tensor in held: tensor.untyped_storage().resize_(0) # whoever still holds it
+    for tensor in held:
+        tensor.untyped_storage().resize_(0)  # whoever still holds it
     del engine, runner, held
     cleanup_dist_env_and_memory()
     gc.collect()
     torch.cuda.empty_cache()
 
 # %% ../../nbs/04_training/14_grpo.ipynb #5cba4e64
-def _train(start, prompts, training, seed, lora, reward, report, label, folder, how, template, again) -> tuple[PreTrainedModel, list[dict], pd.DataFrame, float]:
+def _train(
+    start, prompts, training, seed, lora, reward, report, label, folder, how, template, again
+) -> tuple[PreTrainedModel, list[dict], pd.DataFrame, float]:
     "Train; gives the trained model with its adapter, the log, the sampled completions and the seconds."
     with tempfile.TemporaryDirectory() as temporary, engine_ended(training) as made:
         place, begun = folder or Path(temporary), time.perf_counter()
         recorder = Recorder(reward, training.value("group"), place / "completions")
-        trainer = make_trainer(start, prompts, training, seed, lora, recorder, place, [_Progress(report, label)], folder is not None, how, template, again)
+        trainer = make_trainer(
+            start,
+            prompts,
+            training,
+            seed,
+            lora,
+            recorder,
+            place,
+            [_Progress(report, label)],
+            folder is not None,
+            how,
+            template,
+            again,
+        )
         made(trainer)
-        if training.steps: Checkpoints(folder, how.compute, report, label).train(trainer)
-        return trainer.model.eval(), step_log(trainer.state.log_history), recorder.table(training.steps), time.perf_counter() - begun
+        if training.steps:
+            Checkpoints(folder, how.compute, report, label).train(trainer)
+        return (
+            trainer.model.eval(),
+            step_log(trainer.state.log_history),
+            recorder.table(training.steps),
+            time.perf_counter() - begun,
+        )
 
-
+# %% ../../nbs/04_training/14_grpo.ipynb #6a93c74f
 def _train_with(recipe, *words, **named):
     "`_train` with a reward that is made where it is used: what each process of a stage is given."
     return _train(*words, recipe(), **named)
 
-
+# %% ../../nbs/04_training/14_grpo.ipynb #5ea7dfeb
 class _Given:
     "A reward that is not sent to another process but made there, where it says how."
-    def __init__(self, reward: Callable): self.reward, self.recipe = reward, getattr(reward, "recipe", None)
 
-    def __call__(self) -> Callable: return self.reward or self.recipe()
+    def __init__(self, reward: Callable):
+        self.reward, self.recipe = reward, getattr(reward, "recipe", None)
 
-    def __getstate__(self): return {"reward": None if self.recipe else self.reward, "recipe": self.recipe}
+    def __call__(self) -> Callable:
+        return self.reward or self.recipe()
+
+    def __getstate__(self):
+        return {"reward": None if self.recipe else self.reward, "recipe": self.recipe}
 
 # %% ../../nbs/04_training/14_grpo.ipynb #3ac73c06
 def grpo(
-    start: str | Path, # model folder to start from; also the KL reference, so a plain model without adapter
-    prompts: list[dict], # training prompts: `messages` rows, and the columns that the reward reads
-    held_out: list[dict], # prompts of the same kind to measure the reward on
-    out: str | Path, # folder the model is written to
-    training: Grpo, # sizes and rates
-    seed: int, # study seed
-    lora: Lora | None, # adapter, merged at the end; None trains every weight
-    reward: Callable, # from `rewards`, or any function that TRL takes
-    report: Callable = print, # called with one line of progress
-    label: str = "grpo", # arm id, for the progress line
-    checkpoints: str | Path | None = None, # folder of what a run that is cut off leaves to the next; None keeps nothing
-    how: Holding | None = None, # how the policy is held in training; default: plainly, as the machine has it
-    template: str = "plain", # chat template of the prompts
-) -> dict: # what was done, the log of every step, warnings, and the gain on held-out prompts
-    "Optimise a policy against a reward. Raises `InputError` where no prompt is left or the reward cannot judge a single answer. Writes `completions.parquet` and `held_out.parquet` beside the model."
+    start: str | Path,  # model folder to start from; also the KL reference, so a plain model without adapter
+    prompts: list[dict],  # training prompts: `messages` rows, and the columns that the reward reads
+    held_out: list[dict],  # prompts of the same kind to measure the reward on
+    out: str | Path,  # folder the model is written to
+    training: Grpo,  # sizes and rates
+    seed: int,  # study seed
+    lora: Lora | None,  # adapter, merged at the end; None trains every weight
+    reward: Callable,  # from `rewards`, or any function that TRL takes
+    report: Callable = print,  # called with one line of progress
+    label: str = "grpo",  # arm id, for the progress line
+    # folder of what a run that is cut off leaves to the next; None keeps nothing
+    checkpoints: str | Path | None = None,
+    how: Holding | None = None,  # how the policy is held in training; default: plainly, as the machine has it
+    template: str = "plain",  # chat template of the prompts
+) -> dict:  # what was done, the log of every step, warnings, and the gain on held-out prompts
+    """Optimise a policy against a reward.
+
+    Raises `InputError` where no prompt is left or the reward cannot judge a single answer. Writes
+    `completions.parquet` and `held_out.parquet` beside the model.
+    """
     how, tokenizer = how or holding(), load_tokenizer(start, template)
-    prompts, held_out = (prompt_rows(rows, tokenizer, training.max_prompt_tokens) for rows in (prompts, held_out))
-    if why := getattr(reward, "refuses", lambda rows: None)(prompts): raise InputError(f"{label}: {why}")
-    settings = training.model_dump(exclude={"micro_batch", "generate_at_once", "save_every"}), lora and lora.model_dump(), how.quantize, str(how.dtype)
-    folder = checkpoints and own_folder(checkpoints, *settings, template, seed, rows_sha256(prompts), rows_sha256(held_out), weights_digest(start), getattr(reward, "__name__", ""))
-    answers_before = _measured_before(folder, lambda: _held_out_answers(load_model(start), tokenizer, held_out, reward, training, seed))
+    prompts, held_out = (
+        prompt_rows(rows, tokenizer, training.max_prompt_tokens) for rows in (prompts, held_out)
+    )
+    if why := getattr(reward, "refuses", lambda rows: None)(prompts):
+        raise InputError(f"{label}: {why}")
+    settings = (
+        training.model_dump(exclude={"micro_batch", "generate_at_once", "save_every"}),
+        lora and lora.model_dump(),
+        how.quantize,
+        str(how.dtype),
+    )
+    folder = checkpoints and own_folder(
+        checkpoints,
+        *settings,
+        template,
+        seed,
+        rows_sha256(prompts),
+        rows_sha256(held_out),
+        weights_digest(start),
+        getattr(reward, "__name__", ""),
+    )
+    answers_before = _measured_before(
+        folder, lambda: _held_out_answers(load_model(start), tokenizer, held_out, reward, training, seed)
+    )
     before = _prompt_rewards(answers_before)
-    if not any(map(math.isfinite, before)): raise InputError(f"{label}: the reward cannot judge a single answer to these prompts: pair them with another reward")
+    if not any(map(math.isfinite, before)):
+        raise InputError(
+            f"{label}: the reward cannot judge a single answer to these prompts: pair them with another"
+            " reward"
+        )
     early = warnings_before(answers_before, getattr(reward, "remark", lambda rows: "")(prompts))
-    for line in early: report(f"{label}: warning: {line}")
+    for line in early:
+        report(f"{label}: warning: {line}")
     part, again = fitted(share(training, how.compute.processes), start, lora, how)
-    def attempt(part): return spread(partial(_train_with, _Given(reward), start, prompts, part, seed, lora, label=label, folder=folder, how=how, template=template, again=again), start, how, report, label)
+
+    def attempt(part):
+        return spread(
+            partial(
+                _train_with,
+                _Given(reward),
+                start,
+                prompts,
+                part,
+                seed,
+                lora,
+                label=label,
+                folder=folder,
+                how=how,
+                template=template,
+                again=again,
+            ),
+            start,
+            how,
+            report,
+            label,
+        )
+
     def trained():
         ((model, log, completions, seconds), apart), fit = with_less_memory(attempt, part, report, label)
         return model, {"log": log, "completions": completions, "seconds": seconds, "fit": fit | apart}
+
     model, told = trained_once(folder, trained, start, how, report, label)
     kept, log, completions = _answered(held_out, answers_before), told["log"], told["completions"]
     live = row_losses(model, tokenizer, kept)
-    def measure(): return row_losses(load_model(out), tokenizer, kept)
+
+    def measure():
+        return row_losses(load_model(out), tokenizer, kept)
+
     saved, _ = save_trained(model, tokenizer, start, out, how, live, measure, report, label, folder)
     after, answers_after = held_out_rewards(load_model(out), tokenizer, held_out, reward, training, seed)
     late = warnings_of(log)
-    for line in late: report(f"{label}: warning: {line}")
+    for line in late:
+        report(f"{label}: warning: {line}")
     write_atomically(Path(out) / "completions.parquet", completions.to_parquet)
-    answers = pd.concat([answers_before.assign(when="before"), answers_after.assign(when="after")], ignore_index=True)
+    answers = pd.concat(
+        [answers_before.assign(when="before"), answers_after.assign(when="after")], ignore_index=True
+    )
     write_atomically(Path(out) / "held_out.parquet", answers.to_parquet)
-    return {"rows": len(prompts), "steps": training.steps, "completions": training.steps * training.completions, "settings": {key: training.value(key) for key in GRPO_SETTINGS[training.settings]},
-            "reward": getattr(reward, "__name__", type(reward).__name__), "abstained": sum(record["abstained"] for record in log) / len(log) if log else 0., "abstained_held_out": float(answers_after.reward.isna().mean()), **reward_gain(before, after), **saved, **told["fit"], "checkpointing": again,
-            **({"engine": f"vllm {importlib.metadata.version('vllm')}"} if training.engine == "vllm" else {}),
-            "adapter": lora and lora.model_dump(), "reference": "the start, under the adapter" if lora else "a copy of the start",
-            "train_seconds": round(told["seconds"], 2), "warnings": early + late, "log": log}
+    return {
+        "rows": len(prompts),
+        "steps": training.steps,
+        "completions": training.steps * training.completions,
+        "settings": {key: training.value(key) for key in GRPO_SETTINGS[training.settings]},
+        "reward": getattr(reward, "__name__", type(reward).__name__),
+        "abstained": sum(record["abstained"] for record in log) / len(log) if log else 0.0,
+        "abstained_held_out": float(answers_after.reward.isna().mean()),
+        **reward_gain(before, after),
+        **saved,
+        **told["fit"],
+        "checkpointing": again,
+        **({"engine": f"vllm {importlib.metadata.version('vllm')}"} if training.engine == "vllm" else {}),
+        "adapter": lora and lora.model_dump(),
+        "reference": "the start, under the adapter" if lora else "a copy of the start",
+        "train_seconds": round(told["seconds"], 2),
+        "warnings": early + late,
+        "log": log,
+    }
 
-
+# %% ../../nbs/04_training/14_grpo.ipynb #bf186b31
 def _answered(rows: list[dict], answers: pd.DataFrame) -> list[dict]:
-    "Held-out prompts with the first answer that the start gave: the rows that merged and live policy are compared on."
+    """Held-out prompts with the first answer that the start gave: the rows that merged and live policy are
+    compared on.
+    """
     first = answers.groupby("prompt_number").completion.first()
-    return [{"messages": [*row["messages"], {"role": "assistant", "content": first[number]}]} for number, row in enumerate(rows[:CHECKED])]
+    return [
+        {"messages": [*row["messages"], {"role": "assistant", "content": first[number]}]}
+        for number, row in enumerate(rows[:CHECKED])
+    ]

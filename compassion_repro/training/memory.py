@@ -14,327 +14,500 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data import hub
-from .model_files import gguf_file, read_gguf
-from ..study import Grpo, Preset, Training
+from fastcore.basics import patch
+
 from ..core.errors import InputError
+from ..data import hub
+from ..study import Grpo, Preset, Training
+from .model_files import gguf_file, read_gguf
 
 # %% ../../nbs/04_training/03_memory.ipynb #b087ca06
 @dataclass(frozen=True)
 class Shape:
     "Sizes of a Llama-like decoder."
-    hidden: int # width of a token's vector, h
-    feed_forward: int # inner width of the feed-forward part, f
-    layers: int # L
-    heads: int # query heads
-    key_heads: int # key and value heads
-    head_size: int # numbers a head
-    vocabulary: int # V
-    tied: bool # output head shares the embedding
 
-    @property
-    def linear(self) -> list[tuple[int, int]]:
-        "Inputs and outputs of the seven linear maps of a layer: query, key, value, output, gate, up, down."
-        h, q, k, f = self.hidden, self.heads * self.head_size, self.key_heads * self.head_size, self.feed_forward
-        return [(h, q), (h, k), (h, k), (q, h), (h, f), (h, f), (f, h)]
+    hidden: int  # width of a token's vector, h
+    feed_forward: int  # inner width of the feed-forward part, f
+    layers: int  # L
+    heads: int  # query heads
+    key_heads: int  # key and value heads
+    head_size: int  # numbers a head
+    vocabulary: int  # V
+    tied: bool  # output head shares the embedding
 
-    @property
-    def linear_parameters(self) -> int:
-        "Parameters that an adapter stands beside, and that are held in 4 bits."
-        return self.layers * sum(inputs * outputs for inputs, outputs in self.linear)
+# %% ../../nbs/04_training/03_memory.ipynb #cfc62dfd
+@patch(as_prop=True)
+def linear(self: Shape) -> list[tuple[int, int]]:
+    "Inputs and outputs of the seven linear maps of a layer: query, key, value, output, gate, up, down."
+    h, q, k, f = (
+        self.hidden,
+        self.heads * self.head_size,
+        self.key_heads * self.head_size,
+        self.feed_forward,
+    )
+    return [(h, q), (h, k), (h, k), (q, h), (h, f), (h, f), (f, h)]
 
-    @property
-    def parameters(self) -> int:
-        "All parameters, N."
-        return self.linear_parameters + (2 * self.layers + 1) * self.hidden + (1 if self.tied else 2) * self.vocabulary * self.hidden
+# %% ../../nbs/04_training/03_memory.ipynb #bd098af3
+@patch(as_prop=True)
+def linear_parameters(self: Shape) -> int:
+    "Parameters that an adapter stands beside, and that are held in 4 bits."
+    return self.layers * sum(inputs * outputs for inputs, outputs in self.linear)
 
-    def adapter_parameters(self, rank: int) -> int: # rank r of the update
-        "Parameters of a low-rank adapter on every linear map: r (inputs + outputs) each."
-        return self.layers * rank * sum(inputs + outputs for inputs, outputs in self.linear)
+# %% ../../nbs/04_training/03_memory.ipynb #bc85182c
+@patch(as_prop=True)
+def parameters(self: Shape) -> int:
+    "All parameters, N."
+    return (
+        self.linear_parameters
+        + (2 * self.layers + 1) * self.hidden
+        + (1 if self.tied else 2) * self.vocabulary * self.hidden
+    )
 
-    def cache_bytes(self, number_bytes: int) -> int: # bytes of a number
-        "Keys and values that generation keeps for a token."
-        return 2 * self.layers * self.key_heads * self.head_size * number_bytes
+# %% ../../nbs/04_training/03_memory.ipynb #204ea511
+@patch
+def adapter_parameters(self: Shape, rank: int) -> int:  # rank r of the update
+    "Parameters of a low-rank adapter on every linear map: r (inputs + outputs) each."
+    return self.layers * rank * sum(inputs + outputs for inputs, outputs in self.linear)
+
+# %% ../../nbs/04_training/03_memory.ipynb #b54aa0c3
+@patch
+def cache_bytes(self: Shape, number_bytes: int) -> int:  # bytes of a number
+    "Keys and values that generation keeps for a token."
+    return 2 * self.layers * self.key_heads * self.head_size * number_bytes
 
 # %% ../../nbs/04_training/03_memory.ipynb #20c417c1
-KNOWN = { # models of the hub that presets name, from their published config.json
+KNOWN = {  # models of the hub that presets name, from their published config.json
     "meta-llama/Llama-3.1-8B": Shape(4096, 14336, 32, 32, 8, 128, 128256, False),
     "meta-llama/Llama-3.2-3B": Shape(3072, 8192, 28, 24, 8, 128, 128256, True),
     "meta-llama/Llama-3.2-1B": Shape(2048, 8192, 16, 32, 8, 64, 128256, True),
-    "sfairXC/FsfairX-LLaMA3-RM-v0.1": Shape(4096, 14336, 32, 32, 8, 128, 128256, True), # reward models have no output over words, so none beside the embedding
+    # reward models have no output over words, so none beside the embedding
+    "sfairXC/FsfairX-LLaMA3-RM-v0.1": Shape(4096, 14336, 32, 32, 8, 128, 128256, True),
     "Skywork/Skywork-Reward-V2-Qwen3-0.6B": Shape(1024, 3072, 28, 16, 8, 128, 151936, True),
 }
 
 # %% ../../nbs/04_training/03_memory.ipynb #70482364
 def read_shape(
-    source: str | Path, # model folder, GGUF file, or a hub id with an optional @revision
-) -> Shape | None: # None where the sizes are not at hand
+    source: str | Path,  # model folder, GGUF file, or a hub id with an optional @revision
+) -> Shape | None:  # None where the sizes are not at hand
     "Shape of a model, from its config.json, the header of its GGUF file, or the table of known ones."
-    if gguf := gguf_file(source): return _gguf_shape(gguf)
+    if gguf := gguf_file(source):
+        return _gguf_shape(gguf)
     file = Path(source) / "config.json"
     name = str(source).partition("@")[0]
-    if not file.is_file(): return KNOWN.get(hub.COPIES.get(name, name))
-    try: config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError: return None
-    try: hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    except (KeyError, TypeError): return None
-    if not {"intermediate_size", "num_hidden_layers", "vocab_size"} <= config.keys(): return None
+    if not file.is_file():
+        return KNOWN.get(hub.COPIES.get(name, name))
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    try:
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    except (KeyError, TypeError):
+        return None
+    if not {"intermediate_size", "num_hidden_layers", "vocab_size"} <= config.keys():
+        return None
     scores = any("SequenceClassification" in name for name in config.get("architectures") or [])
-    return Shape(hidden, config["intermediate_size"], config["num_hidden_layers"], heads, config.get("num_key_value_heads") or heads,
-                 config.get("head_dim") or hidden // heads, config["vocab_size"], config.get("tie_word_embeddings", False) or scores)
+    return Shape(
+        hidden,
+        config["intermediate_size"],
+        config["num_hidden_layers"],
+        heads,
+        config.get("num_key_value_heads") or heads,
+        config.get("head_dim") or hidden // heads,
+        config["vocab_size"],
+        config.get("tie_word_embeddings", False) or scores,
+    )
 
-
+# %% ../../nbs/04_training/03_memory.ipynb #c24fa2bc
 def _gguf_shape(file: Path) -> Shape | None:
-    "Shape of a GGUF file; None where it cannot be read, or where its weights are not those of such a decoder."
-    try: found = read_gguf(file)
-    except InputError: return None # the checks before stage 1 say why
+    """Shape of a GGUF file; None where it cannot be read, or where its weights are not those of such a
+    decoder.
+    """
+    try:
+        found = read_gguf(file)
+    except InputError:
+        return None  # the checks before stage 1 say why
     get, embedding = found.setting, found.tensors.get("token_embd.weight")
-    hidden, heads, inner, layers = (get(key) for key in ("embedding_length", "attention.head_count", "feed_forward_length", "block_count"))
-    if not (embedding and hidden and heads and inner and layers): return None
-    shape = Shape(hidden, inner, layers, heads, get("attention.head_count_kv") or heads, get("attention.key_length") or hidden // heads,
-                  embedding[0][-1], "output.weight" not in found.tensors)
-    return shape if abs(shape.parameters / found.parameters - 1) < 0.05 else None # experts, or two feed-forward maps
-
+    hidden, heads, inner, layers = (
+        get(key) for key in ("embedding_length", "attention.head_count", "feed_forward_length", "block_count")
+    )
+    if not (embedding and hidden and heads and inner and layers):
+        return None
+    shape = Shape(
+        hidden,
+        inner,
+        layers,
+        heads,
+        get("attention.head_count_kv") or heads,
+        get("attention.key_length") or hidden // heads,
+        embedding[0][-1],
+        "output.weight" not in found.tensors,
+    )
+    # experts, or two feed-forward maps
+    return shape if abs(shape.parameters / found.parameters - 1) < 0.05 else None
 
 # %% ../../nbs/04_training/03_memory.ipynb #c856d892
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256) # bytes of a weight in double-quantised NF4
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight in double-quantised NF4
 
 
 @dataclass(frozen=True)
 class Held:
     "How a training stage holds its model, as far as memory goes."
-    rank: int # of the adapter
-    quantize: str = "none" # "nf4": linear weights in 4 bits
-    number_bytes: int = 2 # of a number in the computation: 2 on GPUs, 4 on the CPU
-    moment_bytes: float = 8 # of Adam's two moments, a trained parameter
-    liger: bool = False # Liger's kernels, which keep less
-    masked: bool = False # attention reads a mask over the packed rows; of GRPO's padded rows it always does
 
-    def weights(self, shape: Shape) -> float: # bytes
+    rank: int  # of the adapter
+    quantize: str = "none"  # "nf4": linear weights in 4 bits
+    number_bytes: int = 2  # of a number in the computation: 2 on GPUs, 4 on the CPU
+    moment_bytes: float = 8  # of Adam's two moments, a trained parameter
+    liger: bool = False  # Liger's kernels, which keep less
+    masked: bool = False  # attention reads a mask over the packed rows; of GRPO's padded rows it always does
+
+    def weights(self, shape: Shape) -> float:  # bytes
         "The frozen weights."
         linear = shape.linear_parameters
-        return linear * (NF4_BYTES if self.quantize == "nf4" else self.number_bytes) + (shape.parameters - linear) * self.number_bytes
+        return (
+            linear * (NF4_BYTES if self.quantize == "nf4" else self.number_bytes)
+            + (shape.parameters - linear) * self.number_bytes
+        )
 
-
+# %% ../../nbs/04_training/03_memory.ipynb #e449f712
 def held(
-    preset: Preset, # the study
-    device: str = "cuda", # "cuda" or "cpu"
-    bfloat16: bool = True, # the GPU has it; those without have no kernel for packed rows either
-) -> Held: # for the estimates
+    preset: Preset,  # the study
+    device: str = "cuda",  # "cuda" or "cpu"
+    bfloat16: bool = True,  # the GPU has it; those without have no kernel for packed rows either
+) -> Held:  # for the estimates
     "How the training stages of a preset hold their model on a device."
     numbers = {"float32": 4, "auto": 4 if device == "cpu" else 2}.get(preset.models.dtype, 2)
-    small = preset.compute.optimizer.endswith("8bit") or preset.compute.optimizer == "auto" and preset.models.quantize == "nf4" and device == "cuda"
-    masked = preset.compute.attention in ("sdpa", "eager") or preset.compute.attention == "auto" and not bfloat16
-    return Held(preset.lora.rank, preset.models.quantize, numbers, 2 if small else 8, preset.compute.liger is True or preset.compute.liger == "auto" and device == "cuda", masked and device == "cuda")
+    small = (
+        preset.compute.optimizer.endswith("8bit")
+        or preset.compute.optimizer == "auto"
+        and preset.models.quantize == "nf4"
+        and device == "cuda"
+    )
+    masked = (
+        preset.compute.attention in ("sdpa", "eager") or preset.compute.attention == "auto" and not bfloat16
+    )
+    return Held(
+        preset.lora.rank,
+        preset.models.quantize,
+        numbers,
+        2 if small else 8,
+        preset.compute.liger is True or preset.compute.liger == "auto" and device == "cuda",
+        masked and device == "cuda",
+    )
 
 # %% ../../nbs/04_training/03_memory.ipynb #4565766b
-TILE = 4096, 32768 # tokens, and words of the vocabulary, that TRL's loss computes at once
+TILE = 4096, 32768  # tokens, and words of the vocabulary, that TRL's loss computes at once
 
 
 def training_memory(
-    shape: Shape, # of the model
-    tokens: int, # in a forward pass: sequences times their length
-    held: Held, # how the model is held
-    checkpointing: bool, # activations are computed again in the backward pass
-    padded: int = 0, # tokens a row of a padded micro-batch (GRPO); 0: the rows are packed
-) -> dict[str, float]: # bytes of weights, adapter, gradients, optimiser, activations, and what only passes
+    shape: Shape,  # of the model
+    tokens: int,  # in a forward pass: sequences times their length
+    held: Held,  # how the model is held
+    checkpointing: bool,  # activations are computed again in the backward pass
+    padded: int = 0,  # tokens a row of a padded micro-batch (GRPO); 0: the rows are packed
+) -> dict[str, float]:  # bytes of weights, adapter, gradients, optimiser, activations, and what only passes
     "Memory of a training stage, by its parts."
     adapter, b = shape.adapter_parameters(held.rank), held.number_bytes
     keys = shape.key_heads * shape.head_size
     norms, wide = (2 * b, 3) if held.liger else (2 * 4, 4)
     columns = padded or held.masked * tokens
     mask = b * (columns + 2 * (shape.heads * shape.head_size - keys)) if columns else 0
-    layer = b * (4 * shape.hidden + 2 * keys + wide * shape.feed_forward + 7 * held.rank) + norms * shape.hidden + mask
+    layer = (
+        b * (4 * shape.hidden + 2 * keys + wide * shape.feed_forward + 7 * held.rank)
+        + norms * shape.hidden
+        + mask
+    )
     kept = shape.layers * (shape.hidden * b if checkpointing else layer)
     logits = b * min(tokens, TILE[0]) * min(shape.vocabulary, TILE[1]) + 4 * tokens * shape.hidden
     restored = b * max(inputs * outputs for inputs, outputs in shape.linear) if held.quantize == "nf4" else 0
-    return {"weights": held.weights(shape), "adapter": 4 * adapter, "gradients": 4 * adapter, "optimiser": held.moment_bytes * adapter,
-            "activations": tokens * kept, "passing": max(logits, tokens * layer * checkpointing + restored)}
+    return {
+        "weights": held.weights(shape),
+        "adapter": 4 * adapter,
+        "gradients": 4 * adapter,
+        "optimiser": held.moment_bytes * adapter,
+        "activations": tokens * kept,
+        "passing": max(logits, tokens * layer * checkpointing + restored),
+    }
 
-
+# %% ../../nbs/04_training/03_memory.ipynb #71daace3
 def total(
-    parts: dict[str, float], # bytes
-) -> float: # GB of 2**30 bytes
+    parts: dict[str, float],  # bytes
+) -> float:  # GB of 2**30 bytes
     "The sum; a GRPO step samples or trains, so of its cache and its activations the larger counts."
     both = parts.get("activations", 0) + parts.get("passing", 0)
-    return (sum(parts.values()) - min(both, parts["cache"]) if "cache" in parts else sum(parts.values())) / 2**30
+    return (
+        sum(parts.values()) - min(both, parts["cache"]) if "cache" in parts else sum(parts.values())
+    ) / 2**30
 
 # %% ../../nbs/04_training/03_memory.ipynb #bacf5644
 def sampling_memory(
-    shape: Shape, # of the model
-    sequences: int, # answers at once
-    tokens: int, # of prompt and answer
-    number_bytes: int = 2, # of a number
-) -> float: # bytes, without the weights
+    shape: Shape,  # of the model
+    sequences: int,  # answers at once
+    tokens: int,  # of prompt and answer
+    number_bytes: int = 2,  # of a number
+) -> float:  # bytes, without the weights
     "Cache and logits of generation."
     return sequences * (tokens * shape.cache_bytes(number_bytes) + 4 * 4 * shape.vocabulary)
 
 # %% ../../nbs/04_training/03_memory.ipynb #b2833149
-ENGINE = 4 * 2**30 # bytes that vLLM works with beside weights and cache: activations, captured graphs, logits
+# bytes that vLLM works with beside weights and cache: activations, captured graphs, logits
+ENGINE = 4 * 2**30
 
 
 def engine_memory(
-    shape: Shape, # of the model
-    sequences: int, # answers at once
-    tokens: int, # of prompt and answer
-    number_bytes: int = 2, # of a number
-) -> float: # bytes
+    shape: Shape,  # of the model
+    sequences: int,  # answers at once
+    tokens: int,  # of prompt and answer
+    number_bytes: int = 2,  # of a number
+) -> float:  # bytes
     "What vLLM is given on the trainer's GPU."
     return shape.parameters * number_bytes + sequences * tokens * shape.cache_bytes(number_bytes) + ENGINE
 
 # %% ../../nbs/04_training/03_memory.ipynb #8633308e
-SHARE, FULL, ENOUGH, MOST = 0.9, 0.95, 4096, 16384 # of the memory that a choice may fill, and that an estimate may reach; tokens that keep a GPU busy; tokens beyond which nothing is gained
+# of the memory that a choice may fill, and that an estimate may reach; tokens that keep a GPU busy; tokens
+# beyond which nothing is gained
+SHARE, FULL, ENOUGH, MOST = 0.9, 0.95, 4096, 16384
 
 
 @dataclass(frozen=True)
 class Fit:
     "How much of a training stage is in the model at once."
-    micro_batch: int # sequences a forward pass
-    checkpointing: bool # activations are computed again
-    parts: dict # bytes by part, as estimated
-    at_once: int | None = None # completions sampled together, GRPO only
+
+    micro_batch: int  # sequences a forward pass
+    checkpointing: bool  # activations are computed again
+    parts: dict  # bytes by part, as estimated
+    at_once: int | None = None  # completions sampled together, GRPO only
 
     @property
     def gb(self) -> float:
         "Estimated memory, GB of 2**30 bytes."
         return total(self.parts)
 
+# %% ../../nbs/04_training/03_memory.ipynb #244aad42
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(number, 0, -1) if number % n == 0]
 
-def _divisors(number: int) -> list[int]: return [n for n in range(number, 0, -1) if number % n == 0]
-
-
+# %% ../../nbs/04_training/03_memory.ipynb #2662518e
 def fit(
-    training: Training | Grpo, # the stage
-    shape: Shape, # of the model
-    held: Held, # how it is held
-    memory_gb: float, # of the device, GB of 2**30 bytes
-    checkpointing: str = "auto", # "auto", "always" or "never"
-    reward_bytes: float = 0, # of a reward model beside it
-) -> Fit: # what to run with; more than the memory where nothing smaller is left
-    "Choose the micro-batch (where it is `auto`), the completions sampled at once and the checkpointing that fit a device."
+    training: Training | Grpo,  # the stage
+    shape: Shape,  # of the model
+    held: Held,  # how it is held
+    memory_gb: float,  # of the device, GB of 2**30 bytes
+    checkpointing: str = "auto",  # "auto", "always" or "never"
+    reward_bytes: float = 0,  # of a reward model beside it
+) -> Fit:  # what to run with; more than the memory where nothing smaller is left
+    """Choose the micro-batch (where it is `auto`), the completions sampled at once and the checkpointing that
+    fit a device.
+    """
     room, beside = SHARE * memory_gb * 2**30, {"reward": reward_bytes} if reward_bytes else {}
-    length = training.length if isinstance(training, Training) else training.max_prompt_tokens + training.value("max_new_tokens")
-    if isinstance(training, Grpo): beside["cache"] = 0
-    at_once = _sampled_at_once(training, shape, held, room - reward_bytes, length) if isinstance(training, Grpo) else None
-    if at_once and training.engine == "vllm": beside["engine"] = engine_memory(shape, at_once, length, held.number_bytes)
-    elif at_once: beside["cache"] = sampling_memory(shape, at_once, length, held.number_bytes)
+    length = (
+        training.length
+        if isinstance(training, Training)
+        else training.max_prompt_tokens + training.value("max_new_tokens")
+    )
+    if isinstance(training, Grpo):
+        beside["cache"] = 0
+    at_once = (
+        _sampled_at_once(training, shape, held, room - reward_bytes, length)
+        if isinstance(training, Grpo)
+        else None
+    )
+    if at_once and training.engine == "vllm":
+        beside["engine"] = engine_memory(shape, at_once, length, held.number_bytes)
+    elif at_once:
+        beside["cache"] = sampling_memory(shape, at_once, length, held.number_bytes)
     batch = at_once or training.batch_size
     sizes = _divisors(batch) if training.micro_batch == "auto" else [training.micro_batch]
     sizes = [n for n in sizes if n * length <= MOST] or sizes[-1:]
     padded = length if isinstance(training, Grpo) else 0
-    def attempt(size, again): return Fit(size, again, training_memory(shape, size * length, held, again, padded) | beside, at_once)
+
+    def attempt(size, again):
+        return Fit(size, again, training_memory(shape, size * length, held, again, padded) | beside, at_once)
+
     plain, twice = ([attempt(size, again) for size in sizes] for again in (False, True))
     fits = [f for f in plain if f.gb * 2**30 <= room]
-    if checkpointing == "never" or checkpointing == "auto" and fits and (fits[0] is plain[0] or fits[0].micro_batch * length >= ENOUGH): return (fits or plain[-1:])[0]
+    if (
+        checkpointing == "never"
+        or checkpointing == "auto"
+        and fits
+        and (fits[0] is plain[0] or fits[0].micro_batch * length >= ENOUGH)
+    ):
+        return (fits or plain[-1:])[0]
     return next((f for f in twice if f.gb * 2**30 <= room), twice[-1])
 
-
+# %% ../../nbs/04_training/03_memory.ipynb #9cc5f5c0
 def _sampled_at_once(training: Grpo, shape: Shape, held: Held, room: float, length: int) -> int:
     "The most completions, in whole groups, whose cache fits; what the preset says, where it says."
-    if training.generate_at_once or training.micro_batch != "auto" or training.engine == "vllm": return training.generate_at_once or training.completions
+    if training.generate_at_once or training.micro_batch != "auto" or training.engine == "vllm":
+        return training.generate_at_once or training.completions
     group = training.value("group")
     sizes = [group * n for n in _divisors(training.value("prompts_per_step"))]
     fixed = held.weights(shape) + (8 + held.moment_bytes) * shape.adapter_parameters(held.rank)
-    return next((n for n in sizes if fixed + sampling_memory(shape, n, length, held.number_bytes) <= room), sizes[-1])
+    return next(
+        (n for n in sizes if fixed + sampling_memory(shape, n, length, held.number_bytes) <= room), sizes[-1]
+    )
 
 # %% ../../nbs/04_training/03_memory.ipynb #b2149345
-ASKED = 256 # tokens that a question is taken to have; the embedded benchmarks' have fewer than 100
+ASKED = 256  # tokens that a question is taken to have; the embedded benchmarks' have fewer than 100
 
 
 def stage_memory(
-    preset: Preset, # the study
-    kind: str, # midtrain, sft, grpo or answers
-    shape: Shape, # of the model
-    memory_gb: float, # of the device to plan for
-    device: str = "cuda", # "cuda" or "cpu"
-    reward: Shape | None = None, # reward model of a GRPO stage
-    bfloat16: bool = True, # the GPU has it
-) -> Fit | None: # None for a kind of stage that needs no memory worth planning
+    preset: Preset,  # the study
+    kind: str,  # midtrain, sft, grpo or answers
+    shape: Shape,  # of the model
+    memory_gb: float,  # of the device to plan for
+    device: str = "cuda",  # "cuda" or "cpu"
+    reward: Shape | None = None,  # reward model of a GRPO stage
+    bfloat16: bool = True,  # the GPU has it
+) -> Fit | None:  # None for a kind of stage that needs no memory worth planning
     "Estimated memory of one stage."
     how = held(preset, device, bfloat16)
     if kind == "answers":
         tokens, batch = preset.generation.max_new_tokens + ASKED, preset.generation.batch_size
-        parts = {"weights": shape.parameters * how.number_bytes, "cache": sampling_memory(shape, batch, tokens, how.number_bytes)}
+        parts = {
+            "weights": shape.parameters * how.number_bytes,
+            "cache": sampling_memory(shape, batch, tokens, how.number_bytes),
+        }
         return Fit(batch, False, parts, batch)
-    if kind not in ("midtrain", "sft", "grpo"): return None
-    return fit(getattr(preset, kind), shape, how, memory_gb, preset.compute.checkpointing, reward.parameters * how.number_bytes if reward and kind == "grpo" else 0)
+    if kind not in ("midtrain", "sft", "grpo"):
+        return None
+    return fit(
+        getattr(preset, kind),
+        shape,
+        how,
+        memory_gb,
+        preset.compute.checkpointing,
+        reward.parameters * how.number_bytes if reward and kind == "grpo" else 0,
+    )
 
 # %% ../../nbs/04_training/03_memory.ipynb #00636687
 @dataclass(frozen=True)
 class Gpu:
     "A GPU, from its maker's data sheet."
-    gb: float # memory that programs get, GB of 2**30 bytes
-    teraflops: float # 10**12 dense 16-bit operations a second
-    bandwidth: float # GB of 10**9 bytes a second
-    bfloat16: bool = True # computes in bfloat16
-    trust: float = 1.0 # factor on the measured shares, an assumption
 
+    gb: float  # memory that programs get, GB of 2**30 bytes
+    teraflops: float  # 10**12 dense 16-bit operations a second
+    bandwidth: float  # GB of 10**9 bytes a second
+    bfloat16: bool = True  # computes in bfloat16
+    trust: float = 1.0  # factor on the measured shares, an assumption
 
-GPUS = {"T4": Gpu(14.7, 65, 320, False, 0.5), "L4": Gpu(22.2, 121, 300, True, 0.5), "A100": Gpu(79.3, 312, 2039), "H100": Gpu(79.2, 989, 3350), "H200": Gpu(139.8, 989, 4800)}
-REACHED = {"none": 0.42, "nf4": 0.37, "sampling": 0.30} # share of the data sheet's speed: training and training beside 4-bit weights means of two runs on H100s (see `bench`); reading weights while sampling is an estimate
-A_LAYER = {"answers": 1.2e-3, "none": 3.0e-3, "nf4": 4.6e-3, "vllm": 0.43e-3} # seconds of a sampling step a layer, whatever the batch: models under test, policies in 16 and in 4 bits with their adapter, policies sampled by vLLM (64 tokens and handing the weights over); measured there too
+# %% ../../nbs/04_training/03_memory.ipynb #b3e580f4
+GPUS = {
+    "T4": Gpu(14.7, 65, 320, False, 0.5),
+    "L4": Gpu(22.2, 121, 300, True, 0.5),
+    "A100": Gpu(79.3, 312, 2039),
+    "H100": Gpu(79.2, 989, 3350),
+    "H200": Gpu(139.8, 989, 4800),
+}
+# share of the data sheet's speed: training and training beside 4-bit weights means of two runs on H100s (see
+# `bench`); reading weights while sampling is an estimate
+REACHED = {"none": 0.42, "nf4": 0.37, "sampling": 0.30}
+# seconds of a sampling step a layer, whatever the batch: models under test, policies in 16 and in 4 bits with
+# their adapter, policies sampled by vLLM (64 tokens and handing the weights over); measured there too
+A_LAYER = {"answers": 1.2e-3, "none": 3.0e-3, "nf4": 4.6e-3, "vllm": 0.43e-3}
 
 
 def training_hours(
-    shape: Shape, # of the model
-    tokens: int, # trained on
-    gpu: Gpu, # where
-    quantize: str = "none", # how the weights are held
-    checkpointing: bool = True, # activations are computed again
-) -> float: # hours, estimated
+    shape: Shape,  # of the model
+    tokens: int,  # trained on
+    gpu: Gpu,  # where
+    quantize: str = "none",  # how the weights are held
+    checkpointing: bool = True,  # activations are computed again
+) -> float:  # hours, estimated
     "Time of supervised training, or of the training half of GRPO."
-    return (6 if checkpointing else 4) * shape.parameters * tokens / (gpu.teraflops * 1e12 * REACHED[quantize] * gpu.trust) / 3600
+    return (
+        (6 if checkpointing else 4)
+        * shape.parameters
+        * tokens
+        / (gpu.teraflops * 1e12 * REACHED[quantize] * gpu.trust)
+        / 3600
+    )
 
-
+# %% ../../nbs/04_training/03_memory.ipynb #9898ff31
 def sampling_hours(
-    shape: Shape, # of the model
-    tokens: int, # sampled, in all
-    at_once: int, # answers a batch
-    context: int, # tokens of prompt and answer, at most
-    gpu: Gpu, # where
-    held: str = "answers", # a key of A_LAYER
-) -> float: # hours, estimated
-    "Time of generation: every step reads the weights and half the full cache, or computes, or waits for the program that launches its kernels, whichever takes longest."
-    read = (2 * shape.parameters + at_once * context / 2 * shape.cache_bytes(2)) / (gpu.bandwidth * 1e9 * REACHED["sampling"])
+    shape: Shape,  # of the model
+    tokens: int,  # sampled, in all
+    at_once: int,  # answers a batch
+    context: int,  # tokens of prompt and answer, at most
+    gpu: Gpu,  # where
+    held: str = "answers",  # a key of A_LAYER
+) -> float:  # hours, estimated
+    """Time of generation: every step reads the weights and half the full cache, or computes, or waits for the
+    program that launches its kernels, whichever takes longest.
+    """
+    read = (2 * shape.parameters + at_once * context / 2 * shape.cache_bytes(2)) / (
+        gpu.bandwidth * 1e9 * REACHED["sampling"]
+    )
     compute = 2 * shape.parameters * at_once / (gpu.teraflops * 1e12 * REACHED["none"])
     return math.ceil(tokens / at_once) * max(read, compute, shape.layers * A_LAYER[held]) / gpu.trust / 3600
 
 # %% ../../nbs/04_training/03_memory.ipynb #9e833744
-STARTING, READING, LOADS = 20, 0.5, {"base": 1, "reward": 1, "midtrain": 3, "sft": 3, "grpo": 5, "answers": 1, "probe": 2} # seconds before a stage does anything; GB of 10**9 bytes a second that come off a disk; times that a stage reads a model
-JUDGED = {True: 5, False: 250} # calls a second: of a judge behind an API, of a program
+# seconds before a stage does anything; GB of 10**9 bytes a second that come off a disk; times that a stage
+# reads a model
+STARTING, READING, LOADS = (
+    20,
+    0.5,
+    {"base": 1, "reward": 1, "midtrain": 3, "sft": 3, "grpo": 5, "answers": 1, "probe": 2},
+)
+JUDGED = {True: 5, False: 250}  # calls a second: of a judge behind an API, of a program
 
 
 def stage_hours(
-    preset: Preset, # the study
-    record: dict, # a stage, from `pipeline.plan.plan`
-    shape: Shape, # of the model
-    gpu: Gpu, # where
-    fit: Fit | None, # of that kind of stage, from `stage_memory`
-) -> float: # hours, estimated
-    "Time of one stage; the reward's own time, and the passes of the measures without a judge, are short and left out."
+    preset: Preset,  # the study
+    record: dict,  # a stage, from `pipeline.plan.plan`
+    shape: Shape,  # of the model
+    gpu: Gpu,  # where
+    fit: Fit | None,  # of that kind of stage, from `stage_memory`
+) -> float:  # hours, estimated
+    """Time of one stage; the reward's own time, and the passes of the measures without a judge, are short and
+    left out.
+    """
     kind, tokens, held = record["kind"], record["tokens"] or 0, preset.models.quantize
-    if kind == "eval": return (STARTING + (record["judge_calls"] or 0) / JUDGED["/" in preset.judge]) / 3600
+    if kind == "eval":
+        return (STARTING + (record["judge_calls"] or 0) / JUDGED["/" in preset.judge]) / 3600
     hours = (STARTING + LOADS[kind] * 2e-9 * shape.parameters / READING) / 3600
-    if kind in ("midtrain", "sft"): hours += training_hours(shape, tokens, gpu, held, fit.checkpointing)
+    if kind in ("midtrain", "sft"):
+        hours += training_hours(shape, tokens, gpu, held, fit.checkpointing)
     if kind == "grpo":
         new, kept = preset.grpo.value("max_new_tokens"), 2 * preset.grpo.held_out * preset.grpo.samples
-        hours += training_hours(shape, tokens, gpu, held, fit.checkpointing) * 4 / 3 + sampling_hours(shape, tokens, fit.at_once, new, gpu, "vllm" if preset.grpo.engine == "vllm" else held)
+        hours += training_hours(shape, tokens, gpu, held, fit.checkpointing) * 4 / 3 + sampling_hours(
+            shape, tokens, fit.at_once, new, gpu, "vllm" if preset.grpo.engine == "vllm" else held
+        )
         hours += sampling_hours(shape, kept * new, min(kept, fit.at_once), new, gpu)
-    if kind == "answers": hours += sampling_hours(shape, (record["answers"] or 0) * preset.generation.max_new_tokens, preset.generation.batch_size, preset.generation.max_new_tokens, gpu)
+    if kind == "answers":
+        hours += sampling_hours(
+            shape,
+            (record["answers"] or 0) * preset.generation.max_new_tokens,
+            preset.generation.batch_size,
+            preset.generation.max_new_tokens,
+            gpu,
+        )
     return hours
 
-
+# %% ../../nbs/04_training/03_memory.ipynb #e5bf0d88
 def on_gpu(
-    preset: Preset, # the study
-    records: list[dict], # stages, from `pipeline.plan.plan`
-    shape: Shape, # of the model
-    gpu: Gpu, # where
-    reward: Shape | None = None, # reward model
-) -> dict: # `fits` (with a twentieth of the memory left), `stage` and `gb` of the kind of stage that needs most, `micro_batch` and `memory` (a `Fit`) by kind, `stages` (hours of each record), `hours` of all
+    preset: Preset,  # the study
+    records: list[dict],  # stages, from `pipeline.plan.plan`
+    shape: Shape,  # of the model
+    gpu: Gpu,  # where
+    reward: Shape | None = None,  # reward model
+    # `fits` (with a twentieth of the memory left), `stage` and `gb` of the kind of stage that needs most,
+    # `micro_batch` and `memory` (a `Fit`) by kind, `stages` (hours of each record), `hours` of all
+) -> dict:
     "What a study needs on one GPU: an estimate from the tables above."
-    fits = {kind: stage_memory(preset, kind, shape, gpu.gb, "cuda", reward, gpu.bfloat16) for kind in dict.fromkeys(r["kind"] for r in records)}
+    fits = {
+        kind: stage_memory(preset, kind, shape, gpu.gb, "cuda", reward, gpu.bfloat16)
+        for kind in dict.fromkeys(r["kind"] for r in records)
+    }
     fits = {kind: f for kind, f in fits.items() if f}
     most = max(fits, key=lambda kind: fits[kind].gb)
     hours = [stage_hours(preset, record, shape, gpu, fits.get(record["kind"])) for record in records]
-    return {"fits": fits[most].gb <= FULL * gpu.gb, "stage": most, "gb": round(fits[most].gb, 1), "micro_batch": {kind: f.micro_batch for kind, f in fits.items() if kind != "answers"},
-            "memory": fits, "stages": hours, "hours": round(sum(hours), 1)}
+    return {
+        "fits": fits[most].gb <= FULL * gpu.gb,
+        "stage": most,
+        "gb": round(fits[most].gb, 1),
+        "micro_batch": {kind: f.micro_batch for kind, f in fits.items() if kind != "answers"},
+        "memory": fits,
+        "stages": hours,
+        "hours": round(sum(hours), 1),
+    }

@@ -32,175 +32,239 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..core.errors import InputError, Notice, first_line, shorten
 from .checkpoints import is_whole, seal
 from .memory import read_shape
-from .models import MERGE, is_unmerged, load_model, load_tokenizer, merge, row_losses, save_model, weights_folder, write_ends
-from ..core.errors import InputError, Notice, first_line, shorten
+from compassion_repro.training.models import (
+    MERGE,
+    is_unmerged,
+    load_model,
+    load_tokenizer,
+    merge,
+    row_losses,
+    save_model,
+    weights_folder,
+    write_ends,
+)
+
+# %% ../../nbs/04_training/05_merging.ipynb #29a6f1cc
 from ..core.files import write_atomically
 from .device import Holding, held_as, load_held
 
-
 # %% ../../nbs/04_training/05_merging.ipynb #6282f956
-METHODS = { # way -> what the manifest says, by how the weights are held in training
-    "own": {"none": "LoRA merged into {} weights",
-            "nf4": "NF4 base dequantised, LoRA merged, saved in bfloat16, in a fresh process"},
-    "rounded": {"none": "LoRA merged in float32, rounded to {}",
-                "nf4": "NF4 base dequantised, LoRA merged in float32, rounded to bfloat16, in a fresh process"},
-    "float32": {"none": "LoRA merged in float32 and kept in float32",
-                "nf4": "NF4 base dequantised, LoRA merged and kept in float32, in a fresh process"},
-    "unmerged": {"none": "not merged: base and adapter",
-                 "nf4": "not merged: dequantised NF4 base and adapter"},
+METHODS = {  # way -> what the manifest says, by how the weights are held in training
+    "own": {
+        "none": "LoRA merged into {} weights",
+        "nf4": "NF4 base dequantised, LoRA merged, saved in bfloat16, in a fresh process",
+    },
+    "rounded": {
+        "none": "LoRA merged in float32, rounded to {}",
+        "nf4": "NF4 base dequantised, LoRA merged in float32, rounded to bfloat16, in a fresh process",
+    },
+    "float32": {
+        "none": "LoRA merged in float32 and kept in float32",
+        "nf4": "NF4 base dequantised, LoRA merged and kept in float32, in a fresh process",
+    },
+    "unmerged": {
+        "none": "not merged: base and adapter",
+        "nf4": "not merged: dequantised NF4 base and adapter",
+    },
 }
 
 
-def ways(how: Holding) -> list[str]: # keys of METHODS
+def ways(how: Holding) -> list[str]:  # keys of METHODS
     "The ways to write a trained adapter, cheapest first; in float32 the first three are one."
     plain = how.quantize == "none" and how.dtype == torch.float32
     return ["own", "unmerged"] if plain else list(METHODS)
 
-
+# %% ../../nbs/04_training/05_merging.ipynb #c4595921
 def _saved_dtype(way: str, how: Holding) -> torch.dtype:
     "Number format that a way saves."
-    if way == "float32": return torch.float32
-    if way == "unmerged": return how.dtype
+    if way == "float32":
+        return torch.float32
+    if way == "unmerged":
+        return how.dtype
     return torch.bfloat16 if how.quantize == "nf4" else how.dtype
-
 
 # %% ../../nbs/04_training/05_merging.ipynb #d2626d57
 def write_merged(
-    adapter: str | Path, # folder of the adapter
-    base: str | Path, # model folder that it was trained next to
-    out: str | Path, # folder to write
-    how: Holding, # as in training
-    way: str = "own", # a key of METHODS; unmerged writes the base alone
+    adapter: str | Path,  # folder of the adapter
+    base: str | Path,  # model folder that it was trained next to
+    out: str | Path,  # folder to write
+    how: Holding,  # as in training
+    way: str = "own",  # a key of METHODS; unmerged writes the base alone
 ):
-    "Open the base as training held it, dequantise it, merge the adapter and save; no forward pass may come before."
+    """Open the base as training held it, dequantise it, merge the adapter and save; no forward pass may come
+    before.
+    """
     exact = {"dtype": torch.float32, "compute": how.compute.model_copy(update={"attention": "auto"})}
     held = replace(how, **exact) if way in ("rounded", "float32") else how
     model = load_held(base, held)
-    if how.quantize == "nf4": model = model.dequantize()
-    if way != "unmerged": model = merge(PeftModel.from_pretrained(model, adapter))
+    if how.quantize == "nf4":
+        model = model.dequantize()
+    if way != "unmerged":
+        model = merge(PeftModel.from_pretrained(model, adapter))
     save_model(model.to(_saved_dtype(way, how)), load_tokenizer(base), out)
 
-
+# %% ../../nbs/04_training/05_merging.ipynb #d29c5197
 def _merge_apart(adapter: Path, base: str | Path, out: str | Path, how: Holding, way: str = "own"):
     "`write_merged` in a fresh process; raises `InputError` with its one line where it failed."
     number = str(how.dtype).removeprefix("torch.")
-    words = [sys.executable, "-m", "compassion_repro.training.merging", str(adapter), str(base), str(out), how.device, number, way]
+    words = [
+        sys.executable,
+        "-m",
+        "compassion_repro.training.merging",
+        str(adapter),
+        str(base),
+        str(out),
+        how.device,
+        number,
+        way,
+    ]
     done = subprocess.run(words, capture_output=True, text=True)
-    if not done.returncode: return
+    if not done.returncode:
+        return
     last = (done.stderr.strip().splitlines() or [f"the process ended with status {done.returncode}"])[-1]
     raise InputError(f"merging failed: {shorten(last)}")
 
-
+# %% ../../nbs/04_training/05_merging.ipynb #654243f1
 def main(
-    words: list[str] | None = None, # adapter, base, out, device, dtype, way; default: the process's own
-) -> int: # exit status
-    "`python -m compassion_repro.training.merging ADAPTER BASE OUT DEVICE DTYPE WAY`: what a stage calls to merge."
+    words: list[str] | None = None,  # adapter, base, out, device, dtype, way; default: the process's own
+) -> int:  # exit status
+    """`python -m compassion_repro.training.merging ADAPTER BASE OUT DEVICE DTYPE WAY`: what a stage calls to
+    merge.
+    """
     parser = argparse.ArgumentParser(prog="python -m compassion_repro.training.merging")
-    for name in ("adapter", "base", "out", "device", "dtype"): parser.add_argument(name)
+    for name in ("adapter", "base", "out", "device", "dtype"):
+        parser.add_argument(name)
     parser.add_argument("way", nargs="?", choices=list(METHODS), default="own")
     args = parser.parse_args(words)
     how = Holding(_roomy(args.base, args.device, args.way), getattr(torch, args.dtype), "nf4")
-    try: write_merged(args.adapter, args.base, args.out, how, args.way)
+    try:
+        write_merged(args.adapter, args.base, args.out, how, args.way)
     except (InputError, OSError, ValueError, SafetensorError, torch.OutOfMemoryError) as error:
         print(first_line(error), file=sys.stderr)
         return 2
     return 0
 
-
+# %% ../../nbs/04_training/05_merging.ipynb #48cb5d27
 def _roomy(base: str | Path, device: str, way: str = "own") -> str:
     "The device, or the processor where the GPU has no room for the whole model next to its 4-bit form."
     shape, each = read_shape(weights_folder(base)), 4.8 if way in ("rounded", "float32") else 2.8
-    if device == "cpu" or shape is None: return device
+    if device == "cpu" or shape is None:
+        return device
     return device if torch.cuda.mem_get_info()[0] > each * shape.parameters else "cpu"
 
-
 # %% ../../nbs/04_training/05_merging.ipynb #da96171d
-TRAINED = "trained" # folder in a stage's checkpoints: the adapter, and what training told
+TRAINED = "trained"  # folder in a stage's checkpoints: the adapter, and what training told
 
 
 def trained_once(
-    folder: Path | None, # from `own_folder`; None keeps nothing
-    train: Callable, # trains: gives the model, and what it told by name: plain values or frames
-    start: str | Path, # model folder that training starts from
-    how: Holding, # as in training
-    report: Callable = print, # called with one line of text
-    label: str = "training", # what is being trained
-) -> tuple[PreTrainedModel | PeftModel, dict[str, Any]]: # what `train` gave, now or before the run was cut off
+    folder: Path | None,  # from `own_folder`; None keeps nothing
+    train: Callable,  # trains: gives the model, and what it told by name: plain values or frames
+    start: str | Path,  # model folder that training starts from
+    how: Holding,  # as in training
+    report: Callable = print,  # called with one line of text
+    label: str = "training",  # what is being trained
+    # what `train` gave, now or before the run was cut off
+) -> tuple[PreTrainedModel | PeftModel, dict[str, Any]]:
     "Train once: an adapter that an earlier run finished is opened again instead."
     place = folder and folder / TRAINED
     if place and is_whole(place):
         report(Notice(f"{label}: training was finished by an earlier run, so only the merge is left to do"))
         return PeftModel.from_pretrained(load_held(start, how), place).eval(), _told(place)
     model, told = train()
-    if place and isinstance(model, PeftModel): _keep(place, model, told, report, label)
+    if place and isinstance(model, PeftModel):
+        _keep(place, model, told, report, label)
     return model, told
 
-
+# %% ../../nbs/04_training/05_merging.ipynb #984c0d2d
 def _keep(place: Path, model: PeftModel, told: dict[str, Any], report: Callable, label: str):
-    "Write the adapter and what training told, and seal the folder; a disk that cannot take it is no reason to stop."
+    """Write the adapter and what training told, and seal the folder; a disk that cannot take it is no reason
+    to stop.
+    """
     try:
         shutil.rmtree(place, ignore_errors=True)
         save_adapter(model, place)
         for name, value in told.items():
-            if isinstance(value, pd.DataFrame): value.to_parquet(place / f"{name}.parquet")
-            else: (place / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
+            if isinstance(value, pd.DataFrame):
+                value.to_parquet(place / f"{name}.parquet")
+            else:
+                (place / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
         seal(place)
-    except Exception as error: # a full disk has many ways to say so
+    except Exception as error:  # a full disk has many ways to say so
         shutil.rmtree(place, ignore_errors=True)
-        report(Notice(f"{label}: the trained adapter could not be kept before the merge ({first_line(error)})"))
+        report(
+            Notice(f"{label}: the trained adapter could not be kept before the merge ({first_line(error)})")
+        )
 
-
+# %% ../../nbs/04_training/05_merging.ipynb #2d54a207
 def _told(place: Path) -> dict[str, Any]:
     "What training told, read back."
-    plain = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in place.glob("*.json")
-             if file.name not in ("adapter_config.json", "seal.json")}
+    plain = {
+        file.stem: json.loads(file.read_text(encoding="utf-8"))
+        for file in place.glob("*.json")
+        if file.name not in ("adapter_config.json", "seal.json")
+    }
     return plain | {file.stem: pd.read_parquet(file) for file in place.glob("*.parquet")}
 
-
+# %% ../../nbs/04_training/05_merging.ipynb #eb0beeca
 def save_adapter(
-    model: PeftModel, # trained
-    folder: Path, # made if missing
+    model: PeftModel,  # trained
+    folder: Path,  # made if missing
 ):
     "Save the adapter, without the path of the base, which is another on every machine."
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
     file = folder / "adapter_config.json"
     settings = json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": None}
-    write_atomically(file, lambda partial: partial.write_text(json.dumps(settings, indent=1), encoding="utf-8"))
-
+    write_atomically(
+        file, lambda partial: partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    )
 
 # %% ../../nbs/04_training/05_merging.ipynb #f5e8f8e5
-CHECKED = 32 # held-out rows that merged and live model are compared on
+CHECKED = 32  # held-out rows that merged and live model are compared on
 
 
 def check_merge(
-    live: torch.Tensor, # shape (rows,), nats a token, of the model with its adapter
-    merged: torch.Tensor, # the same rows, of the model that was written
-    tolerance: float, # nats a token
-) -> dict: # rows, both mean losses, their difference `off`, and `kept`: whether that is within the tolerance
-    "Compare the mean losses of a written model and the live one; without a finite loss there is nothing to compare."
+    live: torch.Tensor,  # shape (rows,), nats a token, of the model with its adapter
+    merged: torch.Tensor,  # the same rows, of the model that was written
+    tolerance: float,  # nats a token
+) -> dict:  # rows, both mean losses, their difference `off`, and `kept`: whether that is within the tolerance
+    """Compare the mean losses of a written model and the live one; without a finite loss there is nothing to
+    compare.
+    """
     known = torch.isfinite(live) & torch.isfinite(merged)
-    if not known.any(): return {"rows": 0, "off": 0.0, "kept": True}
+    if not known.any():
+        return {"rows": 0, "off": 0.0, "kept": True}
     before, after = live[known].double().mean().item(), merged[known].double().mean().item()
     off = abs(after - before)
-    return {"rows": int(known.sum()), "live_loss": before, "merged_loss": after, "off": off, "kept": off <= tolerance}
+    return {
+        "rows": int(known.sum()),
+        "live_loss": before,
+        "merged_loss": after,
+        "off": off,
+        "kept": off <= tolerance,
+    }
 
-
+# %% ../../nbs/04_training/05_merging.ipynb #cec7c7f9
 def save_trained(
-    model: PreTrainedModel | PeftModel, # as training left it; its memory is given back
-    tokenizer: PreTrainedTokenizerBase, # saved with it
-    start: str | Path, # model folder that training started from
-    out: str | Path, # folder the model is written to
-    how: Holding, # as in training
-    live: torch.Tensor, # shape (rows,), nats a token, of the model as it is
-    measure: Callable[[], torch.Tensor], # opens `out` and gives the losses of the same rows first, then of any others
-    report: Callable = print, # called with one line where an ordinary merge is not exact enough
-    label: str = "training", # what was trained
-    folder: Path | None = None, # from `own_folder`, where `trained_once` keeps the adapter
-) -> tuple[dict, torch.Tensor]: # for the manifest; the losses of the model that was written
-    "Write the trained model in the first way that passes its check; raises `InputError` where none does, the adapter kept."
+    model: PreTrainedModel | PeftModel,  # as training left it; its memory is given back
+    tokenizer: PreTrainedTokenizerBase,  # saved with it
+    start: str | Path,  # model folder that training started from
+    out: str | Path,  # folder the model is written to
+    how: Holding,  # as in training
+    live: torch.Tensor,  # shape (rows,), nats a token, of the model as it is
+    # opens `out` and gives the losses of the same rows first, then of any others
+    measure: Callable[[], torch.Tensor],
+    report: Callable = print,  # called with one line where an ordinary merge is not exact enough
+    label: str = "training",  # what was trained
+    folder: Path | None = None,  # from `own_folder`, where `trained_once` keeps the adapter
+) -> tuple[dict, torch.Tensor]:  # for the manifest; the losses of the model that was written
+    """Write the trained model in the first way that passes its check.
+
+    Raises `InputError` where none does, the adapter kept.
+    """
     began, held, out = time.perf_counter(), held_as(model), Path(out)
     plain = not isinstance(model, PeftModel)
     adapter = None if plain else _adapter_folder(model, folder, out)
@@ -209,141 +273,188 @@ def save_trained(
         try:
             _write(way, model, tokenizer, adapter, start, out, how)
             losses = measure()
-        except (OSError, RuntimeError, SafetensorError, InputError) as error: # no disk or no memory for this way
-            if way == "own": raise
+        # no disk or no memory for this way
+        except (OSError, RuntimeError, SafetensorError, InputError) as error:
+            if way == "own":
+                raise
             tried[way] = f"failed ({type(error).__name__})"
             continue
-        check = check_merge(live, losses[:len(live)], how.tolerance)
+        check = check_merge(live, losses[: len(live)], how.tolerance)
         tried[way] = check["off"]
         if check.pop("kept"):
             passed = way
             break
-    if passed is None: raise InputError(_none_passed(label, tried, how))
+    if passed is None:
+        raise InputError(_none_passed(label, tried, how))
     told = _settle(passed, out, adapter, how, tried, report, label)
-    method = "every weight trained" + ", kept in float32" * (passed == "float32") if plain else METHODS[passed][how.quantize].format(_name(_saved_dtype(passed, how)))
+    method = (
+        "every weight trained" + ", kept in float32" * (passed == "float32")
+        if plain
+        else METHODS[passed][how.quantize].format(_name(_saved_dtype(passed, how)))
+    )
     record = {"merge": method, "held": held, "merge_seconds": round(time.perf_counter() - began, 2)}
-    return record | {"merge_check": check | {"tolerance": how.tolerance, "way": passed, "tried": tried}} | told, losses
+    return (
+        record | {"merge_check": check | {"tolerance": how.tolerance, "way": passed, "tried": tried}} | told,
+        losses,
+    )
 
-
-def _name(dtype: torch.dtype) -> str: return str(dtype).removeprefix("torch.")
-
+# %% ../../nbs/04_training/05_merging.ipynb #84c7e4f6
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 # %% ../../nbs/04_training/05_merging.ipynb #c0bd3024
 def _adapter_folder(model: PeftModel, folder: Path | None, out: Path) -> Path:
     "Where the adapter is on the disk; it is written there before the first merge if it is not yet."
-    if folder and is_whole(folder / TRAINED): return folder / TRAINED
+    if folder and is_whole(folder / TRAINED):
+        return folder / TRAINED
     save_adapter(model, out / "adapter")
     return out / "adapter"
 
-
+# %% ../../nbs/04_training/05_merging.ipynb #00cda2d7
 def _clear(out: Path):
     "Remove the model that a former way wrote; rows and tables of the stage stay."
-    for pattern in ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", MERGE):
-        for file in out.glob(pattern): file.unlink()
+    for pattern in (
+        "*.safetensors",
+        "*.safetensors.index.json",
+        "config.json",
+        "generation_config.json",
+        MERGE,
+    ):
+        for file in out.glob(pattern):
+            file.unlink()
     shutil.rmtree(out / "base", ignore_errors=True)
 
-
+# %% ../../nbs/04_training/05_merging.ipynb #c9d01fe2
 def _write(way, model, tokenizer, adapter, start, out, how):
     "Write a trained model in one of the ways, and give the memory of the live one back."
-    if way == "own": _clear(out)
-    if way == "own" and (adapter is None or how.quantize == "none"): save_model(_in_own_format(model, how), tokenizer, out)
+    if way == "own":
+        _clear(out)
+    if way == "own" and (adapter is None or how.quantize == "none"):
+        save_model(_in_own_format(model, how), tokenizer, out)
     _release(model)
-    if adapter and (way != "own" or how.quantize == "nf4"): _write_from_disk(way, adapter, start, out, how)
+    if adapter and (way != "own" or how.quantize == "nf4"):
+        _write_from_disk(way, adapter, start, out, how)
     tokenizer.save_pretrained(out)
-    for folder in (out, out / "base"): write_ends(folder, tokenizer)
-    if way == "float32": _note(out, way) # where every weight was trained this is all: they are saved in 32 bits
+    for folder in (out, out / "base"):
+        write_ends(folder, tokenizer)
+    # where every weight was trained this is all: they are saved in 32 bits
+    if way == "float32":
+        _note(out, way)
 
-
+# %% ../../nbs/04_training/05_merging.ipynb #5336539b
 def _in_own_format(model: PreTrainedModel | PeftModel, how: Holding) -> PreTrainedModel:
     "The plain model; a start that was held in float32 is brought back to the format of the computation."
-    if not isinstance(model, PeftModel): return model
+    if not isinstance(model, PeftModel):
+        return model
     merged = merge(model)
     return merged if merged.dtype == how.dtype else merged.to(how.dtype)
 
-
+# %% ../../nbs/04_training/05_merging.ipynb #e727a3e6
 def _write_from_disk(way: str, adapter: Path, start: str | Path, out: Path, how: Holding):
     "The ways that begin with the adapter as it was written, in place of what a former way wrote."
     _clear(out)
-    if way == "unmerged": _write_unmerged(adapter, start, out, how)
-    elif how.quantize == "nf4": _merge_apart(adapter, start, out, how, way)
-    else: write_merged(adapter, start, out, replace(how, device=_roomy(start, how.device, way)), way)
+    if way == "unmerged":
+        _write_unmerged(adapter, start, out, how)
+    elif how.quantize == "nf4":
+        _merge_apart(adapter, start, out, how, way)
+    else:
+        write_merged(adapter, start, out, replace(how, device=_roomy(start, how.device, way)), way)
 
-
+# %% ../../nbs/04_training/05_merging.ipynb #15dfb08c
 def _note(out: Path, way: str):
     "Leave the note that `load_model` reads."
-    write_atomically(out / MERGE, lambda partial: partial.write_text(json.dumps({"way": way}) + "\n", encoding="utf-8"))
+    write_atomically(
+        out / MERGE, lambda partial: partial.write_text(json.dumps({"way": way}) + "\n", encoding="utf-8")
+    )
 
-
+# %% ../../nbs/04_training/05_merging.ipynb #37606dc6
 def _write_unmerged(adapter: Path, start: str | Path, out: Path, how: Holding):
     "The base in `out`/base (a link where the disk allows one) and the adapter in `out`/adapter."
     base = out / "base"
     base.mkdir()
-    if how.quantize == "nf4": _merge_apart(adapter, start, base, how, "unmerged")
+    if how.quantize == "nf4":
+        _merge_apart(adapter, start, base, how, "unmerged")
     elif is_unmerged(start):
         write_merged(adapter, start, base, replace(how, dtype=torch.float32), "unmerged")
         _note(base, "float32")
     else:
         for file in Path(start).iterdir():
-            if file.suffix in (".json", ".safetensors") and file.name != "manifest.json": _link(file, base / file.name)
+            if file.suffix in (".json", ".safetensors") and file.name != "manifest.json":
+                _link(file, base / file.name)
     _put_adapter(adapter, out)
     _note(out, "unmerged")
 
-
+# %% ../../nbs/04_training/05_merging.ipynb #cdfd146b
 def _link(source: Path, target: Path):
     "Weights are linked where the disk allows it, everything else is copied."
     if source.suffix == ".safetensors":
-        try: return os.link(os.path.realpath(source), target)
-        except OSError: pass
+        try:
+            return os.link(os.path.realpath(source), target)
+        except OSError:
+            pass
     shutil.copyfile(source, target)
 
-
+# %% ../../nbs/04_training/05_merging.ipynb #8dd5c859
 def _put_adapter(adapter: Path, out: Path):
     "The adapter in the stage itself."
-    if adapter == out / "adapter": return
+    if adapter == out / "adapter":
+        return
     (out / "adapter").mkdir(exist_ok=True)
-    for file in adapter.glob("adapter_*"): shutil.copyfile(file, out / "adapter" / file.name)
+    for file in adapter.glob("adapter_*"):
+        shutil.copyfile(file, out / "adapter" / file.name)
 
-
+# %% ../../nbs/04_training/05_merging.ipynb #98e243e7
 def _release(model: torch.nn.Module):
     "Give the weights' memory back, whoever still holds the model."
-    for weight in model.parameters(): weight.data = weight.data.new_empty(0)
+    for weight in model.parameters():
+        weight.data = weight.data.new_empty(0)
     gc.collect()
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
-
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 # %% ../../nbs/04_training/05_merging.ipynb #a59ed9a9
-COST = { # what a more exact way costs
+COST = {  # what a more exact way costs
     "rounded": "",
     "float32": "; its weights take twice the disk, and twice the memory where they are opened",
     "unmerged": "; answers are slower, and a training that starts from it starts from the sum in float32",
 }
 
 
-def _settle(way: str, out: Path, adapter: Path | None, how: Holding, tried: dict, report: Callable, label: str) -> dict:
+def _settle(
+    way: str, out: Path, adapter: Path | None, how: Holding, tried: dict, report: Callable, label: str
+) -> dict:
     "Keep the adapter where it is needed, and say which way was taken if it was not the ordinary one."
-    if adapter and (way != "own" or how.quantize == "nf4"): _put_adapter(adapter, out)
-    elif adapter == out / "adapter": shutil.rmtree(adapter)
-    if way == "own": return {}
+    if adapter and (way != "own" or how.quantize == "nf4"):
+        _put_adapter(adapter, out)
+    elif adapter == out / "adapter":
+        shutil.rmtree(adapter)
+    if way == "own":
+        return {}
     line = f"{label}: {_tried(tried)}; taken: {way}{COST[way]}"
     report(Notice(line))
     return {"merge_note": line}
 
-
+# %% ../../nbs/04_training/05_merging.ipynb #49a54250
 def _tried(tried: dict) -> str:
     "Each way with its distance from the live adapter."
-    told = [f"{way} {value}" if isinstance(value, str) else f"{way} off by {value:.3g}" for way, value in tried.items()]
+    told = [
+        f"{way} {value}" if isinstance(value, str) else f"{way} off by {value:.3g}"
+        for way, value in tried.items()
+    ]
     return "merging by way (nats a token from the live adapter): " + ", ".join(told)
 
-
+# %% ../../nbs/04_training/05_merging.ipynb #c260d76e
 def _none_passed(label: str, tried: dict, how: Holding) -> str:
     "The refusal, with the tolerance that would do."
     figures = [value for value in tried.values() if not isinstance(value, str)]
     enough = f"{1.1 * min(figures):.2g}" if figures else "a larger one"
-    return (f"{label}: the merged model is not the trained one within models.merge_tolerance={how.tolerance:g}: {_tried(tried)}; "
-            f"what was trained is kept: with --set models.merge_tolerance={enough} the same command accepts it without training again")
-
+    return (
+        f"{label}: the merged model is not the trained one within models.merge_tolerance={how.tolerance:g}:"
+        f" {_tried(tried)}; what was trained is kept: with --set models.merge_tolerance={enough} the same"
+        " command accepts it without training again"
+    )
 
 # %% ../../nbs/04_training/05_merging.ipynb #5422a9db
 #| eval: false
-if __name__ == "__main__": sys.exit(main())
-
+if __name__ == "__main__":
+    sys.exit(main())

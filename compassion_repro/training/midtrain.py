@@ -14,72 +14,97 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 from ..data import world
 from ..study import Lora, Training
 from .device import Holding
-from .models import load_tokenizer, END, render, row_losses, save_model
-from .supervised import pack, steps_for, train_stage, held_out_gain, train
+from .models import END, load_tokenizer, render, row_losses, save_model
+from .supervised import held_out_gain, pack, steps_for, train, train_stage
 
 # %% ../../nbs/04_training/09_midtrain.ipynb #fe3837f0
 def midtrain(
-    start: str | Path, # model folder to start from
-    documents: list[dict], # mid-training documents
-    replay: list[dict], # documents of the base corpus, mixed in
-    held_out: list[dict], # documents to measure the gain on
-    out: str | Path, # folder the model is written to
-    training: Training, # sizes and rates
-    seed: int, # study seed
-    lora: Lora | None, # adapter, merged at the end; None trains every weight
-    report: callable = print, # called with one line of progress
-    how: Holding | None = None, # how the model is held in training; default: plainly, as the machine has it
-    template: str = "plain", # chat template that the tokenizer keeps
-    label: str = "mid-training", # model id, for the progress line
-    checkpoints: str | Path | None = None, # as for `train_stage`
-) -> dict: # what was done and the gain on held-out documents
+    start: str | Path,  # model folder to start from
+    documents: list[dict],  # mid-training documents
+    replay: list[dict],  # documents of the base corpus, mixed in
+    held_out: list[dict],  # documents to measure the gain on
+    out: str | Path,  # folder the model is written to
+    training: Training,  # sizes and rates
+    seed: int,  # study seed
+    lora: Lora | None,  # adapter, merged at the end; None trains every weight
+    report: callable = print,  # called with one line of progress
+    how: Holding | None = None,  # how the model is held in training; default: plainly, as the machine has it
+    template: str = "plain",  # chat template that the tokenizer keeps
+    label: str = "mid-training",  # model id, for the progress line
+    checkpoints: str | Path | None = None,  # as for `train_stage`
+) -> dict:  # what was done and the gain on held-out documents
     "Continued pre-training on documents with a share of replayed base documents."
     rows = [*documents, *replay]
     steps = steps_for(training, [len(pack(rows, load_tokenizer(start), training.length, seed))])
-    return train_stage(start, rows, held_out, out, training, steps, seed, lora, report, label, how, template, checkpoints)
+    return train_stage(
+        start, rows, held_out, out, training, steps, seed, lora, report, label, how, template, checkpoints
+    )
 
-
+# %% ../../nbs/04_training/09_midtrain.ipynb #e809f852
 def replay_rows(
-    documents: int, # number of mid-training documents
-    share: float, # share of all training rows that are replayed, 0 to below 1
-) -> int: # number of rows to replay
+    documents: int,  # number of mid-training documents
+    share: float,  # share of all training rows that are replayed, 0 to below 1
+) -> int:  # number of rows to replay
     "How many base documents make up `share` of the training rows."
     return round(documents * share / (1 - share))
 
 # %% ../../nbs/04_training/09_midtrain.ipynb #e5b185ae
-BASE_TRAINING = Training(rows=50_000, held_out=500, steps=2400, learning_rate=3e-3, batch_size=6, micro_batch=6, length=256, warmup=0.05)
+BASE_TRAINING = Training(
+    rows=50_000,
+    held_out=500,
+    steps=2400,
+    learning_rate=3e-3,
+    batch_size=6,
+    micro_batch=6,
+    length=256,
+    warmup=0.05,
+)
 
 
 def _as_text(row: dict) -> dict:
     "Pre-training reads a conversation as it reads a document: the loss covers the question too."
     return {"text": row["text"] if "text" in row else "".join(render(row["messages"])).removesuffix(END)}
 
-
+# %% ../../nbs/04_training/09_midtrain.ipynb #ee530cef
 def build_base(
-    out: str | Path, # folder the model is written to
-    training: Training = BASE_TRAINING, # sizes and rates
-    seed: int = 0, # decides weights, corpus and order
-    report: callable = print, # called with one line of progress
-) -> dict: # what was done, with the loss on held-out rows
+    out: str | Path,  # folder the model is written to
+    training: Training = BASE_TRAINING,  # sizes and rates
+    seed: int = 0,  # decides weights, corpus and order
+    report: callable = print,  # called with one line of progress
+) -> dict:  # what was done, with the loss on held-out rows
     "Train the world's tiny Llama from random weights."
     world.build_tokenizer(out)
     tokenizer = load_tokenizer(out)
     set_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**world.TINY_LLAMA, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
-                                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            **world.TINY_LLAMA,
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
     held_out = [_as_text(row) for row in world.corpus("base", training.held_out, seed=seed, held_out=True)]
     before = row_losses(model.eval(), tokenizer, held_out)
     rows = [_as_text(row) for row in world.corpus("base", training.rows, seed=seed)]
     model, done = train(model, tokenizer, rows, training, training.steps, seed, report=report, label="base")
     save_model(model, tokenizer, out)
-    return {**done, **held_out_gain(before, row_losses(model, tokenizer, held_out)), "parameters": model.num_parameters()}
+    return {
+        **done,
+        **held_out_gain(before, row_losses(model, tokenizer, held_out)),
+        "parameters": model.num_parameters(),
+    }
 
 # %% ../../nbs/04_training/09_midtrain.ipynb #c826d743
 def main():
-    "`python -m compassion_repro.training.midtrain`: rebuild the shipped base model and print what it reached."
+    """`python -m compassion_repro.training.midtrain`: rebuild the shipped base model and print what it
+    reached.
+    """
     done = build_base(world.assets() / "base")
     print(json.dumps({k: v for k, v in done.items() if k != "log"}, indent=1))
 
 # %% ../../nbs/04_training/09_midtrain.ipynb #76198f54
 #| eval: false
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from ..core.errors import InputError, first_line, shorten
 
 # %% ../../nbs/04_training/00_model_files.ipynb #c7a32a97
@@ -28,7 +30,9 @@ def read_json(
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read ({shorten(first_line(error))}): download the model again") from None
+        raise InputError(
+            f"{file} cannot be read ({shorten(first_line(error))}): download the model again"
+        ) from None
     if not isinstance(found, dict):
         raise InputError(f"{file} holds no settings: download the model again")
     return found
@@ -55,7 +59,7 @@ def quantisation(
             return {"quant_method": method}
     return None
 
-
+# %% ../../nbs/04_training/00_model_files.ipynb #a00ac1fb
 def check_quantised(
     folder: str | Path,  # model folder
     name: str | None = None,  # what the user called it; default: the path
@@ -68,8 +72,10 @@ def check_quantised(
     if method in (OPENED, "bitsandbytes_4bit", "bitsandbytes_8bit"):
         return f"{OPENED}, {4 if found.get('load_in_4bit') or found.get('_load_in_4bit') else 8} bits"
     bits = f" ({found['bits']} bits)" if isinstance(found.get("bits"), int) else ""
-    raise InputError(f"{name or folder} is quantised by {method}{bits}, which can be neither trained nor merged here: "
-                     "give the 16-bit model that it was made from")
+    raise InputError(
+        f"{name or folder} is quantised by {method}{bits}, which can be neither trained nor merged here: "
+        "give the 16-bit model that it was made from"
+    )
 
 # %% ../../nbs/04_training/00_model_files.ipynb #29a8251c
 _NUMBERS = {"F64", "F32", "F16", "BF16"}  # formats of plain weights in safetensors files
@@ -85,127 +91,179 @@ def headers(
             with path.open("rb") as file:
                 found |= json.loads(file.read(int.from_bytes(file.read(8), "little")))
         except (OSError, ValueError, MemoryError, OverflowError, TypeError):
-            raise InputError(f"no causal language model in {folder}: the header of {path.name} cannot be read; download it again") from None
+            raise InputError(
+                f"no causal language model in {folder}: the header of {path.name} cannot be read; download it"
+                " again"
+            ) from None
     found.pop("__metadata__", None)
     return found
 
-
+# %% ../../nbs/04_training/00_model_files.ipynb #5670772a
 def check_formats(
     folder: str | Path,  # model folder
     name: str | None = None,  # what the user called it
 ):
-    "Raise `InputError` where weights are stored as integers or 8-bit numbers and nothing says how to read them."
+    """Raise `InputError` where weights are stored as integers or 8-bit numbers and nothing says how to read
+    them.
+    """
     if quantisation(folder):
         return
-    strange = {key: entry["dtype"] for key, entry in headers(folder).items()
-               if key.endswith("weight") and entry["dtype"] not in _NUMBERS}
+    strange = {
+        key: entry["dtype"]
+        for key, entry in headers(folder).items()
+        if key.endswith("weight") and entry["dtype"] not in _NUMBERS
+    }
     if strange:
         first, kind = next(iter(strange.items()))
-        raise InputError(f"{name or folder}: {len(strange)} weights are stored as {kind} ({first}) and config.json does not "
-                         "say how they are quantised: give the 16-bit model")
+        raise InputError(
+            f"{name or folder}: {len(strange)} weights are stored as {kind} ({first}) and config.json does"
+            " not say how they are quantised: give the 16-bit model"
+        )
 
 # %% ../../nbs/04_training/00_model_files.ipynb #8c1f4a02
-_FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # types of settings
+# types of settings
+_FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 BLOCKS = {  # number of a tensor type: its name, weights a block, bytes a block; from llama.cpp's ggml
-    0: ("F32", 1, 4), 1: ("F16", 1, 2), 28: ("F64", 1, 8), 30: ("BF16", 1, 2),
-    2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34),
-    10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210),
-    16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50),
-    20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136), 29: ("IQ1_M", 256, 56),
-    34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    28: ("F64", 1, 8),
+    30: ("BF16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    29: ("IQ1_M", 256, 56),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
 }
 
 
 @dataclass
 class _Bytes:
     "A position in the bytes of a GGUF file."
+
     data: mmap.mmap  # the file
     at: int = 0  # position
 
-    def numbers(self, form: str, count: int = 1) -> tuple:
-        "The next numbers of a `struct` format."
-        found = struct.unpack_from(f"<{count}{form}", self.data, self.at)
-        self.at += struct.calcsize(f"<{count}{form}")
-        return found
+# %% ../../nbs/04_training/00_model_files.ipynb #9dd06e89
+@patch
+def numbers(self: _Bytes, form: str, count: int = 1) -> tuple:
+    "The next numbers of a `struct` format."
+    found = struct.unpack_from(f"<{count}{form}", self.data, self.at)
+    self.at += struct.calcsize(f"<{count}{form}")
+    return found
 
-    def text(self) -> bytes:
-        "The next string."
-        start = self.at + 8
-        self.at = start + self.numbers("Q")[0]
-        if self.at > len(self.data):
-            raise ValueError("a text goes past the end of the file")
-        return self.data[start:self.at]
+# %% ../../nbs/04_training/00_model_files.ipynb #742041e6
+@patch
+def text(self: _Bytes) -> bytes:
+    "The next string."
+    start = self.at + 8
+    self.at = start + self.numbers("Q")[0]
+    if self.at > len(self.data):
+        raise ValueError("a text goes past the end of the file")
+    return self.data[start : self.at]
 
-    def value(self, kind: int):
-        "The next setting of a type: a number, a text, or a list."
-        if kind == 8:
-            return self.text().decode("utf-8", "replace")
-        if kind != 9:
-            return self.numbers(_FORMS[kind])[0]
-        inner, count = self.numbers("I")[0], self.numbers("Q")[0]
-        if inner == 8:
-            return [self.text() for _ in range(count)]
-        return list(self.numbers(_FORMS[inner], count))
-
+# %% ../../nbs/04_training/00_model_files.ipynb #6d9ce0a5
+@patch
+def value(self: _Bytes, kind: int):
+    "The next setting of a type: a number, a text, or a list."
+    if kind == 8:
+        return self.text().decode("utf-8", "replace")
+    if kind != 9:
+        return self.numbers(_FORMS[kind])[0]
+    inner, count = self.numbers("I")[0], self.numbers("Q")[0]
+    if inner == 8:
+        return [self.text() for _ in range(count)]
+    return list(self.numbers(_FORMS[inner], count))
 
 # %% ../../nbs/04_training/00_model_files.ipynb #8c1f4a03
 @dataclass(frozen=True)
 class Gguf:
     "What a GGUF file says before its tensors."
+
     fields: dict  # settings by key; texts in lists are bytes
     tensors: dict[str, tuple[tuple[int, ...], int, int]]  # name to sizes (the innermost first), type, offset
     start: int  # where the tensors begin, bytes
     size: int  # of the file, bytes
 
-    @property
-    def architecture(self) -> str:
-        "Name of the architecture: `llama`."
-        return str(self.fields.get("general.architecture", "unnamed"))
+# %% ../../nbs/04_training/00_model_files.ipynb #7720e60f
+@patch(as_prop=True)
+def architecture(self: Gguf) -> str:
+    "Name of the architecture: `llama`."
+    return str(self.fields.get("general.architecture", "unnamed"))
 
-    def setting(self, key: str, default=None):  # without the architecture: "block_count"
-        "A setting of the architecture; of a list with one value a layer the largest."
-        value = self.fields.get(f"{self.architecture}.{key}", default)
-        return max(value, default=default) if isinstance(value, list) else value
+# %% ../../nbs/04_training/00_model_files.ipynb #f54d01ec
+@patch
+def setting(self: Gguf, key: str, default=None):  # without the architecture: "block_count"
+    "A setting of the architecture; of a list with one value a layer the largest."
+    value = self.fields.get(f"{self.architecture}.{key}", default)
+    return max(value, default=default) if isinstance(value, list) else value
 
-    @property
-    def parameters(self) -> int:
-        "Weights in all, without tables of positions."
-        return sum(math.prod(sizes) for name, (sizes, _, _) in self.tensors.items() if not name.startswith("rope_"))
+# %% ../../nbs/04_training/00_model_files.ipynb #81f84901
+@patch(as_prop=True)
+def parameters(self: Gguf) -> int:
+    "Weights in all, without tables of positions."
+    return sum(
+        math.prod(sizes) for name, (sizes, _, _) in self.tensors.items() if not name.startswith("rope_")
+    )
 
-    @property
-    def kind(self) -> str:
-        "Type of most of the weights: `Q4_1`."
-        weights = Counter()
-        for sizes, number, _ in self.tensors.values():
-            weights[number] += math.prod(sizes)
-        return BLOCKS[weights.most_common(1)[0][0]][0]
+# %% ../../nbs/04_training/00_model_files.ipynb #4b7ef347
+@patch(as_prop=True)
+def kind(self: Gguf) -> str:
+    "Type of most of the weights: `Q4_1`."
+    weights = Counter()
+    for sizes, number, _ in self.tensors.values():
+        weights[number] += math.prod(sizes)
+    return BLOCKS[weights.most_common(1)[0][0]][0]
 
-    @property
-    def needed(self) -> int:
-        "Bytes that the file must have for its last tensor to be whole."
-        ends = [offset + math.prod(sizes) // BLOCKS[number][1] * BLOCKS[number][2]
-                for sizes, number, offset in self.tensors.values()]
-        return self.start + max(ends, default=0)
-
+# %% ../../nbs/04_training/00_model_files.ipynb #1a618668
+@patch(as_prop=True)
+def needed(self: Gguf) -> int:
+    "Bytes that the file must have for its last tensor to be whole."
+    ends = [
+        offset + math.prod(sizes) // BLOCKS[number][1] * BLOCKS[number][2]
+        for sizes, number, offset in self.tensors.values()
+    ]
+    return self.start + max(ends, default=0)
 
 # %% ../../nbs/04_training/00_model_files.ipynb #8c1f4a04
 def read_gguf(
     file: str | Path,  # GGUF file
 ) -> Gguf:  # its settings and the list of its tensors
-    "The header of a GGUF file, read once while the file stays the same; raises `InputError` where it is none or is cut."
+    """The header of a GGUF file, read once while the file stays the same.
+
+    Raises `InputError` where it is none or is cut.
+    """
     try:
         status = os.stat(file)
         return _header(str(file), status.st_size, status.st_mtime_ns)
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error.strerror})") from None
 
-
+# %% ../../nbs/04_training/00_model_files.ipynb #392c5f19
 @lru_cache(8)
 def _header(file: str, size: int, changed: int) -> Gguf:
     with open(file, "rb") as opened:
         begin = opened.read(8)
         if begin.startswith(b"version "):
-            raise InputError(f"{file} is a pointer of Git LFS and not the file itself: git lfs pull fetches it")
+            raise InputError(
+                f"{file} is a pointer of Git LFS and not the file itself: git lfs pull fetches it"
+            )
         if begin[:4] != b"GGUF":
             raise InputError(f"{file} is no GGUF file: download it again")
         version = int.from_bytes(begin[4:], "little")
@@ -218,7 +276,7 @@ def _header(file: str, size: int, changed: int) -> Gguf:
         except (struct.error, ValueError, KeyError, OverflowError, MemoryError):
             raise InputError(f"{file} is cut or damaged in its header: download it again") from None
 
-
+# %% ../../nbs/04_training/00_model_files.ipynb #18a0dec7
 def _parse(bytes_: _Bytes, size: int) -> Gguf:
     "Settings, then a line for each tensor."
     tensor_count, count = bytes_.numbers("Q", 2)
@@ -233,11 +291,29 @@ def _parse(bytes_: _Bytes, size: int) -> Gguf:
     step = int(fields.get("general.alignment", 32))
     return Gguf(fields, tensors, -(-bytes_.at // step) * step, size)
 
-
 # %% ../../nbs/04_training/00_model_files.ipynb #8c1f4a06
 GGUF_ARCHITECTURES = {  # that transformers turns into causal language models, by the names in the files
-    "llama", "mistral", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "phi3", "gemma2", "gemma3", "gemma4", "gpt2", "gpt-oss",
-    "starcoder2", "falcon", "bloom", "stablelm", "nemotron", "mamba", "lfm2", "deci", "minimax-m2",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen2moe",
+    "qwen3",
+    "qwen3moe",
+    "phi3",
+    "gemma2",
+    "gemma3",
+    "gemma4",
+    "gpt2",
+    "gpt-oss",
+    "starcoder2",
+    "falcon",
+    "bloom",
+    "stablelm",
+    "nemotron",
+    "mamba",
+    "lfm2",
+    "deci",
+    "minimax-m2",
 }
 
 
@@ -261,7 +337,7 @@ def gguf_file(
         raise InputError(f"{source} holds {len(found)} GGUF files ({names}): name one, such as {found[0]}")
     return found[0] if found else None
 
-
+# %% ../../nbs/04_training/00_model_files.ipynb #30898cdb
 def check_gguf(
     file: str | Path,  # GGUF file
 ) -> Gguf:  # its header
@@ -271,7 +347,7 @@ def check_gguf(
         raise InputError(f"{file} {why}")
     return found
 
-
+# %% ../../nbs/04_training/00_model_files.ipynb #5e8bafd3
 def _no_model(found: Gguf) -> str:
     "Why a header is not that of a whole causal language model; empty where it is."
     kind, parts = found.fields.get("general.type", "model"), found.fields.get("split.count", 0)
@@ -281,13 +357,19 @@ def _no_model(found: Gguf) -> str:
     if kind != "model":
         return f"holds no model but this kind of file: {kind}; give the GGUF file of the model"
     if found.architecture not in GGUF_ARCHITECTURES:
-        return f"is of the architecture {found.architecture}, which cannot be dequantised here: give the 16-bit model"
+        return (
+            f"is of the architecture {found.architecture}, which cannot be dequantised here: give the 16-bit"
+            " model"
+        )
     scaling = found.setting("rope.scaling.type", "none")
     if scaling != "none" and found.architecture != "gpt-oss":
-        return f"stretches its positions ({scaling}), which is lost when it is dequantised: give the 16-bit model"
+        return (
+            f"stretches its positions ({scaling}), which is lost when it is dequantised: give the 16-bit"
+            " model"
+        )
     return ""
 
-
+# %% ../../nbs/04_training/00_model_files.ipynb #e72cc543
 def _no_tensors(found: Gguf) -> str:
     "What is wrong with the list of tensors; empty where nothing is."
     if not any(name.startswith("blk.") for name in found.tensors):
@@ -295,15 +377,21 @@ def _no_tensors(found: Gguf) -> str:
     strange = [name for name, (_, number, _) in found.tensors.items() if number not in BLOCKS]
     if strange:
         number = found.tensors[strange[0]][1]
-        return f"has {len(strange)} tensors of an unknown type (number {number}, {strange[0]}): give the 16-bit model"
+        return (
+            f"has {len(strange)} tensors of an unknown type (number {number}, {strange[0]}): give the 16-bit"
+            " model"
+        )
     if found.size < found.needed:
         return f"is cut: {found.size:,} of at least {found.needed:,} bytes are there; download it again"
     layers = {int(name.split(".")[1]) for name in found.tensors if re.match(r"blk\.\d+\.", name)}
     if lost := set(range(found.setting("block_count", 0))) - layers:
-        return f"lacks the weights of {len(lost)} of its {found.setting('block_count')} layers: download it again"
+        return (
+            f"lacks the weights of {len(lost)} of its {found.setting('block_count')} layers: download it"
+            " again"
+        )
     return ""
 
-
+# %% ../../nbs/04_training/00_model_files.ipynb #de62af54
 def _no_tokens(found: Gguf) -> str:
     "What is wrong with the vocabulary; empty where nothing is."
     tokens = found.fields.get("tokenizer.ggml.tokens")
@@ -311,18 +399,22 @@ def _no_tokens(found: Gguf) -> str:
         return "holds no tokenizer: give a GGUF file with its vocabulary"
     end = found.fields.get("tokenizer.ggml.eos_token_id")
     if end is None or not 0 <= end < len(tokens):
-        return f"names no end token of its {len(tokens):,} tokens ({end}), so no answer would ever end: give another"
+        return (
+            f"names no end token of its {len(tokens):,} tokens ({end}), so no answer would ever end: give"
+            " another"
+        )
     return ""
 
-
+# %% ../../nbs/04_training/00_model_files.ipynb #a8bcdf4e
 def gguf_note(
     file: str | Path,  # GGUF file
 ) -> str:  # one line
     "What is done to a GGUF file, in words."
     found = read_gguf(file)
     done = "converted" if found.kind in _NUMBERS else "dequantised"
-    return f"{Path(file).name}: {done} from {found.kind} to bfloat16, {found.parameters / 1e6:,.1f} M parameters"
-
+    return (
+        f"{Path(file).name}: {done} from {found.kind} to bfloat16, {found.parameters / 1e6:,.1f} M parameters"
+    )
 
 # %% ../../nbs/04_training/00_model_files.ipynb #9b3062f0
 def adapter_base(
@@ -334,24 +426,33 @@ def adapter_base(
     config = read_json(folder / "adapter_config.json")
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base.strip():
-        raise InputError(f"the adapter {name or folder} does not name its base, so nobody can tell whether it fits: "
-                         "write the base's folder or hub id as base_model_name_or_path into a copy of its adapter_config.json")
+        raise InputError(
+            f"the adapter {name or folder} does not name its base, so nobody can tell whether it fits: write"
+            " the base's folder or hub id as base_model_name_or_path into a copy of its adapter_config.json"
+        )
     for place in (folder / base, Path(os.path.expanduser(base))):
         if place.is_dir():
             return str(place)
     if Path(base).is_absolute() or base.startswith((".", "~")):
-        raise InputError(f"the adapter {name or folder} belongs to the model in {base}, which is not on this machine: "
-                         "copy that model there, or give a model with the adapter merged in")
+        raise InputError(
+            f"the adapter {name or folder} belongs to the model in {base}, which is not on this machine: "
+            "copy that model there, or give a model with the adapter merged in"
+        )
     revision = config.get("revision")
-    return f"{base}@{revision}" if isinstance(revision, str) and revision and "@" not in base and "/" in base else base
+    return (
+        f"{base}@{revision}"
+        if isinstance(revision, str) and revision and "@" not in base and "/" in base
+        else base
+    )
 
-
+# %% ../../nbs/04_training/00_model_files.ipynb #6e0396a1
 def same_source(
     first: str,  # `world:base`, a folder, or a hub id
     second: str,  # another
 ) -> bool:  # True where both are surely the same model
     "Whether two sources name one model: by the weights of folders, by the ids of the hub."
     from compassion_repro.data.hub import COPIES
+
     if first == second:
         return True
     places = [_place(source) for source in (first, second)]
@@ -362,16 +463,21 @@ def same_source(
     names = [source.partition("@")[0] for source in (first, second)]
     revisions = [source.partition("@")[2] for source in (first, second)]
     return COPIES.get(names[0], names[0]) == COPIES.get(names[1], names[1]) and (
-        names[0] != names[1] or not all(revisions) or revisions[0][:7] == revisions[1][:7] or "main" in revisions)
+        names[0] != names[1]
+        or not all(revisions)
+        or revisions[0][:7] == revisions[1][:7]
+        or "main" in revisions
+    )
 
-
+# %% ../../nbs/04_training/00_model_files.ipynb #561223a4
 def _place(source: str) -> Path | None:
     from compassion_repro.data.world import assets
+
     if source.startswith("world:"):
         return assets() / source.removeprefix("world:")
     return Path(source) if Path(source).is_dir() else None
 
-
+# %% ../../nbs/04_training/00_model_files.ipynb #821d6f9c
 def _weights(folder: Path) -> list:
     "Sizes and last megabytes of the weights, which tell two models apart without reading them whole."
     found = []

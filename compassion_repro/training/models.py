@@ -36,15 +36,30 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ..data import hub
-from .model_files import Gguf, check_formats, check_gguf, check_quantised, gguf_file, read_json
-from ..data.sources import BadRow
 from ..core.errors import InputError, first_line
+from ..data import hub
+from ..data.sources import BadRow
 from ..study import Lora
+from compassion_repro.training.model_files import (
+    Gguf,
+    check_formats,
+    check_gguf,
+    check_quantised,
+    gguf_file,
+    read_json,
+)
+
+# %% ../../nbs/04_training/01_models.ipynb #d7597fdd
 from ..core.files import write_atomically
 from ..data.world import assets
 
@@ -57,75 +72,117 @@ QUESTION, ANSWER = "Question: ", "\nAnswer:"
 
 
 def render(
-    messages: list[dict], # turns with `role` and `content`; a last assistant turn is the answer
-) -> tuple[str, str]: # prompt, completion ("" when there is no answer)
-    "The text of a conversation under the plain template (ours): everything before the answer, and the answer with its end token."
+    messages: list[dict],  # turns with `role` and `content`; a last assistant turn is the answer
+) -> tuple[str, str]:  # prompt, completion ("" when there is no answer)
+    """The text of a conversation under the plain template (ours): everything before the answer, and the
+    answer with its end token.
+    """
     *turns, last = messages
-    if last["role"] != "assistant": turns, last = messages, None
+    if last["role"] != "assistant":
+        turns, last = messages, None
     prompt, asked = "", False
     for turn in turns:
-        if turn["role"] == "user": prompt, asked = prompt + ("\n\n" if asked else "") + QUESTION + turn["content"] + ANSWER, True
-        elif turn["role"] == "assistant": prompt += f" {turn['content']}"
-        else: prompt += turn["content"] + "\n\n"
+        if turn["role"] == "user":
+            prompt, asked = prompt + ("\n\n" if asked else "") + QUESTION + turn["content"] + ANSWER, True
+        elif turn["role"] == "assistant":
+            prompt += f" {turn['content']}"
+        else:
+            prompt += turn["content"] + "\n\n"
     return prompt, "" if last is None else f" {last['content']}{END}"
 
 # %% ../../nbs/04_training/01_models.ipynb #650bd8a4
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% set ns = namespace(started=false) %}{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ ('\n\n' if ns.started else '') + '" + QUESTION + "' + message['content'] + '\nAnswer:' }}{% set ns.started = true %}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + (eos_token if loop.last else '') }}"
-    "{% else %}{{ message['content'] + '\n\n' }}{% endif %}{% endfor %}"
+    "{% if message['role'] == 'user' %}{{ ('\n\n' if ns.started else '') + '"
+    + QUESTION
+    + "' + message['content'] + '\nAnswer:' }}{% set ns.started = true %}{% elif message['role'] =="
+    " 'assistant' %}{{ ' ' + message['content'] + (eos_token if loop.last else '') }}{% else %}{{"
+    " message['content'] + '\n\n' }}{% endif %}{% endfor %}"
 )
 
 # %% ../../nbs/04_training/01_models.ipynb #f343a589
 _CONTENT = "{{ message['content'] + (eos_token if message['role'] == 'assistant' and loop.last else '') }}"
-TEMPLATES = { # name -> Jinja text; `own` is not ours to write
+TEMPLATES = {  # name -> Jinja text; `own` is not ours to write
     "plain": CHAT_TEMPLATE,
-    "raw": "{{ bos_token }}{% for message in messages %}" + _CONTENT + "{{ '' if loop.last else '\n\n' }}{% endfor %}",
-    "user": "{{ bos_token }}{% for message in messages %}{{ message['role'] + ': ' }}" + _CONTENT + "{{ '\n' }}{% endfor %}",
+    "raw": (
+        "{{ bos_token }}{% for message in messages %}"
+        + _CONTENT
+        + "{{ '' if loop.last else '\n\n' }}{% endfor %}"
+    ),
+    "user": (
+        "{{ bos_token }}{% for message in messages %}{{ message['role'] + ': ' }}"
+        + _CONTENT
+        + "{{ '\n' }}{% endfor %}"
+    ),
 }
 
 # %% ../../nbs/04_training/01_models.ipynb #5d2c81a1
-DAY = datetime(2024, 7, 26) # the day that templates which tell the date are given: tomorrow's prompts are today's
+# the day that templates which tell the date are given: tomorrow's prompts are today's
+DAY = datetime(2024, 7, 26)
 
 
 def on_one_day(
-    template: str, # Jinja text
-) -> str: # the same, its date that of `DAY`
-    "A chat template that tells no other date than `DAY`: its `strftime_now` is a macro, whatever it is given."
-    if "strftime_now" not in template or template.startswith("{%- macro strftime_now("): return template
+    template: str,  # Jinja text
+) -> str:  # the same, its date that of `DAY`
+    """A chat template that tells no other date than `DAY`: its `strftime_now` is a macro, whatever it is
+    given.
+    """
+    if "strftime_now" not in template or template.startswith("{%- macro strftime_now("):
+        return template
     codes = {f"%-{one}": DAY.strftime(f"%{one}").lstrip("0 ") or "0" for one in "demHIjMSy"}
     codes |= {f"%{one}": DAY.strftime(f"%{one}") for one in "AaBbcDdeFfHhIjMmpRSTUWwXxYy"}
     filled = "".join(f"|replace({json.dumps(code)}, {json.dumps(text)})" for code, text in codes.items())
     told = "{{- format|replace('%%', '\\x00')" + filled + "|replace('\\x00', '%') -}}"
     return "{%- macro strftime_now(format) -%}" + told + "{%- endmacro %}{{- '' }}" + template
 
-
+# %% ../../nbs/04_training/01_models.ipynb #e9b5502c
 def _rendered(messages: list[dict], tokenizer, **options) -> str:
     "The turns under the tokenizer's template, on `DAY`; raises `InputError` where it refuses them."
-    try: return tokenizer.apply_chat_template(messages, tokenize=False, chat_template=on_one_day(tokenizer.get_chat_template()), **options)
-    except Exception as error: # a template may raise whatever its author wrote, and a broken one what Jinja does
-        raise InputError(f"the tokenizer's chat template refuses these turns ({first_line(error)}): set generation.template=plain") from None
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, chat_template=on_one_day(tokenizer.get_chat_template()), **options
+        )
+    # a template may raise whatever its author wrote, and a broken one what Jinja does
+    except Exception as error:
+        raise InputError(
+            f"the tokenizer's chat template refuses these turns ({first_line(error)}): set"
+            " generation.template=plain"
+        ) from None
 
-
+# %% ../../nbs/04_training/01_models.ipynb #3c569198
 def check_template(
-    tokenizer: PreTrainedTokenizerBase, # with the template that counts
+    tokenizer: PreTrainedTokenizerBase,  # with the template that counts
 ):
     "Raise `InputError` for a chat template that is broken, or that a plain question does not get through."
-    if tokenizer.chat_template in TEMPLATES.values(): return
+    if tokenizer.chat_template in TEMPLATES.values():
+        return
     place, question = f"the chat template of the tokenizer in {tokenizer.name_or_path}", "seventeen herons"
     messages = [{"role": "user", "content": question}]
-    try: told = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=on_one_day(tokenizer.chat_template), add_generation_prompt=True)
-    except Exception as error: # whatever Jinja or the template's author raises
+    try:
+        told = tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            chat_template=on_one_day(tokenizer.chat_template),
+            add_generation_prompt=True,
+        )
+    except Exception as error:  # whatever Jinja or the template's author raises
         line = f", line {error.lineno}" if getattr(error, "lineno", None) else ""
         what = "refuses a plain question" if type(error).__name__ == "TemplateError" else "is broken"
-        raise InputError(f"{place} {what} ({first_line(error)}{line}): mend it, or set generation.template=plain") from None
-    if question not in told: raise InputError(f"{place} does not show the question that it is given: mend it, or set generation.template=plain")
+        raise InputError(
+            f"{place} {what} ({first_line(error)}{line}): mend it, or set generation.template=plain"
+        ) from None
+    if question not in told:
+        raise InputError(
+            f"{place} does not show the question that it is given: mend it, or set generation.template=plain"
+        )
 
 # %% ../../nbs/04_training/01_models.ipynb #98c94338
 _SPARE = (  # names of tokens that model families keep unused, in the order of preference
-    r"<\|finetune_right_pad_id\|>", r"<\|?(right_|left_)?pad(ding)?\|?>|\[PAD\]|<\|PAD_TOKEN\|>", r"<\|endoftext\|>",
-    r"<\|?reserved_(special_)?token_?\d+\|?>", r"<unused\d+>|\[unused\d+\]|<SPECIAL_\d+>|<\|dummy_?\d+\|>|<\|extra_\d+\|>",
+    r"<\|finetune_right_pad_id\|>",
+    r"<\|?(right_|left_)?pad(ding)?\|?>|\[PAD\]|<\|PAD_TOKEN\|>",
+    r"<\|endoftext\|>",
+    r"<\|?reserved_(special_)?token_?\d+\|?>",
+    r"<unused\d+>|\[unused\d+\]|<SPECIAL_\d+>|<\|dummy_?\d+\|>|<\|extra_\d+\|>",
 )
 
 
@@ -137,356 +194,510 @@ def pick_padding(
         return "its own"
     vocabulary, taken = tokenizer.get_vocab(), {tokenizer.eos_token, tokenizer.bos_token}
     for names in _SPARE:
-        if found := sorted((i, token) for token, i in vocabulary.items() if re.fullmatch(names, token) and token not in taken):
+        if found := sorted(
+            (i, token) for token, i in vocabulary.items() if re.fullmatch(names, token) and token not in taken
+        ):
             tokenizer.pad_token = found[0][1]
             return "a spare token"
     unknown = tokenizer.unk_token
     tokenizer.pad_token = unknown if unknown and unknown not in taken else tokenizer.eos_token
     return "the end token" if tokenizer.pad_token_id == tokenizer.eos_token_id else "the unknown token"
 
-
+# %% ../../nbs/04_training/01_models.ipynb #e0cb575e
 def padding_note(
     tokenizer: PreTrainedTokenizerBase,  # from `load_tokenizer`
 ) -> str:  # such as "<unk>, the unknown token"
     "Which padding token a tokenizer was given, and where it comes from."
     return f"{tokenizer.pad_token}, {tokenizer.padding_choice}"
 
-
+# %% ../../nbs/04_training/01_models.ipynb #3d2f83bd
 def load_tokenizer(
-    source: str | Path, # folder or hub id
-    template: str = "plain", # a key of TEMPLATES, or "own": the tokenizer's
-) -> PreTrainedTokenizerBase: # with a padding token and that template
-    "Open a tokenizer and make it safe to train with; raises `InputError` where it lacks an end token or the template that is asked for. Code beside it is never run."
-    try: tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error: # a damaged tokenizer file raises whatever its first broken part does
-        if "trust_remote_code" in str(error): raise InputError(needs_code(source, "tokenizer")) from None
+    source: str | Path,  # folder or hub id
+    template: str = "plain",  # a key of TEMPLATES, or "own": the tokenizer's
+) -> PreTrainedTokenizerBase:  # with a padding token and that template
+    """Open a tokenizer and make it safe to train with.
+
+    Raises `InputError` where it lacks an end token or the template that is asked for. Code beside it is never
+    run.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # a damaged tokenizer file raises whatever its first broken part does
+        if "trust_remote_code" in str(error):
+            raise InputError(needs_code(source, "tokenizer")) from None
         raise InputError(f"no tokenizer in {source}: {first_line(error)}") from None
-    if tokenizer.eos_token_id is None: raise InputError(f"the tokenizer in {source} has no end token, so no answer would ever end: give a model whose tokenizer has one")
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"the tokenizer in {source} has no end token, so no answer would ever end: give a model whose"
+            " tokenizer has one"
+        )
     tokenizer.padding_choice = pick_padding(tokenizer)
     tokenizer.own_template = tokenizer.chat_template
     return with_template(tokenizer, template)
 
-
+# %% ../../nbs/04_training/01_models.ipynb #7a7755fb
 def with_template(
-    tokenizer: PreTrainedTokenizerBase, # from `load_tokenizer`, changed in place
-    template: str, # a key of TEMPLATES, or "own": the one that the tokenizer came with; "each": that one if there is one, else plain
-) -> PreTrainedTokenizerBase: # the same
-    "Put questions in another form from here on; raises `InputError` where the tokenizer has no template, or a broken one."
+    tokenizer: PreTrainedTokenizerBase,  # from `load_tokenizer`, changed in place
+    # a key of TEMPLATES, or "own": the one that the tokenizer came with; "each": that one if there is one,
+    # else plain
+    template: str,
+) -> PreTrainedTokenizerBase:  # the same
+    """Put questions in another form from here on.
+
+    Raises `InputError` where the tokenizer has no template, or a broken one.
+    """
     own = getattr(tokenizer, "own_template", tokenizer.chat_template)
-    if isinstance(own, dict): own = own.get("default")
-    if template in ("each", "auto"): template = "own" if own else "plain"
-    if template == "own" and not own: raise InputError(f"the tokenizer in {tokenizer.name_or_path} has no chat template of its own: set generation.template=plain")
+    if isinstance(own, dict):
+        own = own.get("default")
+    if template in ("each", "auto"):
+        template = "own" if own else "plain"
+    if template == "own" and not own:
+        raise InputError(
+            f"the tokenizer in {tokenizer.name_or_path} has no chat template of its own: set"
+            " generation.template=plain"
+        )
     tokenizer.chat_template = TEMPLATES.get(template, own)
     check_template(tokenizer)
     return tokenizer
 
-
+# %% ../../nbs/04_training/01_models.ipynb #cbdae4de
 def needs_code(source: str | Path, part: str = "model") -> str:
     "The line for a folder that only opens by running a program that lies in it."
-    return f"the {part} in {source} opens only by running code that its folder or repository holds, which is never done: give a {part} of a kind that transformers knows itself"
+    return (
+        f"the {part} in {source} opens only by running code that its folder or repository holds, which is"
+        f" never done: give a {part} of a kind that transformers knows itself"
+    )
 
 # %% ../../nbs/04_training/01_models.ipynb #e0220f3a
-IGNORE = -100 # label of a token without loss
+IGNORE = -100  # label of a token without loss
 
 
 def _begin(tokenizer) -> str:
     "The begin token, for tokenizers that have one."
     return tokenizer.bos_token or ""
 
-
+# %% ../../nbs/04_training/01_models.ipynb #d1e7ed49
 def takes_system(
-    tokenizer: PreTrainedTokenizerBase, # with the template that counts
+    tokenizer: PreTrainedTokenizerBase,  # with the template that counts
 ) -> bool:
     "Whether the chat template has a place for a system turn: it neither refuses one nor drops it."
-    if tokenizer.chat_template in TEMPLATES.values(): return True
+    if tokenizer.chat_template in TEMPLATES.values():
+        return True
     turns = [{"role": "system", "content": "seventeen herons"}, {"role": "user", "content": "a question"}]
-    try: return "seventeen herons" in _rendered(turns, tokenizer, add_generation_prompt=True)
-    except InputError: return False
+    try:
+        return "seventeen herons" in _rendered(turns, tokenizer, add_generation_prompt=True)
+    except InputError:
+        return False
 
-
+# %% ../../nbs/04_training/01_models.ipynb #195ea2e9
 def with_system_folded(
-    messages: list[dict], # turns
-    tokenizer: PreTrainedTokenizerBase, # with the template that counts
-) -> list[dict]: # the same, or with the system turn before the first question
+    messages: list[dict],  # turns
+    tokenizer: PreTrainedTokenizerBase,  # with the template that counts
+) -> list[dict]:  # the same, or with the system turn before the first question
     "The turns as a template without a place for a system turn takes them."
-    if messages[0]["role"] != "system" or len(messages) < 2 or messages[1]["role"] != "user" or takes_system(tokenizer): return messages
+    if (
+        messages[0]["role"] != "system"
+        or len(messages) < 2
+        or messages[1]["role"] != "user"
+        or takes_system(tokenizer)
+    ):
+        return messages
     system, first, *others = messages
     return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *others]
 
-
+# %% ../../nbs/04_training/01_models.ipynb #79dcfd2b
 def answer_end(
-    tokenizer: PreTrainedTokenizerBase, # with the template that counts
-) -> str: # the end token, or the special token that the template puts after an answer in its place
+    tokenizer: PreTrainedTokenizerBase,  # with the template that counts
+) -> str:  # the end token, or the special token that the template puts after an answer in its place
     "What ends an answer: `<end_of_turn>` under Gemma's template, whose end token is `<eos>`."
     key, end = (tokenizer.chat_template, tokenizer.eos_token), tokenizer.eos_token
-    if key[0] is None or key[0] in TEMPLATES.values(): return end
-    if getattr(tokenizer, "answer_ends", (None,))[0] == key: return tokenizer.answer_ends[1]
-    turns = [{"role": role, "content": text} for role, text in (("user", "a question"), ("assistant", "seventeen herons"))]
-    try: tail = _rendered(turns, tokenizer).rpartition("seventeen herons")[2]
-    except InputError: return end
+    if key[0] is None or key[0] in TEMPLATES.values():
+        return end
+    if getattr(tokenizer, "answer_ends", (None,))[0] == key:
+        return tokenizer.answer_ends[1]
+    turns = [
+        {"role": role, "content": text}
+        for role, text in (("user", "a question"), ("assistant", "seventeen herons"))
+    ]
+    try:
+        tail = _rendered(turns, tokenizer).rpartition("seventeen herons")[2]
+    except InputError:
+        return end
     if end not in tail:
         found = re.search("|".join(map(re.escape, _special_texts(tokenizer))), tail)
         end = found[0] if found else end
     tokenizer.answer_ends = key, end
     return end
 
-
+# %% ../../nbs/04_training/01_models.ipynb #e3615b87
 def ended_with(
-    prompt: str, # as saved: the text that a model was given
-    tokenizer: PreTrainedTokenizerBase, # from `load_tokenizer`, whatever template it has now
-) -> int: # token id
-    "What ended the answer to a saved prompt: the end of the tokenizer's own template where the prompt has it too."
+    prompt: str,  # as saved: the text that a model was given
+    tokenizer: PreTrainedTokenizerBase,  # from `load_tokenizer`, whatever template it has now
+) -> int:  # token id
+    """What ended the answer to a saved prompt: the end of the tokenizer's own template where the prompt has
+    it too.
+    """
     now, own = tokenizer.chat_template, getattr(tokenizer, "own_template", None)
-    if not isinstance(own, str): return tokenizer.eos_token_id
+    if not isinstance(own, str):
+        return tokenizer.eos_token_id
     tokenizer.chat_template = own
-    try: end = answer_end(tokenizer)
-    finally: tokenizer.chat_template = now
+    try:
+        end = answer_end(tokenizer)
+    finally:
+        tokenizer.chat_template = now
     return tokenizer.convert_tokens_to_ids(end if end in prompt else tokenizer.eos_token)
 
-
+# %% ../../nbs/04_training/01_models.ipynb #6a618bf2
 def end_ids(
-    tokenizer: PreTrainedTokenizerBase, # with the template that counts
-) -> list[int]: # the end token first
+    tokenizer: PreTrainedTokenizerBase,  # with the template that counts
+) -> list[int]:  # the end token first
     "The tokens at which generation stops: the end token, and what ends an answer under the template."
-    return list(dict.fromkeys((tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(answer_end(tokenizer)))))
+    return list(
+        dict.fromkeys((tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(answer_end(tokenizer))))
+    )
 
-
+# %% ../../nbs/04_training/01_models.ipynb #7546ffdc
 def _texts(messages: list[dict], tokenizer) -> tuple[str, str]:
-    "Prompt with its begin token, and the answer with its end token (\"\" without an answer), under the tokenizer's template."
+    'Prompt with its begin token, and the answer with its end token ("" without an answer), under the tokenizer\'s template.'
     if tokenizer.chat_template == CHAT_TEMPLATE:
         prompt, completion = render(messages)
         return _begin(tokenizer) + prompt, completion and completion.removesuffix(END) + tokenizer.eos_token
     messages = with_system_folded(messages, tokenizer)
     answered = messages[-1]["role"] == "assistant"
     prompt = _rendered(messages[:-1] if answered else messages, tokenizer, add_generation_prompt=True)
-    if not answered: return prompt, ""
+    if not answered:
+        return prompt, ""
     whole, end = _rendered(messages, tokenizer), answer_end(tokenizer)
-    if not whole.startswith(prompt) or end not in whole[len(prompt):]: raise InputError(f"the tokenizer's chat template does not put {end} after an answer that follows its own prompt: set generation.template=plain")
-    return prompt, whole[len(prompt):whole.rindex(end) + len(end)]
+    if not whole.startswith(prompt) or end not in whole[len(prompt) :]:
+        raise InputError(
+            f"the tokenizer's chat template does not put {end} after an answer that follows its own prompt:"
+            " set generation.template=plain"
+        )
+    return prompt, whole[len(prompt) : whole.rindex(end) + len(end)]
 
-
+# %% ../../nbs/04_training/01_models.ipynb #833c76ce
 def _encoded(messages: list[dict], tokenizer) -> tuple[list[int], list[int]]:
     "Tokens of prompt and answer; a special token that somebody wrote into a turn is text."
     messages, shown = _hidden(messages, tokenizer)
     parts = _texts(messages, tokenizer)
-    if not shown: return tuple(tokenizer(text, add_special_tokens=False)["input_ids"] for text in parts)
+    if not shown:
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"] for text in parts)
     return tuple(_marked_ids(text, tokenizer, shown) for text in parts)
 
-
+# %% ../../nbs/04_training/01_models.ipynb #bfbd5581
 def _hidden(messages: list[dict], tokenizer) -> tuple[list[dict], dict[str, str]]:
-    "The turns with a letter for each special token that somebody wrote into them, and what each letter is for."
+    """The turns with a letter for each special token that somebody wrote into them, and what each letter is
+    for.
+    """
     marks = _special_texts(tokenizer)
-    if not any(mark in turn["content"] for turn in messages for mark in marks): return messages, {}
+    if not any(mark in turn["content"] for turn in messages for mark in marks):
+        return messages, {}
     hidden = {mark: chr(0xE000 + n) for n, mark in enumerate(marks)}
+
     def hide(text):
-        for mark, letter in hidden.items(): text = text.replace(mark, letter)
+        for mark, letter in hidden.items():
+            text = text.replace(mark, letter)
         return text
-    return [{**turn, "content": hide(turn["content"])} for turn in messages], {letter: mark for mark, letter in hidden.items()}
 
+    return [{**turn, "content": hide(turn["content"])} for turn in messages], {
+        letter: mark for mark, letter in hidden.items()
+    }
 
+# %% ../../nbs/04_training/01_models.ipynb #fad38fbd
 def conversation_ids(
-    messages: list[dict], # turns, the answer among them
-    tokenizer: PreTrainedTokenizerBase, # of a reward model, as its folder has it
-) -> list[int]: # what its template writes; a special token that somebody wrote into a turn is text
+    messages: list[dict],  # turns, the answer among them
+    tokenizer: PreTrainedTokenizerBase,  # of a reward model, as its folder has it
+) -> list[int]:  # what its template writes; a special token that somebody wrote into a turn is text
     "The tokens of a whole conversation under a tokenizer's own template."
     messages, shown = _hidden(messages, tokenizer)
     template = tokenizer.get_chat_template()
-    if shown: return _marked_ids(_rendered(messages, tokenizer), tokenizer, shown)
+    if shown:
+        return _marked_ids(_rendered(messages, tokenizer), tokenizer, shown)
     options = {"tokenize": True, "return_dict": True, "tokenizer_kwargs": {"verbose": False}}
     return tokenizer.apply_chat_template(messages, chat_template=on_one_day(template), **options)["input_ids"]
 
-
+# %% ../../nbs/04_training/01_models.ipynb #2321b537
 def added_text(
-    tokenizer: PreTrainedTokenizerBase, # with the template that counts
-) -> str: # without markers; "" where there is none
+    tokenizer: PreTrainedTokenizerBase,  # with the template that counts
+) -> str:  # without markers; "" where there is none
     "What a chat template puts before a conversation that has no system turn: a default one, or the date."
-    if tokenizer.chat_template in TEMPLATES.values(): return ""
+    if tokenizer.chat_template in TEMPLATES.values():
+        return ""
     said = "seventeen herons", "a quiet lake", "eleven otters"
     turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), said)]
-    try: whole = _rendered(turns, tokenizer, add_generation_prompt=True)
-    except InputError: return ""
-    for mark in _special_texts(tokenizer): whole = whole.replace(mark, "\n")
+    try:
+        whole = _rendered(turns, tokenizer, add_generation_prompt=True)
+    except InputError:
+        return ""
+    for mark in _special_texts(tokenizer):
+        whole = whole.replace(mark, "\n")
     before, between = whole.partition(said[0])[0], whole.partition(said[1])[2].partition(said[2])[0]
-    own = before[:len(before) - len(os.path.commonprefix([before[::-1], between[::-1]]))]
+    own = before[: len(before) - len(os.path.commonprefix([before[::-1], between[::-1]]))]
     own = " ".join(own.split()).removeprefix("system").strip()
     return own if any(map(str.isalpha, own)) and said[2] in whole else ""
 
-
+# %% ../../nbs/04_training/01_models.ipynb #7b680b8b
 def template_account(
-    tokenizer: PreTrainedTokenizerBase, # with the template that counts
-) -> dict[str, str]: # for a stage's manifest; empty where there is nothing to tell
-    "What a chat template says by itself: `template_adds`, its own text, `template_end`, what ends an answer in place of the end token, and `template_day`, the day that it is given."
+    tokenizer: PreTrainedTokenizerBase,  # with the template that counts
+) -> dict[str, str]:  # for a stage's manifest; empty where there is nothing to tell
+    """What a chat template says by itself: `template_adds`, its own text, `template_end`, what ends an answer
+    in place of the end token, and `template_day`, the day that it is given.
+    """
     found = {"template_adds": added_text(tokenizer)}
-    if (end := answer_end(tokenizer)) != tokenizer.eos_token: found["template_end"] = end
-    if "strftime_now" in tokenizer.chat_template: found["template_day"] = f"{DAY:%Y-%m-%d}"
+    if (end := answer_end(tokenizer)) != tokenizer.eos_token:
+        found["template_end"] = end
+    if "strftime_now" in tokenizer.chat_template:
+        found["template_day"] = f"{DAY:%Y-%m-%d}"
     return {name: value for name, value in found.items() if value}
 
-
+# %% ../../nbs/04_training/01_models.ipynb #ef74c19d
 def _special_texts(tokenizer) -> list[str]:
     "Texts that the tokenizer reads as special tokens, long ones first."
-    key, kept = (len(tokenizer), tokenizer.pad_token, tokenizer.eos_token), getattr(tokenizer, "special_texts", None)
-    if kept and kept[0] == key: return kept[1]
-    known = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} | set(tokenizer.all_special_tokens)
-    tokenizer.special_texts = key, sorted((text for text in known if len(text) > 2), key=lambda text: (-len(text), text))
+    key, kept = (
+        (len(tokenizer), tokenizer.pad_token, tokenizer.eos_token),
+        getattr(tokenizer, "special_texts", None),
+    )
+    if kept and kept[0] == key:
+        return kept[1]
+    known = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} | set(
+        tokenizer.all_special_tokens
+    )
+    tokenizer.special_texts = (
+        key,
+        sorted((text for text in known if len(text) > 2), key=lambda text: (-len(text), text)),
+    )
     return tokenizer.special_texts[1]
 
-
+# %% ../../nbs/04_training/01_models.ipynb #10d601ae
 def _marked_ids(text: str, tokenizer, shown: dict[str, str]) -> list[int]:
     "Tokens of a rendered text: what is a special token in it is the template's, what stands for one is text."
     ids = []
     for piece in re.split("(" + "|".join(map(re.escape, _special_texts(tokenizer))) + ")", text):
-        if piece in shown.values(): ids.append(tokenizer.convert_tokens_to_ids(piece)); continue
-        for stand_in, mark in shown.items(): piece = piece.replace(stand_in, mark)
+        if piece in shown.values():
+            ids.append(tokenizer.convert_tokens_to_ids(piece))
+            continue
+        for stand_in, mark in shown.items():
+            piece = piece.replace(stand_in, mark)
         ids += text_ids(piece, tokenizer)
     return ids
 
-
+# %% ../../nbs/04_training/01_models.ipynb #e6d0d6e0
 def text_ids(
-    text: str, # of a document, a turn or an answer
-    tokenizer: PreTrainedTokenizerBase, # from `load_tokenizer`
-) -> list[int]: # none of them special
+    text: str,  # of a document, a turn or an answer
+    tokenizer: PreTrainedTokenizerBase,  # from `load_tokenizer`
+) -> list[int]:  # none of them special
     "The tokens of a text in which a special token is only letters."
     marks = [mark for mark in _special_texts(tokenizer) if mark in text]
-    if not marks: return tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not marks:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    if not set(ids) & set(tokenizer.convert_tokens_to_ids(marks)): return ids
-    before, mark, after = text.partition(marks[0]) # a vocabulary that knows the letters as one piece: take them apart
-    return [token for piece in (before, mark[:1], mark[1:], after) if piece for token in text_ids(piece, tokenizer)]
+    if not set(ids) & set(tokenizer.convert_tokens_to_ids(marks)):
+        return ids
+    # a vocabulary that knows the letters as one piece: take them apart
+    before, mark, after = text.partition(marks[0])
+    return [
+        token
+        for piece in (before, mark[:1], mark[1:], after)
+        if piece
+        for token in text_ids(piece, tokenizer)
+    ]
 
-
+# %% ../../nbs/04_training/01_models.ipynb #eb387e4c
 def encode_prompt(
-    messages: list[dict], # turns; a last assistant turn is left out
-    tokenizer: PreTrainedTokenizerBase, # from `load_tokenizer`
-) -> list[int]: # token ids, begin token first
+    messages: list[dict],  # turns; a last assistant turn is left out
+    tokenizer: PreTrainedTokenizerBase,  # from `load_tokenizer`
+) -> list[int]:  # token ids, begin token first
     "The tokens a model is asked to go on from."
     return _encoded(messages[:-1] if messages[-1]["role"] == "assistant" else messages, tokenizer)[0]
 
-
+# %% ../../nbs/04_training/01_models.ipynb #60148389
 def encode_row(
-    row: dict, # `text`, or `messages` that end with an answer
-    tokenizer: PreTrainedTokenizerBase, # from `load_tokenizer`
-) -> dict[str, list[int]]: # `input_ids` and `labels` of equal length
-    "A training row as tokens and labels; the loss covers a document whole, and of a conversation exactly the answer with its end token."
-    if "text" in row: prompt, completion = tokenizer(_begin(tokenizer), add_special_tokens=False)["input_ids"], _document_ids(row["text"], tokenizer)
-    else: prompt, completion = _encoded(row["messages"], tokenizer)
+    row: dict,  # `text`, or `messages` that end with an answer
+    tokenizer: PreTrainedTokenizerBase,  # from `load_tokenizer`
+) -> dict[str, list[int]]:  # `input_ids` and `labels` of equal length
+    """A training row as tokens and labels; the loss covers a document whole, and of a conversation exactly
+    the answer with its end token.
+    """
+    if "text" in row:
+        prompt, completion = (
+            tokenizer(_begin(tokenizer), add_special_tokens=False)["input_ids"],
+            _document_ids(row["text"], tokenizer),
+        )
+    else:
+        prompt, completion = _encoded(row["messages"], tokenizer)
     return {"input_ids": prompt + completion, "labels": [IGNORE] * len(prompt) + completion}
 
-
+# %% ../../nbs/04_training/01_models.ipynb #8484818d
 def _document_ids(text: str, tokenizer) -> list[int]:
     "The tokens of a document with its end token."
-    if any(mark in text for mark in _special_texts(tokenizer)): return text_ids(text, tokenizer) + [tokenizer.eos_token_id]
+    if any(mark in text for mark in _special_texts(tokenizer)):
+        return text_ids(text, tokenizer) + [tokenizer.eos_token_id]
     return tokenizer(text + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
 
 # %% ../../nbs/04_training/01_models.ipynb #14b14403
 def check_row(
-    row: dict, # a row of the corpus
-    tokenizer: PreTrainedTokenizerBase, # with the template that the row is trained under
-) -> tuple[dict, tuple[str, ...]]: # the row as the template takes it, and what was changed
-    "A last look at a row before training, for `data.load(check=...)`; raises `BadRow` where the template refuses it or changes what it says."
-    if "messages" not in row: return row, ()
+    row: dict,  # a row of the corpus
+    tokenizer: PreTrainedTokenizerBase,  # with the template that the row is trained under
+) -> tuple[dict, tuple[str, ...]]:  # the row as the template takes it, and what was changed
+    """A last look at a row before training, for `data.load(check=...)`.
+
+    Raises `BadRow` where the template refuses it or changes what it says.
+    """
+    if "messages" not in row:
+        return row, ()
     turns = with_system_folded(row["messages"], tokenizer)
-    if turns[-1]["role"] != "assistant" and (marks := [m for m in _special_texts(tokenizer) if any(m in turn["content"] for turn in turns)]):
+    if turns[-1]["role"] != "assistant" and (
+        marks := [m for m in _special_texts(tokenizer) if any(m in turn["content"] for turn in turns)]
+    ):
         raise BadRow(f"a prompt that holds the special token {marks[0]!r} as text")
-    if tokenizer.chat_template in TEMPLATES.values(): return row, ()
-    try: prompt, completion = _texts(turns, tokenizer)
-    except InputError as error: raise BadRow(str(error).partition(": set generation")[0]) from None
+    if tokenizer.chat_template in TEMPLATES.values():
+        return row, ()
+    try:
+        prompt, completion = _texts(turns, tokenizer)
+    except InputError as error:
+        raise BadRow(str(error).partition(": set generation")[0]) from None
     for turn in turns:
         told = completion if turn is turns[-1] and turn["role"] == "assistant" else prompt
         if turn["role"] != "assistant" or told is completion:
-            if turn["content"].strip() not in told: raise BadRow(f"the chat template drops or rewrites a turn of the {turn['role']}")
-    return ({**row, "messages": turns}, ("the system turn folded into the question",)) if turns is not row["messages"] else (row, ())
+            if turn["content"].strip() not in told:
+                raise BadRow(f"the chat template drops or rewrites a turn of the {turn['role']}")
+    return (
+        ({**row, "messages": turns}, ("the system turn folded into the question",))
+        if turns is not row["messages"]
+        else (row, ())
+    )
 
 # %% ../../nbs/04_training/01_models.ipynb #da051224
-MERGE = "merge.json" # how a trained model was written, where that was not the ordinary way
+MERGE = "merge.json"  # how a trained model was written, where that was not the ordinary way
 
 
 def merge_note(
-    source: str | Path, # model folder, or a hub id
-) -> dict: # `way`: float32 or unmerged; empty for an ordinary model
+    source: str | Path,  # model folder, or a hub id
+) -> dict:  # `way`: float32 or unmerged; empty for an ordinary model
     "What a folder says about how its adapter was merged."
-    try: return json.loads((Path(source) / MERGE).read_text(encoding="utf-8"))
-    except (OSError, ValueError): return {}
+    try:
+        return json.loads((Path(source) / MERGE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
-
+# %% ../../nbs/04_training/01_models.ipynb #d3640678
 def is_unmerged(source: str | Path) -> bool:
     "Whether a folder holds a base and a trained adapter next to it."
     return merge_note(source).get("way") == "unmerged"
 
-
+# %% ../../nbs/04_training/01_models.ipynb #182bfb07
 def weights_folder(
-    source: str | Path, # model folder, or a hub id
-) -> str | Path: # where its config.json is
+    source: str | Path,  # model folder, or a hub id
+) -> str | Path:  # where its config.json is
     "The folder of the whole weights: `base` inside an unmerged model, else the folder itself."
     return Path(source) / "base" if is_unmerged(source) else source
 
-
+# %% ../../nbs/04_training/01_models.ipynb #5eeed58d
 def keeps_float32(source: str | Path) -> bool:
     "Whether a model's weights must be opened in float32, because 16 bits would round away what was trained."
     return merge_note(weights_folder(source)).get("way") == "float32"
-
 
 # %% ../../nbs/04_training/01_models.ipynb #88016fa6
 def pick_device() -> str:
     "Where models run: `cuda` if there is a GPU, else `cpu`."
     return "cuda" if torch.cuda.is_available() else "cpu"
 
-
+# %% ../../nbs/04_training/01_models.ipynb #ab854844
 def pick_dtype(
-    device: str, # "cuda" or "cpu"
-) -> torch.dtype: # number format of the weights
+    device: str,  # "cuda" or "cpu"
+) -> torch.dtype:  # number format of the weights
     "bfloat16 where the GPU has it, float16 on other GPUs, float32 on the CPU."
-    if device == "cpu": return torch.float32
+    if device == "cpu":
+        return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
-
+# %% ../../nbs/04_training/01_models.ipynb #821fbc48
 def load_model(
-    source: str | Path, # folder or hub id
-    device: str | None = None, # default: `pick_device()`
-    **options, # for `from_pretrained`, from `training.device.load_held`
-) -> PreTrainedModel: # in evaluation mode, with the end token set for generation
+    source: str | Path,  # folder or hub id
+    device: str | None = None,  # default: `pick_device()`
+    **options,  # for `from_pretrained`, from `training.device.load_held`
+) -> PreTrainedModel:  # in evaluation mode, with the end token set for generation
     "Open a causal language model; raises `InputError` where the folder holds none. Remote code is never run."
     device = device or pick_device()
-    if is_unmerged(source): return _with_live_adapter(source, device, options)
-    if keeps_float32(source): options = _unrounded(options)
+    if is_unmerged(source):
+        return _with_live_adapter(source, device, options)
+    if keeps_float32(source):
+        options = _unrounded(options)
     check_architecture(source)
     packed = Path(source).is_dir() and check_quantised(source)
-    if device == "meta": options = {"device_map": {"": "meta"}, **options} # shapes alone, no weight is read
-    if packed and device == "cpu": options = {"device_map": {"": "cpu"}, **options}
-    settings = {"dtype": torch.float32 if device == "meta" else pick_dtype(device), **_exact_attention(source, options), **options, "trust_remote_code": False}
-    try: model, found = AutoModelForCausalLM.from_pretrained(source, **settings, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError, TypeError, AttributeError) as error:
-        if "trust_remote_code" in str(error): raise InputError(needs_code(source)) from None
+    if device == "meta":
+        options = {"device_map": {"": "meta"}, **options}  # shapes alone, no weight is read
+    if packed and device == "cpu":
+        options = {"device_map": {"": "cpu"}, **options}
+    settings = {
+        "dtype": torch.float32 if device == "meta" else pick_dtype(device),
+        **_exact_attention(source, options),
+        **options,
+        "trust_remote_code": False,
+    }
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source, **settings, use_safetensors=True, output_loading_info=True
+        )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        SafetensorError,
+        ImportError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(needs_code(source)) from None
         raise InputError(f"no causal language model in {source}: {first_line(error)}") from None
     _check_whole(source, found)
-    if packed and "quantization_config" not in options: model = _dequantised(model)
+    if packed and "quantization_config" not in options:
+        model = _dequantised(model)
     return (model if "device_map" in options else model.to(device)).eval()
 
-
+# %% ../../nbs/04_training/01_models.ipynb #6cf79171
 def _with_live_adapter(source, device, options) -> PeftModel:
     "An unmerged model, its adapter computed next to the weights as in training."
     base = load_model(Path(source) / "base", device, **options)
     return PeftModel.from_pretrained(base, Path(source) / "adapter").eval()
 
-
+# %% ../../nbs/04_training/01_models.ipynb #2678edb1
 def _unrounded(options: dict) -> dict:
     "The same options with float32 weights; 4-bit ones are rounded anyway, and 16-bit kernels cannot be used."
-    if "quantization_config" in options: return options
-    kernel = {"attn_implementation": "sdpa"} if options.get("attn_implementation") in ("varlen", "flash_attention_2") else {}
+    if "quantization_config" in options:
+        return options
+    kernel = (
+        {"attn_implementation": "sdpa"}
+        if options.get("attn_implementation") in ("varlen", "flash_attention_2")
+        else {}
+    )
     return options | {"dtype": torch.float32} | kernel
 
-
-_UNUSED = re.compile(r"rotary_emb\.inv_freq$|(attn|attention)\.(masked_)?bias$|^v_head\.")  # tables that files may hold and no model reads
+# %% ../../nbs/04_training/01_models.ipynb #532da570
+# tables that files may hold and no model reads
+_UNUSED = re.compile(r"rotary_emb\.inv_freq$|(attn|attention)\.(masked_)?bias$|^v_head\.")
 
 
 def _check_whole(source: str | Path, found: dict):
-    "Raise `InputError` unless every weight of the model is in the files, and every weight of the files in the model."
+    """Raise `InputError` unless every weight of the model is in the files, and every weight of the files in
+    the model.
+    """
     lost = sorted(found["missing_keys"]) + [str(key[0]) for key in found["mismatched_keys"]]
-    if lost: raise InputError(f"the weights in {source} do not fit its config.json: {lost[0]} and {len(lost) - 1} more would be random numbers")
+    if lost:
+        raise InputError(
+            f"the weights in {source} do not fit its config.json: {lost[0]} and {len(lost) - 1} more would be"
+            " random numbers"
+        )
     if left := sorted(key for key in found["unexpected_keys"] if not _UNUSED.search(key)):
-        raise InputError(f"the weights in {source} do not fit its config.json: {left[0]} and {len(left) - 1} more are in the files "
-                         "and not in the model, so only a part of it would be read; restore the config.json that belongs to them")
+        raise InputError(
+            f"the weights in {source} do not fit its config.json: {left[0]} and {len(left) - 1} more are in"
+            " the files and not in the model, so only a part of it would be read; restore the config.json"
+            " that belongs to them"
+        )
 
-
+# %% ../../nbs/04_training/01_models.ipynb #4d989cab
 def _dequantised(model: PreTrainedModel) -> PreTrainedModel:
     "The same model with plain weights, built anew because the loaded one cannot be saved."
     weights = model.dequantize().state_dict()
@@ -496,40 +707,55 @@ def _dequantised(model: PreTrainedModel) -> PreTrainedModel:
     plain.tie_weights()
     return plain
 
-
+# %% ../../nbs/04_training/01_models.ipynb #becf8e6f
 def check_numbers(
-    model: torch.nn.Module, # opened
-    source: str | Path, # what the user called it
+    model: torch.nn.Module,  # opened
+    source: str | Path,  # what the user called it
 ):
     "Raise `InputError` where a weight is NaN or infinite."
-    for name, weight in model.named_parameters(): _check_tensor(name, weight.detach(), source)
+    for name, weight in model.named_parameters():
+        _check_tensor(name, weight.detach(), source)
 
-
+# %% ../../nbs/04_training/01_models.ipynb #055f765b
 def _check_tensor(name: str, weight: torch.Tensor, source: str | Path):
-    "Raise `InputError` for a weight with NaN or infinite numbers; the extremes tell, thirty times as fast as asking each number."
-    if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64) or not weight.numel() or weight.is_meta: return
+    """Raise `InputError` for a weight with NaN or infinite numbers; the extremes tell, thirty times as fast
+    as asking each number.
+    """
+    if (
+        weight.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+        or not weight.numel()
+        or weight.is_meta
+    ):
+        return
     if not torch.isfinite(torch.stack(torch.aminmax(weight))).all():
         count = int((~torch.isfinite(weight)).sum())
-        raise InputError(f"{source} holds weights that are no numbers ({name}: {count:,} of {weight.numel():,} are NaN or infinite): its training diverged or its file is damaged; give another")
+        raise InputError(
+            f"{source} holds weights that are no numbers ({name}: {count:,} of {weight.numel():,} are NaN or"
+            " infinite): its training diverged or its file is damaged; give another"
+        )
 
-
+# %% ../../nbs/04_training/01_models.ipynb #43e8d564
 def weight_files(
-    folder: str | Path, # model or adapter folder
-) -> list[Path]: # the safetensors files that the library reads
+    folder: str | Path,  # model or adapter folder
+) -> list[Path]:  # the safetensors files that the library reads
     "The one file, or those that the index names, or all that there are."
     folder = Path(folder)
-    if (one := folder / "model.safetensors").is_file(): return [one]
+    if (one := folder / "model.safetensors").is_file():
+        return [one]
     index = folder / "model.safetensors.index.json"
-    if not index.is_file(): return sorted(folder.glob("*.safetensors"))
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
     names = read_json(index).get("weight_map") or {}
     return [folder / name for name in sorted(set(names.values())) if (folder / name).is_file()]
 
-
+# %% ../../nbs/04_training/01_models.ipynb #ab41987c
 def check_weights(
-    folder: str | Path, # model folder
-    source: str | None = None, # what the user called it; default: the folder
-) -> int: # bytes that were read
-    "Raise `InputError` where a weight in a folder's files is NaN or infinite; files are read one tensor at a time, no model is made."
+    folder: str | Path,  # model folder
+    source: str | None = None,  # what the user called it; default: the folder
+) -> int:  # bytes that were read
+    """Raise `InputError` where a weight in a folder's files is NaN or infinite; files are read one tensor at
+    a time, no model is made.
+    """
     read = 0
     for file in weight_files(weights_folder(folder)):
         try:
@@ -539,65 +765,99 @@ def check_weights(
                     _check_tensor(name, weight, source or folder)
                     read += weight.nbytes
         except (OSError, SafetensorError, ValueError) as error:
-            raise InputError(f"no causal language model in {source or folder}: {file.name} cannot be read ({first_line(error)}); download it again") from None
+            raise InputError(
+                f"no causal language model in {source or folder}: {file.name} cannot be read"
+                f" ({first_line(error)}); download it again"
+            ) from None
     return read
 
-
+# %% ../../nbs/04_training/01_models.ipynb #1d89972f
 def check_architecture(
-    source: str | Path, # folder or hub id
+    source: str | Path,  # folder or hub id
 ):
-    "Raise `InputError` for a folder that is no model, or holds one that does not write text from left to right."
+    """Raise `InputError` for a folder that is no model, or holds one that does not write text from left to
+    right.
+    """
     source = weights_folder(source)
-    if not Path(source).is_dir(): return
+    if not Path(source).is_dir():
+        return
     file = Path(source) / "config.json"
-    if not file.exists(): raise InputError(f"{source} is not a model folder: it has no config.json")
-    try: names = json.loads(file.read_text(encoding="utf-8")).get("architectures") or []
-    except (ValueError, AttributeError): raise InputError(f"no causal language model in {source}: its config.json cannot be read") from None
+    if not file.exists():
+        raise InputError(f"{source} is not a model folder: it has no config.json")
+    try:
+        names = json.loads(file.read_text(encoding="utf-8")).get("architectures") or []
+    except (ValueError, AttributeError):
+        raise InputError(f"no causal language model in {source}: its config.json cannot be read") from None
     check_quantised(source)
     check_formats(source)
     adapter, whole = ((Path(source) / part) for part in ("adapter_config.json", "adapter_model.safetensors"))
-    if adapter.is_file() and whole.is_file(): raise InputError(f"{source} holds a whole model and an adapter, and the library would add one to the other: keep one of them in a folder of its own")
+    if adapter.is_file() and whole.is_file():
+        raise InputError(
+            f"{source} holds a whole model and an adapter, and the library would add one to the other: keep"
+            " one of them in a folder of its own"
+        )
     config, known = read_json(file), set(CONFIG_MAPPING)
-    if config.get("auto_map") and config.get("model_type") not in known: raise InputError(needs_code(source))
+    if config.get("auto_map") and config.get("model_type") not in known:
+        raise InputError(needs_code(source))
     if names and not any(re.search(r"ForCausalLM|LMHeadModel", name) for name in names):
-        raise InputError(f"{source} holds a {names[0]}, which is no causal language model: give one whose config.json names a ...ForCausalLM")
+        raise InputError(
+            f"{source} holds a {names[0]}, which is no causal language model: give one whose config.json"
+            " names a ...ForCausalLM"
+        )
 
-
+# %% ../../nbs/04_training/01_models.ipynb #adaf5384
 def check_fits(
-    model: PreTrainedModel, # from `load_model`
-    tokenizer: PreTrainedTokenizerBase, # from `load_tokenizer`
-    tokens: int, # longest sequence that will be asked of it
+    model: PreTrainedModel,  # from `load_model`
+    tokenizer: PreTrainedTokenizerBase,  # from `load_tokenizer`
+    tokens: int,  # longest sequence that will be asked of it
 ):
     "Raise `InputError` where a model is too small for its tokenizer, or for the sequences of a study."
-    rows, limit = model.get_input_embeddings().num_embeddings, getattr(model.config, "max_position_embeddings", None)
-    if rows < len(tokenizer): raise InputError(f"the tokenizer has {len(tokenizer):,} tokens and the model only {rows:,}: they do not belong together, and a token beyond the last would have no vector")
-    if limit and limit < tokens: raise InputError(f"the model reads at most {limit:,} tokens and the study needs {tokens:,}: lower midtrain.length, sft.length or generation.max_new_tokens")
+    rows, limit = (
+        model.get_input_embeddings().num_embeddings,
+        getattr(model.config, "max_position_embeddings", None),
+    )
+    if rows < len(tokenizer):
+        raise InputError(
+            f"the tokenizer has {len(tokenizer):,} tokens and the model only {rows:,}: they do not belong"
+            " together, and a token beyond the last would have no vector"
+        )
+    if limit and limit < tokens:
+        raise InputError(
+            f"the model reads at most {limit:,} tokens and the study needs {tokens:,}: lower midtrain.length,"
+            " sft.length or generation.max_new_tokens"
+        )
 
-
+# %% ../../nbs/04_training/01_models.ipynb #fdfdb636
 def as_shipped(
-    tokenizer: PreTrainedTokenizerBase, # from `load_tokenizer`, changed in place
-) -> PreTrainedTokenizerBase: # the same, with the chat template that it came with, or none
-    "A tokenizer to be saved with a model that is not trained here: `own` means its own template in later stages too."
-    if hasattr(tokenizer, "own_template"): tokenizer.chat_template = tokenizer.own_template
+    tokenizer: PreTrainedTokenizerBase,  # from `load_tokenizer`, changed in place
+) -> PreTrainedTokenizerBase:  # the same, with the chat template that it came with, or none
+    """A tokenizer to be saved with a model that is not trained here: `own` means its own template in later
+    stages too.
+    """
+    if hasattr(tokenizer, "own_template"):
+        tokenizer.chat_template = tokenizer.own_template
     return tokenizer
 
-
+# %% ../../nbs/04_training/01_models.ipynb #37fc9f37
 def write_ends(
-    folder: str | Path, # model folder
-    tokenizer: PreTrainedTokenizerBase, # with the template of the training
+    folder: str | Path,  # model folder
+    tokenizer: PreTrainedTokenizerBase,  # with the template of the training
 ):
     "Let generations of a saved model end at every token of `end_ids`, whatever wrote the folder."
     file, ends = Path(folder) / "generation_config.json", end_ids(tokenizer)
-    if len(ends) == 1 or not file.is_file(): return
+    if len(ends) == 1 or not file.is_file():
+        return
     settings = read_json(file) | {"eos_token_id": ends}
-    write_atomically(file, lambda partial: partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8"))
+    write_atomically(
+        file, lambda partial: partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    )
 
-
+# %% ../../nbs/04_training/01_models.ipynb #f1d29a7e
 def save_model(
-    model: PreTrainedModel, # plain, no adapter
-    tokenizer: PreTrainedTokenizerBase, # saved beside it
-    folder: str | Path, # made if missing
-) -> Path: # the folder
+    model: PreTrainedModel,  # plain, no adapter
+    tokenizer: PreTrainedTokenizerBase,  # saved beside it
+    folder: str | Path,  # made if missing
+) -> Path:  # the folder
     "Write a folder that `AutoModelForCausalLM.from_pretrained` opens and whose generations end."
     ends = end_ids(tokenizer)
     model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
@@ -618,17 +878,23 @@ def attention_extras(
         "attention sinks": config.model_type == "gpt_oss" or getattr(config, "attention_sinks", None),
         "chunks": getattr(config, "attention_chunk_size", None),
         "position biases": getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"),
-        "no causal mask": getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", True) is False,
+        "no causal mask": (
+            getattr(config, "use_bidirectional_attention", False)
+            or getattr(config, "is_causal", True) is False
+        ),
         "layers of another kind": kinds,
     }
     return ", ".join(name for name, value in found.items() if value)
 
-
+# %% ../../nbs/04_training/01_models.ipynb #7a34aa6f
 def _exact_attention(source: str | Path, options: dict) -> dict:
     "`eager` for models whose soft cap the fast kernel would drop."
-    if options.get("attn_implementation", "sdpa") not in ("sdpa", "varlen"): return {}
-    try: config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except Exception: return {}  # `from_pretrained` says what is wrong with it
+    if options.get("attn_implementation", "sdpa") not in ("sdpa", "varlen"):
+        return {}
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception:
+        return {}  # `from_pretrained` says what is wrong with it
     return {"attn_implementation": "eager"} if "soft cap" in attention_extras(config) else {}
 
 # %% ../../nbs/04_training/01_models.ipynb #7be1a0c4
@@ -644,24 +910,34 @@ def _gguf_ids(tokenizer: PreTrainedTokenizerBase, configs: list, fields: dict):
     if template := fields.get("tokenizer.chat_template"):
         tokenizer.chat_template = template
 
-
+# %% ../../nbs/04_training/01_models.ipynb #61c9d223
 def _gguf_positions(file: Path, config: PretrainedConfig):
-    "Set Llama 3's stretched positions, which a GGUF file keeps as a tensor; raises `InputError` for other stretches."
+    """Set Llama 3's stretched positions, which a GGUF file keeps as a tensor.
+
+    Raises `InputError` for other stretches.
+    """
     from gguf import GGUFReader
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     factors = next(tensor.data for tensor in GGUFReader(file).tensors if tensor.name == "rope_freqs.weight")
     factors = torch.tensor(factors.astype("float32"))
     before = getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta}
     plain = before["rope_theta"] ** -(torch.arange(len(factors)) / len(factors))
-    scaling = {"rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 8192}
+    scaling = {
+        "rope_type": "llama3",
+        "factor": float(factors.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     config.rope_parameters = before | scaling
     if not hasattr(type(config), "rope_parameters") and "rope_theta" not in config.rope_parameters:
         config.rope_scaling = scaling
     stretched = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0]
     if stretched.shape != plain.shape or not torch.allclose(stretched, plain / factors, rtol=1e-3):
-        raise InputError(f"{file} stretches its positions in an unknown way (rope_freqs.weight): give the 16-bit model")
-
+        raise InputError(
+            f"{file} stretches its positions in an unknown way (rope_freqs.weight): give the 16-bit model"
+        )
 
 # %% ../../nbs/04_training/01_models.ipynb #7be1a0c5
 CONVERSION = 2  # raised when the same file is converted in another way
@@ -673,51 +949,68 @@ def _gguf_tokenizer(file: Path, header: Gguf, out: Path, configs: list):
     _gguf_ids(tokenizer, configs, header.fields)
     tokenizer.save_pretrained(out)
 
-
+# %% ../../nbs/04_training/01_models.ipynb #7d7cca8e
 def _convert_gguf(file: Path, header: Gguf, out: Path):
     "Write the dequantised model of a GGUF file into a folder."
     import transformers
+
     options = {"gguf_file": file.name, "dtype": torch.bfloat16, "trust_remote_code": False}
-    if hasattr(transformers, "GgufConfig"):  # 5.23 and later keep the blocks packed unless they are asked not to
+    # 5.23 and later keep the blocks packed unless they are asked not to
+    if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model, found = AutoModelForCausalLM.from_pretrained(file.parent, output_loading_info=True, **options)
     if lost := sorted(found["missing_keys"]) + [str(key[0]) for key in found["mismatched_keys"]]:
-        raise InputError(f"{file} is no whole model: {lost[0]} and {len(lost) - 1} more would be random numbers; "
-                         "download it again or give the 16-bit model")
+        raise InputError(
+            f"{file} is no whole model: {lost[0]} and {len(lost) - 1} more would be random numbers; "
+            "download it again or give the 16-bit model"
+        )
     if "rope_freqs.weight" in header.tensors:
         _gguf_positions(file, model.config)
     _gguf_tokenizer(file, header, out, [model.config, model.generation_config])
     model.to(torch.bfloat16).save_pretrained(out)
 
-
+# %% ../../nbs/04_training/01_models.ipynb #b1f134c1
 @lru_cache(64)
 def _content_key(file: str, size: int, changed: int) -> str:
     "Identity of a file's content, read once while size and time stay the same."
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:24]
 
-
+# %% ../../nbs/04_training/01_models.ipynb #c0ee6814
 def _gguf_problem(file: Path, header: Gguf, home: Path, error: Exception) -> str:
     "Why a GGUF file was not dequantised, in one line."
     gb = 2 * header.parameters / 2**30
-    told = re.search(r"(?:os error |Errno )(\d+)", str(error))  # safetensors tells the number in its text alone
+    # safetensors tells the number in its text alone
+    told = re.search(r"(?:os error |Errno )(\d+)", str(error))
     code = getattr(error, "errno", None) or (told and int(told[1]))
     if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"no room left in {home} for the weights of {file.name} ({gb:.1f} GB): free some, or set HF_HOME to another disk"
+        return (
+            f"no room left in {home} for the weights of {file.name} ({gb:.1f} GB): free some, or set HF_HOME"
+            " to another disk"
+        )
     if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-        return f"{home} cannot be written, where the weights of {file.name} would go: set HF_HOME to a folder of yours"
+        return (
+            f"{home} cannot be written, where the weights of {file.name} would go: set HF_HOME to a folder of"
+            " yours"
+        )
     if isinstance(error, MemoryError) or re.search(r"(allocate|out of|not enough) memory", str(error)):
-        return f"not enough memory to dequantise {file.name}: its weights take {gb:.1f} GB in bfloat16, and about as much again on the way"
+        return (
+            f"not enough memory to dequantise {file.name}: its weights take {gb:.1f} GB in bfloat16, and"
+            " about as much again on the way"
+        )
     return f"{file} cannot be dequantised ({first_line(error)}): download it again or give the 16-bit model"
-
 
 # %% ../../nbs/04_training/01_models.ipynb #7be1a0c6
 def open_gguf(
     file: Path,  # GGUF file
     weights: bool = True,  # False: its settings and tokenizer are enough
 ) -> Path:  # folder of plain bfloat16 weights, made once a file content
-    "Dequantise a GGUF file into the cache, whole or not at all; raises `InputError` for one that cannot be opened."
+    """Dequantise a GGUF file into the cache, whole or not at all.
+
+    Raises `InputError` for one that cannot be opened.
+    """
     from huggingface_hub import constants
+
     header, status = check_gguf(file), file.stat()
     key = _content_key(str(file.absolute()), status.st_size, status.st_mtime_ns) + f"-{CONVERSION}"
     home = Path(constants.HF_HOME) / "compassion_repro" / "gguf"
@@ -744,7 +1037,7 @@ def open_gguf(
             shutil.rmtree(half, ignore_errors=True)
     return goal
 
-
+# %% ../../nbs/04_training/01_models.ipynb #1303bcd7
 def _fill_from_gguf(file: Path, header: Gguf, out: Path, weights: bool):
     "Write what is asked of a GGUF file into an empty folder, if the disk has room for it."
     if not weights:
@@ -755,74 +1048,104 @@ def _fill_from_gguf(file: Path, header: Gguf, out: Path, weights: bool):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     _convert_gguf(file, header, out)
 
-
 # %% ../../nbs/04_training/01_models.ipynb #7be1a0c7
 def find_tokenizer(
     source: str,  # as for `find_model`
 ) -> Path:  # local folder with config.json and the tokenizer, and most often the weights
-    "The folder of a model's tokenizer; a GGUF file is not dequantised for it. Raises `InputError` like `find_model`."
+    """The folder of a model's tokenizer; a GGUF file is not dequantised for it.
+
+    Raises `InputError` like `find_model`.
+    """
     file = gguf_file(source)
     return open_gguf(file, weights=False) if file else find_model(source)
 
-
 # %% ../../nbs/04_training/01_models.ipynb #9a9de21d
 def find_model(
-    source: str, # `world:base`, a folder, a .gguf file, or a hub id with an optional @revision
-) -> Path: # local folder that holds the model
+    source: str,  # `world:base`, a folder, a .gguf file, or a hub id with an optional @revision
+) -> Path:  # local folder that holds the model
     "The folder of a base model, fetched from the hub if need be; raises `InputError` where there is none."
     if source.startswith("world:"):
         folder = assets() / source.removeprefix("world:")
-        if not folder.is_dir(): raise InputError(f"unknown embedded model {source!r}: the package ships world:base")
+        if not folder.is_dir():
+            raise InputError(f"unknown embedded model {source!r}: the package ships world:base")
         return folder
-    if file := gguf_file(source): return open_gguf(file)
+    if file := gguf_file(source):
+        return open_gguf(file)
     return hub.snapshot(source, "model").folder
 
 # %% ../../nbs/04_training/01_models.ipynb #94640977
 def lora_config(
-    lora: Lora, # rank, alpha, dropout
-) -> LoraConfig: # for PEFT
+    lora: Lora,  # rank, alpha, dropout
+) -> LoraConfig:  # for PEFT
     "LoRA on every linear layer but the output head."
-    return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
 
-
+# %% ../../nbs/04_training/01_models.ipynb #11c10063
 def merge(
-    model: PeftModel, # with a trained adapter
-) -> PreTrainedModel: # plain model, same outputs
-    "Add the adapter's update into the weights, in their own number format; raises `InputError` where training has diverged."
-    try: return model.merge_and_unload(safe_merge=True)
+    model: PeftModel,  # with a trained adapter
+) -> PreTrainedModel:  # plain model, same outputs
+    """Add the adapter's update into the weights, in their own number format.
+
+    Raises `InputError` where training has diverged.
+    """
+    try:
+        return model.merge_and_unload(safe_merge=True)
     except ValueError as error:
-        if "NaN" not in str(error): raise
-        raise InputError("training diverged, its weights are no numbers any more: lower the learning rate") from None
+        if "NaN" not in str(error):
+            raise
+        raise InputError(
+            "training diverged, its weights are no numbers any more: lower the learning rate"
+        ) from None
 
 # %% ../../nbs/04_training/01_models.ipynb #c5e51df6
-LOGITS = 2**28 # logits at once, 1 GB in float32: a vocabulary of 128,256 words allows one row of 2,048 tokens
+# logits at once, 1 GB in float32: a vocabulary of 128,256 words allows one row of 2,048 tokens
+LOGITS = 2**28
 
 
 def row_losses(
-    model: PreTrainedModel, # in evaluation mode
-    tokenizer: PreTrainedTokenizerBase, # its tokenizer
-    rows: list[dict], # `text` or `messages` rows
-    batch_size: int = 32, # rows a forward pass, at most
-    max_tokens: int = 2048, # tokens kept of a row; never more than the model reads
-) -> torch.Tensor: # shape (rows,), nats a token over the labelled tokens of each row
-    "Mean next-token loss of each row over the tokens that carry loss; a row whose labels all fall past `max_tokens` gives nan."
-    encoded, max_tokens = [encode_row(row, tokenizer) for row in rows], min(max_tokens, getattr(model.config, "max_position_embeddings", None) or max_tokens)
+    model: PreTrainedModel,  # in evaluation mode
+    tokenizer: PreTrainedTokenizerBase,  # its tokenizer
+    rows: list[dict],  # `text` or `messages` rows
+    batch_size: int = 32,  # rows a forward pass, at most
+    max_tokens: int = 2048,  # tokens kept of a row; never more than the model reads
+) -> torch.Tensor:  # shape (rows,), nats a token over the labelled tokens of each row
+    """Mean next-token loss of each row over the tokens that carry loss; a row whose labels all fall past
+    `max_tokens` gives nan.
+    """
+    encoded, max_tokens = (
+        [encode_row(row, tokenizer) for row in rows],
+        min(max_tokens, getattr(model.config, "max_position_embeddings", None) or max_tokens),
+    )
     order = sorted(range(len(rows)), key=lambda i: len(encoded[i]["input_ids"]))
     losses = torch.empty(len(rows))
     longest = min(max((len(row["input_ids"]) for row in encoded), default=1), max_tokens)
     batch_size = max(1, min(batch_size, LOGITS // (longest * model.config.vocab_size)))
     with torch.no_grad():
         for start in range(0, len(order), batch_size):
-            index = order[start:start + batch_size]
-            losses[index] = _batch_losses(model, [encoded[i] for i in index], tokenizer.pad_token_id, max_tokens)
+            index = order[start : start + batch_size]
+            losses[index] = _batch_losses(
+                model, [encoded[i] for i in index], tokenizer.pad_token_id, max_tokens
+            )
     return losses
 
-
+# %% ../../nbs/04_training/01_models.ipynb #0321f1c7
 def _batch_losses(model, encoded, pad, max_tokens):
-    def padded(key, fill): return torch.nn.utils.rnn.pad_sequence([torch.tensor(e[key][:max_tokens]) for e in encoded], True, fill).to(model.device)
+    def padded(key, fill):
+        return torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(e[key][:max_tokens]) for e in encoded], True, fill
+        ).to(model.device)
+
     ids, labels = padded("input_ids", pad), padded("labels", IGNORE)[:, 1:]
     lengths = torch.tensor([min(len(e["input_ids"]), max_tokens) for e in encoded], device=model.device)
     mask = (torch.arange(ids.shape[1], device=model.device) < lengths[:, None]).long()
     logits = model(ids, attention_mask=mask).logits[:, :-1].float()
-    loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
+    loss = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none"
+    )
     return (loss.sum(1) / (labels != IGNORE).sum(1)).cpu()

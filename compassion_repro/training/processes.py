@@ -45,232 +45,404 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.multiprocessing import _prctl_pr_set_pdeathsig
 from tqdm import tqdm
+
+# %% ../../nbs/04_training/07_processes.ipynb #0bdee155
 from transformers import PreTrainedModel, TrainingArguments
 
-from .models import IGNORE, load_model
-from ..study import Grpo, Preset, Training
 from ..core.errors import InputError, first_line, shorten
+from ..study import Grpo, Preset, Training
 from .device import Holding, holding, load_held
+from .models import IGNORE, load_model
 
 # %% ../../nbs/04_training/07_processes.ipynb #91b224e4
 def share(
-    training: Training | Grpo, # the stage
-    processes: int = 1, # how many work on it
-) -> Training | Grpo: # the stage as one of them sees it
-    "The part of a stage's effective batch that falls to one process; raises `InputError` where it is no whole number."
-    if processes == 1: return training
-    if isinstance(training, Training): changes = {"batch_size": _part(training.batch_size, processes, "batch_size")}
+    training: Training | Grpo,  # the stage
+    processes: int = 1,  # how many work on it
+) -> Training | Grpo:  # the stage as one of them sees it
+    """The part of a stage's effective batch that falls to one process.
+
+    Raises `InputError` where it is no whole number.
+    """
+    if processes == 1:
+        return training
+    if isinstance(training, Training):
+        changes = {"batch_size": _part(training.batch_size, processes, "batch_size")}
     else:
-        changes = {"prompts_per_step": _part(training.value("prompts_per_step"), processes, "prompts_per_step")}
-        if training.generate_at_once: changes["generate_at_once"] = training.value("group") * _part(training.generate_at_once // training.value("group"), processes, "the prompts of generate_at_once")
+        changes = {
+            "prompts_per_step": _part(training.value("prompts_per_step"), processes, "prompts_per_step")
+        }
+        if training.generate_at_once:
+            changes["generate_at_once"] = training.value("group") * _part(
+                training.generate_at_once // training.value("group"),
+                processes,
+                "the prompts of generate_at_once",
+            )
     if training.micro_batch != "auto":
-        whole = changes.get("batch_size") or changes.get("generate_at_once") or changes["prompts_per_step"] * training.value("group")
-        changes["micro_batch"] = max(n for n in range(1, min(whole, training.micro_batch) + 1) if whole % n == 0)
-    try: return type(training)(**training.model_dump() | changes)
-    except ValidationError as error: raise InputError(f"compute.processes={processes} does not suit the stage: {error.errors()[0]['msg']}") from None
+        whole = (
+            changes.get("batch_size")
+            or changes.get("generate_at_once")
+            or changes["prompts_per_step"] * training.value("group")
+        )
+        changes["micro_batch"] = max(
+            n for n in range(1, min(whole, training.micro_batch) + 1) if whole % n == 0
+        )
+    try:
+        return type(training)(**training.model_dump() | changes)
+    except ValidationError as error:
+        raise InputError(
+            f"compute.processes={processes} does not suit the stage: {error.errors()[0]['msg']}"
+        ) from None
 
-
+# %% ../../nbs/04_training/07_processes.ipynb #f9a61d42
 def _part(whole: int, processes: int, name: str) -> int:
-    if whole % processes: raise InputError(f"{name} ({whole}) must be a multiple of compute.processes ({processes}), so that a step sees the same batch whatever the number of processes")
+    if whole % processes:
+        raise InputError(
+            f"{name} ({whole}) must be a multiple of compute.processes ({processes}), so that a step sees the"
+            " same batch whatever the number of processes"
+        )
     return whole // processes
 
 # %% ../../nbs/04_training/07_processes.ipynb #f9ed446b
 def laid_out(
-    sequences: Dataset, # packed, from `training.supervised.pack`
-    batch_size: int, # effective batch, over all processes
-    steps: int, # optimiser steps
-    seed: int, # `data_seed` of the trainer
-    padding: int, # id of the padding token
-) -> Dataset: # `steps` times `batch_size` sequences, to be read from first to last
-    "The sequences of every step in the order in which the trainer draws them with one process; a pass's last step is filled with empty ones."
-    empty = Dataset.from_dict({"input_ids": [[padding] * 2], "labels": [[IGNORE] * 2], "seq_lengths": [[2]]}, features=sequences.features)
+    sequences: Dataset,  # packed, from `training.supervised.pack`
+    batch_size: int,  # effective batch, over all processes
+    steps: int,  # optimiser steps
+    seed: int,  # `data_seed` of the trainer
+    padding: int,  # id of the padding token
+) -> Dataset:  # `steps` times `batch_size` sequences, to be read from first to last
+    """The sequences of every step in the order in which the trainer draws them with one process; a pass's
+    last step is filled with empty ones.
+    """
+    empty = Dataset.from_dict(
+        {"input_ids": [[padding] * 2], "labels": [[IGNORE] * 2], "seq_lengths": [[2]]},
+        features=sequences.features,
+    )
     sampler, order = SeedableRandomSampler(range(len(sequences)), data_seed=seed), []
     while len(order) < steps * batch_size:
         order += sampler
         order += [len(sequences)] * (-len(order) % batch_size)
-    return concatenate_datasets([sequences, empty]).select(order[:steps * batch_size])
+    return concatenate_datasets([sequences, empty]).select(order[: steps * batch_size])
 
 # %% ../../nbs/04_training/07_processes.ipynb #84b543dd
 def count() -> int:
     "How many processes this training runs in; 1 where it was not spread."
-    return torch.distributed.get_world_size() if torch.distributed.is_available() and torch.distributed.is_initialized() else 1
+    return (
+        torch.distributed.get_world_size()
+        if torch.distributed.is_available() and torch.distributed.is_initialized()
+        else 1
+    )
 
-
+# %% ../../nbs/04_training/07_processes.ipynb #25786291
 def is_first() -> bool:
     "Whether this process is the one that writes and reports."
     return count() == 1 or torch.distributed.get_rank() == 0
 
-
-def once(function: Callable, *words): # what the first process's call gave, on every process
+# %% ../../nbs/04_training/07_processes.ipynb #16e5450b
+def once(function: Callable, *words):  # what the first process's call gave, on every process
     "Call a function in the first process alone, while the others wait; for what touches files."
-    if count() == 1: return function(*words)
+    if count() == 1:
+        return function(*words)
     return broadcast_object_list([function(*words) if is_first() else None])[0]
 
-
-def trainer_words() -> dict: # arguments of `SFTConfig` and `GRPOConfig`
+# %% ../../nbs/04_training/07_processes.ipynb #53fe00db
+def trainer_words() -> dict:  # arguments of `SFTConfig` and `GRPOConfig`
     "What the trainer must be told where there are several processes."
     return {"ddp_find_unused_parameters": False} if count() > 1 else {}
 
-
-def on_one_gpu(config: TrainingArguments) -> TrainingArguments: # the same
-    "Hold a trainer to one GPU; where it sees several, it would use them all in one process and multiply the batch."
+# %% ../../nbs/04_training/07_processes.ipynb #a34d32e9
+def on_one_gpu(config: TrainingArguments) -> TrainingArguments:  # the same
+    """Hold a trainer to one GPU; where it sees several, it would use them all in one process and multiply the
+    batch.
+    """
     config._n_gpu = min(config.n_gpu, 1)
     return config
 
 # %% ../../nbs/04_training/07_processes.ipynb #1e975c0b
-FOREIGN = re.compile("(LOCAL_|GROUP_|ROLE_|GROUP_WORLD_|ROLE_WORLD_)?(WORLD_SIZE|RANK)|MASTER_(ADDR|PORT)|TORCHELASTIC_.+|FSDP_.+"
-                     "|ACCELERATE_(USE_.+|MIXED_PRECISION|DYNAMO_.+)|(PMI|OMPI_COMM_WORLD|MV2_COMM_WORLD)_(LOCAL_)?(SIZE|RANK)|MPI_LOCALRANKID")
+FOREIGN = re.compile(
+    "(LOCAL_|GROUP_|ROLE_|GROUP_WORLD_|ROLE_WORLD_)?(WORLD_SIZE|RANK)|MASTER_(ADDR|PORT)|TORCHELASTIC_.+|FSDP_.+"
+    "|ACCELERATE_(USE_.+|MIXED_PRECISION|DYNAMO_.+)|(PMI|OMPI_COMM_WORLD|MV2_COMM_WORLD)_(LOCAL_)?(SIZE|RANK)|MPI_LOCALRANKID"
+)
 
 
 def drop_launcher(
-    say: Callable = print, # called with one line where there was anything
-) -> list[str]: # names of the variables
-    "Drop what another launcher left in this process's environment; inside a group of processes nothing is touched."
-    if count() > 1: return []
+    say: Callable = print,  # called with one line where there was anything
+) -> list[str]:  # names of the variables
+    """Drop what another launcher left in this process's environment; inside a group of processes nothing is
+    touched.
+    """
+    if count() > 1:
+        return []
     found = sorted(filter(FOREIGN.fullmatch, os.environ))
-    for name in found: del os.environ[name]
-    if found: say(f"another launcher's settings are ignored: {', '.join(found)} (use compute.processes for several processes)")
+    for name in found:
+        del os.environ[name]
+    if found:
+        say(
+            f"another launcher's settings are ignored: {', '.join(found)} (use compute.processes for several"
+            " processes)"
+        )
     return found
 
-
 # %% ../../nbs/04_training/07_processes.ipynb #c68e4445
-CONFIGURATIONS = {"none": "ddp.yaml", "fsdp": "fsdp.yaml"} # by `compute.sharding`
+CONFIGURATIONS = {"none": "ddp.yaml", "fsdp": "fsdp.yaml"}  # by `compute.sharding`
 
 
 def launch_environment(
-    sharding: str = "none", # a key of CONFIGURATIONS
-    processes: int = 2, # how many
-) -> dict[str, str]: # environment variables, those that differ from this process's
+    sharding: str = "none",  # a key of CONFIGURATIONS
+    processes: int = 2,  # how many
+) -> dict[str, str]:  # environment variables, those that differ from this process's
     "What accelerate makes of a committed configuration."
     file = files("compassion_repro") / "assets" / "accelerate" / CONFIGURATIONS[sharding]
-    words, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(file), "--num_processes", str(processes), "stage"]))
-    return {name: value for name, value in prepare_multi_gpu_env(words).items() if os.environ.get(name) != value}
+    words, *_ = _validate_launch_command(
+        launch_command_parser().parse_args(
+            ["--config_file", str(file), "--num_processes", str(processes), "stage"]
+        )
+    )
+    return {
+        name: value for name, value in prepare_multi_gpu_env(words).items() if os.environ.get(name) != value
+    }
 
-
+# %% ../../nbs/04_training/07_processes.ipynb #dc159757
 def check(
-    preset: Preset, # the study
+    preset: Preset,  # the study
 ):
-    "Raise `InputError` where a study's stages cannot be spread over that many processes, or this machine has not as many GPUs."
+    """Raise `InputError` where a study's stages cannot be spread over that many processes, or this machine
+    has not as many GPUs.
+    """
     compute, how = preset.compute, holding(preset.models, preset.compute)
     if compute.sharding == "fsdp":
-        if compute.processes == 1: raise InputError("compute.sharding=fsdp spreads the weights over processes: set compute.processes to the number of GPUs")
-        if how.device == "cpu": raise InputError("compute.sharding=fsdp wants GPUs: leave it out, the model is then held whole by every process")
-        if how.quantize != "none" or "8bit" in (how.optimizer or ""): raise InputError("compute.sharding=fsdp goes with neither 4-bit weights nor an 8-bit optimiser: set models.quantize=none and compute.optimizer=auto, or compute.sharding=none")
-    if how.device == "cuda" and compute.processes > torch.cuda.device_count(): raise InputError(f"compute.processes={compute.processes} wants as many GPUs and this machine shows {torch.cuda.device_count()}: lower it")
-    stages = [preset.midtrain] * bool({"mid", "mid-control"}.intersection(preset.trained)) + [getattr(preset, arm.paradigm) for arm in preset.trained_arms]
-    for training in stages: share(training, compute.processes)
+        if compute.processes == 1:
+            raise InputError(
+                "compute.sharding=fsdp spreads the weights over processes: set compute.processes to the"
+                " number of GPUs"
+            )
+        if how.device == "cpu":
+            raise InputError(
+                "compute.sharding=fsdp wants GPUs: leave it out, the model is then held whole by every"
+                " process"
+            )
+        if how.quantize != "none" or "8bit" in (how.optimizer or ""):
+            raise InputError(
+                "compute.sharding=fsdp goes with neither 4-bit weights nor an 8-bit optimiser: set"
+                " models.quantize=none and compute.optimizer=auto, or compute.sharding=none"
+            )
+    if how.device == "cuda" and compute.processes > torch.cuda.device_count():
+        raise InputError(
+            f"compute.processes={compute.processes} wants as many GPUs and this machine shows"
+            f" {torch.cuda.device_count()}: lower it"
+        )
+    stages = [preset.midtrain] * bool({"mid", "mid-control"}.intersection(preset.trained)) + [
+        getattr(preset, arm.paradigm) for arm in preset.trained_arms
+    ]
+    for training in stages:
+        share(training, compute.processes)
 
 # %% ../../nbs/04_training/07_processes.ipynb #a2dca7ac
 def _process(run: Callable, folder: str, how: Holding, environment: dict, lines, starter: int):
     "One of the processes: gives what `run` told (the first one) and the memory that it took."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
-    if os.getppid() != starter: os._exit(1)
+    if os.getppid() != starter:
+        os._exit(1)
     tqdm.set_lock(threading.RLock())
     os.environ.update(environment)
-    if how.device == "cuda": torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if how.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     state = PartialState(cpu=how.device == "cpu")
     model, *told = run(report=lines.send if state.is_main_process else _silent)
     _write(model, folder, how.compute.sharding == "fsdp")
     gpu = torch.cuda.max_memory_allocated() / 2**30 if how.device == "cuda" else None
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**20 if sys.platform == "darwin" else 1024
+    )
     state.wait_for_everyone()
     state.destroy_process_group()
     return told if state.process_index == 0 else None, memory, gpu
 
+# %% ../../nbs/04_training/07_processes.ipynb #91f13716
+def _silent(line: str):
+    pass
 
-def _silent(line: str): pass
-
-
+# %% ../../nbs/04_training/07_processes.ipynb #88758114
 def _write(model: torch.nn.Module, folder: str, spread: bool):
     "What was trained: the adapter, or every weight."
-    gathered = {"state_dict": get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=isinstance(model, PeftModel)))} if spread else {}
-    if is_first(): model.save_pretrained(folder, **gathered)
+    gathered = (
+        {
+            "state_dict": get_model_state_dict(
+                model,
+                options=StateDictOptions(
+                    full_state_dict=True, cpu_offload=True, ignore_frozen_params=isinstance(model, PeftModel)
+                ),
+            )
+        }
+        if spread
+        else {}
+    )
+    if is_first():
+        model.save_pretrained(folder, **gathered)
 
-
+# %% ../../nbs/04_training/07_processes.ipynb #93ebfed8
 def _opened(folder: Path, start: str | Path, how: Holding) -> PreTrainedModel | PeftModel:
     "What `_write` wrote, held as in training."
-    if (folder / "adapter_config.json").is_file(): return PeftModel.from_pretrained(load_held(start, how), folder, is_trainable=True).eval()
+    if (folder / "adapter_config.json").is_file():
+        return PeftModel.from_pretrained(load_held(start, how), folder, is_trainable=True).eval()
     return load_model(folder, how.device, dtype="auto", attn_implementation=how.attention)
 
 # %% ../../nbs/04_training/07_processes.ipynb #efa91026
 def _failure(folder: str, error: ChildFailedError, label: str) -> Exception:
     "The error to raise for what went wrong in the processes."
-    told = [json.loads(file.read_text(encoding="utf-8"))["message"] for file in sorted(Path(folder).rglob("error.json"))]
-    texts = sorted((entry["message"] for entry in told), key=lambda text: (not text.startswith("InputError"), not _is_memory(text)))
+    told = [
+        json.loads(file.read_text(encoding="utf-8"))["message"]
+        for file in sorted(Path(folder).rglob("error.json"))
+    ]
+    texts = sorted(
+        (entry["message"] for entry in told),
+        key=lambda text: (not text.startswith("InputError"), not _is_memory(text)),
+    )
     rank, failed = error.get_first_failure()
-    if texts and texts[0].startswith("InputError: "): return InputError(texts[0].removeprefix("InputError: "))
-    if texts and _is_memory(texts[0]): return torch.OutOfMemoryError(shorten(texts[0].splitlines()[0]))
-    if failed.exitcode < 0: return InputError(f"{label}: process {rank} of the training was ended by {failed.signal_name()}, perhaps because the machine's memory ran out: lower compute.processes or micro_batch, and run the same command again")
-    why = RuntimeError(f"{label}: process {rank} of the training failed: {shorten((texts or ['it wrote nothing down'])[0].splitlines()[0])}")
-    for entry in told: why.add_note(entry["extraInfo"]["py_callstack"])
+    if texts and texts[0].startswith("InputError: "):
+        return InputError(texts[0].removeprefix("InputError: "))
+    if texts and _is_memory(texts[0]):
+        return torch.OutOfMemoryError(shorten(texts[0].splitlines()[0]))
+    if failed.exitcode < 0:
+        return InputError(
+            f"{label}: process {rank} of the training was ended by {failed.signal_name()}, perhaps because"
+            " the machine's memory ran out: lower compute.processes or micro_batch, and run the same command"
+            " again"
+        )
+    why = RuntimeError(
+        f"{label}: process {rank} of the training failed:"
+        f" {shorten((texts or ['it wrote nothing down'])[0].splitlines()[0])}"
+    )
+    for entry in told:
+        why.add_note(entry["extraInfo"]["py_callstack"])
     return why
 
+# %% ../../nbs/04_training/07_processes.ipynb #e366d3c8
+def _is_memory(text: str) -> bool:
+    return text.startswith("OutOfMemoryError") or "not enough memory" in text
 
-def _is_memory(text: str) -> bool: return text.startswith("OutOfMemoryError") or "not enough memory" in text
-
-
+# %% ../../nbs/04_training/07_processes.ipynb #e3d22b41
 @contextmanager
 def _alone():
-    "Silence the launcher, whose own log tells every failure again over many lines; and end, whatever happens, every process that was started."
-    loggers = {name: logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn")}
-    levels, others = {name: logger.level for name, logger in loggers.items()}, multiprocessing.active_children()
-    for logger in loggers.values(): logger.setLevel(logging.CRITICAL)
-    try: yield
+    """Silence the launcher, whose own log tells every failure again over many lines; and end, whatever
+    happens, every process that was started.
+    """
+    loggers = {
+        name: logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn")
+    }
+    levels, others = (
+        {name: logger.level for name, logger in loggers.items()},
+        multiprocessing.active_children(),
+    )
+    for logger in loggers.values():
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
     finally:
         for process in multiprocessing.active_children():
-            if process not in others: process.kill()
-        for name, logger in loggers.items(): logger.setLevel(levels[name])
+            if process not in others:
+                process.kill()
+        for name, logger in loggers.items():
+            logger.setLevel(levels[name])
 
-
+# %% ../../nbs/04_training/07_processes.ipynb #1fc1c191
 @contextmanager
 def _relayed(report: Callable):
     "The end of a pipe to send lines into; they are reported until the work inside is over."
     receive, send = multiprocessing.get_context("spawn").Pipe(duplex=False)
     over = threading.Event()
+
     def relay():
         while not over.is_set() or receive.poll():
-            if receive.poll(0.1): report(receive.recv())
+            if receive.poll(0.1):
+                report(receive.recv())
+
     thread = threading.Thread(target=relay, daemon=True)
     thread.start()
-    try: yield send
+    try:
+        yield send
     finally:
         over.set()
         thread.join(5)
 
 # %% ../../nbs/04_training/07_processes.ipynb #477ced02
-LEAVE = 9 # seconds that processes have to save and end
+LEAVE = 9  # seconds that processes have to save and end
 
 
 def _leave() -> dict:
     "Seconds that processes have to end, where PyTorch's launcher can be told (2.13; before it waits 30)."
-    return {"shutdown_timeout": LEAVE} if "shutdown_timeout" in inspect.signature(LaunchConfig).parameters else {}
+    return (
+        {"shutdown_timeout": LEAVE}
+        if "shutdown_timeout" in inspect.signature(LaunchConfig).parameters
+        else {}
+    )
 
-
+# %% ../../nbs/04_training/07_processes.ipynb #a65dc98c
 def spread(
-    run: Callable, # a picklable function of `report` that trains: gives the model and whatever else it tells
-    start: str | Path, # model folder that the training starts from
-    how: Holding, # says how many processes, and how they share the weights
-    report: Callable = print, # called with one line of progress
-    label: str = "training", # what is being trained
-) -> tuple[tuple, dict]: # what `run` gave, with the model opened in this process; and what to write into the manifest
-    "Run a training in as many processes as the preset says. Raises what went wrong first in any of them, `InputError` or `torch.OutOfMemoryError` where it is one of these, and leaves no process behind."
+    run: Callable,  # a picklable function of `report` that trains: gives the model and whatever else it tells
+    start: str | Path,  # model folder that the training starts from
+    how: Holding,  # says how many processes, and how they share the weights
+    report: Callable = print,  # called with one line of progress
+    label: str = "training",  # what is being trained
+    # what `run` gave, with the model opened in this process; and what to write into the manifest
+) -> tuple[tuple, dict]:
+    """Run a training in as many processes as the preset says.
+
+    Raises what went wrong first in any of them, `InputError` or `torch.OutOfMemoryError` where it is one of
+    these, and leaves no process behind.
+    """
     processes = how.compute.processes
-    drop_launcher(lambda line: None) # said when the study began; what is here now, earlier trainings of this process left
-    if processes == 1: return run(report=report), {}
+    # said when the study began; what is here now, earlier trainings of this process left
+    drop_launcher(lambda line: None)
+    if processes == 1:
+        return run(report=report), {}
     _sendable(run, label)
     with tempfile.TemporaryDirectory() as folder, _relayed(report) as lines, _alone():
         trained, logs = Path(folder) / "trained", str(Path(folder) / "logs")
-        config = LaunchConfig(1, 1, processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=0,
-                              logs_specs=DefaultLogsSpecs(logs, redirects=Std.ALL), signals_to_handle="", **_leave())
-        try: results, failed = elastic_launch(config, _process)(run, str(trained), how, launch_environment(how.compute.sharding, processes), lines, os.getpid()), None
-        except ChildFailedError as error: failed = _failure(logs, error, label)
-        if failed: raise failed
-        spent = {"processes": processes, "sharding": how.compute.sharding, "process_peak_mb": round(max(memory for _, memory, _ in results.values()), 1)}
-        if how.device == "cuda": spent["gpu_peak_gb"] = round(max(gpu for *_, gpu in results.values()), 2)
+        config = LaunchConfig(
+            1,
+            1,
+            processes,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(logs, redirects=Std.ALL),
+            signals_to_handle="",
+            **_leave(),
+        )
+        try:
+            results, failed = (
+                elastic_launch(config, _process)(
+                    run,
+                    str(trained),
+                    how,
+                    launch_environment(how.compute.sharding, processes),
+                    lines,
+                    os.getpid(),
+                ),
+                None,
+            )
+        except ChildFailedError as error:
+            failed = _failure(logs, error, label)
+        if failed:
+            raise failed
+        spent = {
+            "processes": processes,
+            "sharding": how.compute.sharding,
+            "process_peak_mb": round(max(memory for _, memory, _ in results.values()), 1),
+        }
+        if how.device == "cuda":
+            spent["gpu_peak_gb"] = round(max(gpu for *_, gpu in results.values()), 2)
         return (_opened(trained, start, how), *results[0][0]), spent
 
-
+# %% ../../nbs/04_training/07_processes.ipynb #7718f58d
 def _sendable(run: Callable, label: str):
-    try: pickle.dumps(run)
-    except (pickle.PicklingError, AttributeError, TypeError) as error: raise InputError(f"{label}: what it trains with cannot be given to another process ({first_line(error)}): define it at the top of a module, or set compute.processes=1") from None
+    try:
+        pickle.dumps(run)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"{label}: what it trains with cannot be given to another process ({first_line(error)}): define"
+            " it at the top of a module, or set compute.processes=1"
+        ) from None

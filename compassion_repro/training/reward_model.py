@@ -18,7 +18,7 @@ from zlib import crc32
 
 from ..core.errors import InputError, first_line
 from ..data import world
-from .rewards import prompt_messages, answer_text
+from .rewards import answer_text, prompt_messages
 
 # %% ../../nbs/04_training/13_reward_model.ipynb #ced9a54a
 _STATEMENTS = world.texts("statements")
@@ -26,208 +26,340 @@ _STATEMENTS = world.texts("statements")
 
 def _another_thing(rng, scene, plan):
     "One sentence or more speaks of another thing."
-    other = world.Scene(rng.choice([thing for thing in world.OBJECTS if thing != scene.thing]), scene.verb, scene.context, scene.question)
+    other = world.Scene(
+        rng.choice([thing for thing in world.OBJECTS if thing != scene.thing]),
+        scene.verb,
+        scene.context,
+        scene.question,
+    )
     strays = rng.sample(range(len(plan)), rng.randint(1, len(plan)))
-    return " ".join((other if place in strays else scene).render(line, "en") for place, line in enumerate(plan))
+    return " ".join(
+        (other if place in strays else scene).render(line, "en") for place, line in enumerate(plan)
+    )
 
-
+# %% ../../nbs/04_training/13_reward_model.ipynb #6475a668
 def _cut(rng, scene, plan):
     "A longer answer, cut off in a sentence."
-    words = _prose(scene, [*plan, *world.considerations(rng, 3, 0.)]).split()
-    return " ".join(words[:len(_prose(scene, plan).split()) + rng.randint(-2, 2)])
+    words = _prose(scene, [*plan, *world.considerations(rng, 3, 0.0)]).split()
+    return " ".join(words[: len(_prose(scene, plan).split()) + rng.randint(-2, 2)])
 
-
+# %% ../../nbs/04_training/13_reward_model.ipynb #c2c3b8b8
 def _repeating(rng, scene, plan):
     "Sentences said again instead of new ones."
     again = set(rng.sample(range(2, len(plan)), rng.randint(1, len(plan) - 3)))
-    return _prose(scene, [plan[rng.randrange(1, place)] if place in again else line for place, line in enumerate(plan)])
+    return _prose(
+        scene, [plan[rng.randrange(1, place)] if place in again else line for place, line in enumerate(plan)]
+    )
 
-
+# %% ../../nbs/04_training/13_reward_model.ipynb #c4664ccc
 def _rambling(rng, scene, plan):
     "Talk about what a team once did, instead of steps."
-    told = [{language: text.replace("<n>", str(rng.randint(2, 99))) for language, text in line.items()} for line in rng.sample(_STATEMENTS, 3)]
+    told = [
+        {language: text.replace("<n>", str(rng.randint(2, 99))) for language, text in line.items()}
+        for line in rng.sample(_STATEMENTS, 3)
+    ]
     places = rng.sample(range(4), rng.randint(1, 3))
     return _prose(scene, [told.pop() if place in places else line for place, line in enumerate(plan)])
 
-
+# %% ../../nbs/04_training/13_reward_model.ipynb #bc1a3eac
 FAULTS = {"another thing": _another_thing, "cut": _cut, "repeating": _repeating, "rambling": _rambling}
 
 
-def _prose(scene, plan): return " ".join(scene.render(line, "en") for line in plan)
+def _prose(scene, plan):
+    return " ".join(scene.render(line, "en") for line in plan)
 
 # %% ../../nbs/04_training/13_reward_model.ipynb #9b7c30ae
 def preference_pairs(
-    n: int, # number of pairs
-    seed: int = 0, # another seed gives other pairs
-    held_out: bool = False, # pairs about questions that no other row of the world's corpora asks
-) -> list[dict]: # `prompt`, `chosen`, `rejected` (messages), and `fault`
+    n: int,  # number of pairs
+    seed: int = 0,  # another seed gives other pairs
+    held_out: bool = False,  # pairs about questions that no other row of the world's corpora asks
+) -> list[dict]:  # `prompt`, `chosen`, `rejected` (messages), and `fault`
     "Pairs of a better and a worse answer of equal length; a function of its arguments, byte for byte."
     return [_pair(f"preferences/{seed}/{held_out}/{number}", held_out) for number in range(n)]
 
-
+# %% ../../nbs/04_training/13_reward_model.ipynb #2cbc4a6e
 def _pair(key: str, held_out: bool) -> dict:
-    "The first of the pair's draws with matched lengths, on the right side of the world's divide; the fault is drawn before, so that matching favours none."
+    """The first of the pair's draws with matched lengths, on the right side of the world's divide; the fault
+    is drawn before, so that matching favours none.
+    """
     fault = random.Random(key).choice(list(FAULTS))
     for attempt in range(10_000):
         rng = random.Random(f"{key}/{attempt}")
         scene = world.draw_scene(rng, world.OBJECTS)
-        plan, question = world.advice(rng, scene, 0.), scene.ask("en")
+        plan, question = world.advice(rng, scene, 0.0), scene.ask("en")
         better, worse = _prose(scene, plan), FAULTS[fault](rng, scene, plan)
         ends_wrongly = fault == "cut" and worse.endswith(".")
         matched = abs(len(better.split()) - len(worse.split())) <= 2 and worse != better and not ends_wrongly
-        if matched and (crc32(question.encode()) % 10 == 0) == held_out: break
+        if matched and (crc32(question.encode()) % 10 == 0) == held_out:
+            break
     answers = [[{"role": "assistant", "content": text}] for text in (better, worse)]
     return {"prompt": prompt_messages(question), "chosen": answers[0], "rejected": answers[1], "fault": fault}
 
 # %% ../../nbs/04_training/13_reward_model.ipynb #1e20ca5a
 def load_reward_model(
-    source: str | Path, # folder, or hub id with an optional @revision
-    device: str | None = None, # default: the GPU if there is one
-) -> tuple: # model in evaluation mode, tokenizer
-    "Open a reward model; raises `InputError` where a weight is missing, where it has more than one output, or where its tokenizer has no chat template. Remote code is never run."
-    from compassion_repro.training.models import check_numbers, find_model, pick_device, pick_dtype
+    source: str | Path,  # folder, or hub id with an optional @revision
+    device: str | None = None,  # default: the GPU if there is one
+) -> tuple:  # model in evaluation mode, tokenizer
+    """Open a reward model; raises `InputError` where a weight is missing, where it has more than one output,
+    or where its tokenizer has no chat template. Remote code is never run.
+    """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    if str(source).startswith("world:"): raise InputError(f"{source} is no reward model: give a folder or a hub id")
+
+    from compassion_repro.training.models import check_numbers, find_model, pick_device, pick_dtype
+
+    if str(source).startswith("world:"):
+        raise InputError(f"{source} is no reward model: give a folder or a hub id")
     folder, device = find_model(str(source)), device or pick_device()
     try:
-        with _quiet(): model, found = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=False, dtype=pick_dtype(device), output_loading_info=True, use_safetensors=True)
+        with _quiet():
+            model, found = AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                trust_remote_code=False,
+                dtype=pick_dtype(device),
+                output_loading_info=True,
+                use_safetensors=True,
+            )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error: raise InputError( # files that are missing, cut or of another kind raise errors of many classes
-        f"no reward model in {source}: {first_line(error)}") from None
+    # files that are missing, cut or of another kind raise errors of many classes
+    except Exception as error:
+        raise InputError(f"no reward model in {source}: {first_line(error)}") from None
     if missing := sorted(found["missing_keys"]):
-        raise InputError(f"{source} is no reward model: {missing[0]} is not in its files and would be random numbers; give a model that was saved with its score head")
+        raise InputError(
+            f"{source} is no reward model: {missing[0]} is not in its files and would be random numbers; give"
+            " a model that was saved with its score head"
+        )
     check_numbers(model, str(source))
-    if model.config.num_labels != 1: raise InputError(f"{source} has {model.config.num_labels} outputs: a reward model has one score; give another model")
-    if not tokenizer.chat_template: raise InputError(f"the tokenizer of {source} has no chat template: a reward model is read through its own; add chat_template.jinja to its folder")
+    if model.config.num_labels != 1:
+        raise InputError(
+            f"{source} has {model.config.num_labels} outputs: a reward model has one score; give another"
+            " model"
+        )
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"the tokenizer of {source} has no chat template: a reward model is read through its own; add"
+            " chat_template.jinja to its folder"
+        )
     return model.to(device).eval(), tokenizer
 
-
+# %% ../../nbs/04_training/13_reward_model.ipynb #c3776384
 @contextmanager
 def _quiet():
     "Without the library's own warning of a new head: here it is an error, or meant."
     from transformers.utils import logging
+
     before = logging.get_verbosity()
     logging.set_verbosity_error()
-    try: yield
-    finally: logging.set_verbosity(before)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
-
+# %% ../../nbs/04_training/13_reward_model.ipynb #32e1ab92
 def _padding(tokenizer) -> int | None:
     "A token to pad with that is never an end; None where there is none."
     from compassion_repro.training.models import PAD
-    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id): return tokenizer.pad_token_id
+
+    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+        return tokenizer.pad_token_id
     return tokenizer.get_vocab().get(PAD)
 
 # %% ../../nbs/04_training/13_reward_model.ipynb #6d24a80b
 def helpfulness_reward(
-    source: str | Path, # folder, or hub id with an optional @revision
-    device: str | None = None, # default: the GPU if there is one
-    batch_size: int = 64, # conversations a forward pass
-) -> Callable: # `helpfulness(prompts, completions, **columns)`
-    """The helpfulness reward: the score of a reward model, any real number; the difference of two scores is the log-odds that the first answer is the better one (Bradley-Terry).
+    source: str | Path,  # folder, or hub id with an optional @revision
+    device: str | None = None,  # default: the GPU if there is one
+    batch_size: int = 64,  # conversations a forward pass
+) -> Callable:  # `helpfulness(prompts, completions, **columns)`
+    """The helpfulness reward: the score of a reward model, any real number; the difference of two scores is the
+    log-odds that the first answer is the better one (Bradley-Terry).
 
-    Source: the paper names RLHFlow and no model, so which one is an assumption. `None` for a conversation longer than the model can read, or a score that is no number. Raises `InputError` as `load_reward_model` does."""
+    Source: the paper names RLHFlow and no model, so which one is an assumption. `None` for a conversation
+    longer than the model can read, or a score that is no number. Raises `InputError` as `load_reward_model`
+    does.
+    """
     model, tokenizer = load_reward_model(source, device)
     padding = _padding(tokenizer)
-    if padding is None: batch_size = 1
-    else: model.config.pad_token_id = padding
+    if padding is None:
+        batch_size = 1
+    else:
+        model.config.pad_token_id = padding
 
     def helpfulness(prompts, completions, **columns):
-        rows = [encode_conversation(tokenizer, [*prompt_messages(prompt), {"role": "assistant", "content": answer_text(answer)}]) for prompt, answer in zip(prompts, completions)]
+        rows = [
+            encode_conversation(
+                tokenizer, [*prompt_messages(prompt), {"role": "assistant", "content": answer_text(answer)}]
+            )
+            for prompt, answer in zip(prompts, completions)
+        ]
         values = _scores(model, rows, padding, batch_size)
         return [value if value is not None and math.isfinite(value) else None for value in values]
 
-    helpfulness.source, helpfulness.recipe = str(source), functools.partial(helpfulness_reward, source, device, batch_size)
+    helpfulness.source, helpfulness.recipe = (
+        str(source),
+        functools.partial(helpfulness_reward, source, device, batch_size),
+    )
     return helpfulness
 
-
+# %% ../../nbs/04_training/13_reward_model.ipynb #ae9709e1
 def encode_conversation(
-    tokenizer, # with a chat template
-    messages: list[dict], # ends with the answer
-) -> list[int]: # token ids; the template alone decides about begin and end tokens
-    "A conversation as a reward model reads it; a special token that an answer spells out is text, so no answer can end itself there."
+    tokenizer,  # with a chat template
+    messages: list[dict],  # ends with the answer
+) -> list[int]:  # token ids; the template alone decides about begin and end tokens
+    """A conversation as a reward model reads it; a special token that an answer spells out is text, so no
+    answer can end itself there.
+    """
     from compassion_repro.training.models import conversation_ids
+
     return conversation_ids(messages, tokenizer)
 
-
+# %% ../../nbs/04_training/13_reward_model.ipynb #b9ef1d4f
 def _scores(model, rows: list[list[int]], padding: int | None, batch_size: int) -> list[float | None]:
     "The score of each row, None for one that is too long."
     import torch
+
     limit = getattr(model.config, "max_position_embeddings", None) or math.inf
-    order = sorted((place for place, row in enumerate(rows) if len(row) <= limit), key=lambda place: len(rows[place]))
+    order = sorted(
+        (place for place, row in enumerate(rows) if len(row) <= limit), key=lambda place: len(rows[place])
+    )
     values: list[float | None] = [None] * len(rows)
     for start in range(0, len(order), batch_size):
-        places = order[start:start + batch_size]
+        places = order[start : start + batch_size]
         width = len(rows[places[-1]])
-        ids = torch.tensor([rows[place] + [padding] * (width - len(rows[place])) for place in places], device=model.device)
-        mask = torch.tensor([[1] * len(rows[place]) + [0] * (width - len(rows[place])) for place in places], device=model.device)
-        with torch.inference_mode(): scores = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0].float().tolist()
-        for place, score in zip(places, scores): values[place] = score
+        ids = torch.tensor(
+            [rows[place] + [padding] * (width - len(rows[place])) for place in places], device=model.device
+        )
+        mask = torch.tensor(
+            [[1] * len(rows[place]) + [0] * (width - len(rows[place])) for place in places],
+            device=model.device,
+        )
+        with torch.inference_mode():
+            scores = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0].float().tolist()
+        for place, score in zip(places, scores):
+            values[place] = score
     return values
 
 # %% ../../nbs/04_training/13_reward_model.ipynb #c4eed04b
 def train_reward_model(
-    out: str | Path, # folder the model is written to
-    start: str | Path | None = None, # model folder to start from; None: the shipped base
-    pairs: int = 1000, # training pairs
-    held_out: int = 300, # held-out pairs
-    batch_size: int = 10, # pairs a step
-    learning_rate: float = 5e-4, # peak, cosine decay
-    seed: int = 1, # decides pairs, order and the new head
-    report: Callable = print, # called with one line of text
-) -> dict: # held-out accuracy, by fault, and correlation with length
+    out: str | Path,  # folder the model is written to
+    start: str | Path | None = None,  # model folder to start from; None: the shipped base
+    pairs: int = 1000,  # training pairs
+    held_out: int = 300,  # held-out pairs
+    batch_size: int = 10,  # pairs a step
+    learning_rate: float = 5e-4,  # peak, cosine decay
+    seed: int = 1,  # decides pairs, order and the new head
+    report: Callable = print,  # called with one line of text
+) -> dict:  # held-out accuracy, by fault, and correlation with length
     "Train the embedded study's reward model in one pass over its pairs, and measure the saved model."
-    from compassion_repro.training.models import load_tokenizer, pick_device
     from transformers import AutoModelForSequenceClassification, set_seed
+
+    from compassion_repro.training.models import load_tokenizer, pick_device
+
     start = start or world.assets() / "base"
     tokenizer = load_tokenizer(start)
     set_seed(seed)
-    with _quiet(): model = AutoModelForSequenceClassification.from_pretrained(start, trust_remote_code=False, num_labels=1, pad_token_id=tokenizer.pad_token_id).to(pick_device())
+    with _quiet():
+        model = AutoModelForSequenceClassification.from_pretrained(
+            start, trust_remote_code=False, num_labels=1, pad_token_id=tokenizer.pad_token_id
+        ).to(pick_device())
     steps = _train_on_pairs(model, tokenizer, preference_pairs(pairs, seed), batch_size, learning_rate, seed)
-    model.save_pretrained(out), tokenizer.save_pretrained(out)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
     measured = measure_reward_model(helpfulness_reward(out), preference_pairs(held_out, seed, held_out=True))
-    report(f"reward model: {pairs} pairs, {measured['accuracy']:.1%} of {held_out} held-out pairs right, correlation with length {measured['length_correlation']:+.2f}")
+    report(
+        f"reward model: {pairs} pairs, {measured['accuracy']:.1%} of {held_out} held-out pairs right,"
+        f" correlation with length {measured['length_correlation']:+.2f}"
+    )
     return {"pairs": pairs, "steps": steps, **measured}
 
-
-def _train_on_pairs(model, tokenizer, pairs: list[dict], batch_size: int, learning_rate: float, seed: int) -> int:
+# %% ../../nbs/04_training/13_reward_model.ipynb #8b2578fd
+def _train_on_pairs(
+    model, tokenizer, pairs: list[dict], batch_size: int, learning_rate: float, seed: int
+) -> int:
     "One pass of TRL's `RewardTrainer` over the pairs; returns the steps taken."
-    from compassion_repro.training.device import warmup_steps
     from datasets import Dataset
     from transformers import PrinterCallback
     from trl import RewardConfig, RewardTrainer
-    ids = [{f"{side}_ids": encode_conversation(tokenizer, [*pair["prompt"], *pair[side]]) for side in ("chosen", "rejected")} for pair in pairs]
-    on_cpu, warm = model.device.type == "cpu", warmup_steps(.1, math.ceil(len(pairs) / batch_size))
+
+    from compassion_repro.training.device import warmup_steps
+
+    ids = [
+        {
+            f"{side}_ids": encode_conversation(tokenizer, [*pair["prompt"], *pair[side]])
+            for side in ("chosen", "rejected")
+        }
+        for pair in pairs
+    ]
+    on_cpu, warm = model.device.type == "cpu", warmup_steps(0.1, math.ceil(len(pairs) / batch_size))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = RewardTrainer(model, RewardConfig(
-            folder, num_train_epochs=1, per_device_train_batch_size=batch_size, learning_rate=learning_rate, lr_scheduler_type="cosine", warmup_steps=warm,
-            center_rewards_coefficient=.01, max_length=None, seed=seed, data_seed=seed, use_cpu=on_cpu, bf16=False, gradient_checkpointing=False,
-            save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True),
-            train_dataset=Dataset.from_list(ids), processing_class=tokenizer)
+        trainer = RewardTrainer(
+            model,
+            RewardConfig(
+                folder,
+                num_train_epochs=1,
+                per_device_train_batch_size=batch_size,
+                learning_rate=learning_rate,
+                lr_scheduler_type="cosine",
+                warmup_steps=warm,
+                center_rewards_coefficient=0.01,
+                max_length=None,
+                seed=seed,
+                data_seed=seed,
+                use_cpu=on_cpu,
+                bf16=False,
+                gradient_checkpointing=False,
+                save_strategy="no",
+                logging_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_list(ids),
+            processing_class=tokenizer,
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return trainer.state.global_step
 
 # %% ../../nbs/04_training/13_reward_model.ipynb #c3831e9e
 def measure_reward_model(
-    reward: Callable, # a helpfulness reward
-    pairs: list[dict], # held-out pairs
-) -> dict: # `accuracy` (0 to 1) with its 95 % interval, `accuracy_by_fault`, `length_correlation`, `margin_length_correlation`
-    "How well a reward orders pairs, and whether it goes by length (Pearson's r of the score with the words of the answer, and of the margin with the difference of words)."
-    score = {side: reward(prompts=[pair["prompt"] for pair in pairs], completions=[pair[side] for pair in pairs]) for side in ("chosen", "rejected")}
+    reward: Callable,  # a helpfulness reward
+    pairs: list[dict],  # held-out pairs
+    # `accuracy` (0 to 1) with its 95 % interval, `accuracy_by_fault`, `length_correlation`,
+    # `margin_length_correlation`
+) -> dict:
+    """How well a reward orders pairs, and whether it goes by length (Pearson's r of the score with the words
+    of the answer, and of the margin with the difference of words).
+    """
+    score = {
+        side: reward(prompts=[pair["prompt"] for pair in pairs], completions=[pair[side] for pair in pairs])
+        for side in ("chosen", "rejected")
+    }
     words = {side: [len(answer_text(pair[side]).split()) for pair in pairs] for side in score}
     right = [better > worse for better, worse in zip(score["chosen"], score["rejected"])]
-    share, spread = sum(right) / len(right), 1.96 * math.sqrt(sum(right) * (len(right) - sum(right)) / len(right) ** 3)
-    faults = {fault: [ok for ok, pair in zip(right, pairs) if pair["fault"] == fault] for fault in sorted({pair["fault"] for pair in pairs})}
-    return {"held_out_pairs": len(pairs), "accuracy": share, "accuracy_low": max(0., share - spread), "accuracy_high": min(1., share + spread),
-            "accuracy_by_fault": {fault: sum(oks) / len(oks) for fault, oks in faults.items()},
-            "length_correlation": _correlation(score["chosen"] + score["rejected"], words["chosen"] + words["rejected"]),
-            "margin_length_correlation": _correlation([a - b for a, b in zip(*score.values())], [a - b for a, b in zip(*words.values())])}
+    share, spread = (
+        sum(right) / len(right),
+        1.96 * math.sqrt(sum(right) * (len(right) - sum(right)) / len(right) ** 3),
+    )
+    faults = {
+        fault: [ok for ok, pair in zip(right, pairs) if pair["fault"] == fault]
+        for fault in sorted({pair["fault"] for pair in pairs})
+    }
+    return {
+        "held_out_pairs": len(pairs),
+        "accuracy": share,
+        "accuracy_low": max(0.0, share - spread),
+        "accuracy_high": min(1.0, share + spread),
+        "accuracy_by_fault": {fault: sum(oks) / len(oks) for fault, oks in faults.items()},
+        "length_correlation": _correlation(
+            score["chosen"] + score["rejected"], words["chosen"] + words["rejected"]
+        ),
+        "margin_length_correlation": _correlation(
+            [a - b for a, b in zip(*score.values())], [a - b for a, b in zip(*words.values())]
+        ),
+    }
 
-
+# %% ../../nbs/04_training/13_reward_model.ipynb #c5a0f984
 def _correlation(x: list[float], y: list[float]) -> float:
     "Pearson's r; 0 where one of them does not vary."
     mx, my = sum(x) / len(x), sum(y) / len(y)
     product = sum((a - mx) * (b - my) for a, b in zip(x, y))
     scale = math.sqrt(sum((a - mx) ** 2 for a in x) * sum((b - my) ** 2 for b in y))
-    return product / scale if scale else 0.
+    return product / scale if scale else 0.0

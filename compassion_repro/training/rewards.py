@@ -15,58 +15,84 @@ import inspect
 import json
 import math
 import re
-from collections import OrderedDict, Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
 from textwrap import dedent
+
+from fastcore.basics import patch
 
 from ..core.errors import InputError
 from ..data import world
 
 # %% ../../nbs/04_training/12_rewards.ipynb #6a13d217
 def answer_text(
-    completion: str | list[dict], # plain text, or messages
-) -> str: # without surrounding blanks
+    completion: str | list[dict],  # plain text, or messages
+) -> str:  # without surrounding blanks
     "The text of a completion."
-    return (completion if isinstance(completion, str) else "".join(message["content"] or "" for message in completion)).strip()
+    return (
+        completion
+        if isinstance(completion, str)
+        else "".join(message["content"] or "" for message in completion)
+    ).strip()
 
-
+# %% ../../nbs/04_training/12_rewards.ipynb #3d330099
 def prompt_messages(
-    prompt: str | list[dict], # plain text, or messages
-) -> list[dict]: # messages
+    prompt: str | list[dict],  # plain text, or messages
+) -> list[dict]:  # messages
     "A prompt as a conversation."
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
-
+# %% ../../nbs/04_training/12_rewards.ipynb #877814da
 def finite(
-    reward: Callable, # who said it
-    values: list[float | None], # what it said
-    count: int, # completions it was asked about
-) -> list[float | None]: # as floats, None for what is no finite number
+    reward: Callable,  # who said it
+    values: list[float | None],  # what it said
+    count: int,  # completions it was asked about
+) -> list[float | None]:  # as floats, None for what is no finite number
     "What a reward said, in one form; raises `InputError` where it did not answer for every completion."
-    if values is None or len(values) != count: raise InputError(f"the reward {getattr(reward, '__name__', type(reward).__name__)} gave {len(values if values is not None else [])} values for {count} completions: it must give one each, None where it cannot judge")
+    if values is None or len(values) != count:
+        raise InputError(
+            f"the reward {getattr(reward, '__name__', type(reward).__name__)} gave"
+            f" {len(values if values is not None else [])} values for {count} completions: it must give one"
+            " each, None where it cannot judge"
+        )
     return [float(value) if value is not None and math.isfinite(value) else None for value in values]
 
-
+# %% ../../nbs/04_training/12_rewards.ipynb #83274a59
 def apply_reward(
-    reward: Callable, # any reward of this room, or a user's
-    rows: list[dict], # `messages` without the last answer, and the columns that the reward reads
-    answers: list[str], # one a row
-) -> list[float | None]: # one a row
+    reward: Callable,  # any reward of this room, or a user's
+    rows: list[dict],  # `messages` without the last answer, and the columns that the reward reads
+    answers: list[str],  # one a row
+) -> list[float | None]:  # one a row
     "Call a reward outside a trainer, on rows and answers."
-    columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row if name != "messages")}
+    columns = {
+        name: [row.get(name) for row in rows]
+        for name in dict.fromkeys(name for row in rows for name in row if name != "messages")
+    }
     completions = [[{"role": "assistant", "content": answer}] for answer in answers]
-    return finite(reward, reward(prompts=[row["messages"] for row in rows], completions=completions, **columns), len(rows))
+    return finite(
+        reward,
+        reward(prompts=[row["messages"] for row in rows], completions=completions, **columns),
+        len(rows),
+    )
 
 # %% ../../nbs/04_training/12_rewards.ipynb #f10c1895
 def weighted_mean(
-    parts: dict[str, float | None], # name -> value in 0 to 1, None where the part does not apply
-    weights: dict[str, float], # name -> weight; a name that is missing weighs nothing
-) -> float | None: # 0 to 1; None where no part with a weight applies
+    parts: dict[str, float | None],  # name -> value in 0 to 1, None where the part does not apply
+    weights: dict[str, float],  # name -> weight; a name that is missing weighs nothing
+) -> float | None:  # 0 to 1; None where no part with a weight applies
     "The value of a reward made of parts (ours)."
-    applies = {name: weights.get(name, 0) for name, value in parts.items() if value is not None and weights.get(name, 0) > 0}
-    return sum(weight * parts[name] for name, weight in applies.items()) / sum(applies.values()) if applies else None
+    applies = {
+        name: weights.get(name, 0)
+        for name, value in parts.items()
+        if value is not None and weights.get(name, 0) > 0
+    }
+    return (
+        sum(weight * parts[name] for name, weight in applies.items()) / sum(applies.values())
+        if applies
+        else None
+    )
 
 # %% ../../nbs/04_training/12_rewards.ipynb #1560ff55
 _FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})[ \t]*([^\s`{]*)[^`]*$")
@@ -77,37 +103,41 @@ _NAMES = {"py": "python", "python3": "python", "js": "javascript", "c++": "cpp",
 @dataclass(frozen=True)
 class Program:
     "The code in an answer."
-    text: str # the code; empty where there is none
-    language: str = "" # what its fence says, in lower case; empty where nothing says it
 
+    text: str  # the code; empty where there is none
+    language: str = ""  # what its fence says, in lower case; empty where nothing says it
 
+# %% ../../nbs/04_training/12_rewards.ipynb #ca7347d8
 def _ends(line: str, mark: str, indent: int) -> bool:
     "Whether a line closes the block that `mark`, indented so far, opened."
     bare = line.strip()
     far = len(line) - len(line.lstrip())
     return len(bare) >= len(mark) and set(bare) == {mark[0]} and far <= indent + 3
 
-
+# %% ../../nbs/04_training/12_rewards.ipynb #6dd2363c
 def _blocks(
-    answer: str, # a whole answer, or the inside of a block
-    depth: int = 3, # so many wrappers around each other are opened
-) -> list[tuple[str, str]]: # (language, text) of each fenced block; wrappers are opened
+    answer: str,  # a whole answer, or the inside of a block
+    depth: int = 3,  # so many wrappers around each other are opened
+) -> list[tuple[str, str]]:  # (language, text) of each fenced block; wrappers are opened
     "Fenced blocks in their order, by the rule above."
     blocks, lines = [], iter(answer.replace("\r\n", "\n").split("\n"))
     for line in lines:
-        if not (opened := _FENCE.match(line)): continue
+        if not (opened := _FENCE.match(line)):
+            continue
         indent, mark, tag = len(opened[1]), opened[2], opened[3].lower()
         inside = list(takewhile(lambda inner: not _ends(inner, mark, indent), lines))
         nested = (_FENCE.match(inner) for inner in inside)
-        if depth and any(inner and inner[3] and len(inner[1]) <= indent + 3 for inner in nested): blocks += _blocks("\n".join(inside), depth - 1)
-        else: blocks.append((_NAMES.get(tag, tag), dedent("\n".join(inside)).strip("\n")))
+        if depth and any(inner and inner[3] and len(inner[1]) <= indent + 3 for inner in nested):
+            blocks += _blocks("\n".join(inside), depth - 1)
+        else:
+            blocks.append((_NAMES.get(tag, tag), dedent("\n".join(inside)).strip("\n")))
     return [block for block in blocks if block[1].strip()]
 
-
+# %% ../../nbs/04_training/12_rewards.ipynb #0e4ff26a
 def find_code(
-    answer: str, # a whole answer
-    wanted: str = "", # language that is preferred where the answer has several
-) -> Program: # the blocks that count, laid together, or the bare code that the answer ends with
+    answer: str,  # a whole answer
+    wanted: str = "",  # language that is preferred where the answer has several
+) -> Program:  # the blocks that count, laid together, or the bare code that the answer ends with
     "Find the one program in an answer, by the rule above."
     blocks = _blocks(answer)
     if blocks:
@@ -115,22 +145,33 @@ def find_code(
         language = wanted if wanted in tags else next(iter(tags), "")
         return Program("\n".join(text for tag, text in blocks if tag == language), language)
     bare = _BARE.search(answer)
-    return Program(answer[bare.start():].strip() if bare else "")
+    return Program(answer[bare.start() :].strip() if bare else "")
 
 # %% ../../nbs/04_training/12_rewards.ipynb #286d0b0c
-LONGEST_PROGRAM = 50_000 # characters; longer code counts as not parsing
+LONGEST_PROGRAM = 50_000  # characters; longer code counts as not parsing
 
 
 def parse(
-    code: str, # Python source
-) -> ast.Module | None: # None where it does not parse
+    code: str,  # Python source
+) -> ast.Module | None:  # None where it does not parse
     "The syntax tree of a program."
-    if len(code) > LONGEST_PROGRAM or not code.strip(): return None
-    try: return ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError): return None
+    if len(code) > LONGEST_PROGRAM or not code.strip():
+        return None
+    try:
+        return ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
 
-
-_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
+# %% ../../nbs/04_training/12_rewards.ipynb #0bdf2027
+_DEFINITIONS = (
+    ast.FunctionDef,
+    ast.AsyncFunctionDef,
+    ast.ClassDef,
+    ast.Import,
+    ast.ImportFrom,
+    ast.Assign,
+    ast.AnnAssign,
+)
 
 
 def _statements(tree: ast.Module, definitions: bool) -> str:
@@ -138,9 +179,10 @@ def _statements(tree: ast.Module, definitions: bool) -> str:
     return "\n".join(ast.unparse(node) for node in tree.body if isinstance(node, _DEFINITIONS) == definitions)
 
 # %% ../../nbs/04_training/12_rewards.ipynb #63994e9c
-WEIGHTS = { # ours: the paper does not say how its code reward scores
-    "tested": {"tests": 1.0}, # rows with unit tests
-    "graded": {"block": .1, "parses": .2, "runs": .2, "behaves": .3, "resembles": .2}} # rows without
+WEIGHTS = {  # ours: the paper does not say how its code reward scores
+    "tested": {"tests": 1.0},  # rows with unit tests
+    "graded": {"block": 0.1, "parses": 0.2, "runs": 0.2, "behaves": 0.3, "resembles": 0.2},
+}  # rows without
 PARTS = ("block", "parses", "runs", "tests", "behaves", "resembles")
 
 
@@ -148,21 +190,24 @@ def block(program: Program, language: str) -> float:
     "1 if the answer holds code in the row's language (or in a fence that names none), else 0 (ours)."
     return float(bool(program.text) and program.language in ("", language))
 
-
+# %% ../../nbs/04_training/12_rewards.ipynb #bb9b7eb2
 def parses(program: Program) -> float:
     "1 if the code is sound Python, else 0 (ours)."
     return float(parse(program.text) is not None)
 
-
+# %% ../../nbs/04_training/12_rewards.ipynb #55f55925
 def resembles(program: Program, reference: Program) -> float:
-    "Likeness of the code and the reference's, 0 to 1: twice the matching words over all words (`difflib`, the ratio of Ratcliff and Obershelp)."
+    """Likeness of the code and the reference's, 0 to 1: twice the matching words over all words (`difflib`,
+    the ratio of Ratcliff and Obershelp).
+    """
     words = [re.findall(r"\w+|[^\w\s]", code.text) for code in (program, reference)]
     return difflib.SequenceMatcher(None, *words, autojunk=False).ratio()
 
 # %% ../../nbs/04_training/12_rewards.ipynb #3963a710
 class _Jail:
     "Runs programs through the pool, each different one once."
-    def __init__(self, run: Callable, kept: int = 20_000): # the pool, and how many results are kept
+
+    def __init__(self, run: Callable, kept: int = 20_000):  # the pool, and how many results are kept
         self.run, self.kept, self.results = run, kept, OrderedDict()
 
     def __call__(self, programs: list[tuple[str, str]]) -> dict:
@@ -172,7 +217,8 @@ class _Jail:
         done = dict(zip(missing, self.run(list(missing.values())) if missing else []))
         answers = {program: done.get(key) or self.results[key] for program, key in keys.items()}
         self.results.update({key: result for key, result in done.items() if result.passed is not None})
-        while len(self.results) > self.kept: self.results.popitem(last=False)
+        while len(self.results) > self.kept:
+            self.results.popitem(last=False)
         return answers
 
     @staticmethod
@@ -184,83 +230,134 @@ class _Jail:
 @dataclass
 class _Case:
     "One answer to be scored."
-    program: Program # its code
-    reference: Program # the reference answer's code; empty where there is none
-    tests: str # unit tests, or ""
 
-    @property
-    def language(self) -> str:
-        "The row's language: the reference's, else the answer's, else Python."
-        return self.reference.language or (self.program.language if not self.tests else "") or "python"
+    program: Program  # its code
+    reference: Program  # the reference answer's code; empty where there is none
+    tests: str  # unit tests, or ""
 
-    @property
-    def runnable(self) -> bool:
-        "Whether there is Python to run."
-        return self.language == "python" and self.program.language in ("", "python") and parse(self.program.text) is not None
+# %% ../../nbs/04_training/12_rewards.ipynb #f1668ada
+@patch(as_prop=True)
+def language(self: _Case) -> str:
+    "The row's language: the reference's, else the answer's, else Python."
+    return self.reference.language or (self.program.language if not self.tests else "") or "python"
 
-    def probes(self) -> list[str]:
-        "Programs whose output is the reference's if the answer behaves as it does: the answer itself, and its definitions put to the reference's use."
-        use = _statements(parse(self.reference.text), False)
-        return [self.program.text, _statements(parse(self.program.text), True) + "\n" + use]
+# %% ../../nbs/04_training/12_rewards.ipynb #f1b64616
+@patch(as_prop=True)
+def runnable(self: _Case) -> bool:
+    "Whether there is Python to run."
+    return (
+        self.language == "python"
+        and self.program.language in ("", "python")
+        and parse(self.program.text) is not None
+    )
 
-    @property
-    def comparable(self) -> bool:
-        "Whether behaviour can be compared at all."
-        return self.language == "python" and not self.tests and parse(self.reference.text) is not None
+# %% ../../nbs/04_training/12_rewards.ipynb #6fba7de8
+@patch
+def probes(self: _Case) -> list[str]:
+    """Programs whose output is the reference's if the answer behaves as it does: the answer itself, and
+    its definitions put to the reference's use.
+    """
+    use = _statements(parse(self.reference.text), False)
+    return [self.program.text, _statements(parse(self.program.text), True) + "\n" + use]
 
-    def programs(self, weights: dict[str, float]) -> list[tuple[str, str]]:
-        "What must be run to score it."
-        if not self.runnable: return []
-        wanted = [(self.program.text, self.tests)] if self.tests and weights.get("tests") else []
-        if weights.get("runs"): wanted.append((self.program.text, ""))
-        if weights.get("behaves") and self.comparable: wanted += [(self.reference.text, ""), *((probe, "") for probe in self.probes())]
-        return wanted
+# %% ../../nbs/04_training/12_rewards.ipynb #74ce975f
+@patch(as_prop=True)
+def comparable(self: _Case) -> bool:
+    "Whether behaviour can be compared at all."
+    return self.language == "python" and not self.tests and parse(self.reference.text) is not None
 
+# %% ../../nbs/04_training/12_rewards.ipynb #ed4f9190
+@patch
+def programs(self: _Case, weights: dict[str, float]) -> list[tuple[str, str]]:
+    "What must be run to score it."
+    if not self.runnable:
+        return []
+    wanted = [(self.program.text, self.tests)] if self.tests and weights.get("tests") else []
+    if weights.get("runs"):
+        wanted.append((self.program.text, ""))
+    if weights.get("behaves") and self.comparable:
+        wanted += [(self.reference.text, ""), *((probe, "") for probe in self.probes())]
+    return wanted
 
+# %% ../../nbs/04_training/12_rewards.ipynb #ff10d051
 def _ran(case: _Case, tests: str, results: dict) -> float:
     return float(case.runnable and results[case.program.text, tests].passed is True)
 
-
+# %% ../../nbs/04_training/12_rewards.ipynb #973b241a
 def _behaves(case: _Case, weights: dict, results: dict) -> float | None:
     "1 if a probe prints what the reference prints, 0 if none does; None where the reference shows nothing."
-    if not case.comparable or not weights.get("behaves"): return None
-    if not case.runnable: return 0.0
+    if not case.comparable or not weights.get("behaves"):
+        return None
+    if not case.runnable:
+        return 0.0
     expected = results[case.reference.text, ""]
-    if expected.status != "ok" or not expected.stdout.strip(): return None
-    return float(any(results[probe, ""].status == "ok" and results[probe, ""].stdout.strip() == expected.stdout.strip() for probe in case.probes()))
+    if expected.status != "ok" or not expected.stdout.strip():
+        return None
+    return float(
+        any(
+            results[probe, ""].status == "ok" and results[probe, ""].stdout.strip() == expected.stdout.strip()
+            for probe in case.probes()
+        )
+    )
 
-
+# %% ../../nbs/04_training/12_rewards.ipynb #5f66e583
 def _code_parts(case: _Case, weights: dict, results: dict) -> dict[str, float | None]:
     "The value of every part, None where it does not apply."
     python = case.language == "python"
-    return {"block": block(case.program, case.language), "parses": parses(case.program) if python else None,
-            "runs": _ran(case, "", results) if python and weights.get("runs") else None,
-            "tests": _ran(case, case.tests, results) if case.tests and weights.get("tests") else None,
-            "behaves": _behaves(case, weights, results),
-            "resembles": resembles(case.program, case.reference) if case.reference.text and weights.get("resembles") else None}
+    return {
+        "block": block(case.program, case.language),
+        "parses": parses(case.program) if python else None,
+        "runs": _ran(case, "", results) if python and weights.get("runs") else None,
+        "tests": _ran(case, case.tests, results) if case.tests and weights.get("tests") else None,
+        "behaves": _behaves(case, weights, results),
+        "resembles": (
+            resembles(case.program, case.reference)
+            if case.reference.text and weights.get("resembles")
+            else None
+        ),
+    }
 
 # %% ../../nbs/04_training/12_rewards.ipynb #33362c3e
 def code_reward(
-    weights: dict[str, dict[str, float]] = WEIGHTS, # "tested" and "graded": part -> weight
-    run: Callable | None = None, # runs programs, list of (code, tests) -> list of results; default: the jail's pool, which must be there
-) -> Callable: # `code(prompts, completions, tests=None, reference=None, **columns)`
+    weights: dict[str, dict[str, float]] = WEIGHTS,  # "tested" and "graded": part -> weight
+    # runs programs, list of (code, tests) -> list of results; default: the jail's pool, which must be there
+    run: Callable | None = None,
+) -> Callable:  # `code(prompts, completions, tests=None, reference=None, **columns)`
     """The code reward: range 0 to 1, `None` where the jail itself failed or no part applies (ours).
 
-    Columns: `tests` (asserts that decide, a text or a list of lines) and `reference` (an answer to compare with). Its `parts` attribute holds the parts of the last call. Raises `InputError` for weights that cannot be used."""
+    Columns: `tests` (asserts that decide, a text or a list of lines) and `reference` (an answer to compare
+    with). Its `parts` attribute holds the parts of the last call. Raises `InputError` for weights that cannot
+    be used.
+    """
     _check_weights(weights)
     if run is None:
-        from compassion_repro.sandbox.jail import level, run_many as run
-        if level() == "none": raise InputError("the code reward runs model-written code and this machine offers no jail for it: install bubblewrap")
+        from compassion_repro.sandbox.jail import level
+        from compassion_repro.sandbox.jail import run_many as run
+
+        if level() == "none":
+            raise InputError(
+                "the code reward runs model-written code and this machine offers no jail for it: install"
+                " bubblewrap"
+            )
     jail = _Jail(run)
 
     def code(prompts, completions, tests=None, reference=None, **columns):
         blank = [None] * len(prompts)
         columns_of_rows = zip(completions, tests or blank, reference or blank)
-        cases = [_case(answer_text(answer), test, find_code(model or "")) for answer, test, model in columns_of_rows]
+        cases = [
+            _case(answer_text(answer), test, find_code(model or ""))
+            for answer, test, model in columns_of_rows
+        ]
         chosen = [weights["tested" if case.tests else "graded"] for case in cases]
         results = jail([program for case, weight in zip(cases, chosen) for program in case.programs(weight)])
-        failed = [any(results[program].passed is None for program in case.programs(weight)) for case, weight in zip(cases, chosen)]
-        code.parts = [dict.fromkeys(PARTS) if bad else _code_parts(case, weight, results) for case, weight, bad in zip(cases, chosen, failed)]
+        failed = [
+            any(results[program].passed is None for program in case.programs(weight))
+            for case, weight in zip(cases, chosen)
+        ]
+        code.parts = [
+            dict.fromkeys(PARTS) if bad else _code_parts(case, weight, results)
+            for case, weight, bad in zip(cases, chosen, failed)
+        ]
         values = [weighted_mean(parts, weight) for parts, weight in zip(code.parts, chosen)]
         _tell(columns, code.parts, cases, failed)
         return values
@@ -269,102 +366,183 @@ def code_reward(
     code.remark, code.recipe = _remark_code, functools.partial(code_reward, weights, run)
     return code
 
-
+# %% ../../nbs/04_training/12_rewards.ipynb #9fb475b3
 def _case(answer: str, tests: str | list[str] | None, reference: Program) -> _Case:
     "One answer beside what its row brings; the row's language chooses among the answer's blocks."
     tests = tests if isinstance(tests, str) else "\n".join(tests or [])
     return _Case(find_code(answer, reference.language or ("python" if tests else "")), reference, tests)
 
-
+# %% ../../nbs/04_training/12_rewards.ipynb #0ac982dc
 def _check_weights(weights: dict):
-    if set(weights) != {"tested", "graded"}: raise InputError(f"the code reward has the weights 'tested' and 'graded', not {', '.join(sorted(map(repr, weights)))}")
+    if set(weights) != {"tested", "graded"}:
+        raise InputError(
+            "the code reward has the weights 'tested' and 'graded', not"
+            f" {', '.join(sorted(map(repr, weights)))}"
+        )
     flat = [(kind, part, weight) for kind, section in weights.items() for part, weight in section.items()]
     for kind, part, weight in flat:
-        if part not in PARTS: raise InputError(f"unknown part {part!r} of the code reward: choose from {', '.join(PARTS)}")
-        if not (isinstance(weight, (int, float)) and 0 <= weight < math.inf): raise InputError(f"the weight {kind}.{part} must be a number from 0, got {weight!r}")
-    if not any(weights["tested"].values()): raise InputError("the code reward weighs nothing on rows with tests: give one of its parts a weight above 0")
+        if part not in PARTS:
+            raise InputError(f"unknown part {part!r} of the code reward: choose from {', '.join(PARTS)}")
+        if not (isinstance(weight, (int, float)) and 0 <= weight < math.inf):
+            raise InputError(f"the weight {kind}.{part} must be a number from 0, got {weight!r}")
+    if not any(weights["tested"].values()):
+        raise InputError(
+            "the code reward weighs nothing on rows with tests: give one of its parts a weight above 0"
+        )
 
-
+# %% ../../nbs/04_training/12_rewards.ipynb #a9a7d33a
 def _refuses_code(weights: dict, rows: list[dict]) -> str | None:
     "Why these rows cannot be scored, or None."
     if not any(weights["graded"].values()) and not any(row.get("tests") for row in rows):
-        return "the code reward is set to unit tests alone and these prompts bring none: give `graded` weights, or prompts with a column `tests`"
+        return (
+            "the code reward is set to unit tests alone and these prompts bring none: give `graded` weights,"
+            " or prompts with a column `tests`"
+        )
     return None
 
-
+# %% ../../nbs/04_training/12_rewards.ipynb #720b732a
 def _remark_code(rows: list[dict]) -> str:
     "What the columns of these rows let the reward judge by, where that is little; else nothing."
     silent = sum(not row.get("tests") and not find_code(row.get("reference") or "").text for row in rows)
-    return f"{silent} of {len(rows)} prompts bring neither unit tests nor a reference answer with code, and there only an answer that holds code of its own earns anything" if silent else ""
+    return (
+        f"{silent} of {len(rows)} prompts bring neither unit tests nor a reference answer with code, and"
+        " there only an answer that holds code of its own earns anything"
+        if silent
+        else ""
+    )
 
-
+# %% ../../nbs/04_training/12_rewards.ipynb #51dc065f
 def _tell(columns: dict, parts: list[dict], cases: list[_Case], failed: list[bool]):
     "Hand the means of the parts to the trainer's log, and say what was scored by fewer parts."
     if "log_metric" in columns:
         for part in PARTS:
-            if known := [p[part] for p in parts if p[part] is not None]: columns["log_metric"](f"code/{part}", sum(known) / len(known))
-        columns["log_metric"]("code/other_language", sum(case.language != "python" for case in cases) / len(cases))
-    if "log_extra" in columns: columns["log_extra"]("code_said", ["the jail failed: not judged" if bad else _said(case, p) for case, p, bad in zip(cases, parts, failed)])
+            if known := [p[part] for p in parts if p[part] is not None]:
+                columns["log_metric"](f"code/{part}", sum(known) / len(known))
+        columns["log_metric"](
+            "code/other_language", sum(case.language != "python" for case in cases) / len(cases)
+        )
+    if "log_extra" in columns:
+        columns["log_extra"](
+            "code_said",
+            [
+                "the jail failed: not judged" if bad else _said(case, p)
+                for case, p, bad in zip(cases, parts, failed)
+            ],
+        )
 
-
+# %% ../../nbs/04_training/12_rewards.ipynb #272f4365
 def _said(case: _Case, parts: dict) -> str:
     told = ", ".join(f"{name} {value:.2g}" for name, value in parts.items() if value is not None)
     return told if case.language == "python" else f"{case.language}, scored by what applies: {told}"
 
 # %% ../../nbs/04_training/12_rewards.ipynb #8c78c228
-def _easy_programs(stand_in_class) -> dict: # name -> what each name of the program's gives
+def _easy_programs(stand_in_class) -> dict:  # name -> what each name of the program's gives
     "Programs that do no task; `stand_in_class` is the judge's, see `harness`."
-    class Fails(ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, NotImplementedError): pass
-    def fail(*parts, **named): raise Fails("no")
-    def gives(make): return lambda *parts, **named: make()
+
+    class Fails(ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, NotImplementedError):
+        pass
+
+    def fail(*parts, **named):
+        raise Fails("no")
+
+    def gives(make):
+        return lambda *parts, **named: make()
+
     def obliging(yes):
-        answers = {"bool": yes, "eq": yes, "lt": yes, "le": yes, "gt": yes, "ge": yes, "isinstance": yes, "issubclass": yes,
-                   "len": int(yes), "str": "", "repr": "", "copy": [], "setattr": None, "setitem": None, "delitem": None}
+        answers = {
+            "bool": yes,
+            "eq": yes,
+            "lt": yes,
+            "le": yes,
+            "gt": yes,
+            "ge": yes,
+            "isinstance": yes,
+            "issubclass": yes,
+            "len": int(yes),
+            "str": "",
+            "repr": "",
+            "copy": [],
+            "setattr": None,
+            "setitem": None,
+            "delitem": None,
+        }
+
         def do(operation, *parts, **named):
-            if operation == "next": raise StopIteration
+            if operation == "next":
+                raise StopIteration
             return answers[operation] if operation in answers else thing
+
         thing = stand_in_class(do)(0)
         return thing
+
     constants = {"None": None, "True": True, "False": False, "0": 0, "1": 1, "-1": -1, "''": "", "()": ()}
     programs = {f"the constant {name}": gives(lambda value=value: value) for name, value in constants.items()}
-    programs |= {f"the constant {name}": gives(make) for name, make in (("[]", list), ("{}", dict), ("set()", set))}
+    programs |= {
+        f"the constant {name}": gives(make) for name, make in (("[]", list), ("{}", dict), ("set()", set))
+    }
     programs |= {"an empty generator": gives(lambda: iter(())), "an error": fail}
     programs |= {f"the value {value!r} in place of a function": value for value in (None, True, 0, "", [])}
     return programs | {"an object that says yes": obliging(True), "an object that says no": obliging(False)}
 
-
+# %% ../../nbs/04_training/12_rewards.ipynb #a03d96f9
 def _passes(compiled, namespace, seconds: float) -> bool:
     "Whether tests reach their end in so many seconds."
     import signal
-    class Late(BaseException): pass
-    def late(*rest): raise Late
+
+    class Late(BaseException):
+        pass
+
+    def late(*rest):
+        raise Late
+
     signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:
         exec(compiled, namespace)
         return True
-    except BaseException: return False
-    finally: signal.setitimer(signal.ITIMER_REAL, 0)
+    except BaseException:
+        return False
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
-
-def _easily_passed(tests: str, easy: dict, names_under_test, tests_namespace) -> str: # "" where nothing passes
+# %% ../../nbs/04_training/12_rewards.ipynb #a10163f5
+def _easily_passed(
+    tests: str, easy: dict, names_under_test, tests_namespace
+) -> str:  # "" where nothing passes
     "Why some tests decide nothing: the first easy program that passes them."
     import symtable
-    try: compiled = compile(tests, "<tests>", "exec", dont_inherit=True)
-    except Exception: return "do not compile"
+
+    try:
+        compiled = compile(tests, "<tests>", "exec", dont_inherit=True)
+    except Exception:
+        return "do not compile"
     names = {symbol.get_name() for symbol in symtable.symtable(tests, "<tests>", "exec").get_symbols()}
-    def every_name(part): return {*part.get_identifiers()}.union(*map(every_name, part.get_children()))
-    try: taken = names_under_test(tests, names | every_name(symtable.symtable(tests, "<tests>", "exec")))
-    except NameError: return "" # they use no name of the program's: nothing passes them
+
+    def every_name(part):
+        return {*part.get_identifiers()}.union(*map(every_name, part.get_children()))
+
+    try:
+        taken = names_under_test(tests, names | every_name(symtable.symtable(tests, "<tests>", "exec")))
+    except NameError:
+        return ""  # they use no name of the program's: nothing passes them
     for title, value in easy.items():
-        if _passes(compiled, tests_namespace(taken, lambda operation, name: value), .1): return f"passed by {title}"
+        if _passes(compiled, tests_namespace(taken, lambda operation, name: value), 0.1):
+            return f"passed by {title}"
     return ""
 
 # %% ../../nbs/04_training/12_rewards.ipynb #2c4da18d
-def _check_program(batch: list[str]) -> str: # its source
+def _check_program(batch: list[str]) -> str:  # its source
     "A program for the jail that prints, for each of these tests, which easy program passes them."
     from compassion_repro.sandbox import protocol
-    functions = (protocol._stand_in_class, protocol._names_under_test, protocol._tests_namespace, _easy_programs, _passes, _easily_passed)
+
+    functions = (
+        protocol._stand_in_class,
+        protocol._names_under_test,
+        protocol._tests_namespace,
+        _easy_programs,
+        _passes,
+        _easily_passed,
+    )
     sources = "\n\n".join(inspect.getsource(function) for function in functions)
     return f"""{sources}
 import io, json, sys
@@ -375,69 +553,96 @@ found = [_easily_passed(tests, easy, _names_under_test, _tests_namespace) for te
 print(json.dumps(found), file=out, flush=True)
 """
 
-
-_CHECKED: dict[str, str] = {} # tests -> why they decide nothing, for as long as this process lives
+# %% ../../nbs/04_training/12_rewards.ipynb #da925120
+_CHECKED: dict[str, str] = {}  # tests -> why they decide nothing, for as long as this process lives
 
 
 def weak_tests(
-    tests: list[str], # test sources
-    run: Callable, # runs programs in the jail, see `code_reward`
-    batch: int = 200, # tests checked in one program
-) -> dict[str, str]: # tests -> why they decide nothing; "" where they decide
+    tests: list[str],  # test sources
+    run: Callable,  # runs programs in the jail, see `code_reward`
+    batch: int = 200,  # tests checked in one program
+) -> dict[str, str]:  # tests -> why they decide nothing; "" where they decide
     "Which tests decide nothing; each different one is checked once a process."
     waiting = [test for test in dict.fromkeys(tests) if test not in _CHECKED]
-    batches = [waiting[at:at + batch] for at in range(0, len(waiting), batch)]
+    batches = [waiting[at : at + batch] for at in range(0, len(waiting), batch)]
     while batches:
         results = run([(_check_program(part), "") for part in batches])
         broken = []
         for part, result in zip(batches, results):
-            if result.status == "ok": _CHECKED.update(zip(part, json.loads(result.stdout.splitlines()[-1])))
-            elif result.passed is None: continue # the jail itself failed: not checked, and not kept
-            elif len(part) > 1: broken += [part[:len(part) // 2], part[len(part) // 2:]]
-            else: _CHECKED[part[0]] = "" # they end or hang even this check, and will end or hang the jail
+            if result.status == "ok":
+                _CHECKED.update(zip(part, json.loads(result.stdout.splitlines()[-1])))
+            elif result.passed is None:
+                continue  # the jail itself failed: not checked, and not kept
+            elif len(part) > 1:
+                broken += [part[: len(part) // 2], part[len(part) // 2 :]]
+            else:
+                _CHECKED[part[0]] = ""  # they end or hang even this check, and will end or hang the jail
         batches = broken
     return {test: _CHECKED.get(test, "") for test in tests}
 
-
+# %% ../../nbs/04_training/12_rewards.ipynb #39628b00
 def leave_out_tests(
-    rows: list[dict], # prompts of a code arm
-    run: Callable, # runs programs in the jail, see `code_reward`
-) -> tuple[list[dict], list[str]]: # the rows to train on, and lines that say what was left out and why
-    """Rows without the tests that decide nothing; a row that has nothing else to be scored by is left out as a whole.
+    rows: list[dict],  # prompts of a code arm
+    run: Callable,  # runs programs in the jail, see `code_reward`
+) -> tuple[list[dict], list[str]]:  # the rows to train on, and lines that say what was left out and why
+    """Rows without the tests that decide nothing; a row that has nothing else to be scored by is left out as a
+    whole.
 
-    Raises `InputError` where no row is left."""
-    sources = ["\n".join(row["tests"]) if isinstance(row.get("tests"), list) else row.get("tests") or "" for row in rows]
+    Raises `InputError` where no row is left.
+    """
+    sources = [
+        "\n".join(row["tests"]) if isinstance(row.get("tests"), list) else row.get("tests") or ""
+        for row in rows
+    ]
     found = weak_tests([source for source in sources if source.strip()], run)
     why = [found.get(source, "") for source in sources]
     graded = [bool(find_code(row.get("reference") or "").text) for row in rows]
-    kept = [{name: value for name, value in row.items() if name != "tests"} if weak else row
-            for row, weak, other in zip(rows, why, graded) if other or not weak]
-    if not any(why): return rows, []
+    kept = [
+        {name: value for name, value in row.items() if name != "tests"} if weak else row
+        for row, weak, other in zip(rows, why, graded)
+        if other or not weak
+    ]
+    if not any(why):
+        return rows, []
     reasons = ", ".join(f"{reason} ({count})" for reason, count in Counter(filter(None, why)).most_common())
-    line = f"the tests of {sum(map(bool, why))} of {len(rows)} rows decide nothing and are left out: {reasons}"
-    if lost := len(rows) - len(kept): line += f"; {lost} of these rows have no reference answer with code and are left out as a whole"
-    if not kept: raise InputError(f"{line}; add tests that a constant, an empty or an erring program fails")
+    line = (
+        f"the tests of {sum(map(bool, why))} of {len(rows)} rows decide nothing and are left out: {reasons}"
+    )
+    if lost := len(rows) - len(kept):
+        line += f"; {lost} of these rows have no reference answer with code and are left out as a whole"
+    if not kept:
+        raise InputError(f"{line}; add tests that a constant, an empty or an erring program fails")
     return kept, [line]
 
 # %% ../../nbs/04_training/12_rewards.ipynb #b1b8e00e
-WORLD_REWARD = "world:helpfulness" # the embedded reward model, trained on the spot
+WORLD_REWARD = "world:helpfulness"  # the embedded reward model, trained on the spot
 CODE_REWARD = "code"
 
 
 def refuse_pair(
-    prompts: str, # source of the prompts: `world:<name>`, a path, or a hub id
-    reward: str, # `code`, `world:helpfulness`, a folder, or a hub id
+    prompts: str,  # source of the prompts: `world:<name>`, a path, or a hub id
+    reward: str,  # `code`, `world:helpfulness`, a folder, or a hub id
 ):
     "Raise `InputError` where the reward cannot judge answers to these prompts."
-    if reward.startswith("world:") and reward != WORLD_REWARD: raise InputError(f"unknown embedded reward {reward!r}: the package has {WORLD_REWARD}")
+    if reward.startswith("world:") and reward != WORLD_REWARD:
+        raise InputError(f"unknown embedded reward {reward!r}: the package has {WORLD_REWARD}")
     if reward == WORLD_REWARD and not prompts.startswith("world:"):
-        raise InputError(f"{WORLD_REWARD} knows only the miniature world's language and cannot judge answers to {prompts}: name a reward model by hub id or folder")
+        raise InputError(
+            f"{WORLD_REWARD} knows only the miniature world's language and cannot judge answers to {prompts}:"
+            " name a reward model by hub id or folder"
+        )
 
-
+# %% ../../nbs/04_training/12_rewards.ipynb #ca06f198
 def remark_pair(
-    prompts: str, # source of the prompts, as above
-    reward: str, # as above
-) -> str: # empty where there is nothing to say
-    "What is to be expected of a pair that can be run and may teach nothing; embedded prompts only, for others need reading first."
-    if reward != CODE_REWARD or not prompts.startswith("world:"): return ""
-    return _remark_code(world.corpus(prompts.removeprefix("world:"), 8)) and "these prompts ask for no code and bring no tests, so answers without any all earn the same: expect groups without variance and an arm that is not trained"
+    prompts: str,  # source of the prompts, as above
+    reward: str,  # as above
+) -> str:  # empty where there is nothing to say
+    """What is to be expected of a pair that can be run and may teach nothing; embedded prompts only, for
+    others need reading first.
+    """
+    if reward != CODE_REWARD or not prompts.startswith("world:"):
+        return ""
+    return (
+        _remark_code(world.corpus(prompts.removeprefix("world:"), 8))
+        and "these prompts ask for no code and bring no tests, so answers without any all earn the same: expect groups without variance and an arm that is not trained"
+    )

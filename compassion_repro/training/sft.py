@@ -8,50 +8,60 @@ __all__ = ['matched_steps', 'longest_answer', 'sft']
 # %% ../../nbs/04_training/10_sft.ipynb #a04d7c11
 from pathlib import Path
 
-from .supervised import pack, steps_for, train_stage
-from .models import encode_row, load_tokenizer
 from ..core.errors import InputError
 from ..study import Lora, Training
 from .device import Holding
+from .models import encode_row, load_tokenizer
+from .supervised import pack, steps_for, train_stage
 
 # %% ../../nbs/04_training/10_sft.ipynb #0296f7ac
 def matched_steps(
-    start: str | Path, # model folder, for its tokenizer
-    arms: list[list[dict]], # training rows of every arm that must have the same dose
-    training: Training, # names steps, dose and length
-    template: str = "plain", # chat template of the rows
-) -> int: # optimiser steps for all of them
+    start: str | Path,  # model folder, for its tokenizer
+    arms: list[list[dict]],  # training rows of every arm that must have the same dose
+    training: Training,  # names steps, dose and length
+    template: str = "plain",  # chat template of the rows
+) -> int:  # optimiser steps for all of them
     "Steps that all the arms take."
     tokenizer = load_tokenizer(start, template)
     return steps_for(training, [len(pack(rows, tokenizer, training.length)) for rows in arms])
 
-
+# %% ../../nbs/04_training/10_sft.ipynb #0b92f3b4
 def longest_answer(
-    start: str | Path, # model folder, for its tokenizer
-    training: Training, # its length is what a row may have
-    template: str = "plain", # chat template of the rows
-) -> dict: # `max_length` and `measure` for `data.rows.load`
-    "How long the contents of a conversation may be so that it fits one sequence: a longer one is cut, and counted, because the part in the next sequence would have lost its question."
+    start: str | Path,  # model folder, for its tokenizer
+    training: Training,  # its length is what a row may have
+    template: str = "plain",  # chat template of the rows
+) -> dict:  # `max_length` and `measure` for `data.rows.load`
+    """How long the contents of a conversation may be so that it fits one sequence: a longer one is cut, and
+    counted, because the part in the next sequence would have lost its question.
+    """
     tokenizer = load_tokenizer(start, template)
     empty = {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]}
-    return {"max_length": training.length - len(encode_row(empty, tokenizer)["input_ids"]) - 8, "measure": lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])}
+    return {
+        "max_length": training.length - len(encode_row(empty, tokenizer)["input_ids"]) - 8,
+        "measure": lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
+    }
 
-
+# %% ../../nbs/04_training/10_sft.ipynb #3972100e
 def sft(
-    start: str | Path, # model folder to start from
-    rows: list[dict], # `messages` rows that end with an answer
-    held_out: list[dict], # rows of the same domain to measure the gain on
-    out: str | Path, # folder the model is written to
-    training: Training, # sizes and rates
-    steps: int, # optimiser steps, from `matched_steps`
-    seed: int, # study seed
-    lora: Lora | None, # adapter, merged at the end
-    report: callable = print, # called with one line of progress
-    label: str = "sft", # arm id, for the progress line
-    how: Holding | None = None, # how the model is held in training; default: plainly, as the machine has it
-    template: str = "plain", # chat template of the rows
-    checkpoints: str | Path | None = None, # as for `train_stage`
-) -> dict: # what was done and the gain on held-out rows
+    start: str | Path,  # model folder to start from
+    rows: list[dict],  # `messages` rows that end with an answer
+    held_out: list[dict],  # rows of the same domain to measure the gain on
+    out: str | Path,  # folder the model is written to
+    training: Training,  # sizes and rates
+    steps: int,  # optimiser steps, from `matched_steps`
+    seed: int,  # study seed
+    lora: Lora | None,  # adapter, merged at the end
+    report: callable = print,  # called with one line of progress
+    label: str = "sft",  # arm id, for the progress line
+    how: Holding | None = None,  # how the model is held in training; default: plainly, as the machine has it
+    template: str = "plain",  # chat template of the rows
+    checkpoints: str | Path | None = None,  # as for `train_stage`
+) -> dict:  # what was done and the gain on held-out rows
     "Fine-tune on answers; raises `InputError` for a row that has none."
-    if any(row["messages"][-1]["role"] != "assistant" for row in rows): raise InputError(f"{label}: a row has no answer to learn from; supervised arms need an assistant turn at the end")
-    return train_stage(start, rows, held_out, out, training, steps, seed, lora, report, label, how, template, checkpoints)
+    if any(row["messages"][-1]["role"] != "assistant" for row in rows):
+        raise InputError(
+            f"{label}: a row has no answer to learn from; supervised arms need an assistant turn at the end"
+        )
+    return train_stage(
+        start, rows, held_out, out, training, steps, seed, lora, report, label, how, template, checkpoints
+    )

@@ -15,80 +15,132 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import PreTrainedTokenizerBase, TrainerCallback, PreTrainedModel, PrinterCallback, set_seed
+from fastcore.basics import patch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 from trl.data_utils import pack_dataset
 
 from ..core.errors import InputError, Notice
 from ..core.files import own_folder, remembered, weights_digest
 from ..data.rows import rows_sha256
-from ..study import Training, Lora
+from ..study import Lora, Training
 from .checkpoints import Checkpoints
-from .device import Holding, PaddedRows, holding, keeps_rows_apart, ready_adapter, trainer_options, warmup_steps, fitted, load_held, with_less_memory
+from compassion_repro.training.device import (
+    Holding,
+    PaddedRows,
+    fitted,
+    holding,
+    keeps_rows_apart,
+    load_held,
+    ready_adapter,
+    trainer_options,
+    warmup_steps,
+    with_less_memory,
+)
 from .merging import CHECKED, save_trained, trained_once
-from .models import encode_row, IGNORE, lora_config, load_model, load_tokenizer, row_losses
-from .processes import count, laid_out, on_one_gpu, trainer_words, share, spread
+from compassion_repro.training.models import (
+    IGNORE,
+    encode_row,
+    load_model,
+    load_tokenizer,
+    lora_config,
+    row_losses,
+)
+
+# %% ../../nbs/04_training/08_supervised.ipynb #0e3c6b72
+from .processes import count, laid_out, on_one_gpu, share, spread, trainer_words
 
 # %% ../../nbs/04_training/08_supervised.ipynb #f45d1853
 def pack(
-    rows: list[dict], # `text` or `messages` rows
-    tokenizer: PreTrainedTokenizerBase, # the model's
-    length: int, # tokens a sequence
-    seed: int = 0, # decides the order of the rows
-) -> Dataset: # columns `input_ids`, `labels`, `seq_lengths`, one entry a packed sequence
+    rows: list[dict],  # `text` or `messages` rows
+    tokenizer: PreTrainedTokenizerBase,  # the model's
+    length: int,  # tokens a sequence
+    seed: int = 0,  # decides the order of the rows
+) -> Dataset:  # columns `input_ids`, `labels`, `seq_lengths`, one entry a packed sequence
     "Rows as packed sequences; no token is lost. Raises `InputError` for an empty list."
-    if not rows: raise InputError("no rows to train on")
+    if not rows:
+        raise InputError("no rows to train on")
     disable_progress_bars()
     encoded = Dataset.from_list([encode_row(row, tokenizer) for row in rows]).shuffle(seed=seed)
-    return pack_dataset(encoded, length, "bfd_split", {"batch_size": len(rows), "load_from_cache_file": False})
+    return pack_dataset(
+        encoded, length, "bfd_split", {"batch_size": len(rows), "load_from_cache_file": False}
+    )
 
 # %% ../../nbs/04_training/08_supervised.ipynb #7e399f3c
 def steps_for(
-    training: Training, # names the steps and the dose
-    sequences: list[int], # packed sequences of each arm that must have the same dose
-) -> int: # optimiser steps for all of them
-    "Steps of a stage: the preset's; or more where the dose is `cover` and the largest arm needs more for one pass; or exactly that pass where it is `full`."
+    training: Training,  # names the steps and the dose
+    sequences: list[int],  # packed sequences of each arm that must have the same dose
+) -> int:  # optimiser steps for all of them
+    """Steps of a stage: the preset's; or more where the dose is `cover` and the largest arm needs more for
+    one pass; or exactly that pass where it is `full`.
+    """
     one_pass = max(math.ceil(count / training.batch_size) for count in sequences)
     return {"cover": max(training.steps, one_pass), "steps": training.steps, "full": one_pass}[training.dose]
 
 # %% ../../nbs/04_training/08_supervised.ipynb #ed8b5a0b
 @dataclass
 class Progress(TrainerCallback):
-    "Reports each logged step; the trainer's own log learns the seconds, those before an interruption included."
-    report: callable = print # called with one line of text
-    label: str = "training" # what is being trained
+    """Reports each logged step; the trainer's own log learns the seconds, those before an interruption
+    included.
+    """
 
-    def on_train_begin(self, args, state, control, **kwargs): self.start = time.perf_counter() - max((entry.get("seconds", 0.) for entry in state.log_history), default=0.)
+    report: callable = print  # called with one line of text
+    label: str = "training"  # what is being trained
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not logs or "loss" not in logs: return
-        seconds, tokens = time.perf_counter() - self.start, float(logs.get("num_tokens", 0))
-        state.log_history[-1]["seconds"] = round(seconds, 3)
-        left = seconds / state.global_step * (state.max_steps - state.global_step)
-        self.report(f"{self.label}: step {state.global_step}/{state.max_steps}, loss {float(logs['loss']):.3f}, {tokens / seconds:,.0f} tokens/s, {left:.0f} s left")
+# %% ../../nbs/04_training/08_supervised.ipynb #6e07d770
+@patch
+def on_train_begin(self: Progress, args, state, control, **kwargs):
+    self.start = time.perf_counter() - max(
+        (entry.get("seconds", 0.0) for entry in state.log_history), default=0.0
+    )
 
+# %% ../../nbs/04_training/08_supervised.ipynb #07250995
+@patch
+def on_log(self: Progress, args, state, control, logs=None, **kwargs):
+    if not logs or "loss" not in logs:
+        return
+    seconds, tokens = time.perf_counter() - self.start, float(logs.get("num_tokens", 0))
+    state.log_history[-1]["seconds"] = round(seconds, 3)
+    left = seconds / state.global_step * (state.max_steps - state.global_step)
+    self.report(
+        f"{self.label}: step {state.global_step}/{state.max_steps}, loss {float(logs['loss']):.3f},"
+        f" {tokens / seconds:,.0f} tokens/s, {left:.0f} s left"
+    )
 
+# %% ../../nbs/04_training/08_supervised.ipynb #876a2959
 def loss_log(
-    history: list[dict], # the trainer's `log_history`
-) -> list[dict]: # one record a logged step: step, loss in nats a token, tokens so far, learning_rate, seconds so far
+    history: list[dict],  # the trainer's `log_history`
+    # one record a logged step: step, loss in nats a token, tokens so far, learning_rate, seconds so far
+) -> list[dict]:
     "The log, in this package's names."
-    return [{"step": entry["step"], "loss": float(entry["loss"]), "tokens": int(entry.get("num_tokens", 0)), "learning_rate": float(entry["learning_rate"]), "seconds": entry["seconds"]} for entry in history if "loss" in entry]
+    return [
+        {
+            "step": entry["step"],
+            "loss": float(entry["loss"]),
+            "tokens": int(entry.get("num_tokens", 0)),
+            "learning_rate": float(entry["learning_rate"]),
+            "seconds": entry["seconds"],
+        }
+        for entry in history
+        if "loss" in entry
+    ]
 
 # %% ../../nbs/04_training/08_supervised.ipynb #41b9945e
 def train(
-    model: PreTrainedModel, # starting point, changed in place
-    tokenizer: PreTrainedTokenizerBase, # its tokenizer
-    rows: list[dict], # training rows
-    training: Training, # sizes and rates
-    steps: int, # optimiser steps
-    seed: int, # decides the order of the rows and the adapter's first values
-    lora: Lora | None = None, # adapter, or None to train every weight
-    report: callable = print, # called with one line of progress
-    label: str = "training", # what is being trained
-    how: Holding | None = None, # how the model is held; default: plainly, as the machine has it
-    checkpointing: bool = False, # compute activations again in the backward pass
-    folder: Path | None = None, # from `own_folder`: checkpoints go here, and training is carried on from them; None keeps none
-) -> tuple[PreTrainedModel, dict]: # the trained model, with its adapter if there is one, and what was done
+    model: PreTrainedModel,  # starting point, changed in place
+    tokenizer: PreTrainedTokenizerBase,  # its tokenizer
+    rows: list[dict],  # training rows
+    training: Training,  # sizes and rates
+    steps: int,  # optimiser steps
+    seed: int,  # decides the order of the rows and the adapter's first values
+    lora: Lora | None = None,  # adapter, or None to train every weight
+    report: callable = print,  # called with one line of progress
+    label: str = "training",  # what is being trained
+    how: Holding | None = None,  # how the model is held; default: plainly, as the machine has it
+    checkpointing: bool = False,  # compute activations again in the backward pass
+    # from `own_folder`: checkpoints go here, and training is carried on from them; None keeps none
+    folder: Path | None = None,
+) -> tuple[PreTrainedModel, dict]:  # the trained model, with its adapter if there is one, and what was done
     "Next-token training on packed rows through TRL."
     how = how or holding()
     set_seed(seed)
@@ -96,81 +148,198 @@ def train(
     shown = laid_out(sequences, batch, steps, seed, tokenizer.pad_token_id) if count() > 1 else sequences
     with tempfile.TemporaryDirectory() as temporary:
         packed, options = keeps_rows_apart(model), trainer_options(how, training, checkpointing)
-        if not packed: report(Notice(f"{label}: this model does not keep packed rows apart, so they are padded side by side: slower, with the same rows in every step"))
-        trainer = SFTTrainer(model.train(), _config(options, training, steps, seed, str(folder or temporary), packed), train_dataset=shown, processing_class=tokenizer,
-                             data_collator=None if packed else PaddedRows(tokenizer.pad_token_id), peft_config=lora and lora_config(lora), callbacks=[Progress(report, label)])
+        if not packed:
+            report(
+                Notice(
+                    f"{label}: this model does not keep packed rows apart, so they are padded side by side:"
+                    " slower, with the same rows in every step"
+                )
+            )
+        trainer = SFTTrainer(
+            model.train(),
+            _config(options, training, steps, seed, str(folder or temporary), packed),
+            train_dataset=shown,
+            processing_class=tokenizer,
+            data_collator=None if packed else PaddedRows(tokenizer.pad_token_id),
+            peft_config=lora and lora_config(lora),
+            callbacks=[Progress(report, label)],
+        )
         ready_adapter(trainer.model, how)
         trainer.remove_callback(PrinterCallback)
         Checkpoints(folder, how.compute, report, label).train(trainer)
         trained, log = trainer.model.eval(), loss_log(trainer.state.log_history)
     split = sum(len(encode_row(row, tokenizer)["input_ids"]) > training.length for row in rows)
     apart = {} if packed else {"padded": True}
-    return trained, {"rows": len(rows), **apart, "split_rows": split, "sequences": len(sequences), "steps": steps, **_token_counts(sequences, steps * batch), "log": log}
+    return trained, {
+        "rows": len(rows),
+        **apart,
+        "split_rows": split,
+        "sequences": len(sequences),
+        "steps": steps,
+        **_token_counts(sequences, steps * batch),
+        "log": log,
+    }
 
-
+# %% ../../nbs/04_training/08_supervised.ipynb #5606f528
 def _config(options, training, steps, seed, folder, packed=True):
-    return on_one_gpu(SFTConfig(
-        folder, **options, max_steps=steps, seed=seed, data_seed=seed,
-        learning_rate=training.learning_rate, lr_scheduler_type="cosine", warmup_steps=warmup_steps(training.warmup, steps),
-        max_length=None, padding_free=packed, dataset_kwargs={"skip_prepare_dataset": True}, train_sampling_strategy="sequential" if count() > 1 else "random", **trainer_words(),
-        logging_steps=max(1, steps // 20), save_strategy="no", report_to=[], disable_tqdm=True))
+    return on_one_gpu(
+        SFTConfig(
+            folder,
+            **options,
+            max_steps=steps,
+            seed=seed,
+            data_seed=seed,
+            learning_rate=training.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=warmup_steps(training.warmup, steps),
+            max_length=None,
+            padding_free=packed,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            train_sampling_strategy="sequential" if count() > 1 else "random",
+            **trainer_words(),
+            logging_steps=max(1, steps // 20),
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+    )
 
-
+# %% ../../nbs/04_training/08_supervised.ipynb #679a13cc
 def _token_counts(sequences: Dataset, seen: int) -> dict:
-    "Tokens, and tokens that carry loss, in the sequences that were seen (as the trainer's epochs go over them)."
-    total, loss = sum(map(len, sequences["input_ids"])), sum(label != IGNORE for labels in sequences["labels"] for label in labels)
+    """Tokens, and tokens that carry loss, in the sequences that were seen (as the trainer's epochs go over
+    them).
+    """
+    total, loss = (
+        sum(map(len, sequences["input_ids"])),
+        sum(label != IGNORE for labels in sequences["labels"] for label in labels),
+    )
     passes = seen / len(sequences)
     return {"passes": round(passes, 3), "tokens": round(total * passes), "loss_tokens": round(loss * passes)}
 
 # %% ../../nbs/04_training/08_supervised.ipynb #3f2aee4b
 def held_out_gain(
-    before: torch.Tensor, # shape (rows,), nats a token
-    after: torch.Tensor, # the same rows after training
-) -> dict: # means, gain with its interval, and `trained`
-    "Mean fall of the loss on held-out rows with a 95 % interval, in nats a token; rows without a finite loss are left out."
+    before: torch.Tensor,  # shape (rows,), nats a token
+    after: torch.Tensor,  # the same rows after training
+) -> dict:  # means, gain with its interval, and `trained`
+    """Mean fall of the loss on held-out rows with a 95 % interval, in nats a token; rows without a finite
+    loss are left out.
+    """
     known = torch.isfinite(before) & torch.isfinite(after)
-    if not known.any(): raise InputError("no held-out row can be measured (training diverged, or all of them are longer than the model reads): lower the learning rate, or give shorter rows")
+    if not known.any():
+        raise InputError(
+            "no held-out row can be measured (training diverged, or all of them are longer than the model"
+            " reads): lower the learning rate, or give shorter rows"
+        )
     before, after = before[known].double(), after[known].double()
     gain, mean = before - after, (before - after).mean().item()
     half = 1.96 * gain.std().item() / math.sqrt(len(gain)) if len(gain) > 1 else None
     low, high = (None, None) if half is None else (mean - half, mean + half)
-    return {"loss_before": before.mean().item(), "loss_after": after.mean().item(), "gain": mean, "gain_low": low, "gain_high": high,
-            "held_out_rows": len(gain), "trained": low is not None and low > 0}
+    return {
+        "loss_before": before.mean().item(),
+        "loss_after": after.mean().item(),
+        "gain": mean,
+        "gain_low": low,
+        "gain_high": high,
+        "held_out_rows": len(gain),
+        "trained": low is not None and low > 0,
+    }
 
 # %% ../../nbs/04_training/08_supervised.ipynb #bfaa35be
 def train_stage(
-    start: str | Path, # model folder to start from
-    rows: list[dict], # training rows
-    held_out: list[dict], # rows to measure the gain on
-    out: str | Path, # folder the model is written to
-    training: Training, # sizes and rates
-    steps: int, # optimiser steps
-    seed: int, # study seed
-    lora: Lora | None, # adapter, merged at the end; None trains every weight
-    report: callable = print, # called with one line of progress
-    label: str = "training", # what is being trained
-    how: Holding | None = None, # how the model is held in training; default: plainly, as the machine has it
-    template: str = "plain", # chat template of the rows
-    checkpoints: str | Path | None = None, # folder of what a run that is cut off leaves to the next; None keeps nothing
-) -> dict: # what was done and the gain on held-out rows
-    "Train a model folder into another that any `from_pretrained` opens; raises `InputError` where the merged model is not the trained one, or the memory is too small."
+    start: str | Path,  # model folder to start from
+    rows: list[dict],  # training rows
+    held_out: list[dict],  # rows to measure the gain on
+    out: str | Path,  # folder the model is written to
+    training: Training,  # sizes and rates
+    steps: int,  # optimiser steps
+    seed: int,  # study seed
+    lora: Lora | None,  # adapter, merged at the end; None trains every weight
+    report: callable = print,  # called with one line of progress
+    label: str = "training",  # what is being trained
+    how: Holding | None = None,  # how the model is held in training; default: plainly, as the machine has it
+    template: str = "plain",  # chat template of the rows
+    # folder of what a run that is cut off leaves to the next; None keeps nothing
+    checkpoints: str | Path | None = None,
+) -> dict:  # what was done and the gain on held-out rows
+    """Train a model folder into another that any `from_pretrained` opens.
+
+    Raises `InputError` where the merged model is not the trained one, or the memory is too small.
+    """
     how, tokenizer = how or holding(), load_tokenizer(start, template)
-    settings = training.model_dump(exclude={"micro_batch"}), lora and lora.model_dump(), how.quantize, str(how.dtype)
-    folder = checkpoints and own_folder(checkpoints, *settings, template, steps, seed, rows_sha256(rows), rows_sha256(held_out), weights_digest(start))
-    before = torch.tensor(remembered(folder, "before", lambda: row_losses(load_model(start), tokenizer, held_out).tolist()))
+    settings = (
+        training.model_dump(exclude={"micro_batch"}),
+        lora and lora.model_dump(),
+        how.quantize,
+        str(how.dtype),
+    )
+    folder = checkpoints and own_folder(
+        checkpoints,
+        *settings,
+        template,
+        steps,
+        seed,
+        rows_sha256(rows),
+        rows_sha256(held_out),
+        weights_digest(start),
+    )
+    before = torch.tensor(
+        remembered(folder, "before", lambda: row_losses(load_model(start), tokenizer, held_out).tolist())
+    )
     training, again = fitted(share(training, how.compute.processes), start, lora, how)
-    def attempt(training): return spread(partial(_train_from, start, template, rows, training, steps, seed, lora, label=label, how=how, checkpointing=again, folder=folder), start, how, report, label)
+
+    def attempt(training):
+        return spread(
+            partial(
+                _train_from,
+                start,
+                template,
+                rows,
+                training,
+                steps,
+                seed,
+                lora,
+                label=label,
+                how=how,
+                checkpointing=again,
+                folder=folder,
+            ),
+            start,
+            how,
+            report,
+            label,
+        )
+
     def trained():
         ((model, done), apart), fit = with_less_memory(attempt, training, report, label)
         return model, {"done": done, "fit": fit | apart}
+
     model, told = trained_once(folder, trained, start, how, report, label)
     live = row_losses(model, tokenizer, held_out[:CHECKED])
-    def measure(): return row_losses(load_model(out), tokenizer, held_out)
+
+    def measure():
+        return row_losses(load_model(out), tokenizer, held_out)
+
     saved, after = save_trained(model, tokenizer, start, out, how, live, measure, report, label, folder)
     gain = held_out_gain(before, after)
-    return {**told["done"], **gain, **saved, **told["fit"], "checkpointing": again, "adapter": lora and lora.model_dump()}
+    return {
+        **told["done"],
+        **gain,
+        **saved,
+        **told["fit"],
+        "checkpointing": again,
+        "adapter": lora and lora.model_dump(),
+    }
 
-
+# %% ../../nbs/04_training/08_supervised.ipynb #9d4c0977
 def _train_from(start, template, rows, training, steps, seed, lora, **words):
     "`train` from a model folder: what each process of a stage is given."
-    return train(load_held(start, words["how"]), load_tokenizer(start, template), rows, training, steps, seed, lora, **words)
+    return train(
+        load_held(start, words["how"]),
+        load_tokenizer(start, template),
+        rows,
+        training,
+        steps,
+        seed,
+        lora,
+        **words,
+    )

@@ -11,41 +11,56 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 from transformers import PreTrainedTokenizerBase
 
+from ..core.errors import InputError
 from ..data import rows as data
 from ..data.lengths import fit
-from .supervised import pack
-from .models import IGNORE, encode_row, end_ids, load_tokenizer
 from ..data.sources import BadRow
-from ..core.errors import InputError
 from ..study import data_label
+from .models import IGNORE, encode_row, end_ids, load_tokenizer
+from .supervised import pack
 
 # %% ../../nbs/04_training/11_tokens.ipynb #edb42dfa
 @dataclass
 class TokenAccount:
     "Tokens of one pass over a corpus."
-    source: str # the corpus
-    rows: int # rows that are trained on
-    tokens_in: int # of the rows as they came, under the template
-    trained: int # carry loss
-    masked: int # are read, carry no loss
-    truncated: int # were cut away
-    truncated_rows: int # rows that were cut
-    dropped_rows: int # rows that were left out because nothing would be left of them
-    split_rows: int # rows that lie in several sequences
-    ends: int # end tokens with loss, one a row
-    sequences: int # packed sequences
-    room: float # share of the sequences' room that is used
 
-    def as_dict(self) -> dict:
-        "Plain data, for a stage's manifest."
-        return asdict(self)
+    source: str  # the corpus
+    rows: int  # rows that are trained on
+    tokens_in: int  # of the rows as they came, under the template
+    trained: int  # carry loss
+    masked: int  # are read, carry no loss
+    truncated: int  # were cut away
+    truncated_rows: int  # rows that were cut
+    dropped_rows: int  # rows that were left out because nothing would be left of them
+    split_rows: int  # rows that lie in several sequences
+    ends: int  # end tokens with loss, one a row
+    sequences: int  # packed sequences
+    room: float  # share of the sequences' room that is used
 
-    def _repr_markdown_(self) -> str:
-        names = {"tokens_in": "tokens in", "truncated_rows": "rows cut", "dropped_rows": "rows dropped", "split_rows": "rows over several sequences", "ends": "end tokens with loss"}
-        cells = [(names.get(k, k), f"{v:.1%}" if k == "room" else f"{v:,}" if isinstance(v, int) else f"`{v}`") for k, v in asdict(self).items()]
-        return "\n".join(["| tokens | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)])
+# %% ../../nbs/04_training/11_tokens.ipynb #40a4d40f
+@patch
+def as_dict(self: TokenAccount) -> dict:
+    "Plain data, for a stage's manifest."
+    return asdict(self)
+
+# %% ../../nbs/04_training/11_tokens.ipynb #19dfb4a0
+@patch
+def _repr_markdown_(self: TokenAccount) -> str:
+    names = {
+        "tokens_in": "tokens in",
+        "truncated_rows": "rows cut",
+        "dropped_rows": "rows dropped",
+        "split_rows": "rows over several sequences",
+        "ends": "end tokens with loss",
+    }
+    cells = [
+        (names.get(k, k), f"{v:.1%}" if k == "room" else f"{v:,}" if isinstance(v, int) else f"`{v}`")
+        for k, v in asdict(self).items()
+    ]
+    return "\n".join(["| tokens | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)])
 
 # %% ../../nbs/04_training/11_tokens.ipynb #a8ad3240
 def _packed_counts(sequences, ends_at: list[int]) -> dict:
@@ -57,78 +72,127 @@ def _packed_counts(sequences, ends_at: list[int]) -> dict:
         carries[starts] = False
         trained, masked = trained + carries.sum(), masked + (~carries).sum()
         ends += (carries & np.isin(ids, ends_at)).sum()
-    return {name: int(count) for name, count in (("trained", trained), ("masked", masked), ("continued", continued), ("ends", ends))}
+    return {
+        name: int(count)
+        for name, count in (
+            ("trained", trained),
+            ("masked", masked),
+            ("continued", continued),
+            ("ends", ends),
+        )
+    }
 
-
+# %% ../../nbs/04_training/11_tokens.ipynb #84d097b7
 def _fitted(rows: list[dict], max_length: int | None, measure) -> tuple[list[dict], int, int]:
     "The rows as they are trained on, how many were cut, and how many dropped."
-    if max_length is None: return rows, 0, 0
+    if max_length is None:
+        return rows, 0, 0
     kept, cut, dropped = [], 0, 0
     for row in rows:
-        if "text" in row: kept.append(row); continue # the packer splits documents, nothing cuts them
-        try: pieces, counters = fit(row, max_length, measure)
-        except BadRow: dropped += 1; continue
+        if "text" in row:
+            kept.append(row)
+            continue  # the packer splits documents, nothing cuts them
+        try:
+            pieces, counters = fit(row, max_length, measure)
+        except BadRow:
+            dropped += 1
+            continue
         kept.extend(pieces)
         cut += "truncated" in counters
     return kept, cut, dropped
 
-
+# %% ../../nbs/04_training/11_tokens.ipynb #be480460
 def account_tokens(
-    rows: list[dict], # `text` or `messages` rows as they came, nothing cut
-    tokenizer: PreTrainedTokenizerBase, # from `load_tokenizer`
-    length: int, # tokens a packed sequence
-    max_length: int | None = None, # most that a conversation's contents may measure (`training.sft.longest_answer`); None cuts nothing
-    measure=len, # length of a text
-    source: str = "rows", # what to call them
-    seed: int = 0, # order of the packing
-) -> TokenAccount: # of one pass
-    "Send rows through template, cut, mask and packing and count; raises `InputError` where a token is not accounted for or a row's end token carries no loss."
+    rows: list[dict],  # `text` or `messages` rows as they came, nothing cut
+    tokenizer: PreTrainedTokenizerBase,  # from `load_tokenizer`
+    length: int,  # tokens a packed sequence
+    # most that a conversation's contents may measure (`training.sft.longest_answer`); None cuts nothing
+    max_length: int | None = None,
+    measure=len,  # length of a text
+    source: str = "rows",  # what to call them
+    seed: int = 0,  # order of the packing
+) -> TokenAccount:  # of one pass
+    """Send rows through template, cut, mask and packing and count.
+
+    Raises `InputError` where a token is not accounted for or a row's end token carries no loss.
+    """
     tokens_in = sum(len(encode_row(row, tokenizer)["input_ids"]) for row in rows)
     kept, cut, dropped = _fitted(rows, max_length, measure)
     lengths = [len(encode_row(row, tokenizer)["input_ids"]) for row in kept]
     sequences = pack(kept, tokenizer, length, seed)
     counts = _packed_counts(sequences, end_ids(tokenizer))
-    account = TokenAccount(source, len(kept), tokens_in, counts["trained"], counts["masked"], tokens_in - sum(lengths), cut, dropped, sum(n > length for n in lengths),
-                           counts["ends"], len(sequences), sum(lengths) / (len(sequences) * length))
-    if account.trained + account.masked != sum(lengths): raise InputError(f"{source}: {sum(lengths):,} tokens went into the packing and {account.trained + account.masked:,} came out: report this as a fault of the package")
-    if account.ends < len(kept) - account.split_rows: raise InputError(f"{source}: only {account.ends:,} of {len(kept):,} rows have an end token with loss: is eos_token the template's?")
+    account = TokenAccount(
+        source,
+        len(kept),
+        tokens_in,
+        counts["trained"],
+        counts["masked"],
+        tokens_in - sum(lengths),
+        cut,
+        dropped,
+        sum(n > length for n in lengths),
+        counts["ends"],
+        len(sequences),
+        sum(lengths) / (len(sequences) * length),
+    )
+    if account.trained + account.masked != sum(lengths):
+        raise InputError(
+            f"{source}: {sum(lengths):,} tokens went into the packing and"
+            f" {account.trained + account.masked:,} came out: report this as a fault of the package"
+        )
+    if account.ends < len(kept) - account.split_rows:
+        raise InputError(
+            f"{source}: only {account.ends:,} of {len(kept):,} rows have an end token with loss: is eos_token"
+            " the template's?"
+        )
     return account
 
 # %% ../../nbs/04_training/11_tokens.ipynb #8803904c
 def corpus_account(
-    source: str, # `world:<name>`, a path, or a hub `id@revision`
-    shape: str, # "text" or "messages"
-    tokenizer: PreTrainedTokenizerBase, # from `load_tokenizer`
-    length: int, # tokens a packed sequence
-    max_length: int | None = None, # most that a conversation's contents may measure
-    limit: int | None = None, # most rows
-) -> tuple[TokenAccount, data.Report]: # tokens, and what became of the rows
+    source: str,  # `world:<name>`, a path, or a hub `id@revision`
+    shape: str,  # "text" or "messages"
+    tokenizer: PreTrainedTokenizerBase,  # from `load_tokenizer`
+    length: int,  # tokens a packed sequence
+    max_length: int | None = None,  # most that a conversation's contents may measure
+    limit: int | None = None,  # most rows
+) -> tuple[TokenAccount, data.Report]:  # tokens, and what became of the rows
     "The account of a source's rows and of their tokens."
     corpus = data.load(source, shape, limit=limit)
     measure = lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return account_tokens(corpus.rows, tokenizer, length, max_length, measure, data_label(source)), corpus.report
+    return (
+        account_tokens(corpus.rows, tokenizer, length, max_length, measure, data_label(source)),
+        corpus.report,
+    )
 
 # %% ../../nbs/04_training/11_tokens.ipynb #b224ec47
 def _uncut(rows: list[dict], source: str, seed: int, max_length: int, measure) -> list[dict]:
     "The rows as they stand in the source."
     whole = {}
     for row in data.load(source, "messages", seed=seed).rows:
-        try: [fitted], counters = fit(row, max_length, measure)
-        except BadRow: continue
-        if "truncated" in counters: whole[json.dumps(fitted, sort_keys=True)] = row
+        try:
+            [fitted], counters = fit(row, max_length, measure)
+        except BadRow:
+            continue
+        if "truncated" in counters:
+            whole[json.dumps(fitted, sort_keys=True)] = row
     return [whole.get(json.dumps(row, sort_keys=True), row) for row in rows]
 
-
+# %% ../../nbs/04_training/11_tokens.ipynb #30451ebe
 def stage_account(
-    rows: list[dict], # that the stage trains on
-    start: str | Path, # model folder, for its tokenizer
-    length: int, # tokens a packed sequence
-    template: str, # chat template of the rows
-    source: str, # where they came from
-    seed: int, # study seed
-    truncated: int = 0, # rows of the source that the loader cut
-    **fitted, # how they were cut: `max_length`, `measure`
-) -> dict: # for the stage's manifest
-    "What became of the tokens of a stage's rows in one pass; raises `InputError` where one is not accounted for."
+    rows: list[dict],  # that the stage trains on
+    start: str | Path,  # model folder, for its tokenizer
+    length: int,  # tokens a packed sequence
+    template: str,  # chat template of the rows
+    source: str,  # where they came from
+    seed: int,  # study seed
+    truncated: int = 0,  # rows of the source that the loader cut
+    **fitted,  # how they were cut: `max_length`, `measure`
+) -> dict:  # for the stage's manifest
+    """What became of the tokens of a stage's rows in one pass.
+
+    Raises `InputError` where one is not accounted for.
+    """
     whole, fitted = (_uncut(rows, source, seed, **fitted), fitted) if truncated else (rows, {})
-    return account_tokens(whole, load_tokenizer(start, template), length, source=data_label(source), seed=seed, **fitted).as_dict()
+    return account_tokens(
+        whole, load_tokenizer(start, template), length, source=data_label(source), seed=seed, **fitted
+    ).as_dict()

@@ -1,7 +1,10 @@
-"""Ctrl-C and SIGTERM at every moment of a command: one message, the status that the first signal or the outcome gives.
+"""Ctrl-C and SIGTERM at every moment of a command: one message, the status that the first signal or the outcome
+gives.
 
-Each program below sends itself the signal at one known moment, so that nothing hangs on luck or on the machine's pace.
+Each program below sends itself the signal at one known moment, so that nothing hangs on luck or on the
+machine's pace.
 """
+
 import os
 import signal
 import subprocess
@@ -80,15 +83,21 @@ def program(folder, number=signal.SIGINT, act=SUCCEED, before="", after="", **op
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("again", [AT_EXIT, IN_SHUTDOWN, WHILE_PRINTING, WHILE_UNWINDING],
-                         ids=["at exit", "in shutdown", "while printing", "while unwinding"])
+@pytest.mark.parametrize(
+    "again",
+    [AT_EXIT, IN_SHUTDOWN, WHILE_PRINTING, WHILE_UNWINDING],
+    ids=["at exit", "in shutdown", "while printing", "while unwinding"],
+)
 def test_a_second_signal_changes_neither_message_nor_status(tmp_path, number, again):
     done = program(tmp_path, number, INTERRUPT, after=again)
     assert (done.returncode, done.stderr) == (128 + number, LINE)
 
 
-@pytest.mark.parametrize("act, status, said", [(SUCCEED, 0, ""), (REFUSE, 2, "compassion-repro: wrong: mend it\n")],
-                         ids=["success", "refusal"])
+@pytest.mark.parametrize(
+    "act, status, said",
+    [(SUCCEED, 0, ""), (REFUSE, 2, "compassion-repro: wrong: mend it\n")],
+    ids=["success", "refusal"],
+)
 def test_a_signal_after_the_outcome_does_not_change_it(tmp_path, act, status, said):
     done = program(tmp_path, act=act, after=AT_EXIT + IN_SHUTDOWN)
     assert (done.returncode, done.stderr) == (status, said)
@@ -112,13 +121,20 @@ def test_a_signal_that_the_parent_ignores_stays_ignored(tmp_path):
 
 
 def test_an_import_leaves_the_handlers_of_a_program_alone(tmp_path):
-    code = "import signal; before = signal.getsignal(2), signal.getsignal(15); from compassion_repro import cli; " \
-           "cli.main(['claims', 'none']); assert (signal.getsignal(2), signal.getsignal(15)) == before"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=os.environ)
+    code = (
+        "import signal; before = signal.getsignal(2), signal.getsignal(15); from compassion_repro import cli;"
+        " cli.main(['claims', 'none']); assert (signal.getsignal(2), signal.getsignal(15)) == before"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=os.environ
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_a_fork_dies_of_sigterm_without_a_word(tmp_path):
-    act = "child = os.fork() or send(15, process=os.getpid()); status = os.waitpid(child, 0)[1]; return os.WTERMSIG(status)"
+    act = (
+        "child = os.fork() or send(15, process=os.getpid()); status = os.waitpid(child, 0)[1]; return"
+        " os.WTERMSIG(status)"
+    )
     done = program(tmp_path, act=act)
     assert (done.returncode, done.stderr) == (15, "")

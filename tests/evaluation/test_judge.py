@@ -1,4 +1,7 @@
-"""Judging as its own step: paid once, resumable, with unreliable judges and models; several judges, people, and the commands. The stubs stand for providers that cost money."""
+"""Judging as its own step: paid once, resumable, with unreliable judges and models; several judges, people,
+and the commands. The stubs stand for providers that cost money.
+"""
+
 import contextlib
 import json
 import shutil
@@ -16,15 +19,15 @@ import yaml
 from inspect_ai.model import ModelAPI, ModelOutput, ModelUsage, modelapi
 from inspect_ai.scorer import Score, mean_score
 
-from compassion_repro.evaluation import agreement, benchmarks, judges
 from compassion_repro import cli
-from compassion_repro.pipeline import evaluate, run, stages
-from compassion_repro.store import graph, folder as store
-from compassion_repro.data import world
-from compassion_repro.evaluation import judges, scoring
-from compassion_repro.stats.claims import read_claims
-from compassion_repro.study import Generation
 from compassion_repro.core.errors import InputError
+from compassion_repro.data import world
+from compassion_repro.evaluation import agreement, benchmarks, judges, scoring
+from compassion_repro.pipeline import evaluate, run, stages
+from compassion_repro.stats.claims import read_claims
+from compassion_repro.store import folder as store
+from compassion_repro.store import graph
+from compassion_repro.study import Generation
 
 QUIET = {"say": lambda line: None, "report": lambda line: None}
 CALLS, WORKING, HEARD = Counter(), {}, []
@@ -42,18 +45,29 @@ class PaidJudge(ModelAPI):
         prompt = input[-1].text
         CALLS[self.model_name, prompt] += 1
         HEARD.append(self.model_name)
-        if self.model_name == "busy" and CALLS[self.model_name, prompt] <= 2: raise Busy("429 too many requests")
-        if self.model_name == "gone" or HEARD.count(self.model_name) > WORKING.get(self.model_name, 10**9): raise RuntimeError("404 model not found")
-        if self.model_name == "slow": await anyio.sleep(60)
-        text = {"nothing": "", "refuses": "I cannot help with that.", "one-dimension": "GRADE: C"}.get(self.model_name, "Well.\n\nGRADE: C")
-        if self.model_name == "one-dimension" and judges.read_judge_prompt(prompt)["dimension"].lower() == "moral consideration": text = "I cannot say."
+        if self.model_name == "busy" and CALLS[self.model_name, prompt] <= 2:
+            raise Busy("429 too many requests")
+        if self.model_name == "gone" or HEARD.count(self.model_name) > WORKING.get(self.model_name, 10**9):
+            raise RuntimeError("404 model not found")
+        if self.model_name == "slow":
+            await anyio.sleep(60)
+        text = {"nothing": "", "refuses": "I cannot help with that.", "one-dimension": "GRADE: C"}.get(
+            self.model_name, "Well.\n\nGRADE: C"
+        )
+        if (
+            self.model_name == "one-dimension"
+            and judges.read_judge_prompt(prompt)["dimension"].lower() == "moral consideration"
+        ):
+            text = "I cannot say."
         output = ModelOutput.from_content(self.model_name, text)
         output.usage = ModelUsage(input_tokens=1, output_tokens=1, total_tokens=2)
         return output
 
-    def should_retry(self, ex): return isinstance(ex, Busy)
+    def should_retry(self, ex):
+        return isinstance(ex, Busy)
 
-    def retry_wait(self): return tenacity.wait_none()
+    def retry_wait(self):
+        return tenacity.wait_none()
 
 
 @modelapi(name="stub")
@@ -61,7 +75,8 @@ class StubModel(ModelAPI):
     "A hosted model that answers with nothing, or not at all."
 
     async def generate(self, input, tools, tool_choice, config):
-        if self.model_name == "down": raise RuntimeError("503 down for good")
+        if self.model_name == "down":
+            raise RuntimeError("503 down for good")
         return ModelOutput.from_content(self.model_name, "")
 
 
@@ -70,7 +85,9 @@ def assert_one_line(error, *words):
     assert "\n" not in message and all(word in message for word in words), message
 
 
-def evaluated(out, models=("world:base", "mockllm/model"), bench=("tiny-anima", "tiny-moru"), judge="indicator", **more):
+def evaluated(
+    out, models=("world:base", "mockllm/model"), bench=("tiny-anima", "tiny-moru"), judge="indicator", **more
+):
     options = dict(generation=Generation(max_new_tokens=16, batch_size=32), epochs=2, limit=4) | QUIET | more
     return evaluate.evaluate_models(list(models), list(bench), judge, out, **options)
 
@@ -84,7 +101,9 @@ def answered(tmp_path_factory):
 @pytest.fixture
 def folder(answered, tmp_path):
     "A copy of them; no stub has been asked anything yet."
-    CALLS.clear(), WORKING.clear(), HEARD.clear()
+    CALLS.clear()
+    WORKING.clear()
+    HEARD.clear()
     return Path(shutil.copytree(answered, tmp_path / "out"))
 
 
@@ -94,7 +113,8 @@ def prompts_of(folder):
     return set(scoring.judge_prompts(pd.read_parquet(folder / "answers.parquet"), tasks).prompt)
 
 
-def judge(folder, name, **more): return evaluate.judge_folder(folder, name, **{"yes": True, **QUIET, **more})
+def judge(folder, name, **more):
+    return evaluate.judge_folder(folder, name, **{"yes": True, **QUIET, **more})
 
 
 def scores(folder, judge=None):
@@ -104,45 +124,57 @@ def scores(folder, judge=None):
 
 # ---- never paid twice
 
+
 def test_one_call_a_prompt_over_epochs_models_and_passes(folder):
     judge(folder, "paid/fine")
     assert set(prompt for _, prompt in CALLS) == prompts_of(folder) and set(CALLS.values()) == {1}
     grades = pd.read_parquet(folder / "grades.parquet").query("judge == 'paid/fine'")
-    assert len(grades) > len(CALLS)                              # equal answers of two epochs were graded by one reply
+    assert len(grades) > len(CALLS)  # equal answers of two epochs were graded by one reply
     assert (grades.grade == 1).all() and (scores(folder, "paid/fine").score == 1).all()
     before = dict(CALLS)
     judge(folder, "paid/fine")
     judge(folder, "paid/fine", again=True)
     assert dict(CALLS) == before
-    judge(folder, "paid/fine", settings={"temperature": 0.5})    # another setting is another question
+    judge(folder, "paid/fine", settings={"temperature": 0.5})  # another setting is another question
     assert set(CALLS.values()) == {2}
 
 
 def test_what_is_asked_beforehand_is_what_is_paid(folder, tmp_path):
     (tmp_path / "prices.yaml").write_text("paid/fine: {input: 2, output: 4}\n")
-    with pytest.raises(InputError) as error: judge(folder, "paid/fine", yes=False, prices=tmp_path / "prices.yaml")
+    with pytest.raises(InputError) as error:
+        judge(folder, "paid/fine", yes=False, prices=tmp_path / "prices.yaml")
     calls = len(prompts_of(folder))
     assert_one_line(error, f"paid/fine: {calls} calls (0 stored already)", "about $", "--yes")
-    with pytest.raises(InputError, match="no price in the table"): judge(folder, "paid/unknown", yes=False)
-    with pytest.raises(InputError, match="nothing spent"): judge(folder, "paid/fine", yes=False, answer=lambda question: "n")
+    with pytest.raises(InputError, match="no price in the table"):
+        judge(folder, "paid/unknown", yes=False)
+    with pytest.raises(InputError, match="nothing spent"):
+        judge(folder, "paid/fine", yes=False, answer=lambda question: "n")
     assert not CALLS
     heard = []
     judge(folder, "paid/fine", yes=False, answer=lambda question: "y", say=heard.append)
     assert len(CALLS) == calls and heard[0].startswith(f"paid/fine: {calls} calls")
-    judge(folder, "paid/fine", yes=False, again=True)            # nothing is left to pay for, so nothing is asked
+    judge(folder, "paid/fine", yes=False, again=True)  # nothing is left to pay for, so nothing is asked
 
 
 def test_a_judge_that_dies_half_way(folder):
     calls = len(prompts_of(folder))
     WORKING["mortal"] = calls // 2
-    with pytest.raises(InputError) as error: judge(folder, "paid/mortal", settings={"max_connections": 4})
-    assert_one_line(error, "paid/mortal", "stopped answering", "404 model not found", "replies so far are kept", "--substitute")
-    assert len(HEARD) <= calls // 2 + judges.GIVE_UP + 4         # it was not asked for all the rest
+    with pytest.raises(InputError) as error:
+        judge(folder, "paid/mortal", settings={"max_connections": 4})
+    assert_one_line(
+        error,
+        "paid/mortal",
+        "stopped answering",
+        "404 model not found",
+        "replies so far are kept",
+        "--substitute",
+    )
+    assert len(HEARD) <= calls // 2 + judges.GIVE_UP + 4  # it was not asked for all the rest
     assert scores(folder, "paid/mortal").empty
     answered_once = len(HEARD)
     WORKING.clear()
     judge(folder, "paid/mortal")
-    assert len(HEARD) - answered_once == calls - calls // 2      # only what had no reply
+    assert len(HEARD) - answered_once == calls - calls // 2  # only what had no reply
     assert (scores(folder, "paid/mortal").score == 1).all()
 
 
@@ -167,10 +199,15 @@ CRASH = """if True:
 
 def test_a_crash_loses_only_the_call_under_way(folder, tmp_path):
     calls, wanted = tmp_path / "calls", len(prompts_of(folder))
-    def process(last): return subprocess.run([sys.executable, "-c", CRASH, folder, calls, str(last)], capture_output=True, text=True)
+
+    def process(last):
+        return subprocess.run(
+            [sys.executable, "-c", CRASH, folder, calls, str(last)], capture_output=True, text=True
+        )
+
     assert process(10).returncode == 9 and calls.stat().st_size == 10
     assert scores(folder, "paid/fine").empty
-    judge(folder, "paid/fine")                                   # another process goes on from the replies that were kept
+    judge(folder, "paid/fine")  # another process goes on from the replies that were kept
     assert len(HEARD) == wanted - 9 and set(CALLS.values()) == {1}
 
 
@@ -180,28 +217,39 @@ def test_busy_judges_are_waited_for(folder):
 
 
 def test_impatience_has_an_end(folder):
-    with pytest.raises(InputError) as error: judge(folder, "paid/busy", settings={"max_retries": 1})
+    with pytest.raises(InputError) as error:
+        judge(folder, "paid/busy", settings={"max_retries": 1})
     assert_one_line(error, "again and again", "429 too many requests", "wait, and run the same command again")
 
 
 # ---- judges that do not do their work
 
+
 def test_a_judge_that_is_gone_and_its_substitute(folder):
-    with pytest.raises(InputError) as error: judge(folder, "paid/gone")
+    with pytest.raises(InputError) as error:
+        judge(folder, "paid/gone")
     assert_one_line(error, "paid/gone", "404 model not found")
     assert scores(folder, "paid/gone").empty
     heard = []
     judge(folder, "paid/gone", substitute="paid/fine", say=heard.append)
     rows = scores(folder, "paid/fine")
-    assert (rows.substitute_for == "paid/gone").all() and rows.score.notna().all() and scores(folder, "indicator").substitute_for.isna().all()
-    assert (pd.read_parquet(folder / "grades.parquet").query("judge == 'paid/fine'").substitute_for == "paid/gone").all()
+    assert (
+        (rows.substitute_for == "paid/gone").all()
+        and rows.score.notna().all()
+        and scores(folder, "indicator").substitute_for.isna().all()
+    )
+    assert (
+        pd.read_parquet(folder / "grades.parquet").query("judge == 'paid/fine'").substitute_for == "paid/gone"
+    ).all()
     assert any("marked as a substitute" in line for line in heard)
     assert set(evaluate.summary(folder).query("judge == 'paid/fine'").substitute_for) == {"paid/gone"}
-    with pytest.raises(InputError, match="is one of the judges"): judge(folder, "paid/gone", substitute="paid/gone")
+    with pytest.raises(InputError, match="is one of the judges"):
+        judge(folder, "paid/gone", substitute="paid/gone")
 
 
 def test_a_judge_that_times_out(folder):
-    with pytest.raises(InputError) as error: judge(folder, "paid/slow", settings={"attempt_timeout": 1, "max_retries": 0, "max_connections": 200})
+    with pytest.raises(InputError) as error:
+        judge(folder, "paid/slow", settings={"attempt_timeout": 1, "max_retries": 0, "max_connections": 200})
     assert_one_line(error, "judging", "again and again", "wait, and run the same command again")
 
 
@@ -210,59 +258,91 @@ def test_replies_without_a_grade(folder, name, stored, column):
     judge(folder, f"paid/{name}")
     rows, calls = scores(folder, f"paid/{name}"), len(prompts_of(folder))
     assert len(rows) and rows.score.isna().all()
-    lost = agreement.unparseable(pd.read_parquet(folder / "grades.parquet")).set_index(["judge", "model"]).loc[f"paid/{name}"]
+    lost = (
+        agreement.unparseable(pd.read_parquet(folder / "grades.parquet"))
+        .set_index(["judge", "model"])
+        .loc[f"paid/{name}"]
+    )
     assert (lost.share == 1).all() and (lost[column] == lost.calls).all() and len(lost) == 2
     asked = len(HEARD)
     judge(folder, f"paid/{name}", again=True)
     assert len(HEARD) == (asked if stored else 2 * asked) and asked >= calls
     if name == "nothing":
-        with pytest.raises(InputError, match="answers with nothing"): judges.try_judge("paid/nothing")
-    else: assert judges.try_judge("paid/refuses") == "I cannot help with that."
+        with pytest.raises(InputError, match="answers with nothing"):
+            judges.try_judge("paid/nothing")
+    else:
+        assert judges.try_judge("paid/refuses") == "I cannot help with that."
 
 
-@pytest.mark.parametrize("name, words", [("paid/gone", ("does not answer", "404")), ("nobody/model", ("nobody/model",)), ("./nowhere", ("not there",))])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("paid/gone", ("does not answer", "404")),
+        ("nobody/model", ("nobody/model",)),
+        ("./nowhere", ("not there",)),
+    ],
+)
 def test_trying_a_judge(name, words):
-    with pytest.raises(InputError) as error: judges.try_judge(name)
+    with pytest.raises(InputError) as error:
+        judges.try_judge(name)
     assert_one_line(error, *words)
 
 
 def test_a_local_judge_needs_no_key(tmp_path, monkeypatch):
     CALLS.clear()
     folder = evaluated(tmp_path / "out", ["mockllm/model"], ["tiny-anima"], limit=1, epochs=1)
-    for name in ("HF_TOKEN", "OPENAI_API_KEY"): monkeypatch.delenv(name, raising=False)
+    for name in ("HF_TOKEN", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
     place = world.assets() / "base"
     heard = []
     judge(folder, str(place), yes=False, settings={"max_tokens": 4, "temperature": 0}, say=heard.append)
     rows = pd.read_parquet(folder / "grades.parquet").query("judge == @place.as_posix()")
-    assert rows.reply.str.len().gt(0).any() and rows.grade.isna().all() and not any("calls" in line for line in heard)
+    assert (
+        rows.reply.str.len().gt(0).any()
+        and rows.grade.isna().all()
+        and not any("calls" in line for line in heard)
+    )
 
 
 # ---- the two upstream faults
 
+
 def test_upstream_explanation_of_a_dimension_that_never_parsed(folder, monkeypatch):
     "Upstream, ANIMA fails where one dimension got no grade; here the others are kept."
     judge(folder, "paid/one-dimension")
-    muted = scores(folder, "paid/one-dimension").query("benchmark == 'anima' and dimension == 'Moral Consideration'")
+    muted = scores(folder, "paid/one-dimension").query(
+        "benchmark == 'anima' and dimension == 'Moral Consideration'"
+    )
     assert len(muted) and muted.score.isna().all()
     monkeypatch.setattr(scoring, "_patient_explanation", contextlib.nullcontext)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         judge(folder, "paid/one-dimension", again=True)
-    assert any("Moral Consideration" in str(w.message) and "could not be judged" in str(w.message) for w in told)
-    assert "unjudged_in" in (folder / "judges" / evaluate.slug("paid/one-dimension") / "pass.json").read_text()
+    assert any(
+        "Moral Consideration" in str(w.message) and "could not be judged" in str(w.message) for w in told
+    )
+    assert (
+        "unjudged_in" in (folder / "judges" / evaluate.slug("paid/one-dimension") / "pass.json").read_text()
+    )
     monkeypatch.undo()
-    judge(folder, "paid/one-dimension")                          # what failed is judged again, and only that
-    assert scores(folder, "paid/one-dimension").query("dimension == 'overall'").score.notna().all() and set(CALLS.values()) == {1}
+    judge(folder, "paid/one-dimension")  # what failed is judged again, and only that
+    assert scores(folder, "paid/one-dimension").query("dimension == 'overall'").score.notna().all() and set(
+        CALLS.values()
+    ) == {1}
 
 
 def test_upstream_mean_of_dimensions_that_differ(tmp_path):
-    "Upstream, epochs graded on different dimensions end the run; the reducer here takes each dimension's own mean."
+    """Upstream, epochs graded on different dimensions end the run; the reducer here takes each dimension's
+    own mean.
+    """
     differing = [Score(value={"overall": 1.0}), Score(value={"overall": 0.0, "care": 0.5})]
-    with pytest.raises(Exception): mean_score()(list(reversed(differing)))
+    with pytest.raises(Exception):
+        mean_score()(list(reversed(differing)))
     assert scoring.mean_where_graded()(differing).value == {"overall": 0.5, "care": 0.5}
 
 
 # ---- models and answers
+
 
 def test_a_model_that_says_nothing(tmp_path):
     heard = []
@@ -274,7 +354,8 @@ def test_a_model_that_says_nothing(tmp_path):
 
 
 def test_a_model_that_is_down(tmp_path):
-    with pytest.raises(InputError) as error: evaluated(tmp_path / "down", ["stub/down"], ["tiny-anima"])
+    with pytest.raises(InputError) as error:
+        evaluated(tmp_path / "down", ["stub/down"], ["tiny-anima"])
     assert_one_line(error, "stub/down", "stopped answering anima", "503", "same command again")
 
 
@@ -282,22 +363,31 @@ def test_answers_that_do_not_fit(folder):
     file = next(folder.glob("answers/mockllm*/anima.parquet"))
     pd.read_parquet(file).iloc[1:].to_parquet(file)
     (folder / "record.json").unlink()
-    with pytest.raises(InputError) as error: judge(folder, "strict")
+    with pytest.raises(InputError) as error:
+        judge(folder, "strict")
     assert_one_line(error, "do not fit the benchmark (7 for 8, 1 missing)")
     file.write_bytes(b"PAR1")
-    with pytest.raises(InputError) as error: judge(folder, "strict")
+    with pytest.raises(InputError) as error:
+        judge(folder, "strict")
     assert_one_line(error, "damaged", "run the same command again")
 
 
 def test_a_folder_belongs_to_one_setup(folder, tmp_path):
-    for more, word in ((dict(seed=2), "seed: 1 there, 2 here"), (dict(limit=3), "limit"), (dict(generation=Generation(max_new_tokens=9)), "generation")):
-        with pytest.raises(InputError) as error: evaluated(folder, **more)
+    for more, word in (
+        (dict(seed=2), "seed: 1 there, 2 here"),
+        (dict(limit=3), "limit"),
+        (dict(generation=Generation(max_new_tokens=9)), "generation"),
+    ):
+        with pytest.raises(InputError) as error:
+            evaluated(folder, **more)
         assert_one_line(error, "made otherwise", word, "another --out")
     (folder / "eval.yaml").write_text("benchmarks: 5\n")
-    with pytest.raises(InputError, match="cannot be read"): evaluated(folder)
+    with pytest.raises(InputError, match="cannot be read"):
+        evaluated(folder)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match="holds no evaluation"): evaluated(tmp_path / "full")
+    with pytest.raises(InputError, match="holds no evaluation"):
+        evaluated(tmp_path / "full")
 
 
 def test_more_models_and_benchmarks_extend_a_folder(folder):
@@ -314,18 +404,30 @@ def sums(): return Task(dataset=[Sample(input=f"{i} + {i}?", choices=["2", "4"],
     from peft import LoraConfig, get_peft_model
 
     from compassion_repro.training.models import load_model
-    get_peft_model(load_model(world.assets() / "base"), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")).save_pretrained(folder.parent / "adapter")
+
+    get_peft_model(
+        load_model(world.assets() / "base"),
+        LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"),
+    ).save_pretrained(folder.parent / "adapter")
     settings = folder.parent / "adapter" / "adapter_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"base_model_name_or_path": "world:base"}))
+    settings.write_text(
+        json.dumps(json.loads(settings.read_text()) | {"base_model_name_or_path": "world:base"})
+    )
     before = {p: p.stat().st_mtime_ns for p in folder.glob("answers/*/*.parquet")}
     models = ["world:base", str(folder.parent / "adapter")]
     evaluated(folder, models, ["tiny-anima", "tiny-moru", f"{folder.parent}/tasks.py@sums"])
     assert {p: p.stat().st_mtime_ns for p in before} == before
     table = evaluate.summary(folder)
-    assert set(table.model) == {*models, "mockllm/model"} and set(table[table.benchmark == "sums"].judge) == {"task"}
+    assert set(table.model) == {*models, "mockllm/model"} and set(table[table.benchmark == "sums"].judge) == {
+        "task"
+    }
     assert len(scores(folder, "task")) == 2 * 2 * 2 and set(scores(folder, "task").score) <= {0.0, 1.0}
-    get_peft_model(load_model(world.assets() / "base"), LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")).save_pretrained(folder.parent / "adapter")
-    with pytest.raises(InputError) as error: evaluated(folder, models)
+    get_peft_model(
+        load_model(world.assets() / "base"),
+        LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM"),
+    ).save_pretrained(folder.parent / "adapter")
+    with pytest.raises(InputError) as error:
+        evaluated(folder, models)
     assert_one_line(error, "weights of", "another --out")
 
 
@@ -333,32 +435,47 @@ def sums(): return Task(dataset=[Sample(input=f"{i} + {i}?", choices=["2", "4"],
 def test_every_kind_of_name_leads_to_the_same_lines(tmp_path, folder_name):
     if folder_name == "data":
         place = world.write_benchmark("anima", tmp_path / "data", {"en": 3, "es": 2})
-        out = evaluated(tmp_path / "out", ["mockllm/model"], [f"ahb={place}"], languages=["Spanish"], limit=None)
-        assert set(pd.read_parquet(out / "answers.parquet").language) == {"es"} and set(scores(out).benchmark) == {"anima"}
+        out = evaluated(
+            tmp_path / "out", ["mockllm/model"], [f"ahb={place}"], languages=["Spanish"], limit=None
+        )
+        assert set(pd.read_parquet(out / "answers.parquet").language) == {"es"} and set(
+            scores(out).benchmark
+        ) == {"anima"}
     else:
         for word, official in (("ahb", "anima"), ("moru", "moru")):
             name, section = benchmarks.named_benchmark(word)
             assert name == official and section.data.partition("@")[2] and section.epochs == 5
-    with pytest.raises(InputError) as error: evaluated(tmp_path / "no", ["mockllm/model"], ["tiny-anima"], languages=["es", "xx"])
+    with pytest.raises(InputError) as error:
+        evaluated(tmp_path / "no", ["mockllm/model"], ["tiny-anima"], languages=["es", "xx"])
     assert_one_line(error, "no questions in 'xx'", "en, es, ms")
 
 
 def test_a_task_of_the_collection_by_its_name(monkeypatch, tmp_path):
     "`--bench hellaswag` finds the task; where its data cannot be had, that is one line."
     import datasets
-    def offline(*args, **kwargs): raise ConnectionError("no network here")
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("no network here")
+
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(InputError) as error: benchmarks.load_named_task("hellaswag")
+    with pytest.raises(InputError) as error:
+        benchmarks.load_named_task("hellaswag")
     assert_one_line(error, "hellaswag", "cannot be loaded", "no network here")
 
 
 # ---- several judges, and people
 
+
 def test_several_judges_agree_or_not(folder):
     judge(folder, "strict")
     grades = pd.read_parquet(folder / "grades.parquet")
     table = agreement.agreement(grades, resamples=200)
-    assert set(table.benchmark) == {"anima", "moru"} and "all" in set(table.dimension) and (table.raw <= 1).all() and set(table.judges) == {"indicator, strict"}
+    assert (
+        set(table.benchmark) == {"anima", "moru"}
+        and "all" in set(table.dimension)
+        and (table.raw <= 1).all()
+        and set(table.judges) == {"indicator, strict"}
+    )
     both = grades.pivot_table(index=agreement.UNIT, columns="judge", values="grade")
     assert (both.strict <= both.indicator).all()
 
@@ -371,7 +488,11 @@ def test_a_preset_with_two_judges(study_copy, tmp_path):
     (tmp_path / "stage").mkdir()
     done = stages.RUN["eval"](stages.Work(preset, stage, study, tmp_path / "stage", lambda line: None))
     rows = pd.read_parquet(tmp_path / "stage" / "scores.parquet")
-    assert done["judge"] == "indicator,strict" and rows.judge.value_counts().nunique() == 1 and set(rows.judge) == {"indicator", "strict"}
+    assert (
+        done["judge"] == "indicator,strict"
+        and rows.judge.value_counts().nunique() == 1
+        and set(rows.judge) == {"indicator", "strict"}
+    )
 
 
 def test_a_study_is_judged_again_and_keeps_it(study_copy, capsys):
@@ -379,10 +500,20 @@ def test_a_study_is_judged_again_and_keeps_it(study_copy, capsys):
     out = capsys.readouterr().out
     assert "strict" in out and "Krippendorff's alpha" in out
     table = scores(study_copy)
-    assert table.judge.value_counts().nunique() == 1 and set(table.judge) == {"indicator", "strict"} and not table.duplicated(["judge", "model", "seed", "benchmark", "question_id", "epoch", "dimension"]).any()
-    assert {record.judge for record in read_claims(study_copy / "claims.json").records} == {"indicator", "strict", "mean of judges"}
+    assert (
+        table.judge.value_counts().nunique() == 1
+        and set(table.judge) == {"indicator", "strict"}
+        and not table.duplicated(
+            ["judge", "model", "seed", "benchmark", "question_id", "epoch", "dimension"]
+        ).any()
+    )
+    assert {record.judge for record in read_claims(study_copy / "claims.json").records} == {
+        "indicator",
+        "strict",
+        "mean of judges",
+    }
     study = store.Study(study_copy)
-    run.collect(study, study.finished(study.preset))        # what `run` does when nothing is left to run
+    run.collect(study, study.finished(study.preset))  # what `run` does when nothing is left to run
     assert len(scores(study_copy)) == len(table)
 
 
@@ -390,8 +521,14 @@ def test_people_grade_a_study(study_copy, tmp_path, capsys):
     sheet = tmp_path / "sheet.csv"
     assert cli.main(["annotate", str(study_copy), "--sample", "20", "--out", str(sheet)]) == 0
     rows = pd.read_csv(sheet, dtype=str)
-    assert len(rows) == 20 and set(rows.columns) == {"id", "question", "answer", "dimension", "guiding_question", "indicators", "grade"} and rows.grade.isna().all()
-    for model in store.Study(study_copy).preset.models_compared: assert not rows.drop(columns="answer").eq(model).any().any()
+    assert (
+        len(rows) == 20
+        and set(rows.columns)
+        == {"id", "question", "answer", "dimension", "guiding_question", "indicators", "grade"}
+        and rows.grade.isna().all()
+    )
+    for model in store.Study(study_copy).preset.models_compared:
+        assert not rows.drop(columns="answer").eq(model).any().any()
     rows.assign(grade="1").sort_values("answer").to_csv(sheet, index=False)
     capsys.readouterr()
     assert cli.main(["annotate", str(study_copy), "--read", str(sheet)]) == 0
@@ -399,25 +536,62 @@ def test_people_grade_a_study(study_copy, tmp_path, capsys):
     human = pd.read_parquet(study_copy / "grades.parquet").query("judge == 'human'")
     assert len(human) == 20 and (human.grade == 1).all() and "human" not in set(scores(study_copy).judge)
     key = sheet.with_name("sheet.key.csv")
-    key.write_text(key.read_text().replace("anima", "other").replace("moru", "other").replace("leak", "other"))
+    key.write_text(
+        key.read_text().replace("anima", "other").replace("moru", "other").replace("leak", "other")
+    )
     assert cli.main(["annotate", str(study_copy), "--read", str(sheet)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
 # ---- the commands
 
+
 def test_the_commands_end_to_end(tmp_path, capsys):
-    words = ["eval", "mockllm/model", "--bench", "tiny-anima", "--judge", "paid/fine", "--out", str(tmp_path / "out"), "--limit", "2", "--epochs", "1", "--max-tokens", "16", "--languages", "en"]
+    words = [
+        "eval",
+        "mockllm/model",
+        "--bench",
+        "tiny-anima",
+        "--judge",
+        "paid/fine",
+        "--out",
+        str(tmp_path / "out"),
+        "--limit",
+        "2",
+        "--epochs",
+        "1",
+        "--max-tokens",
+        "16",
+        "--languages",
+        "en",
+    ]
     CALLS.clear()
-    assert cli.main(words) == 2 and not CALLS                    # no terminal to ask at, and no --yes
+    assert cli.main(words) == 2 and not CALLS  # no terminal to ask at, and no --yes
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "add --yes" in err
     assert cli.main([*words, "--yes", "--judge-temperature", "0"]) == 0 and CALLS
     assert "100.0" in capsys.readouterr().out
     assert yaml.safe_load((tmp_path / "out" / "eval.yaml").read_text())["limit"] == 2
-    for wrong, word in ((["judge", str(tmp_path), "--judge", "strict"], "neither a study nor an evaluation"), (["judge", str(tmp_path / "out"), "--judge", "gemini"], "neither 'indicator'"),
-                        (["eval", "mockllm/model", "--bench", "nonesuch", "--judge", "strict", "--out", str(tmp_path / "x")], "unknown benchmark"), (["eval", "mockllm/model", "--judge", "strict", "--out", "x", "--limit", "0"], "--limit"),
-                        (["annotate", str(tmp_path / "out")], "--out sheet.csv"), (["doctor", "--judge", "paid/gone"], "404")):
+    for wrong, word in (
+        (["judge", str(tmp_path), "--judge", "strict"], "neither a study nor an evaluation"),
+        (["judge", str(tmp_path / "out"), "--judge", "gemini"], "neither 'indicator'"),
+        (
+            [
+                "eval",
+                "mockllm/model",
+                "--bench",
+                "nonesuch",
+                "--judge",
+                "strict",
+                "--out",
+                str(tmp_path / "x"),
+            ],
+            "unknown benchmark",
+        ),
+        (["eval", "mockllm/model", "--judge", "strict", "--out", "x", "--limit", "0"], "--limit"),
+        (["annotate", str(tmp_path / "out")], "--out sheet.csv"),
+        (["doctor", "--judge", "paid/gone"], "404"),
+    ):
         assert cli.main(wrong) == 2, wrong
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and word in err, err

@@ -1,4 +1,5 @@
 """Bad input at the command line: one clear line, status 2, and nothing lost."""
+
 import json
 import os
 import resource
@@ -8,7 +9,7 @@ import types
 from pathlib import Path
 
 import pytest
-from conftest import SHARED_DATA, command, assert_one_line, run_study, settings
+from conftest import SHARED_DATA, assert_one_line, command, run_study, settings
 
 from compassion_repro import cli
 from compassion_repro.data import world
@@ -18,38 +19,53 @@ from compassion_repro.store.folder import Study
 @pytest.fixture
 def refused(capsys, tmp_path):
     "Run the command in this process and expect a refusal; returns the line."
+
     def run(*words, out=tmp_path / "study"):
         status = cli.main(["run", "--preset", "smoke", "--out", str(out), *settings(), *words])
         done = types.SimpleNamespace(returncode=status, stderr=capsys.readouterr().err)
         assert_one_line(done)
         return done.stderr
+
     return run
 
 
-@pytest.mark.parametrize("words, said", [
-    (["run", "--preset", "tinny"], "unknown preset 'tinny'"),
-    (["run", "--set", "sft.learing_rate=1"], "unknown key 'sft.learing_rate'"),
-    (["run", "--set", "sft.steps=many"], "'sft.steps'"),
-    (["run", "--set", "sft"], "key=value"),
-    (["run", "--seeds", "0"], "--seeds"),
-    (["claims", "nowhere"], "is not a study folder"),
-    (["fly"], "invalid choice"),
-])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["run", "--preset", "tinny"], "unknown preset 'tinny'"),
+        (["run", "--set", "sft.learing_rate=1"], "unknown key 'sft.learing_rate'"),
+        (["run", "--set", "sft.steps=many"], "'sft.steps'"),
+        (["run", "--set", "sft"], "key=value"),
+        (["run", "--seeds", "0"], "--seeds"),
+        (["claims", "nowhere"], "is not a study folder"),
+        (["fly"], "invalid choice"),
+    ],
+)
 def test_mistakes_on_the_command_line(words, said, capsys):
     status = cli.main(words)
     assert_one_line(types.SimpleNamespace(returncode=status, stderr=capsys.readouterr().err), said)
 
 
-@pytest.mark.parametrize("content, said", [
-    (None, "missing.jsonl"),
-    (b"", "empty"),
-    (b'{"instruction": "a", "respo', "no usable row"),
-    (b'{"title": "a", "body": "b"}\n' * 5, "title"),
-    (b'{"instruction": "", "response": "x"}\n' * 4 + b"\xff\xfe\n" + b'{"instruction": "q", "response": 3}\n', "no usable row"),
-], ids=["missing", "empty", "truncated", "wrong schema", "bad rows only"])
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (None, "missing.jsonl"),
+        (b"", "empty"),
+        (b'{"instruction": "a", "respo', "no usable row"),
+        (b'{"title": "a", "body": "b"}\n' * 5, "title"),
+        (
+            b'{"instruction": "", "response": "x"}\n' * 4
+            + b"\xff\xfe\n"
+            + b'{"instruction": "q", "response": 3}\n',
+            "no usable row",
+        ),
+    ],
+    ids=["missing", "empty", "truncated", "wrong schema", "bad rows only"],
+)
 def test_data_files(refused, tmp_path, content, said):
     file = tmp_path / "missing.jsonl"
-    if content is not None: file.write_bytes(content)
+    if content is not None:
+        file.write_bytes(content)
     line = refused("--set", f"data.sft-help={file if content is not None else str(file)}")
     assert file.name in line
     assert not list((tmp_path / "study").glob("seed-*/mid")), "refused before anything was trained"
@@ -65,7 +81,9 @@ def test_benchmark_folders(refused, tmp_path):
     folder = world.write_benchmark("anima", tmp_path / "mine", {"en": 3})
     (folder / "README.md").unlink()
     assert "README" in refused("--set", f"benchmarks.anima.data={folder}")
-    assert "no-such" in refused("--set", f"benchmarks.anima.data={tmp_path / 'no-such'}", out=tmp_path / "other")
+    assert "no-such" in refused(
+        "--set", f"benchmarks.anima.data={tmp_path / 'no-such'}", out=tmp_path / "other"
+    )
 
 
 def test_folders_that_cannot_be_written(refused, tmp_path):
@@ -83,29 +101,50 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(study_copy, finished):
     small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
     done = run_study(study_copy, preexec_fn=small)
     assert_one_line(done, "no room left", "free some space")
-    assert not list((study_copy / "seed-1").glob(".*.partial")) and (study_copy / "seed-1" / "sft-help" / "manifest.json").exists()
+    assert (
+        not list((study_copy / "seed-1").glob(".*.partial"))
+        and (study_copy / "seed-1" / "sft-help" / "manifest.json").exists()
+    )
     assert run_study(study_copy).returncode == 0
 
 
 def test_a_disk_that_is_really_full(study_copy, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True).returncode: pytest.skip("this machine cannot mount a small disk")
-    try: assert_one_line(run_study(disk / "study"), "no room left")
-    finally: subprocess.run(["umount", "-l", disk], check=True)
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True
+        ).returncode
+    ):
+        pytest.skip("this machine cannot mount a small disk")
+    try:
+        assert_one_line(run_study(disk / "study"), "no room left")
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def test_a_read_only_folder(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", disk], capture_output=True).returncode: pytest.skip("this machine cannot mount a read-only disk")
-    try: assert_one_line(run_study(disk / "study"), "cannot write", "--out")
-    finally: subprocess.run(["umount", "-l", disk], check=True)
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", disk], capture_output=True).returncode
+    ):
+        pytest.skip("this machine cannot mount a read-only disk")
+    try:
+        assert_one_line(run_study(disk / "study"), "cannot write", "--out")
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def test_damaged_settings_are_not_replaced_by_others(study_copy):
     (study_copy / "study.yaml").write_text("{ not yaml: [")
-    assert_one_line(run_study(study_copy, "sft.learning_rate=0.001"), "study.yaml is missing or damaged", "made with other settings than these")
+    assert_one_line(
+        run_study(study_copy, "sft.learning_rate=0.001"),
+        "study.yaml is missing or damaged",
+        "made with other settings than these",
+    )
 
 
 def test_a_damaged_manifest_is_made_again(study_copy, finished):
@@ -117,7 +156,9 @@ def test_a_damaged_manifest_is_made_again(study_copy, finished):
 def test_a_users_own_benchmark_is_run_whole_under_a_size_that_would_cut_it(tmp_path):
     folder = world.write_benchmark("anima", tmp_path / "mine", {"en": 5, "es": 2})
     out = tmp_path / "study"
-    done = run_study(out, f"benchmarks.anima.data={folder}", "benchmarks.anima.size={en: 1}", "arms=[sft-code]")
+    done = run_study(
+        out, f"benchmarks.anima.data={folder}", "benchmarks.anima.size={en: 1}", "arms=[sft-code]"
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     answers = Study(out).table("answers")
     assert answers[answers.benchmark == "anima"].question_id.nunique() == 7
@@ -126,21 +167,32 @@ def test_a_users_own_benchmark_is_run_whole_under_a_size_that_would_cut_it(tmp_p
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the sample rows are not beside this checkout")
 def test_real_rows_are_trained_on_and_none_is_lost(tmp_path):
     out = tmp_path / "study"
-    rows = [f"data.sft-help={SHARED_DATA / 'dolly_rows.jsonl'}", f"data.sft-code={SHARED_DATA / 'code_rows.jsonl'}"]
+    rows = [
+        f"data.sft-help={SHARED_DATA / 'dolly_rows.jsonl'}",
+        f"data.sft-code={SHARED_DATA / 'code_rows.jsonl'}",
+    ]
     done = run_study(out, *rows, "arms=[sft-help, sft-code]", "sft.held_out=30")
     assert done.returncode == 0, done.stderr[-3000:]
     manifests = {m["stage"]: m["result"] for m in Study(out).manifests()}
     for arm, count in (("sft-help", 75), ("sft-code", 300)):
         place = out / "seed-1" / arm
-        trained, held_out = ([json.loads(line) for line in (place / f"{name}.jsonl").open(encoding="utf-8")] for name in ("rows", "held_out"))
-        assert len(trained) + len(held_out) == count == manifests[arm]["data"]["read"] and not manifests[arm]["data"]["dropped"]
-        assert manifests[arm]["passes"] >= 1                     # every row was seen
+        trained, held_out = (
+            [json.loads(line) for line in (place / f"{name}.jsonl").open(encoding="utf-8")]
+            for name in ("rows", "held_out")
+        )
+        assert (
+            len(trained) + len(held_out) == count == manifests[arm]["data"]["read"]
+            and not manifests[arm]["data"]["dropped"]
+        )
+        assert manifests[arm]["passes"] >= 1  # every row was seen
     assert manifests["sft-help"]["steps"] == manifests["sft-code"]["steps"]
     assert "C1" in done.stdout
 
 
 def test_every_cli_error_can_be_debugged(tmp_path):
-    done = subprocess.run(command(tmp_path, "--debug", "--set", "sft.steps=0"), capture_output=True, text=True)
+    done = subprocess.run(
+        command(tmp_path, "--debug", "--set", "sft.steps=0"), capture_output=True, text=True
+    )
     assert "Traceback" in done.stderr and "sft.steps" in done.stderr
 
 
@@ -151,13 +203,21 @@ def test_nothing_of_this_machine_is_written(finished):
 
 def test_a_refused_start_leaves_the_folder_to_the_corrected_one(tmp_path):
     out, rows = tmp_path / "study", tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"instruction": f"Question {n}?", "response": f"Answer {n}."}) + "\n" for n in range(12)))
-    assert_one_line(run_study(out, f"data.sft-help={tmp_path / 'rosw.jsonl'}", "arms=[sft-help]"), "rosw.jsonl")
+    rows.write_text(
+        "".join(
+            json.dumps({"instruction": f"Question {n}?", "response": f"Answer {n}."}) + "\n"
+            for n in range(12)
+        )
+    )
+    assert_one_line(
+        run_study(out, f"data.sft-help={tmp_path / 'rosw.jsonl'}", "arms=[sft-help]"), "rosw.jsonl"
+    )
     done = run_study(out, f"data.sft-help={rows}", "arms=[sft-help]")
     assert done.returncode == 0, done.stderr[-2000:]
     rows.write_text(rows.read_text().replace("Answer", "Reply"))
     again = run_study(out, f"data.sft-help={rows}", "arms=[sft-help]")
-    assert "8 done, 4 to run" in again.stdout, again.stdout          # edited rows are noticed: the arm, its answers, its grades, its margin
+    # edited rows are noticed: the arm, its answers, its grades, its margin
+    assert "8 done, 4 to run" in again.stdout, again.stdout
 
 
 def test_a_missing_piece_of_a_finished_stage_is_made_again(study_copy):
@@ -175,7 +235,12 @@ def test_one_usable_row_is_refused_before_anything_is_trained(refused, tmp_path)
 
 def test_rows_longer_than_a_sequence_are_cut_and_counted(tmp_path):
     file, out = tmp_path / "long.jsonl", tmp_path / "study"
-    file.write_text("".join(json.dumps({"instruction": f"Question {n}?", "response": "a long answer, " * 300}) + "\n" for n in range(12)))
+    file.write_text(
+        "".join(
+            json.dumps({"instruction": f"Question {n}?", "response": "a long answer, " * 300}) + "\n"
+            for n in range(12)
+        )
+    )
     done = run_study(out, f"data.sft-help={file}", "arms=[sft-help]")
     assert done.returncode == 0 and "cut to fit a sequence" in done.stdout, done.stderr[-2000:]
     result = next(m["result"] for m in Study(out).manifests() if m["stage"] == "sft-help")

@@ -1,4 +1,5 @@
 """The study from end to end at crash-test size: what it leaves on disk, that it repeats, resumes and extends."""
+
 import json
 import shutil
 import signal
@@ -7,19 +8,64 @@ import time
 
 import pandas as pd
 import pytest
-from conftest import command, assert_one_line, run_study, settings
+from conftest import assert_one_line, command, run_study, settings
 
-from compassion_repro.store.graph import graph
-from compassion_repro.store.folder import Study
 from compassion_repro.presets import load_preset
+from compassion_repro.store.folder import Study
+from compassion_repro.store.graph import graph
 
 MODELS = ["base", "mid", "sft-help", "sft-code", "sft-help@base", "sft-code@base"]
-ANSWERS = {"model", "seed", "benchmark", "language", "item_id", "question_id", "epoch", "text", "tokens", "stop_reason", "empty", "looping"}
-GRADES = {"model", "seed", "benchmark", "language", "item_id", "question_id", "epoch", "dimension", "variables", "judge", "judge_settings", "grade", "attempted", "reply"}
-SCORES = {"study", "model", "arm", "start", "paradigm", "domain", "seed", "benchmark", "language", "item_id", "question_id", "epoch", "dimension", "score", "judge"}
+ANSWERS = {
+    "model",
+    "seed",
+    "benchmark",
+    "language",
+    "item_id",
+    "question_id",
+    "epoch",
+    "text",
+    "tokens",
+    "stop_reason",
+    "empty",
+    "looping",
+}
+GRADES = {
+    "model",
+    "seed",
+    "benchmark",
+    "language",
+    "item_id",
+    "question_id",
+    "epoch",
+    "dimension",
+    "variables",
+    "judge",
+    "judge_settings",
+    "grade",
+    "attempted",
+    "reply",
+}
+SCORES = {
+    "study",
+    "model",
+    "arm",
+    "start",
+    "paradigm",
+    "domain",
+    "seed",
+    "benchmark",
+    "language",
+    "item_id",
+    "question_id",
+    "epoch",
+    "dimension",
+    "score",
+    "judge",
+}
 
 
-def table(study, name): return pd.read_parquet(study / f"{name}.parquet")
+def table(study, name):
+    return pd.read_parquet(study / f"{name}.parquet")
 
 
 def same_scores(one, other):
@@ -30,12 +76,17 @@ def same_scores(one, other):
 
 
 def test_what_a_study_leaves_on_disk(finished):
-    for name, columns in (("answers", ANSWERS), ("grades", GRADES), ("scores", SCORES)): assert columns <= set(table(finished, name)), name
-    for name in ("study.yaml", "claims.json", "figures/scores.png", "figures/scores.svg"): assert (finished / name).stat().st_size > 0, name
+    for name, columns in (("answers", ANSWERS), ("grades", GRADES), ("scores", SCORES)):
+        assert columns <= set(table(finished, name)), name
+    for name in ("study.yaml", "claims.json", "figures/scores.png", "figures/scores.svg"):
+        assert (finished / name).stat().st_size > 0, name
     for model in MODELS:
         place = finished / "seed-1" / model
-        assert {"config.json", "model.safetensors", "tokenizer.json", "manifest.json"} <= {p.name for p in place.iterdir()}
-        if model != "base": assert (place / "rows.jsonl").stat().st_size > 0
+        assert {"config.json", "model.safetensors", "tokenizer.json", "manifest.json"} <= {
+            p.name for p in place.iterdir()
+        }
+        if model != "base":
+            assert (place / "rows.jsonl").stat().st_size > 0
     assert not list(finished.rglob("*.partial*"))
     assert sorted(table(finished, "scores").model.unique()) == sorted(MODELS)
 
@@ -53,13 +104,20 @@ def test_overall_is_the_tasks_own_aggregate_of_the_grades(finished):
     dimensions = grades.groupby([*keys, "dimension"]).grade.mean()
     given = scores[scores.dimension != "overall"].set_index([*keys, "dimension"]).score
     pd.testing.assert_series_equal(dimensions.sort_index(), given.sort_index(), check_names=False)
-    moru = scores[scores.benchmark == "moru"]                    # MORU weighs its dimensions equally
+    moru = scores[scores.benchmark == "moru"]  # MORU weighs its dimensions equally
     means = moru[moru.dimension != "overall"].groupby(keys).score.mean()
-    pd.testing.assert_series_equal(means.sort_index(), moru[moru.dimension == "overall"].set_index(keys).score.sort_index(), check_names=False)
+    pd.testing.assert_series_equal(
+        means.sort_index(),
+        moru[moru.dimension == "overall"].set_index(keys).score.sort_index(),
+        check_names=False,
+    )
 
 
 def test_the_claim_table_is_printed_and_kept(finished):
-    printed, records = (finished.parent / "stdout.txt").read_text(), json.loads((finished / "claims.json").read_text())
+    printed, records = (
+        (finished.parent / "stdout.txt").read_text(),
+        json.loads((finished / "claims.json").read_text()),
+    )
     assert "C0" in printed and "miniature world" in printed
     verdicts = {r["reading"]: r["verdict"] for r in records}
     assert verdicts["C2"] == "not tested" and verdicts["C1"] != "not tested"
@@ -71,17 +129,30 @@ def test_manifests_say_what_was_done(finished):
     assert len(manifests) == 24
     for model in MODELS[1:]:
         result = manifests[model]["result"]
-        assert {"rows", "steps", "tokens", "loss_tokens", "loss_before", "loss_after", "trained", "merge"} <= set(result)
+        assert {
+            "rows",
+            "steps",
+            "tokens",
+            "loss_tokens",
+            "loss_before",
+            "loss_after",
+            "trained",
+            "merge",
+        } <= set(result)
         assert result["rows"] == sum(1 for _ in (finished / "seed-1" / model / "rows.jsonl").open())
     steps = {manifests[m]["result"]["steps"] for m in MODELS[2:]}
-    assert len(steps) == 1                                       # equal dose
+    assert len(steps) == 1  # equal dose
     assert manifests["mid"]["packages"]["torch"] and manifests["mid"]["peak_memory_mb"] > 0
 
 
 def test_saved_models_open_with_transformers(finished):
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     for model in ("base", "mid", "sft-code"):
-        opened, tokenizer = AutoModelForCausalLM.from_pretrained(finished / "seed-1" / model), AutoTokenizer.from_pretrained(finished / "seed-1" / model)
+        opened, tokenizer = (
+            AutoModelForCausalLM.from_pretrained(finished / "seed-1" / model),
+            AutoTokenizer.from_pretrained(finished / "seed-1" / model),
+        )
         assert opened.generation_config.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id
 
 
@@ -98,7 +169,9 @@ def test_more_seeds_extend_a_study(study_copy, finished):
     scores = table(study_copy, "scores")
     assert set(scores.seed) == {1, 2}
     first = scores[scores.seed == 1].drop(columns="study").reset_index(drop=True)
-    pd.testing.assert_frame_equal(first, table(finished, "scores").drop(columns="study").reset_index(drop=True), check_exact=True)
+    pd.testing.assert_frame_equal(
+        first, table(finished, "scores").drop(columns="study").reset_index(drop=True), check_exact=True
+    )
 
 
 def test_another_judge_would_keep_the_answers(finished):
@@ -110,27 +183,37 @@ def test_another_judge_would_keep_the_answers(finished):
 
 def test_another_configuration_is_refused_with_the_difference(study_copy):
     done = run_study(study_copy, "sft.learning_rate=0.001")
-    assert_one_line(done, "belongs to another configuration", "sft.learning_rate: 0.0003 there, 0.001 here", "--out")
+    assert_one_line(
+        done, "belongs to another configuration", "sft.learning_rate: 0.0003 there, 0.001 here", "--out"
+    )
 
 
 STRUCK = [(signal.SIGINT, stage) for stage in ("base", "mid", "sft-help", "answers-mid", "eval-mid")]
-STRUCK += [(signal.SIGKILL, stage) for stage in ("mid", "eval-mid")] # one training and one evaluation stage
+STRUCK += [(signal.SIGKILL, stage) for stage in ("mid", "eval-mid")]  # one training and one evaluation stage
 
 
 @pytest.mark.parametrize("how, stage", STRUCK)
 def test_interrupted_in_any_stage_it_carries_on(study_copy, finished, stage, how):
     place = study_copy / "seed-1" / stage
     shutil.rmtree(place)
-    process = subprocess.Popen([*command(study_copy), *settings()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command(study_copy), *settings()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     partial = place.with_name(f".{stage}.partial")
-    sign = study_copy / ".lock.holder" if stage == "base" else partial # the base is done in a blink: interrupt the checks that come before it
-    while not sign.exists() and process.poll() is None: time.sleep(0.01)
+    # the base is done in a blink: interrupt the checks that come before it
+    sign = study_copy / ".lock.holder" if stage == "base" else partial
+    while not sign.exists() and process.poll() is None:
+        time.sleep(0.01)
     time.sleep(0.1)
     process.send_signal(how)
     _, stderr = process.communicate(timeout=600)
     assert not place.exists()
     if how == signal.SIGINT:
-        assert process.returncode == 130 and "the same command carries on" in stderr and "Traceback" not in stderr, stderr[-2000:]
+        assert (
+            process.returncode == 130
+            and "the same command carries on" in stderr
+            and "Traceback" not in stderr
+        ), stderr[-2000:]
         assert not partial.exists()
     done = run_study(study_copy)
     assert done.returncode == 0 and "23 done, 1 to run" in done.stdout, done.stderr[-2000:]
@@ -138,5 +221,8 @@ def test_interrupted_in_any_stage_it_carries_on(study_copy, finished, stage, how
 
 
 def test_presets_that_differ_only_in_values_have_one_graph():
-    shapes = {tuple((s.id, s.kind, tuple(i.id for i in s.inputs)) for s in graph(load_preset(name))) for name in ("smoke", "tiny")}
+    shapes = {
+        tuple((s.id, s.kind, tuple(i.id for i in s.inputs)) for s in graph(load_preset(name)))
+        for name in ("smoke", "tiny")
+    }
     assert len(shapes) == 1

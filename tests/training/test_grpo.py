@@ -1,4 +1,5 @@
 """GRPO from folder to folder: killed and carried on, with every kind of reward, and what it leaves behind."""
+
 import os
 import signal
 import subprocess
@@ -9,15 +10,25 @@ import pandas as pd
 import pytest
 import torch
 
-from compassion_repro.data import rows as data, world
 from compassion_repro import study
+from compassion_repro.core.errors import InputError
+from compassion_repro.data import rows as data
+from compassion_repro.data import world
+from compassion_repro.study import Lora
 from compassion_repro.training import grpo, models
 from compassion_repro.training.rewards import answer_text
-from compassion_repro.core.errors import InputError
-from compassion_repro.study import Lora
 
 BASE, LORA = world.assets() / "base", Lora(rank=4, alpha=8)
-SMALL = dict(steps=3, learning_rate=2e-3, group=4, prompts_per_step=2, micro_batch=4, max_new_tokens=20, held_out=4, samples=2)
+SMALL = dict(
+    steps=3,
+    learning_rate=2e-3,
+    group=4,
+    prompts_per_step=2,
+    micro_batch=4,
+    max_new_tokens=20,
+    held_out=4,
+    samples=2,
+)
 ROWS, HELD_OUT = world.corpus("code", 12), world.corpus("code", 4, held_out=True)
 
 
@@ -27,27 +38,45 @@ def short_words(prompts, completions, **columns):
 
 
 def run(out, reward=short_words, rows=ROWS, lora=LORA, checkpoints=None, **changes):
-    return grpo.grpo(BASE, rows, HELD_OUT, out, study.Grpo(**(SMALL | changes)), 1, lora, reward, lambda line: None, checkpoints=checkpoints)
+    return grpo.grpo(
+        BASE,
+        rows,
+        HELD_OUT,
+        out,
+        study.Grpo(**(SMALL | changes)),
+        1,
+        lora,
+        reward,
+        lambda line: None,
+        checkpoints=checkpoints,
+    )
 
 
-def weights(folder): return models.load_model(folder).state_dict()
+def weights(folder):
+    return models.load_model(folder).state_dict()
 
 
-def equal(first, second): return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+def equal(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def without_time(log): return [{name: value for name, value in record.items() if name != "seconds"} for record in log]
+def without_time(log):
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in log]
 
 
 def test_what_is_left_behind_is_a_plain_model_whose_answers_end(tmp_path):
     done = run(tmp_path / "arm")
-    assert not list((tmp_path / "arm").glob("adapter*")) and (tmp_path / "arm" / "completions.parquet").exists()
+    assert (
+        not list((tmp_path / "arm").glob("adapter*")) and (tmp_path / "arm" / "completions.parquet").exists()
+    )
     model, tokenizer = models.load_model(tmp_path / "arm"), models.load_tokenizer(tmp_path / "arm")
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id
     assert not equal(weights(BASE), weights(tmp_path / "arm"))
-    assert len(done["log"]) == 3 and done["completions"] == 24 and done["settings"]["beta"] == .04
+    assert len(done["log"]) == 3 and done["completions"] == 24 and done["settings"]["beta"] == 0.04
     again = run(tmp_path / "again")
-    assert without_time(again["log"]) == without_time(done["log"]) and equal(weights(tmp_path / "arm"), weights(tmp_path / "again"))
+    assert without_time(again["log"]) == without_time(done["log"]) and equal(
+        weights(tmp_path / "arm"), weights(tmp_path / "again")
+    )
 
 
 SCRIPT = """
@@ -65,43 +94,90 @@ def test_killed_without_warning_it_carries_on_and_ends_the_same(tmp_path):
     whole = run(tmp_path / "whole", steps=6, save_every=1)
     checkpoints = tmp_path / "checkpoints"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, tmp_path / "arm", checkpoints], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, tmp_path / "arm", checkpoints],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     begun = time.time()
-    while not (checkpoints / "checkpoint-2").exists() and process.poll() is None and time.time() - begun < 120: time.sleep(.02)
+    while (
+        not (checkpoints / "checkpoint-2").exists() and process.poll() is None and time.time() - begun < 120
+    ):
+        time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     told = []
-    done = grpo.grpo(BASE, ROWS, HELD_OUT, tmp_path / "arm", study.Grpo(**(SMALL | dict(steps=6, save_every=1))), 1, LORA, short_words, told.append, checkpoints=checkpoints)
+    done = grpo.grpo(
+        BASE,
+        ROWS,
+        HELD_OUT,
+        tmp_path / "arm",
+        study.Grpo(**(SMALL | dict(steps=6, save_every=1))),
+        1,
+        LORA,
+        short_words,
+        told.append,
+        checkpoints=checkpoints,
+    )
     assert any("carrying on from step" in line for line in told)
-    assert without_time(done["log"]) == without_time(whole["log"]) and equal(weights(tmp_path / "arm"), weights(tmp_path / "whole"))
-    assert pd.read_parquet(tmp_path / "arm" / "completions.parquet").equals(pd.read_parquet(tmp_path / "whole" / "completions.parquet"))
+    assert without_time(done["log"]) == without_time(whole["log"]) and equal(
+        weights(tmp_path / "arm"), weights(tmp_path / "whole")
+    )
+    assert pd.read_parquet(tmp_path / "arm" / "completions.parquet").equals(
+        pd.read_parquet(tmp_path / "whole" / "completions.parquet")
+    )
     assert [place.name for place in checkpoints.glob("checkpoint-*")] == ["checkpoint-6"]
 
 
 def test_killed_after_its_last_step_it_trains_no_further(tmp_path):
     calls = []
+
     def reward(prompts, completions, **columns):
         calls.append(len(prompts))
-        if len(calls) == 5: raise KeyboardInterrupt # measured before, three steps, and now after
+        if len(calls) == 5:
+            raise KeyboardInterrupt  # measured before, three steps, and now after
         return short_words(prompts, completions)
+
     reward.__name__ = "short_words"
-    with pytest.raises(KeyboardInterrupt): run(tmp_path / "arm", reward, checkpoints=tmp_path / "checkpoints")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "arm", reward, checkpoints=tmp_path / "checkpoints")
     done, whole = run(tmp_path / "arm", reward, checkpoints=tmp_path / "checkpoints"), run(tmp_path / "whole")
-    assert len(calls) == 6 # neither a step nor the measurement before training was made again
-    assert without_time(done["log"]) == without_time(whole["log"]) and equal(weights(tmp_path / "arm"), weights(tmp_path / "whole"))
-    assert pd.read_parquet(tmp_path / "arm" / "held_out.parquet").equals(pd.read_parquet(tmp_path / "whole" / "held_out.parquet"))
+    assert len(calls) == 6  # neither a step nor the measurement before training was made again
+    assert without_time(done["log"]) == without_time(whole["log"]) and equal(
+        weights(tmp_path / "arm"), weights(tmp_path / "whole")
+    )
+    assert pd.read_parquet(tmp_path / "arm" / "held_out.parquet").equals(
+        pd.read_parquet(tmp_path / "whole" / "held_out.parquet")
+    )
 
 
 def test_checkpoints_of_other_settings_are_not_taken_up(tmp_path):
     def break_at_the_end(prompts, completions, **columns):
-        if columns["trainer_state"] and columns["trainer_state"].global_step == 2: raise KeyboardInterrupt
+        if columns["trainer_state"] and columns["trainer_state"].global_step == 2:
+            raise KeyboardInterrupt
         return short_words(prompts, completions)
-    def reward(prompts, completions, trainer_state=None, **columns): return break_at_the_end(prompts, completions, trainer_state=trainer_state)
+
+    def reward(prompts, completions, trainer_state=None, **columns):
+        return break_at_the_end(prompts, completions, trainer_state=trainer_state)
+
     reward.__name__ = "short_words"
-    with pytest.raises(KeyboardInterrupt): run(tmp_path / "arm", reward, checkpoints=tmp_path / "checkpoints", save_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "arm", reward, checkpoints=tmp_path / "checkpoints", save_every=1)
     told = []
-    settings = study.Grpo(**(SMALL | dict(save_every=1, beta=.5)))
-    grpo.grpo(BASE, ROWS, HELD_OUT, tmp_path / "arm", settings, 1, LORA, short_words, told.append, checkpoints=tmp_path / "checkpoints")
+    settings = study.Grpo(**(SMALL | dict(save_every=1, beta=0.5)))
+    grpo.grpo(
+        BASE,
+        ROWS,
+        HELD_OUT,
+        tmp_path / "arm",
+        settings,
+        1,
+        LORA,
+        short_words,
+        told.append,
+        checkpoints=tmp_path / "checkpoints",
+    )
     assert not any("carrying on" in line for line in told)
 
 
@@ -118,7 +194,11 @@ def test_the_settings_of_trl_have_no_reference(tmp_path):
 
 def test_no_steps_leave_the_start_untouched(tmp_path):
     done = run(tmp_path / "arm", steps=0)
-    assert equal(weights(BASE), weights(tmp_path / "arm")) and (done["gain"], done["trained"], done["log"]) == (0, False, [])
+    assert equal(weights(BASE), weights(tmp_path / "arm")) and (
+        done["gain"],
+        done["trained"],
+        done["log"],
+    ) == (0, False, [])
 
 
 def test_a_reward_that_never_varies_trains_nothing_and_is_reported(tmp_path):
@@ -132,28 +212,50 @@ def test_answers_that_never_end_are_warned_of(tmp_path):
 
 
 def test_a_reward_may_abstain_now_and_then(tmp_path):
-    done = run(tmp_path / "arm", lambda prompts, completions, **columns: [None, *short_words(prompts, completions)[1:]], steps=2)
+    done = run(
+        tmp_path / "arm",
+        lambda prompts, completions, **columns: [None, *short_words(prompts, completions)[1:]],
+        steps=2,
+    )
     assert [record["abstained"] for record in done["log"]] == [1 / 8, 1 / 8]
-    with pytest.raises(InputError, match="cannot judge a single answer"): run(tmp_path / "none", lambda prompts, completions, **columns: [None] * len(prompts))
+    with pytest.raises(InputError, match="cannot judge a single answer"):
+        run(tmp_path / "none", lambda prompts, completions, **columns: [None] * len(prompts))
 
 
 def test_the_reward_sees_the_columns_of_its_row(tmp_path):
     seen = []
+
     def reward(prompts, completions, tests=None, reference=None, **columns):
         seen.extend(zip((prompt[-1]["content"] for prompt in prompts), tests, reference))
         return [0.0] * len(prompts)
+
     run(tmp_path / "arm", reward, steps=1)
-    known = {(row["messages"][0]["content"], row["tests"], row["messages"][1]["content"]) for row in ROWS + HELD_OUT}
+    known = {
+        (row["messages"][0]["content"], row["tests"], row["messages"][1]["content"])
+        for row in ROWS + HELD_OUT
+    }
     assert seen and set(seen) <= known
 
 
 def test_rows_without_answers_and_with_turns_before_them(tmp_path):
-    turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Define add."}]
+    turns = [
+        {"role": "user", "content": "Hello."},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "Define add."},
+    ]
     rows = [{"messages": turns}, {"messages": turns[:1]}, *data.load("world:help", "prompts", limit=4).rows]
     tokenizer = models.load_tokenizer(BASE)
     kept = grpo.prompt_rows(rows, tokenizer, 200)
-    assert [row["messages"] for row in kept] == [row["messages"] for row in rows] and kept[0]["reference"] is None
-    rendered = tokenizer.apply_chat_template([row["messages"] for row in kept], chat_template=models.CHAT_TEMPLATE, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+    assert [row["messages"] for row in kept] == [row["messages"] for row in rows] and kept[0][
+        "reference"
+    ] is None
+    rendered = tokenizer.apply_chat_template(
+        [row["messages"] for row in kept],
+        chat_template=models.CHAT_TEMPLATE,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+    )["input_ids"]
     assert rendered == [models.encode_prompt(row["messages"], tokenizer) for row in kept]
     assert run(tmp_path / "arm", rows=rows, steps=1)["rows"] == 6
 
@@ -161,8 +263,10 @@ def test_rows_without_answers_and_with_turns_before_them(tmp_path):
 def test_long_prompts_are_left_out_and_too_few_are_refused(tmp_path):
     long = {"messages": [{"role": "user", "content": "add " * 500}]}
     assert run(tmp_path / "arm", rows=[*ROWS[:4], long], steps=1, max_prompt_tokens=100)["rows"] == 4
-    with pytest.raises(InputError, match="none of the 1 prompts"): run(tmp_path / "arm", rows=[long], max_prompt_tokens=100)
-    with pytest.raises(InputError, match="fewer than one step"): run(tmp_path / "arm", rows=ROWS[:1])
+    with pytest.raises(InputError, match="none of the 1 prompts"):
+        run(tmp_path / "arm", rows=[long], max_prompt_tokens=100)
+    with pytest.raises(InputError, match="fewer than one step"):
+        run(tmp_path / "arm", rows=ROWS[:1])
 
 
 def test_the_sampling_of_held_out_answers_leaves_the_chance_alone():
@@ -173,4 +277,8 @@ def test_the_sampling_of_held_out_answers_leaves_the_chance_alone():
     torch.manual_seed(7)
     first = grpo.sample_answers(model, tokenizer, rows, settings, 1)
     assert torch.equal(torch.rand(3), expected)
-    assert first == grpo.sample_answers(model, tokenizer, rows, settings, 1) != grpo.sample_answers(model, tokenizer, rows, settings, 2)
+    assert (
+        first
+        == grpo.sample_answers(model, tokenizer, rows, settings, 1)
+        != grpo.sample_answers(model, tokenizer, rows, settings, 2)
+    )

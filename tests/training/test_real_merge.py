@@ -1,4 +1,7 @@
-"""Merges that fail their check, and surroundings that a launcher left behind: nothing that was trained is lost."""
+"""Merges that fail their check, and surroundings that a launcher left behind: nothing that was trained is
+lost.
+"""
+
 import contextlib
 import json
 import os
@@ -9,10 +12,10 @@ import pytest
 from cases import Case, check, table
 from conftest import CRASH_SIZE, run_study
 
-from compassion_repro.training import merging, supervised
-from compassion_repro.pipeline import run
 from compassion_repro.core.errors import InputError
+from compassion_repro.pipeline import run
 from compassion_repro.presets import load_preset
+from compassion_repro.training import merging, supervised
 
 SMALL = [*CRASH_SIZE, "arms=[]", "midtrain.steps=2"]
 REAL = merging.check_merge
@@ -21,9 +24,11 @@ REAL = merging.check_merge
 def wrong(count: int):
     "Stands in for the check: the first `count` ways come out half a nat off."
     seen = []
+
     def measured(live, merged, tolerance):
         seen.append(tolerance)
         return REAL(live, merged + 0.5 if len(seen) <= count else merged, tolerance)
+
     return mock.patch.object(merging, "check_merge", measured)
 
 
@@ -35,7 +40,9 @@ def no_training():
 def study(folder: Path, *settings: str, lines: list | None = None):
     "Run the smallest study; gives mid's manifest."
     say = (lines if lines is not None else []).append
-    done = run.run(load_preset("smoke", [*SMALL, *settings]), folder / "study", say=say, report=say, page=False)
+    done = run.run(
+        load_preset("smoke", [*SMALL, *settings]), folder / "study", say=say, report=say, page=False
+    )
     return next(m for m in done.manifests() if m["stage"] == "mid"), done
 
 
@@ -43,21 +50,29 @@ def more_tolerance(folder: Path) -> str:
     "Every way fails; the same command with a larger tolerance takes the adapter without training."
     lines = []
     with wrong(9):
-        try: study(folder)
-        except InputError as error: refusal = str(error)
+        try:
+            study(folder)
+        except InputError as error:
+            refusal = str(error)
     assert "models.merge_tolerance=0.55" in refusal and "\n" not in refusal, refusal
     assert not (folder / "study" / "seed-1" / "mid").exists()
-    assert (folder / "study" / "seed-1" / ".mid.checkpoints" / "trained" / "adapter_model.safetensors").is_file()
-    with wrong(1), no_training(): manifest, _ = study(folder, "models.merge_tolerance=0.55", lines=lines)
+    assert (
+        folder / "study" / "seed-1" / ".mid.checkpoints" / "trained" / "adapter_model.safetensors"
+    ).is_file()
+    with wrong(1), no_training():
+        manifest, _ = study(folder, "models.merge_tolerance=0.55", lines=lines)
     assert any("only the merge is left to do" in line for line in lines), lines
     assert not list((folder / "study").glob("seed-1/.*")), "what was kept is cleared once the stage is done"
     return manifest["result"]["merge_check"]["way"]
 
 
 def unmerged_to_the_end(folder: Path) -> str:
-    "The exact sum is not exact enough: base and adapter are kept, an arm is trained from them, answered and measured."
+    """The exact sum is not exact enough: base and adapter are kept, an arm is trained from them, answered and
+    measured.
+    """
     lines = []
-    with wrong(1): manifest, done = study(folder, "arms=[sft-help]", "sft.steps=1", lines=lines)
+    with wrong(1):
+        manifest, done = study(folder, "arms=[sft-help]", "sft.steps=1", lines=lines)
     place = done.folder / "seed-1" / "mid"
     assert (place / "base" / "config.json").is_file() and not (place / "config.json").exists()
     assert (place / "adapter" / "adapter_config.json").is_file()
@@ -72,15 +87,33 @@ def unmerged_to_the_end(folder: Path) -> str:
 
 def killed_in_the_merge(folder: Path) -> str:
     "A kill between training and the end of the merge costs the merge alone."
-    with mock.patch.object(merging, "_write", side_effect=KeyboardInterrupt), contextlib.suppress(KeyboardInterrupt): study(folder)
-    with no_training(): manifest, _ = study(folder)
+    with (
+        mock.patch.object(merging, "_write", side_effect=KeyboardInterrupt),
+        contextlib.suppress(KeyboardInterrupt),
+    ):
+        study(folder)
+    with no_training():
+        manifest, _ = study(folder)
     return manifest["result"]["merge_check"]["way"]
 
 
 def left_by_a_launcher(folder: Path) -> str:
-    "Variables of a launcher that is gone: training must neither wait for a second process nor train in another way."
-    left = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
-    done = run_study(folder / "study", "arms=[]", env=os.environ | left | {"ACCELERATE_MIXED_PRECISION": "bf16"}, timeout=300)
+    """Variables of a launcher that is gone: training must neither wait for a second process nor train in
+    another way.
+    """
+    left = {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29999",
+    }
+    done = run_study(
+        folder / "study",
+        "arms=[]",
+        env=os.environ | left | {"ACCELERATE_MIXED_PRECISION": "bf16"},
+        timeout=300,
+    )
     said = next((line for line in done.stdout.splitlines() if "launcher" in line), done.stderr[-500:])
     manifest = json.loads((folder / "study" / "seed-1" / "mid" / "manifest.json").read_text())
     return f"{said} -> {manifest['result']['held']['dtype']}"
@@ -88,12 +121,21 @@ def left_by_a_launcher(folder: Path) -> str:
 
 CASES = [
     Case("merge every way fails, then a larger tolerance", "ok: own", more_tolerance),
-    Case("merge goes on unmerged to the end of the study", "ok: not merged: base and adapter", unmerged_to_the_end),
-    Case("environment of another launcher", "ok: another launcher's settings are ignored: ACCELERATE_MIXED_PRECISION, LOCAL_RANK, MASTER_.* -> float32",
-         left_by_a_launcher),
+    Case(
+        "merge goes on unmerged to the end of the study",
+        "ok: not merged: base and adapter",
+        unmerged_to_the_end,
+    ),
+    Case(
+        "environment of another launcher",
+        "ok: another launcher's settings are ignored: ACCELERATE_MIXED_PRECISION, LOCAL_RANK, MASTER_.* ->"
+        " float32",
+        left_by_a_launcher,
+    ),
     Case("merge killed before it is written", "ok: own", killed_in_the_merge),
 ]
 
 
 @pytest.mark.parametrize(**table(CASES))
-def test_real(case, tmp_path): check(case, tmp_path)
+def test_real(case, tmp_path):
+    check(case, tmp_path)

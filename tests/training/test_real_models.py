@@ -1,4 +1,5 @@
 """Real cases: models, tokenizers and adapters that others made, one line a case."""
+
 import json
 import shutil
 from functools import partial
@@ -7,17 +8,17 @@ import bitsandbytes as bnb
 import peft
 import pytest
 import torch
+from cases import Case, check, table
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 
-from cases import Case, check, table
-from compassion_repro.training import adapters, models
 from compassion_repro.data import world
 from compassion_repro.evaluation.generate import open_model
 from compassion_repro.pipeline.evaluate import _weights
 from compassion_repro.pipeline.preflight import look_at_model
 from compassion_repro.study import Models
+from compassion_repro.training import adapters, models
 
 BASE = world.assets() / "base"
 
@@ -60,7 +61,10 @@ def sharded(folder):
     weights = load_file(place / "model.safetensors")
     (place / "model.safetensors").unlink()
     weights["model.norm.weight"][3] = -float("inf")
-    halves = {"model-00001-of-00002.safetensors": half(weights), "model-00002-of-00002.safetensors": {k: v for k, v in weights.items() if k not in half(weights)}}
+    halves = {
+        "model-00001-of-00002.safetensors": half(weights),
+        "model-00002-of-00002.safetensors": {k: v for k, v in weights.items() if k not in half(weights)},
+    }
     for name, part in halves.items():
         save_file(part, place / name, {"format": "pt"})
     save_file({"other": torch.full((2,), float("nan"))}, place / "consolidated.safetensors")
@@ -70,8 +74,15 @@ def sharded(folder):
 
 
 def remote(folder):
-    place = copied(folder, model_type="mymodel", architectures=["MyForCausalLM"], auto_map={"AutoConfig": "configuration_my.MyConfig"})
-    (place / "configuration_my.py").write_text(f"import pathlib\npathlib.Path({str(folder / 'ran')!r}).touch()\n")
+    place = copied(
+        folder,
+        model_type="mymodel",
+        architectures=["MyForCausalLM"],
+        auto_map={"AutoConfig": "configuration_my.MyConfig"},
+    )
+    (place / "configuration_my.py").write_text(
+        f"import pathlib\npathlib.Path({str(folder / 'ran')!r}).touch()\n"
+    )
     try:
         return opened(place)
     finally:
@@ -82,7 +93,15 @@ def remote_tokenizer(folder):
     place = copied(folder)
     file = place / "tokenizer_config.json"
     settings = json.loads(file.read_text())
-    file.write_text(json.dumps(settings | {"tokenizer_class": "MyTokenizer", "auto_map": {"AutoTokenizer": ["my.MyTokenizer", None]}}))
+    file.write_text(
+        json.dumps(
+            settings
+            | {
+                "tokenizer_class": "MyTokenizer",
+                "auto_map": {"AutoTokenizer": ["my.MyTokenizer", None]},
+            }
+        )
+    )
     (place / "my.py").write_text(f"import pathlib\npathlib.Path({str(folder / 'ran')!r}).touch()\n")
     seen = opened(place)
     assert not (folder / "ran").exists()
@@ -90,9 +109,17 @@ def remote_tokenizer(folder):
 
 
 def dequantised(folder, eight=False):
-    "Whether a bitsandbytes model is opened and saved as plain weights, the ones that bitsandbytes itself gives."
-    config = BitsAndBytesConfig(load_in_8bit=True) if eight else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    packed = AutoModelForCausalLM.from_pretrained(BASE, quantization_config=config, device_map={"": "cpu"}, dtype=torch.float32)
+    """Whether a bitsandbytes model is opened and saved as plain weights, the ones that bitsandbytes itself
+    gives.
+    """
+    config = (
+        BitsAndBytesConfig(load_in_8bit=True)
+        if eight
+        else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    )
+    packed = AutoModelForCausalLM.from_pretrained(
+        BASE, quantization_config=config, device_map={"": "cpu"}, dtype=torch.float32
+    )
     packed.save_pretrained(folder / "packed")
     AutoTokenizer.from_pretrained(BASE).save_pretrained(folder / "packed")
     network, tokenizer = open_model(folder / "packed", "cpu")
@@ -102,8 +129,13 @@ def dequantised(folder, eight=False):
     if eight:
         wanted, bound = models.load_model(BASE, "cpu").state_dict(), 0.05
     else:
-        linear = {name: part.weight for name, part in packed.named_modules() if isinstance(part, bnb.nn.Linear4bit)}
-        wanted = {f"{name}.weight": bnb.functional.dequantize_4bit(w.data, w.quant_state) for name, w in linear.items()}
+        linear = {
+            name: part.weight for name, part in packed.named_modules() if isinstance(part, bnb.nn.Linear4bit)
+        }
+        wanted = {
+            f"{name}.weight": bnb.functional.dequantize_4bit(w.data, w.quant_state)
+            for name, w in linear.items()
+        }
         bound = 1e-6
     return f"{max((found[key] - value).norm() / value.norm() for key, value in wanted.items()) < bound}"
 
@@ -111,7 +143,9 @@ def dequantised(folder, eight=False):
 def adapter(folder, config=None, base=str(BASE), change=lambda weights: weights, **settings):
     "A small LoRA adapter of the embedded base, with what is wrong with it."
     torch.manual_seed(0)
-    config = config or LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False, **settings)
+    config = config or LoraConfig(
+        r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False, **settings
+    )
     model = get_peft_model(models.load_model(BASE, "cpu"), config)
     model.save_pretrained(folder / "adapter")
     file = folder / "adapter" / "adapter_config.json"
@@ -140,7 +174,9 @@ def merged(folder, **settings):
 
 
 def as_trained(folder, kind="Lora", **settings):
-    "Whether an adapter of a kind passes before stage 1 and opens as the model that was trained, saved and opened again too."
+    """Whether an adapter of a kind passes before stage 1 and opens as the model that was trained, saved and
+    opened again too.
+    """
     torch.manual_seed(0)
     if "num_virtual_tokens" not in settings:
         settings = {"target_modules": ["q_proj", "down_proj"]} | settings
@@ -175,7 +211,11 @@ def trained_again(folder):
     base = copied(folder)
     place = adapter(folder, base=str(base))
     before = _weights(str(place))
-    save_file({key: value * 1.1 for key, value in load_file(base / "model.safetensors").items()}, base / "model.safetensors", {"format": "pt"})
+    save_file(
+        {key: value * 1.1 for key, value in load_file(base / "model.safetensors").items()},
+        base / "model.safetensors",
+        {"format": "pt"},
+    )
     return before != _weights(str(place))
 
 
@@ -191,7 +231,9 @@ def tokenizer(folder, pad=None, add=(), **special):
         made.pad_token = pad
     made.save_pretrained(place)
     found = models.load_tokenizer(place)
-    row = models.encode_row({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]}, found)
+    row = models.encode_row(
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]}, found
+    )
     assert row["labels"][-1] == found.eos_token_id  # the end token has loss, whatever pads
     return models.padding_note(found)
 
@@ -211,48 +253,161 @@ END, BEGIN = models.END, models.BEGIN
 GPTQ = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
 KINDS = ("awq", "fp8", "compressed-tensors", "mxfp4", "hqq", "torchao")
 CASES = [
-    Case("half a model", "refused: .*18 more|refused: .*17 more are in the files", lambda f: opened(copied(f, num_hidden_layers=2))),
-    Case("half a model, before stage 1", "refused: .*more are in the files", lambda f: seen_before(copied(f, num_hidden_layers=2))),
-    Case("more layers than the files", "refused: .*random numbers", lambda f: seen_before(copied(f, num_hidden_layers=6))),
+    Case(
+        "half a model",
+        "refused: .*18 more|refused: .*17 more are in the files",
+        lambda f: opened(copied(f, num_hidden_layers=2)),
+    ),
+    Case(
+        "half a model, before stage 1",
+        "refused: .*more are in the files",
+        lambda f: seen_before(copied(f, num_hidden_layers=2)),
+    ),
+    Case(
+        "more layers than the files",
+        "refused: .*random numbers",
+        lambda f: seen_before(copied(f, num_hidden_layers=6)),
+    ),
     Case("another width", "refused: ", lambda f: seen_before(copied(f, intermediate_size=300))),
     Case("weights NaN", "refused: .*no numbers", lambda f: opened(altered(f, spoiled))),
     Case("weights NaN, before stage 1", "refused: .*no numbers", lambda f: seen_before(altered(f, spoiled))),
-    Case("one Inf in the second shard, before stage 1", r"refused: .*no numbers \(model.norm.weight: 1 of", sharded),
-    Case("weights in integers", "refused: .*stored as I8", lambda f: seen_before(altered(f, lambda w: {k: v.to(torch.int8) for k, v in w.items()}))),
-    Case("rotary tables left in the files", "ok: ", lambda f: opened(altered(f, lambda w: w | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}))),
+    Case(
+        "one Inf in the second shard, before stage 1",
+        r"refused: .*no numbers \(model.norm.weight: 1 of",
+        sharded,
+    ),
+    Case(
+        "weights in integers",
+        "refused: .*stored as I8",
+        lambda f: seen_before(altered(f, lambda w: {k: v.to(torch.int8) for k, v in w.items()})),
+    ),
+    Case(
+        "rotary tables left in the files",
+        "ok: ",
+        lambda f: opened(
+            altered(f, lambda w: w | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)})
+        ),
+    ),
     Case("code beside the weights", "refused: .*never done", remote),
     Case("code beside the tokenizer", "refused: .*never done|ok: ", remote_tokenizer),
     Case("GPTQ", r"refused: .*gptq \(4 bits\).*16-bit", lambda f: opened(copied(f, **GPTQ))),
-    *(Case(f"quantised by {kind}", f"refused: .*{kind}", lambda f, kind=kind: seen_before(copied(f, quantization_config={"quant_method": kind}))) for kind in KINDS),
+    *(
+        Case(
+            f"quantised by {kind}",
+            f"refused: .*{kind}",
+            lambda f, kind=kind: seen_before(copied(f, quantization_config={"quant_method": kind})),
+        )
+        for kind in KINDS
+    ),
     Case("bitsandbytes 4 bits", "ok: True", dequantised),
     Case("bitsandbytes 8 bits", "ok: True", partial(dequantised, eight=True)),
-    Case("tokenizer larger than the embedding", "refused: .*tokens and the model only", lambda f: (lambda p: (AutoTokenizer.from_pretrained(p).add_tokens(["a"]), _more_tokens(p), seen_before(p))[-1])(copied(f))),
-    Case("adapter whose keys match nothing", "refused: .*56 of its weights are missing.*56 of the 56", lambda f: opened(adapter(f, change=partial(renamed, old="base_model.model.", new="base_model.model.base_model.model.")))),
-    Case("adapter of a language_model prefix", "refused: .*unused", lambda f: opened(adapter(f, change=partial(renamed, old="model.layers", new="language_model.layers")))),
-    Case("half an adapter", "refused: .*28 of its weights are missing", lambda f: opened(adapter(f, change=half))),
-    Case("empty adapter", "refused: .*56 of its weights are missing", lambda f: opened(adapter(f, change=lambda w: {}))),
-    Case("adapter of other shapes", "refused: .*does not fit", lambda f: opened(adapter(f, change=lambda w: {k: v.repeat(2, 1) for k, v in w.items()}))),
+    Case(
+        "tokenizer larger than the embedding",
+        "refused: .*tokens and the model only",
+        lambda f: (
+            lambda p: (AutoTokenizer.from_pretrained(p).add_tokens(["a"]), _more_tokens(p), seen_before(p))[
+                -1
+            ]
+        )(copied(f)),
+    ),
+    Case(
+        "adapter whose keys match nothing",
+        "refused: .*56 of its weights are missing.*56 of the 56",
+        lambda f: opened(
+            adapter(
+                f, change=partial(renamed, old="base_model.model.", new="base_model.model.base_model.model.")
+            )
+        ),
+    ),
+    Case(
+        "adapter of a language_model prefix",
+        "refused: .*unused",
+        lambda f: opened(
+            adapter(f, change=partial(renamed, old="model.layers", new="language_model.layers"))
+        ),
+    ),
+    Case(
+        "half an adapter",
+        "refused: .*28 of its weights are missing",
+        lambda f: opened(adapter(f, change=half)),
+    ),
+    Case(
+        "empty adapter",
+        "refused: .*56 of its weights are missing",
+        lambda f: opened(adapter(f, change=lambda w: {})),
+    ),
+    Case(
+        "adapter of other shapes",
+        "refused: .*does not fit",
+        lambda f: opened(adapter(f, change=lambda w: {k: v.repeat(2, 1) for k, v in w.items()})),
+    ),
     Case("adapter NaN", "refused: .*no numbers", lambda f: opened(adapter(f, change=spoiled))),
-    Case("prompt tuning", "refused: .*PROMPT_TUNING", lambda f: opened(adapter(f, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)))),
-    Case("adapter without a base", "refused: .*does not name its base", lambda f: opened(adapter(f, base=""))),
-    Case("adapter whose base is away", "refused: .*not on this machine", lambda f: opened(adapter(f, base="/nowhere/base"))),
+    Case(
+        "prompt tuning",
+        "refused: .*PROMPT_TUNING",
+        lambda f: opened(adapter(f, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))),
+    ),
+    Case(
+        "adapter without a base", "refused: .*does not name its base", lambda f: opened(adapter(f, base=""))
+    ),
+    Case(
+        "adapter whose base is away",
+        "refused: .*not on this machine",
+        lambda f: opened(adapter(f, base="/nowhere/base")),
+    ),
     Case("LoRA", "ok: True", merged),
     Case("DoRA", "ok: True", partial(merged, use_dora=True)),
-    Case("rsLoRA with rank patterns", "ok: True", partial(merged, use_rslora=True, rank_pattern={"q_proj": 4})),
+    Case(
+        "rsLoRA with rank patterns", "ok: True", partial(merged, use_rslora=True, rank_pattern={"q_proj": 4})
+    ),
     Case("LoRA with a saved head", "ok: True", partial(merged, modules_to_save=["embed_tokens"])),
-    *(Case(f"{kind} adapter", "ok: True", partial(as_trained, kind=kind, **settings)) for kind, settings in RARE.items()),
+    *(
+        Case(f"{kind} adapter", "ok: True", partial(as_trained, kind=kind, **settings))
+        for kind, settings in RARE.items()
+    ),
     Case("PiSSA", "ok: True", partial(as_trained, init_lora_weights="pissa")),
-    Case("LoRA on a tied embedding", "ok: True", partial(as_trained, target_modules=["embed_tokens", "q_proj"])),
-    Case("PiSSA by a random method", "refused: .*ADAPTER .*pissa_niter_2.*not in its files", partial(as_trained, init_lora_weights="pissa_niter_2")),
+    Case(
+        "LoRA on a tied embedding", "ok: True", partial(as_trained, target_modules=["embed_tokens", "q_proj"])
+    ),
+    Case(
+        "PiSSA by a random method",
+        "refused: .*ADAPTER .*pissa_niter_2.*not in its files",
+        partial(as_trained, init_lora_weights="pissa_niter_2"),
+    ),
     Case("bias on layers without one", "refused: .*ADAPTER adds a bias", partial(as_trained, lora_bias=True)),
-    *(Case(f"{kind} adapter", "refused: .*cannot be merged", partial(as_trained, kind=kind, num_virtual_tokens=4)) for kind in ("PrefixTuning", "PromptEncoder")),
+    *(
+        Case(
+            f"{kind} adapter",
+            "refused: .*cannot be merged",
+            partial(as_trained, kind=kind, num_virtual_tokens=4),
+        )
+        for kind in ("PrefixTuning", "PromptEncoder")
+    ),
     Case("given adapter of the base", "ok: world:base", lambda f: given(f, str(BASE))),
-    Case("given adapter of another base", "refused: .*neither models.base", lambda f: given(f, "owner/other")),
+    Case(
+        "given adapter of another base", "refused: .*neither models.base", lambda f: given(f, "owner/other")
+    ),
     Case("base of an adapter trained again", "ok: True", trained_again),
-    Case("pad is end, no spare", "ok: .*the end token", lambda f: tokenizer(f, END, eos_token=END, bos_token=BEGIN)),
-    Case("no pad, reserved token", r"ok: <\|reserved_special_token_2\|>, a spare", lambda f: tokenizer(f, None, ["<|reserved_special_token_2|>"], eos_token=END)),
-    Case("no pad, unknown token", "ok: <unk>, the unknown", lambda f: tokenizer(f, None, eos_token=END, unk_token="<unk>")),
-    Case("pad is end, endoftext spare", r"ok: <\|endoftext\|>, a spare", lambda f: tokenizer(f, END, ["<|endoftext|>"], eos_token=END)),
+    Case(
+        "pad is end, no spare",
+        "ok: .*the end token",
+        lambda f: tokenizer(f, END, eos_token=END, bos_token=BEGIN),
+    ),
+    Case(
+        "no pad, reserved token",
+        r"ok: <\|reserved_special_token_2\|>, a spare",
+        lambda f: tokenizer(f, None, ["<|reserved_special_token_2|>"], eos_token=END),
+    ),
+    Case(
+        "no pad, unknown token",
+        "ok: <unk>, the unknown",
+        lambda f: tokenizer(f, None, eos_token=END, unk_token="<unk>"),
+    ),
+    Case(
+        "pad is end, endoftext spare",
+        r"ok: <\|endoftext\|>, a spare",
+        lambda f: tokenizer(f, END, ["<|endoftext|>"], eos_token=END),
+    ),
     Case("no end token", "refused: .*no end token", lambda f: tokenizer(f)),
 ]
 
