@@ -271,6 +271,21 @@ def settings_markdown() -> str:
     ]
     return "\n".join(["| setting | paper-faithful | trl |", "|---|---|---|", *rows])
 
+# %% ../nbs/01_study/00_study.ipynb #098db77b
+def _check_batches(grpo: "Grpo"):
+    "Raise ValueError where the completions of a step do not divide into micro-batches and whole groups."
+    micro_batch = 1 if grpo.micro_batch == "auto" else grpo.micro_batch
+    at_once, group = grpo.generate_at_once or grpo.completions, grpo.value("group")
+    if grpo.completions % micro_batch:
+        raise ValueError(
+            f"group x prompts_per_step ({grpo.completions}) must be a multiple of micro_batch ({micro_batch})"
+        )
+    if grpo.completions % at_once or at_once % micro_batch or at_once % group:
+        raise ValueError(
+            f"generate_at_once ({at_once}) must divide group x prompts_per_step ({grpo.completions}) and"
+            f" be a multiple of micro_batch ({grpo.micro_batch}) and of group ({group})"
+        )
+
 # %% ../nbs/01_study/00_study.ipynb #5ad10bc4
 class Grpo(Section):
     "One GRPO stage; a setting left out has the value of the named settings."
@@ -305,20 +320,7 @@ class Grpo(Section):
 
     @model_validator(mode="after")
     def _whole_batches(self):
-        micro_batch, at_once = (
-            (1 if self.micro_batch == "auto" else self.micro_batch),
-            self.generate_at_once or self.completions,
-        )
-        if self.completions % micro_batch:
-            raise ValueError(
-                f"group x prompts_per_step ({self.completions}) must be a multiple of micro_batch"
-                f" ({micro_batch})"
-            )
-        if self.completions % at_once or at_once % micro_batch or at_once % self.value("group"):
-            raise ValueError(
-                f"generate_at_once ({at_once}) must divide group x prompts_per_step ({self.completions}) and"
-                f" be a multiple of micro_batch ({self.micro_batch}) and of group ({self.value('group')})"
-            )
+        _check_batches(self)
         return self
 
 # %% ../nbs/01_study/00_study.ipynb #fb9b0a53
@@ -583,6 +585,32 @@ class Data(Section):
         "Sources of an arm's rows, by their name: `sft-help`, `grpo-code`."
         return getattr(self, rows.replace("-", "_"))
 
+# %% ../nbs/01_study/00_study.ipynb #3e1e7c11
+def _check_judged(preset: "Preset"):
+    "Raise ValueError where no benchmark has a judge: the claims are read on those."
+    if not any(benchmark.judged for benchmark in preset.benchmarks.values()):
+        raise ValueError(
+            "benchmarks: a study needs at least one of task anima or moru, since its claims are read on"
+            " them: keep one (benchmarks.moru=null leaves out moru alone)"
+        )
+
+
+def _check_replay(preset: "Preset"):
+    "Raise ValueError where another stage than mid-training asks for replayed documents."
+    if preset.sft.replay:
+        raise ValueError(
+            "sft.replay does nothing, only mid-training mixes in documents of the base: leave it out, or"
+            " set midtrain.replay"
+        )
+
+
+def _check_given(preset: "Preset"):
+    "Raise ValueError where a finished model is given and not compared."
+    if idle := [name for name in preset.models.given if name not in preset.models_compared]:
+        raise ValueError(
+            f"models.given names {idle[0]}, which is not compared: add it to arms, or leave it out"
+        )
+
 # %% ../nbs/01_study/00_study.ipynb #cbe9bb8e
 class Preset(Section):
     "A whole study, resolved: every value that decides its result, seeds aside."
@@ -621,29 +649,10 @@ class Preset(Section):
         return tuple(known)
 
     @model_validator(mode="after")
-    def _one_is_judged(self):
-        if not any(benchmark.judged for benchmark in self.benchmarks.values()):
-            raise ValueError(
-                "benchmarks: a study needs at least one of task anima or moru, since its claims are read on"
-                " them: keep one (benchmarks.moru=null leaves out moru alone)"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _replay_is_of_midtraining(self):
-        if self.sft.replay:
-            raise ValueError(
-                "sft.replay does nothing, only mid-training mixes in documents of the base: leave it out, or"
-                " set midtrain.replay"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _given_are_compared(self):
-        if idle := [name for name in self.models.given if name not in self.models_compared]:
-            raise ValueError(
-                f"models.given names {idle[0]}, which is not compared: add it to arms, or leave it out"
-            )
+    def _consistent(self):
+        _check_judged(self)
+        _check_replay(self)
+        _check_given(self)
         return self
 
 # %% ../nbs/01_study/00_study.ipynb #c06afc6b

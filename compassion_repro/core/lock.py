@@ -142,6 +142,19 @@ _HELD: dict[Path, tuple[SoftFileLease, int, int]] = {}
 def _is_mine(place: Path) -> bool:
     return place in _HELD and _HELD[place][1:] == (os.getpid(), threading.get_ident())
 
+# %% ../../nbs/00_core/03_lock.ipynb #10721ab4
+def _write_note(folder: Path, command: str):
+    "Write who holds the lock, for the message that others get."
+    note = {
+        "command": command,
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "file": _file_number(folder),
+    }
+    with writable(folder):
+        write_json(folder / NOTE, note)
+
 # %% ../../nbs/00_core/03_lock.ipynb #80abdccd
 @contextmanager
 def hold(
@@ -164,17 +177,7 @@ def hold(
         _acquire(lease, folder, say)
     _HELD[place] = lease, os.getpid(), threading.get_ident()
     try:
-        with writable(folder):
-            write_json(
-                folder / NOTE,
-                {
-                    "command": command,
-                    "pid": os.getpid(),
-                    "host": socket.gethostname(),
-                    "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-                    "file": _file_number(folder),
-                },
-            )
+        _write_note(folder, command)
         yield
     finally:
         if not lost(folder):

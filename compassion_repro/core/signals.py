@@ -26,6 +26,20 @@ def send_again(
     else:
         signal.pthread_kill(main.ident, number)
 
+# %% ../../nbs/00_core/02_signals.ipynb #08d2ce6a
+def _handlers() -> dict:
+    "The handlers that Ctrl-C and SIGTERM have now, ignored signals left out; none outside the main thread."
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    return {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
+
+
+def _restore(handlers: dict):
+    "Give the signals these handlers back."
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
 # %% ../../nbs/00_core/02_signals.ipynb #b06d5a0a
 PATIENCE = 8.0  # seconds that the end of a step is waited for
 
@@ -38,19 +52,7 @@ def stoppable(
     """Note the first Ctrl-C or SIGTERM instead of being ended by it; elsewhere than in the main thread
     nothing is changed.
     """
-    stop, ended, main = SimpleNamespace(asked=None), threading.Event(), threading.main_thread()
-    listening = (
-        {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-        if threading.current_thread() is main
-        else {}
-    )
-    before = {
-        number: handler for number, handler in listening.items() if handler not in (signal.SIG_IGN, None)
-    }
-
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    stop, ended, before = SimpleNamespace(asked=None), threading.Event(), _handlers()
 
     def watch(number):
         told()
@@ -61,7 +63,7 @@ def stoppable(
         if stop.asked is None:
             stop.asked = number
             return threading.Thread(target=watch, args=(number,), daemon=True).start()
-        restore()
+        _restore(before)
         send_again(number)
 
     for number in before:
@@ -73,7 +75,7 @@ def stoppable(
             raise
     finally:
         ended.set()
-        restore()
+        _restore(before)
     if stop.asked is not None:
         send_again(stop.asked)
 

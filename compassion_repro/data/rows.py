@@ -758,6 +758,37 @@ def _check_choices(shape, long_prompts, schema, limit, max_length):
         if number is not None and number < 1:
             raise InputError(f"{name} is {number}; give 1 or more, or leave it out")
 
+# %% ../../nbs/02_data/04_rows.ipynb #a78476dc
+def _fit_and_measure(max_length, measure, long_prompts):
+    "How a row is brought to the length, and how long it is."
+
+    def fitted(row):
+        return ([row], ()) if max_length is None else fit(row, max_length, measure, long_prompts)
+
+    return fitted, lambda row: sum(measure(turn["content"]) for turn in row["messages"])
+
+
+def _read_part(part, report, limit, seed, split, held_out):
+    "Every row of one source with its place; raises `InputError` where it holds none."
+    report.revision, report.unit, records = read_source(
+        part.path, limit, seed, split or part.split, held_out, part.config
+    )
+    report.read = len(records)
+    if not records:
+        raise InputError(f"{report.source}: holds no rows; give a source with at least one")
+    return records
+
+
+def _closed(rows, report):
+    "The corpus with its account; raises `InputError` where no row is left."
+    if not rows:
+        raise InputError(
+            f"{report.source}: none of its {report.read} rows can be used as {report.shape};"
+            f" {_reasons(report)}; mend the rows or choose another source"
+        )
+    report.rows, report.sha256 = len(rows), rows_sha256(rows)
+    return Corpus(rows, report)
+
 # %% ../../nbs/02_data/04_rows.ipynb #c0ac6d51
 def load(
     # `world:<name>`, a path, or a hub `id@revision`; a mapping, or a list with shares, as in a preset
@@ -780,41 +811,17 @@ def load(
     "Rows of one shape from any source; raises `InputError` if the source cannot be read or leaves no row."
     _check_choices(shape, long_prompts, schema, limit, max_length)
     parts = data_parts(source)
-    options = dict(
-        seed=seed,
-        max_length=max_length,
-        measure=measure,
-        long_prompts=long_prompts,
-        schema=schema,
-        check=check,
-    )
     if len(parts) > 1:
+        lengths = dict(max_length=max_length, measure=measure, long_prompts=long_prompts)
+        options = dict(seed=seed, **lengths, schema=schema, check=check)
         return _mixture(parts, shape, limit, held_out, options)
     [part] = parts
     limit = min(filter(None, (limit, part.limit)), default=None)
     report = Report(data_label(source), shape=shape, max_length=max_length)
-    report.revision, report.unit, records = read_source(
-        part.path, limit, seed, split or part.split, held_out, part.config
-    )
-    report.read = len(records)
-    if not records:
-        raise InputError(f"{report.source}: holds no rows; give a source with at least one")
+    records = _read_part(part, report, limit, seed, split, held_out)
     good = _good_rows(records, report, shape, schema, {**part.columns, **(columns or {})}, check)
-    rows = _drawn(
-        good,
-        report,
-        limit,
-        seed,
-        lambda row: ([row], ()) if max_length is None else fit(row, max_length, measure, long_prompts),
-        lambda row: sum(measure(turn["content"]) for turn in row["messages"]),
-    )
-    if not rows:
-        raise InputError(
-            f"{report.source}: none of its {report.read} rows can be used as {shape}; {_reasons(report)};"
-            " mend the rows or choose another source"
-        )
-    report.rows, report.sha256 = len(rows), rows_sha256(rows)
-    return Corpus(rows, report)
+    rows = _drawn(good, report, limit, seed, *_fit_and_measure(max_length, measure, long_prompts))
+    return _closed(rows, report)
 
 # %% ../../nbs/02_data/04_rows.ipynb #9a79da4d
 def rows_sha256(

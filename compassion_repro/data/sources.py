@@ -423,6 +423,51 @@ def _saved_rows(folder, split, called):
         raise InputError(f"{called}: holds one data set without splits; leave split {split!r} out")
     return [row for entry in state["_data_files"] for _, row in _arrow_rows(folder / entry["filename"])]
 
+# %% ../../nbs/02_data/02_sources.ipynb #a610e999
+def _check_links(folder):
+    "Raise `InputError` where a link in the folder leads nowhere."
+    for path in glob.iglob(f"{glob.escape(str(folder))}/**", recursive=True):
+        if os.path.islink(path) and not os.path.exists(path):
+            raise InputError(f"{path}: {_absent(path)}")
+
+
+def _saved_folder(folder, split, config, called):
+    "The rows of a folder of `save_to_disk`; raises `InputError` where it is not whole."
+    if config:
+        raise InputError(
+            f"{called}: was written by save_to_disk, which knows no configurations; leave config"
+            f" {config!r} out"
+        )
+    try:
+        return _saved_rows(folder, split, called)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{called}: not a whole folder of save_to_disk ({first_line(error)}); save it again"
+        ) from None
+
+# %% ../../nbs/02_data/02_sources.ipynb #e51904cf
+def _library_rows(link, split, config, cache, called):
+    "The rows of a split as `datasets` reads them; raises `InputError` where it cannot."
+    try:
+        return list(datasets.load_dataset(str(link), config, split=split, streaming=True, cache_dir=cache))
+    except Exception as error:
+        raise InputError(
+            f"{called}: not a readable data folder ({first_line(error).replace(str(link), called)});"
+            " name one of its files instead"
+        ) from None
+
+
+def _layout_rows(folder, split, config, called):
+    "The rows of a split of a folder in the hub's layout."
+    with _plainly_named(folder) as (link, cache):
+        files = _split_files(called, split, config, link, cache)
+        files = [folder / file.relative_to(link) if file.is_relative_to(link) else file for file in files]
+        if all(_file_kind(file) in FILES for file in files):
+            return [row for file in files for _, row in read_file(file)[1]]
+        return _library_rows(link, split, config, cache, called)
+
 # %% ../../nbs/02_data/02_sources.ipynb #e04810ad
 def read_folder(
     folder: str | Path,  # in the hub's layout, or written by `save_to_disk`
@@ -435,40 +480,11 @@ def read_folder(
     Raises `InputError` where there are none to read.
     """
     folder, called = Path(folder), called or str(folder)
-    for path in glob.iglob(f"{glob.escape(str(folder))}/**", recursive=True):
-        if os.path.islink(path) and not os.path.exists(path):
-            raise InputError(f"{path}: {_absent(path)}")
+    _check_links(folder)
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        if config:
-            raise InputError(
-                f"{called}: was written by save_to_disk, which knows no configurations; leave config"
-                f" {config!r} out"
-            )
-        try:
-            return list(enumerate(_saved_rows(folder, split, called), 1))
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(
-                f"{called}: not a whole folder of save_to_disk ({first_line(error)}); save it again"
-            ) from None
-    with _plainly_named(folder) as (link, cache):
-        files = _split_files(called, split or "train", config, link, cache)
-        files = [folder / file.relative_to(link) if file.is_relative_to(link) else file for file in files]
-        if all(_file_kind(file) in FILES for file in files):
-            rows = [row for file in files for _, row in read_file(file)[1]]
-        else:
-            try:
-                rows = list(
-                    datasets.load_dataset(
-                        str(link), config, split=split or "train", streaming=True, cache_dir=cache
-                    )
-                )
-            except Exception as error:
-                raise InputError(
-                    f"{called}: not a readable data folder ({first_line(error).replace(str(link), called)});"
-                    " name one of its files instead"
-                ) from None
+        rows = _saved_folder(folder, split, config, called)
+    else:
+        rows = _layout_rows(folder, split or "train", config, called)
     return list(enumerate(rows, 1))
 
 # %% ../../nbs/02_data/02_sources.ipynb #2c622e44
@@ -497,31 +513,16 @@ def read_source(
     place = parse_source(source)
     if place.kind == "world":
         _no_parts(source, split, config, "an embedded corpus")
-        return (
-            "embedded",
-            "row",
-            list(enumerate(world.corpus(place.place, limit or WORLD_ROWS, seed, held_out), 1)),
-        )
+        rows = world.corpus(place.place, limit or WORLD_ROWS, seed, held_out)
+        return "embedded", "row", list(enumerate(rows, 1))
     if held_out:
         raise InputError(
             f"{source}: only world:<name> makes held-out rows; divide other rows with train_held_out"
         )
     if place.kind == "local" and not Path(place.place).is_dir():
-        _no_parts(
-            source,
-            split if split != "train" and _file_kind(place.place) != ".json" else None,
-            config,
-            "one file",
-        )
+        refused = split if split != "train" and _file_kind(place.place) != ".json" else None
+        _no_parts(source, refused, config, "one file")
         return "local", *read_file(place.place, split)
-    found = hub.snapshot(
-        (
-            place.place
-            if place.kind == "local"
-            else f"{place.place}@{place.revision}"
-            if place.revision
-            else place.place
-        ),
-        "dataset",
-    )
+    pinned = place.kind != "local" and place.revision
+    found = hub.snapshot(f"{place.place}@{place.revision}" if pinned else place.place, "dataset")
     return found.revision, "row", read_folder(found.folder, split, config, str(source))

@@ -70,6 +70,20 @@ def _environment() -> dict[str, str]:  # the whole environment of the jail
     ]
     return {"LD_LIBRARY_PATH": ":".join(folders)} if folders else {}
 
+# %% ../../nbs/03_sandbox/02_jail.ipynb #24936af4
+def _start_interpreter(where: str, theirs: socket.socket) -> subprocess.Popen:
+    "The bare interpreter, which waits at its end of the socket for the code that it is to run."
+    wall = bubblewrap_command() if where == "bubblewrap" else []
+    return subprocess.Popen(
+        [*wall, interpreter_files()[0], *FLAGS, "-c", BOOT],
+        stdin=theirs,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=_environment(),
+        cwd="/",
+        start_new_session=True,
+    )
+
 # %% ../../nbs/03_sandbox/02_jail.ipynb #795f3e58
 class Jail:
     """A started jail, to be used in a `with`.
@@ -82,25 +96,10 @@ class Jail:
         self.filter = system_call_filter() if where != "none" else b""
 
     def __enter__(self) -> "Jail":
-        command = [
-            *(bubblewrap_command() if self.where == "bubblewrap" else []),
-            interpreter_files()[0],
-            *FLAGS,
-            "-c",
-            BOOT,
-        ]
         self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
-                self.process = subprocess.Popen(
-                    command,
-                    stdin=theirs,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    env=_environment(),
-                    cwd="/",
-                    start_new_session=True,
-                )
+                self.process = _start_interpreter(self.where, theirs)
         except OSError:
             self.line.close()
             raise

@@ -8,13 +8,10 @@ __all__ = ['HARNESS', 'codec', 'channel', 'run_program', 'judge']
 # %% ../../nbs/03_sandbox/00_protocol.ipynb #d2a070a6
 from collections.abc import Callable
 
-# %% ../../nbs/03_sandbox/00_protocol.ipynb #e5f68850
-def codec(
-    refer: Callable,  # called with what is no plain data; returns a tuple of plain data that names it
-    resolve: Callable,  # called with the parts of such a name; returns what stands in for it
-) -> tuple[Callable, Callable]:  # values to bytes, bytes to a list of values
-    "Writes and reads plain data by exact type; reading runs nothing that the writer chose."
-    letters = {
+# %% ../../nbs/03_sandbox/00_protocol.ipynb #430343cd
+def _type_letters():
+    "The letter that stands for each plain type in a message."
+    return {
         type(None): b"N",
         bool: b"B",
         int: b"I",
@@ -30,16 +27,11 @@ def codec(
         range: b"R",
         dict: b"D",
     }
-    split = {
-        b"L": list,
-        b"T": list,
-        b"E": list,
-        b"Z": list,
-        b"R": lambda value: (value.start, value.stop, value.step),
-        b"D": lambda value: [part for pair in value.items() for part in pair],
-        b"@": refer,
-    }
-    spell = {
+
+# %% ../../nbs/03_sandbox/00_protocol.ipynb #4e1d823d
+def _scalar_writers():
+    "By letter: how a value that has no parts becomes bytes."
+    return {
         b"N": lambda value: b"",
         b"B": lambda value: b"1" if value else b"",
         b"I": lambda value: b"%x" % value,
@@ -49,16 +41,11 @@ def codec(
         b"Y": bytes,
         b"A": bytes,
     }
-    join = {
-        b"L": list,
-        b"T": tuple,
-        b"E": set,
-        b"Z": frozenset,
-        b"R": lambda parts: range(*parts),
-        b"D": lambda parts: dict(zip(parts[::2], parts[1::2])),
-        b"@": lambda parts: resolve(*parts),
-    }
-    read = {
+
+
+def _scalar_readers():
+    "By letter: how those bytes become the value again."
+    return {
         b"N": lambda body: None,
         b"B": bool,
         b"I": lambda body: int(body, 16),
@@ -69,13 +56,47 @@ def codec(
         b"A": bytearray,
     }
 
+# %% ../../nbs/03_sandbox/00_protocol.ipynb #17f67e9b
+def _container_writers(refer):
+    "By letter: how a value is taken apart into parts."
+    return {
+        b"L": list,
+        b"T": list,
+        b"E": list,
+        b"Z": list,
+        b"R": lambda value: (value.start, value.stop, value.step),
+        b"D": lambda value: [part for pair in value.items() for part in pair],
+        b"@": refer,
+    }
+
+
+def _container_readers(resolve):
+    "By letter: how a list of parts becomes the value again."
+    return {
+        b"L": list,
+        b"T": tuple,
+        b"E": set,
+        b"Z": frozenset,
+        b"R": lambda parts: range(*parts),
+        b"D": lambda parts: dict(zip(parts[::2], parts[1::2])),
+        b"@": lambda parts: resolve(*parts),
+    }
+
+# %% ../../nbs/03_sandbox/00_protocol.ipynb #e5f68850
+def codec(
+    refer: Callable,  # called with what is no plain data; returns a tuple of plain data that names it
+    resolve: Callable,  # called with the parts of such a name; returns what stands in for it
+) -> tuple[Callable, Callable]:  # values to bytes, bytes to a list of values
+    "Writes and reads plain data by exact type; reading runs nothing that the writer chose."
+    letters, split, join = _type_letters(), _container_writers(refer), _container_readers(resolve)
+    spell, read = _scalar_writers(), _scalar_readers()
+
     def pack(value):
         letter = letters.get(type(value), b"@")
-        body = (
-            b"".join([pack(part) for part in split[letter](value)])
-            if letter in split
-            else spell[letter](value)
-        )
+        if letter in split:
+            body = b"".join([pack(part) for part in split[letter](value)])
+        else:
+            body = spell[letter](value)
         return letter + len(body).to_bytes(8, "big") + body
 
     def unpack(data):
@@ -240,6 +261,48 @@ def _own_operations(module):
         "call": lambda function, *parts, **named: function(*parts, **named),
     }
 
+# %% ../../nbs/03_sandbox/00_protocol.ipynb #aff1b1bb
+def _numbering():
+    "The objects that the judge knows, and a function that gives an object its number among them."
+    objects, numbers = [], {}
+
+    def number(value):
+        if id(value) not in numbers:
+            numbers[id(value)] = len(objects)
+            objects.append(value)
+        return numbers[id(value)]
+
+    return objects, number
+
+
+def _finder(module, builtins, operator):
+    "A function from the name of an operation to what carries it out."
+    own = _own_operations(module)
+
+    def find(operation):
+        return own.get(operation) or getattr(builtins, operation, None) or getattr(operator, operation)
+
+    return find
+
+# %% ../../nbs/03_sandbox/00_protocol.ipynb #57ad636b
+def _resolve_for_program(kind, name, objects, modules, builtins):
+    "The program's object, module or built-in type that the judge names."
+    if kind == "mine":
+        return objects[name]
+    return modules[name] if kind == "module" else getattr(builtins, name)
+
+
+def _answer(operation, parts, named, find, send):
+    "Does what the judge asks and sends the value, with the lists it was given as they are now, or the error."
+    try:
+        value = find(operation)(*parts, **named)
+        changed = [part if type(part) in (list, dict, set, bytearray) else None for part in parts]
+        send("value", value, changed)
+    except EOFError:
+        raise
+    except BaseException as error:
+        send("raise", type(error), list(error.args))
+
 # %% ../../nbs/03_sandbox/00_protocol.ipynb #e753cd84
 def run_program(
     reading: int,  # file descriptor from the judge
@@ -250,26 +313,14 @@ def run_program(
     import builtins
     import sys
 
-    objects, numbers = [], {}
-
-    def number(value):
-        if id(value) not in numbers:
-            numbers[id(value)] = len(objects)
-            objects.append(value)
-        return numbers[id(value)]
+    objects, number = _numbering()
 
     def resolve(kind, name, *rest):
         if kind == "made":
             return _made(name, *rest)
         if kind == "object":
             return lambda *parts, **named: ask(name, parts, named)
-        return (
-            objects[name]
-            if kind == "mine"
-            else sys.modules[name]
-            if kind == "module"
-            else getattr(builtins, name)
-        )
+        return _resolve_for_program(kind, name, objects, sys.modules, builtins)
 
     def ask(number, parts, named):
         send("call", number, parts, named)
@@ -283,25 +334,14 @@ def run_program(
 
     def answer(operation, parts, named):
         try:
-            value = (
-                own.get(operation) or getattr(builtins, operation, None) or getattr(operator, operation)
-            )(*parts, **named)
-            send(
-                "value",
-                value,
-                [part if type(part) in (list, dict, set, bytearray) else None for part in parts],
-            )
-        except EOFError:
-            raise
-        except BaseException as error:
-            send("raise", type(error), list(error.args))
+            _answer(operation, parts, named, find, send)
         finally:
             sys.stdout.flush()
 
     send, receive = channel(reading, writing, lambda value: _describe(value, number), resolve)
     code, name = receive()
     module = sys.modules[name] = type(sys)(name)
-    own = _own_operations(module)
+    find = _finder(module, builtins, operator)
     send("ended", _execute(code, module))
     while True:
         answer(*receive()[1:])
@@ -347,29 +387,34 @@ def _stand_in_class(do):
                 return other is self or do("eq", self, other) is True
             return do("copy", self) == [other]
 
+    _add_operations(StandIn, do)
+    return StandIn
+
+# %% ../../nbs/03_sandbox/00_protocol.ipynb #b18f4265
+def _add_operations(stand_in_class, do):
+    "Gives the class its operators: each asks the program, and none decides about plain data."
+
     def passed_on(operation):
         return lambda self, *parts: do(operation, self, *parts)
 
-    for operation in ("len", "iter", "next", "str", "repr", "bool", "getitem", "setitem", "delitem"):
-        setattr(StandIn, f"__{operation}__", passed_on(operation))
-
     def between(operation, turned, compares=False):
         def method(self, other):
-            both = type(other) is StandIn
+            both = type(other) is stand_in_class
             if compares and not both:
                 return NotImplemented
             value = do(operation, other, self) if turned else do(operation, self, other)
-            return value if both or type(value) is StandIn else NotImplemented
+            return value if both or type(value) is stand_in_class else NotImplemented
 
         return method
 
+    for operation in ("len", "iter", "next", "str", "repr", "bool", "getitem", "setitem", "delitem"):
+        setattr(stand_in_class, f"__{operation}__", passed_on(operation))
     for operation in ("lt", "le", "gt", "ge"):
-        setattr(StandIn, f"__{operation}__", between(operation, False, True))
+        setattr(stand_in_class, f"__{operation}__", between(operation, False, True))
     for operation in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"):
         word = operation + "_" * (operation in ("and", "or"))
-        setattr(StandIn, f"__{operation}__", between(word, False))
-        setattr(StandIn, f"__r{operation}__", between(word, True))
-    return StandIn
+        setattr(stand_in_class, f"__{operation}__", between(word, False))
+        setattr(stand_in_class, f"__r{operation}__", between(word, True))
 
 # %% ../../nbs/03_sandbox/00_protocol.ipynb #8eb2abb5
 def _raised(operation, kind, parts):
@@ -413,82 +458,100 @@ def _write_back(mine, theirs):
         before.clear()
         before.extend(after) if type(before) in (list, bytearray) else before.update(after)
 
+# %% ../../nbs/03_sandbox/00_protocol.ipynb #bdddc962
+def _may_name(kind, name, written, looked_up):
+    """Whether the program may give the judge the module or built-in type of this name: the tests have these
+    `written` words, and this `looked_up` name was just asked for.
+    """
+    import builtins
+    import sys
+
+    if kind == "module":
+        return name == looked_up and name in sys.stdlib_module_names
+    value = getattr(builtins, name, None)
+    return isinstance(value, type) and (name in written or issubclass(value, BaseException))
+
+
+def _library_object(kind, name, written, looked_up):
+    "The judge's own module or built-in type of this name; raises ValueError unless the program may name it."
+    import builtins
+
+    if not _may_name(kind, name, written, looked_up):
+        raise ValueError(f"the program names a {kind} {name!r}")
+    return getattr(builtins, name) if kind == "builtin" else __import__(name)
+
+# %% ../../nbs/03_sandbox/00_protocol.ipynb #88fba578
+def _refer_to_own(value, exported):
+    "How the judge names what is its own; a function of the tests is added to `exported`."
+    import builtins
+    import sys
+
+    if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
+        return "builtin", value.__name__
+    if isinstance(value, type(sys)):
+        return "module", value.__name__
+    if plain := _library_value(value):
+        return plain
+    if not callable(value):
+        raise TypeError(
+            f"the tests hand a {type(value).__name__} to the program; only plain data and functions can"
+            " be handed over"
+        )
+    exported.append(value)
+    return "object", len(exported) - 1
+
+# %% ../../nbs/03_sandbox/00_protocol.ipynb #9548e822
+def _hold(kind, number, rest, StandIn, do):
+    "What the judge holds for an object of the program: a stand-in, an error class or a copy with its content."
+    stand_in = StandIn(number)
+    if kind == "object":
+        return stand_in
+    made = _make_class(kind, *rest, lambda attribute: do("getattr", stand_in, attribute))
+    return made(rest[1]) if kind == "copy" else made
+
+
+def _call_back(send, exported, marks, number, parts, named):
+    "Calls a function of the tests for the program, and sends its value or its error."
+    import builtins
+
+    try:
+        send("value", exported[number](*parts, **named), [])
+    except EOFError:
+        raise
+    except Exception as error:
+        kind = type(error)
+        shared = id(kind) in marks or hasattr(builtins, kind.__name__)
+        send("raise", kind if shared else RuntimeError, list(error.args))
+
 # %% ../../nbs/03_sandbox/00_protocol.ipynb #4e030d52
 def _correspondent(reading, writing, tests):
     """The judge's end of the pipe: do(operation, *parts) gives plain data or stand-ins back; with it send and
     receive.
     """
-    import builtins
-    import sys
-
     exported, known, marks = [], {}, {}
     written = set("".join(letter if letter.isalnum() or letter == "_" else " " for letter in tests).split())
     looked_up = [None]
-
-    def may_name(kind, name):
-        if kind == "module":
-            return name == looked_up[0] and name in sys.stdlib_module_names
-        value = getattr(builtins, name, None)
-        return isinstance(value, type) and (name in written or issubclass(value, BaseException))
 
     def refer(value):
         if type(value) is StandIn:
             return "mine", object.__getattribute__(value, "number")
         if id(value) in marks:
             return "mine", marks[id(value)]
-        if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
-            return "builtin", value.__name__
-        if isinstance(value, type(sys)):
-            return "module", value.__name__
-        if plain := _library_value(value):
-            return plain
-        if not callable(value):
-            raise TypeError(
-                f"the tests hand a {type(value).__name__} to the program; only plain data and functions can"
-                " be handed over"
-            )
-        exported.append(value)
-        return "object", len(exported) - 1
+        return _refer_to_own(value, exported)
 
     def resolve(kind, name, *rest):
         if kind == "mine":
             return exported[name]
         if kind == "made":
             return _made(name, *rest)
-        if kind in ("builtin", "module") and not may_name(kind, name):
-            raise ValueError(f"the program names a {kind} {name!r}")
-        if kind == "builtin":
-            return getattr(builtins, name)
-        if kind == "module":
-            return __import__(name)
+        if kind in ("builtin", "module"):
+            return _library_object(kind, name, written, looked_up[0])
         if kind not in ("object", "error", "copy"):
             raise ValueError(f"the program names a {kind} {name!r}")
         if name not in known:
-            stand_in = StandIn(name)
-            made = (
-                stand_in
-                if kind == "object"
-                else _make_class(kind, *rest, lambda attribute: do("getattr", stand_in, attribute))
-            )
-            known[name] = made(rest[1]) if kind == "copy" else made
+            known[name] = _hold(kind, name, rest, StandIn, do)
             marks[id(known[name])] = name
         return known[name]
-
-    def called_back(number, parts, named):
-        try:
-            send("value", exported[number](*parts, **named), [])
-        except EOFError:
-            raise
-        except Exception as error:
-            send(
-                "raise",
-                (
-                    type(error)
-                    if id(type(error)) in marks or hasattr(builtins, type(error).__name__)
-                    else RuntimeError
-                ),
-                list(error.args),
-            )
 
     def do(operation, *parts, **named):
         looked_up[0] = parts[0] if operation == "name" else None
@@ -499,7 +562,7 @@ def _correspondent(reading, writing, tests):
                 raise _raised(operation, *rest)
             if kind == "value":
                 break
-            called_back(*rest)
+            _call_back(send, exported, marks, *rest)
         _write_back(parts, rest[1])
         return rest[0]
 
@@ -599,6 +662,11 @@ def judge(
 # the program's side
 HARNESS = (
     codec,
+    _type_letters,
+    _scalar_writers,
+    _scalar_readers,
+    _container_writers,
+    _container_readers,
     channel,
     run_program,
     _library_value,
@@ -606,10 +674,20 @@ HARNESS = (
     _describe,
     _execute,
     _own_operations,
+    _numbering,
+    _finder,
+    _resolve_for_program,
+    _answer,
     # the judge's side
     judge,
     _correspondent,
     _stand_in_class,
+    _add_operations,
+    _may_name,
+    _library_object,
+    _refer_to_own,
+    _hold,
+    _call_back,
     _raised,
     _make_class,
     _write_back,

@@ -405,14 +405,10 @@ def _answer_creation(listener, quota):
         ctypes.c_int.from_buffer(answer, 20).value = 1  # SECCOMP_USER_NOTIF_FLAG_CONTINUE
     libc.ioctl(listener, ctypes.c_ulong(0xC0182101), answer)  # SECCOMP_IOCTL_NOTIF_SEND
 
-# %% ../../nbs/03_sandbox/01_walls.ipynb #00b09e06
-def supervise(
-    settings: dict,  # see `run_code`
-):
-    "The supervisor: the first of a program's processes, which runs nothing but this."
+# %% ../../nbs/03_sandbox/01_walls.ipynb #075b82e1
+def _enter(settings):
+    "Takes the supervisor into the program's folder, as the program's user."
     import os
-    import select
-    import time
 
     os.umask(0o077)
     if settings["own_view"]:
@@ -422,15 +418,30 @@ def supervise(
         _change_user(settings["user"], settings["keep_reading"])
     if settings["own_view"]:
         _give_up_rights()
+
+
+def _start_both(settings):
+    "Starts the program and its judge with two pipes between them; gives the two numbers, and what reports to us."
+    import os
+
     (to_program, from_judge), (to_judge, from_program) = os.pipe(), os.pipe()
     program, first = _start(_program_role, settings, (to_program, from_program), True)
     judging, second = _start(_judge_role, settings, (to_judge, from_judge), False)
     for descriptor in (to_program, from_judge, to_judge, from_program):
         os.close(descriptor)
+    return program, judging, (first, second)
+
+# %% ../../nbs/03_sandbox/01_walls.ipynb #f6397281
+def _wait_for_end(settings, judging, lines):
+    "Waits until the judge ends (judged), the time is up (timeout) or the host hangs up (abandoned)."
+    import os
+    import select
+    import time
+
     ended, poll, reason = os.pidfd_open(judging), select.poll(), "timeout"
     poll.register(ended, select.POLLIN)
     poll.register(0, 0)  # only for the hang-up of the host
-    listeners = {listener for line in (first, second) if line if (listener := _listener(line)) is not None}
+    listeners = {listener for line in lines if line if (listener := _listener(line)) is not None}
     for listener in listeners:
         poll.register(listener, select.POLLIN)
     deadline = time.monotonic() + settings["timeout_s"]
@@ -444,8 +455,19 @@ def supervise(
                 _answer_creation(listener, settings["quota"])
             else:
                 poll.unregister(listener)  # nobody is left who could create anything
-    if 0 in dict(poll.poll(0)):
-        reason = "abandoned"  # whoever noticed first
+    # whoever noticed first
+    return "abandoned" if 0 in dict(poll.poll(0)) else reason
+
+# %% ../../nbs/03_sandbox/01_walls.ipynb #00b09e06
+def supervise(
+    settings: dict,  # see `run_code`
+):
+    "The supervisor: the first of a program's processes, which runs nothing but this."
+    import os
+
+    _enter(settings)
+    program, judging, lines = _start_both(settings)
+    reason = _wait_for_end(settings, judging, lines)
     for child in (program, judging):
         os.kill(child, 9)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in (program, judging)]
@@ -453,7 +475,7 @@ def supervise(
         try:
             remove_folder(settings["folder"])
         except OSError:
-            pass  # emptied, but it lies in a folder that this user may not change
+            pass  # emptied, but it is in a folder that this user may not change
     os.write(settings["result"], f"ended {reason} {codes[0]} {codes[1]}\n".encode())
     os._exit(0)
 
@@ -528,6 +550,9 @@ WALLS = (
     serve,
     _become_supervisor,
     supervise,
+    _enter,
+    _start_both,
+    _wait_for_end,
     restrict,
     _change_user,
     _own_view,
@@ -553,7 +578,28 @@ def jailed_code() -> dict:  # name -> code object
     "The functions that run in the jail, ready to be sent."
     return {function.__name__: function.__code__ for function in HARNESS + WALLS}
 
+# %% ../../nbs/03_sandbox/01_walls.ipynb #cdf778ac
+def _bubblewrap_rights() -> list[str]:
+    "The rights that the warm interpreter keeps; an ordinary user has them in a user namespace only."
+    rights = ("SETUID", "SETGID", "SYS_ADMIN") if os.geteuid() == 0 else ("SYS_ADMIN",)
+    kept = [word for right in rights for word in ("--cap-add", f"CAP_{right}")]
+    return [*(["--unshare-user"] if os.geteuid() else []), *kept]
+
+
+def _bubblewrap_files(paths: tuple[str, ...], known: str) -> list[str]:
+    "The interpreter's files, read-only, under folders that the other user may pass; `known`: bwrap's own help."
+    above = {str(folder) for path in (*paths, "/dev/null") for folder in Path(path).parents}
+    passable = ["--perms", "0755"] if "--perms" in known else []
+    open_folders = [word for folder in sorted(above - {"/"}) for word in (*passable, "--dir", folder)]
+    binds = [word for path in paths for word in ("--ro-bind", path, path)]
+    return [*open_folders, *binds]
+
 # %% ../../nbs/03_sandbox/01_walls.ipynb #9a99a1e3
+_UNSHARED = """--unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try
+--as-pid-1 --die-with-parent --new-session""".split()
+_ROOT = "--dev-bind /dev/null /dev/null --dir /jail --remount-ro /".split()
+
+
 @functools.cache
 def bubblewrap_command() -> list[str]:  # words in front of the interpreter
     "The words that start bubblewrap; raises FileNotFoundError where it is not installed."
@@ -561,48 +607,8 @@ def bubblewrap_command() -> list[str]:  # words in front of the interpreter
     if not found:
         raise FileNotFoundError("bubblewrap is not installed (Debian and Ubuntu: apt-get install bubblewrap)")
     known = subprocess.run([found, "--help"], capture_output=True, text=True).stdout
-    rights = ("SETUID", "SETGID", "SYS_ADMIN") if os.geteuid() == 0 else ("SYS_ADMIN",)
-    who = [
-        *(["--unshare-user"] if os.geteuid() else []),
-        *(word for right in rights for word in ("--cap-add", f"CAP_{right}")),
-    ]
-    paths = interpreter_files()[1]
-    above = sorted(
-        {
-            str(folder)
-            for path in (*paths, "/dev/null")
-            for folder in Path(path).parents
-            if folder != Path("/")
-        }
-    )
-    # passable for the other user
-    open_folders = [
-        word
-        for folder in above
-        for word in (*(["--perms", "0755"] if "--perms" in known else []), "--dir", folder)
-    ]
-    binds = [word for path in paths for word in ("--ro-bind", path, path)]
-    return [
-        found,
-        *who,
-        "--unshare-ipc",
-        "--unshare-pid",
-        "--unshare-net",
-        "--unshare-uts",
-        "--unshare-cgroup-try",
-        "--as-pid-1",
-        "--die-with-parent",
-        "--new-session",
-        *open_folders,
-        *binds,
-        "--dev-bind",
-        "/dev/null",
-        "/dev/null",
-        "--dir",
-        "/jail",
-        "--remount-ro",
-        "/",
-    ]
+    files = _bubblewrap_files(interpreter_files()[1], known)
+    return [found, *_bubblewrap_rights(), *_UNSHARED, *files, *_ROOT]
 
 # %% ../../nbs/03_sandbox/01_walls.ipynb #5c59bdb6
 def landlock_ruleset(

@@ -110,6 +110,45 @@ def liger(self: Holding) -> bool:
         return self.compute.liger
     return self.device == "cuda" and importlib.util.find_spec("liger_kernel") is not None
 
+# %% ../../nbs/04_training/04_device.ipynb #20af963a
+def _check_numbers(device: str, dtype: torch.dtype):
+    "Raise `InputError` where the machine cannot compute with the numbers that the preset asks for."
+    if device == "cuda" and dtype == torch.bfloat16 != pick_dtype(device):
+        raise InputError(
+            "the preset demands bfloat16 (models.dtype) and this GPU has none: set models.dtype=auto, which"
+            " takes float16 with scaled losses here"
+        )
+    if device == "cpu" and dtype == torch.float16:
+        raise InputError("float16 (models.dtype) wants a GPU: set models.dtype=auto")
+
+
+def _check_kernels(device: str, dtype: torch.dtype, compute: Compute):
+    "Raise `InputError` where the optimiser or the attention that the preset asks for needs another machine."
+    if device == "cpu" and "8bit" in compute.optimizer:
+        raise InputError(f"{compute.optimizer} (compute.optimizer) wants a GPU: set compute.optimizer=auto")
+    if device == "cpu" and compute.attention in ("varlen", "flash_attention_2"):
+        raise InputError(f"{compute.attention} (compute.attention) wants a GPU: set compute.attention=auto")
+    if compute.attention != "varlen":
+        return
+    if dtype == torch.float32 or torch.cuda.get_device_capability()[0] < 8:
+        raise InputError(
+            "varlen (compute.attention) wants a GPU of compute capability 8 or more and 16-bit numbers: set"
+            " compute.attention=auto"
+        )
+
+
+def _check_packages(compute: Compute):
+    "Raise `InputError` where the preset asks for a package that is not installed."
+    for setting, wanted, package in (
+        ("compute.liger", compute.liger is True, "liger_kernel"),
+        ("compute.attention", compute.attention == "flash_attention_2", "flash_attn"),
+    ):
+        if wanted and not importlib.util.find_spec(package):
+            raise InputError(
+                f"{setting} wants the package {package}, which is not installed: install it, or leave"
+                f" {setting} out"
+            )
+
 # %% ../../nbs/04_training/04_device.ipynb #f513e6d1
 def holding(
     models: Models | None = None,  # quantisation, number format, tolerance
@@ -124,33 +163,9 @@ def holding(
         )
     device = "cpu" if compute.device == "cpu" else pick_device()
     dtype = pick_dtype(device) if models.dtype == "auto" else getattr(torch, models.dtype)
-    if device == "cuda" and dtype == torch.bfloat16 != pick_dtype(device):
-        raise InputError(
-            "the preset demands bfloat16 (models.dtype) and this GPU has none: set models.dtype=auto, which"
-            " takes float16 with scaled losses here"
-        )
-    if device == "cpu" and dtype == torch.float16:
-        raise InputError("float16 (models.dtype) wants a GPU: set models.dtype=auto")
-    if device == "cpu" and "8bit" in compute.optimizer:
-        raise InputError(f"{compute.optimizer} (compute.optimizer) wants a GPU: set compute.optimizer=auto")
-    if device == "cpu" and compute.attention in ("varlen", "flash_attention_2"):
-        raise InputError(f"{compute.attention} (compute.attention) wants a GPU: set compute.attention=auto")
-    if compute.attention == "varlen" and (
-        dtype == torch.float32 or torch.cuda.get_device_capability()[0] < 8
-    ):
-        raise InputError(
-            "varlen (compute.attention) wants a GPU of compute capability 8 or more and 16-bit numbers: set"
-            " compute.attention=auto"
-        )
-    for setting, wanted, package in (
-        ("compute.liger", compute.liger is True, "liger_kernel"),
-        ("compute.attention", compute.attention == "flash_attention_2", "flash_attn"),
-    ):
-        if wanted and not importlib.util.find_spec(package):
-            raise InputError(
-                f"{setting} wants the package {package}, which is not installed: install it, or leave"
-                f" {setting} out"
-            )
+    _check_numbers(device, dtype)
+    _check_kernels(device, dtype, compute)
+    _check_packages(compute)
     return Holding(device, dtype, models.quantize, models.merge_tolerance, compute)
 
 # %% ../../nbs/04_training/04_device.ipynb #ee3d5b28

@@ -287,6 +287,41 @@ class Fit:
 def _divisors(number: int) -> list[int]:
     return [n for n in range(number, 0, -1) if number % n == 0]
 
+# %% ../../nbs/04_training/03_memory.ipynb #edc63608
+def _length(training: Training | Grpo) -> int:
+    "Tokens of the longest sequence of a stage."
+    if isinstance(training, Training):
+        return training.length
+    return training.max_prompt_tokens + training.value("max_new_tokens")
+
+
+def _beside(training: Training | Grpo, shape: Shape, held: Held, at_once: int | None, reward: float) -> dict:
+    "Bytes of what is in memory next to the training, by part."
+    parts = {"reward": reward} if reward else {}
+    if not isinstance(training, Grpo):
+        return parts
+    parts["cache"] = 0
+    if training.engine == "vllm":
+        parts["engine"] = engine_memory(shape, at_once, _length(training), held.number_bytes)
+    else:
+        parts["cache"] = sampling_memory(shape, at_once, _length(training), held.number_bytes)
+    return parts
+
+# %% ../../nbs/04_training/03_memory.ipynb #5f7e3c40
+def _micro_batches(training: Training | Grpo, batch: int, length: int) -> list[int]:
+    "The sizes to try, largest first."
+    sizes = _divisors(batch) if training.micro_batch == "auto" else [training.micro_batch]
+    return [n for n in sizes if n * length <= MOST] or sizes[-1:]
+
+
+def _choose(plain: list[Fit], twice: list[Fit], room: float, checkpointing: str, length: int) -> Fit:
+    "The largest that fits, of those without (`plain`) and with (`twice`) checkpointing; else the smallest."
+    fits = [f for f in plain if f.gb * 2**30 <= room]
+    enough = fits and (fits[0] is plain[0] or fits[0].micro_batch * length >= ENOUGH)
+    if checkpointing == "never" or checkpointing == "auto" and enough:
+        return (fits or plain[-1:])[0]
+    return next((f for f in twice if f.gb * 2**30 <= room), twice[-1])
+
 # %% ../../nbs/04_training/03_memory.ipynb #2662518e
 def fit(
     training: Training | Grpo,  # the stage
@@ -299,41 +334,17 @@ def fit(
     """Choose the micro-batch (where it is `auto`), the completions sampled at once and the checkpointing that
     fit a device.
     """
-    room, beside = SHARE * memory_gb * 2**30, {"reward": reward_bytes} if reward_bytes else {}
-    length = (
-        training.length
-        if isinstance(training, Training)
-        else training.max_prompt_tokens + training.value("max_new_tokens")
-    )
-    if isinstance(training, Grpo):
-        beside["cache"] = 0
-    at_once = (
-        _sampled_at_once(training, shape, held, room - reward_bytes, length)
-        if isinstance(training, Grpo)
-        else None
-    )
-    if at_once and training.engine == "vllm":
-        beside["engine"] = engine_memory(shape, at_once, length, held.number_bytes)
-    elif at_once:
-        beside["cache"] = sampling_memory(shape, at_once, length, held.number_bytes)
-    batch = at_once or training.batch_size
-    sizes = _divisors(batch) if training.micro_batch == "auto" else [training.micro_batch]
-    sizes = [n for n in sizes if n * length <= MOST] or sizes[-1:]
-    padded = length if isinstance(training, Grpo) else 0
+    room, length, grpo = SHARE * memory_gb * 2**30, _length(training), isinstance(training, Grpo)
+    at_once = _sampled_at_once(training, shape, held, room - reward_bytes, length) if grpo else None
+    beside = _beside(training, shape, held, at_once, reward_bytes)
+    sizes = _micro_batches(training, at_once or training.batch_size, length)
+    padded = length if grpo else 0
 
     def attempt(size, again):
         return Fit(size, again, training_memory(shape, size * length, held, again, padded) | beside, at_once)
 
     plain, twice = ([attempt(size, again) for size in sizes] for again in (False, True))
-    fits = [f for f in plain if f.gb * 2**30 <= room]
-    if (
-        checkpointing == "never"
-        or checkpointing == "auto"
-        and fits
-        and (fits[0] is plain[0] or fits[0].micro_batch * length >= ENOUGH)
-    ):
-        return (fits or plain[-1:])[0]
-    return next((f for f in twice if f.gb * 2**30 <= room), twice[-1])
+    return _choose(plain, twice, room, checkpointing, length)
 
 # %% ../../nbs/04_training/03_memory.ipynb #9cc5f5c0
 def _sampled_at_once(training: Grpo, shape: Shape, held: Held, room: float, length: int) -> int:

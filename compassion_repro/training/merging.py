@@ -247,6 +247,32 @@ def check_merge(
         "kept": off <= tolerance,
     }
 
+# %% ../../nbs/04_training/05_merging.ipynb #578775a8
+def _first_exact(
+    order: list[str],  # keys of METHODS
+    write: Callable[[str], None],  # writes the model in one of them
+    measure: Callable[[], torch.Tensor],  # gives the losses of what was written
+    live: torch.Tensor,  # shape (rows,), nats a token, of the live model
+    tolerance: float,  # nats a token
+) -> tuple:  # the way that passed or None, its check, its losses, and what each way came to
+    "Try the ways until the losses are those of the live model."
+    tried, check, losses = {}, {}, None
+    for way in order:
+        try:
+            write(way)
+            losses = measure()
+        # no disk or no memory for this way
+        except (OSError, RuntimeError, SafetensorError, InputError) as error:
+            if way == "own":
+                raise
+            tried[way] = f"failed ({type(error).__name__})"
+            continue
+        check = check_merge(live, losses[: len(live)], tolerance)
+        tried[way] = check["off"]
+        if check.pop("kept"):
+            return way, check, losses, tried
+    return None, check, losses, tried
+
 # %% ../../nbs/04_training/05_merging.ipynb #cec7c7f9
 def save_trained(
     model: PreTrainedModel | PeftModel,  # as training left it; its memory is given back
@@ -268,39 +294,30 @@ def save_trained(
     began, held, out = time.perf_counter(), held_as(model), Path(out)
     plain = not isinstance(model, PeftModel)
     adapter = None if plain else _adapter_folder(model, folder, out)
-    tried, passed = {}, None
-    for way in ["own", "float32"] if plain else ways(how):
-        try:
-            _write(way, model, tokenizer, adapter, start, out, how)
-            losses = measure()
-        # no disk or no memory for this way
-        except (OSError, RuntimeError, SafetensorError, InputError) as error:
-            if way == "own":
-                raise
-            tried[way] = f"failed ({type(error).__name__})"
-            continue
-        check = check_merge(live, losses[: len(live)], how.tolerance)
-        tried[way] = check["off"]
-        if check.pop("kept"):
-            passed = way
-            break
+
+    def write(way):
+        _write(way, model, tokenizer, adapter, start, out, how)
+
+    order = ["own", "float32"] if plain else ways(how)
+    passed, check, losses, tried = _first_exact(order, write, measure, live, how.tolerance)
     if passed is None:
         raise InputError(_none_passed(label, tried, how))
     told = _settle(passed, out, adapter, how, tried, report, label)
-    method = (
-        "every weight trained" + ", kept in float32" * (passed == "float32")
-        if plain
-        else METHODS[passed][how.quantize].format(_name(_saved_dtype(passed, how)))
-    )
+    method = _method(passed, plain, how)
     record = {"merge": method, "held": held, "merge_seconds": round(time.perf_counter() - began, 2)}
-    return (
-        record | {"merge_check": check | {"tolerance": how.tolerance, "way": passed, "tried": tried}} | told,
-        losses,
-    )
+    checked = check | {"tolerance": how.tolerance, "way": passed, "tried": tried}
+    return record | {"merge_check": checked} | told, losses
 
 # %% ../../nbs/04_training/05_merging.ipynb #84c7e4f6
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _method(way: str, plain: bool, how: Holding) -> str:
+    "What the manifest says of the way; `plain`: every weight was trained, so there was nothing to merge."
+    if plain:
+        return "every weight trained" + ", kept in float32" * (way == "float32")
+    return METHODS[way][how.quantize].format(_name(_saved_dtype(way, how)))
 
 # %% ../../nbs/04_training/05_merging.ipynb #c0bd3024
 def _adapter_folder(model: PeftModel, folder: Path | None, out: Path) -> Path:

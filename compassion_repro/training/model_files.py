@@ -292,31 +292,13 @@ def _parse(bytes_: _Bytes, size: int) -> Gguf:
     return Gguf(fields, tensors, -(-bytes_.at // step) * step, size)
 
 # %% ../../nbs/04_training/00_model_files.ipynb #8c1f4a06
-GGUF_ARCHITECTURES = {  # that transformers turns into causal language models, by the names in the files
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen2moe",
-    "qwen3",
-    "qwen3moe",
-    "phi3",
-    "gemma2",
-    "gemma3",
-    "gemma4",
-    "gpt2",
-    "gpt-oss",
-    "starcoder2",
-    "falcon",
-    "bloom",
-    "stablelm",
-    "nemotron",
-    "mamba",
-    "lfm2",
-    "deci",
-    "minimax-m2",
-}
+# that transformers turns into causal language models, by the names in the files
+GGUF_ARCHITECTURES = set(
+    """llama mistral qwen2 qwen2moe qwen3 qwen3moe phi3 gemma2 gemma3 gemma4 gpt2 gpt-oss starcoder2
+    falcon bloom stablelm nemotron mamba lfm2 deci minimax-m2""".split()
+)
 
-
+# %% ../../nbs/04_training/00_model_files.ipynb #718c2c3d
 def gguf_file(
     source: str | Path,  # a .gguf file, or a folder with no model but one such file
 ) -> Path | None:  # the file; None where it is something else

@@ -611,6 +611,39 @@ def pick_dtype(
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
+# %% ../../nbs/04_training/01_models.ipynb #3f6b40ae
+def _load_options(source, device, packed, options) -> dict:
+    "The arguments of `from_pretrained`; what the caller gives comes before what we choose."
+    if device == "meta":
+        options = {"device_map": {"": "meta"}, **options}  # shapes alone, no weight is read
+    if packed and device == "cpu":
+        options = {"device_map": {"": "cpu"}, **options}
+    return {
+        "dtype": torch.float32 if device == "meta" else pick_dtype(device),
+        **_exact_attention(source, options),
+        **options,
+        "trust_remote_code": False,
+    }
+
+# %% ../../nbs/04_training/01_models.ipynb #c00a5d8c
+# what `from_pretrained` raises where a folder holds no model that it can open
+_NOT_OPENED = (
+    *(OSError, ValueError, KeyError, RuntimeError),
+    *(SafetensorError, ImportError, TypeError, AttributeError),
+)
+
+
+def _read_network(source, settings) -> tuple[PreTrainedModel, dict]:
+    "The network with its weights, and which of them were missing or left over."
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source, **settings, use_safetensors=True, output_loading_info=True
+        )
+    except _NOT_OPENED as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(needs_code(source)) from None
+        raise InputError(f"no causal language model in {source}: {first_line(error)}") from None
+
 # %% ../../nbs/04_training/01_models.ipynb #821fbc48
 def load_model(
     source: str | Path,  # folder or hub id
@@ -625,37 +658,12 @@ def load_model(
         options = _unrounded(options)
     check_architecture(source)
     packed = Path(source).is_dir() and check_quantised(source)
-    if device == "meta":
-        options = {"device_map": {"": "meta"}, **options}  # shapes alone, no weight is read
-    if packed and device == "cpu":
-        options = {"device_map": {"": "cpu"}, **options}
-    settings = {
-        "dtype": torch.float32 if device == "meta" else pick_dtype(device),
-        **_exact_attention(source, options),
-        **options,
-        "trust_remote_code": False,
-    }
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            source, **settings, use_safetensors=True, output_loading_info=True
-        )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-        SafetensorError,
-        ImportError,
-        TypeError,
-        AttributeError,
-    ) as error:
-        if "trust_remote_code" in str(error):
-            raise InputError(needs_code(source)) from None
-        raise InputError(f"no causal language model in {source}: {first_line(error)}") from None
+    settings = _load_options(source, device, packed, options)
+    model, found = _read_network(source, settings)
     _check_whole(source, found)
     if packed and "quantization_config" not in options:
         model = _dequantised(model)
-    return (model if "device_map" in options else model.to(device)).eval()
+    return (model if "device_map" in settings else model.to(device)).eval()
 
 # %% ../../nbs/04_training/01_models.ipynb #6cf79171
 def _with_live_adapter(source, device, options) -> PeftModel:

@@ -377,6 +377,47 @@ def _leave() -> dict:
         else {}
     )
 
+# %% ../../nbs/04_training/07_processes.ipynb #14c059b4
+def _launch_config(processes: int, logs: str) -> LaunchConfig:
+    "How PyTorch's launcher starts the processes: on this machine, once, without a second attempt."
+    return LaunchConfig(
+        1,
+        1,
+        processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(logs, redirects=Std.ALL),
+        signals_to_handle="",
+        **_leave(),
+    )
+
+
+def _launched(run: Callable, trained: Path, logs: str, how: Holding, lines, label: str) -> dict:
+    "What each process gave, by its number; raises what went wrong first in any of them."
+    processes = how.compute.processes
+    launch = elastic_launch(_launch_config(processes, logs), _process)
+    environment = launch_environment(how.compute.sharding, processes)
+    try:
+        return launch(run, str(trained), how, environment, lines, os.getpid())
+    except ChildFailedError as error:
+        failed = _failure(logs, error, label)
+    raise failed
+
+# %% ../../nbs/04_training/07_processes.ipynb #78074f86
+def _spent(how: Holding, results: dict) -> dict:
+    "What the processes took at most, for the manifest; `results`: what each gave, its memory in MB and in GB."
+    spent = {
+        "processes": how.compute.processes,
+        "sharding": how.compute.sharding,
+        "process_peak_mb": round(max(memory for _, memory, _ in results.values()), 1),
+    }
+    if how.device == "cuda":
+        spent["gpu_peak_gb"] = round(max(gpu for *_, gpu in results.values()), 2)
+    return spent
+
 # %% ../../nbs/04_training/07_processes.ipynb #a65dc98c
 def spread(
     run: Callable,  # a picklable function of `report` that trains: gives the model and whatever else it tells
@@ -391,50 +432,15 @@ def spread(
     Raises what went wrong first in any of them, `InputError` or `torch.OutOfMemoryError` where it is one of
     these, and leaves no process behind.
     """
-    processes = how.compute.processes
     # said when the study began; what is here now, earlier trainings of this process left
     drop_launcher(lambda line: None)
-    if processes == 1:
+    if how.compute.processes == 1:
         return run(report=report), {}
     _sendable(run, label)
     with tempfile.TemporaryDirectory() as folder, _relayed(report) as lines, _alone():
         trained, logs = Path(folder) / "trained", str(Path(folder) / "logs")
-        config = LaunchConfig(
-            1,
-            1,
-            processes,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
-            max_restarts=0,
-            logs_specs=DefaultLogsSpecs(logs, redirects=Std.ALL),
-            signals_to_handle="",
-            **_leave(),
-        )
-        try:
-            results, failed = (
-                elastic_launch(config, _process)(
-                    run,
-                    str(trained),
-                    how,
-                    launch_environment(how.compute.sharding, processes),
-                    lines,
-                    os.getpid(),
-                ),
-                None,
-            )
-        except ChildFailedError as error:
-            failed = _failure(logs, error, label)
-        if failed:
-            raise failed
-        spent = {
-            "processes": processes,
-            "sharding": how.compute.sharding,
-            "process_peak_mb": round(max(memory for _, memory, _ in results.values()), 1),
-        }
-        if how.device == "cuda":
-            spent["gpu_peak_gb"] = round(max(gpu for *_, gpu in results.values()), 2)
+        results = _launched(run, trained, logs, how, lines, label)
+        spent = _spent(how, results)
         return (_opened(trained, start, how), *results[0][0]), spent
 
 # %% ../../nbs/04_training/07_processes.ipynb #7718f58d

@@ -537,6 +537,7 @@ def _check_program(batch: list[str]) -> str:  # its source
 
     functions = (
         protocol._stand_in_class,
+        protocol._add_operations,
         protocol._names_under_test,
         protocol._tests_namespace,
         _easy_programs,
