@@ -528,9 +528,8 @@ def _correspondent(reading, writing, tests):
     """The judge's end of the pipe: do(operation, *parts) gives plain data or stand-ins back; with it send and
     receive.
     """
-    exported, known, marks = [], {}, {}
+    exported, known, marks, looked_up = [], {}, {}, [None]
     written = set("".join(letter if letter.isalnum() or letter == "_" else " " for letter in tests).split())
-    looked_up = [None]
 
     def refer(value):
         if type(value) is StandIn:
