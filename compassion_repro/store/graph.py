@@ -120,7 +120,8 @@ def source_settings(
         for part in ("data", "dimensions")
         if (source := b[part])
     }
-    return found | {"judge": judge for judge in judge_names(preset.judge) if judge not in DETERMINISTIC}
+    judges = [judge for judge in judge_names(preset.judge) if judge not in DETERMINISTIC]
+    return found | {f"judge.{n}" if n > 1 else "judge": judge for n, judge in enumerate(judges, 1)}
 
 # %% ../../nbs/07_store/00_graph.ipynb #ea8051f4
 def judge_identity(
