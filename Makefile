@@ -48,8 +48,7 @@ export: $(READY)  ## notebooks to modules, notebooks cleaned, README rendered
 	$(MAKE) readme
 
 readme: $(READY)  ## render README.md from nbs/index.ipynb
-	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed 's#\.\./figures/#figures/#g' > README.md.new
-	mv README.md.new README.md
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/readme.py
 
 figures: $(READY)  ## redraw the repository's figures from studies/tiny
 	$(BIN)/compassion-repro run --preset tiny --seeds 3

@@ -1035,7 +1035,8 @@ def _outcome(words: list[str]) -> tuple[int, str]:  # exit status, and the line 
         return _act(words), ""
     except InputError as error:
         if debug:
-            raise redact_error(error)
+            redact_error(error)
+            raise
         return 2, f"compassion-repro: {redact(str(error))}"
     except KeyboardInterrupt as interrupt:
         return _interrupted(interrupt)
@@ -1044,7 +1045,7 @@ def _outcome(words: list[str]) -> tuple[int, str]:  # exit status, and the line 
         return 0, ""
     except Exception as error:
         if debug:
-            raise redact_error(error)
+            raise redact_error(error) from error.__cause__
         first = (redact(str(error)).strip().splitlines() or [""])[0]
         return (
             1,

@@ -9,25 +9,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from readme import rendered
+
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("nbs", "compassion_repro", "README.md")
-
-
-def rendered_readme(folder: Path) -> str:
-    "README as nbconvert renders it from the index notebook."
-    command = [
-        "jupyter",
-        "nbconvert",
-        "--log-level",
-        "ERROR",
-        "--to",
-        "markdown",
-        "--stdout",
-        "nbs/index.ipynb",
-    ]
-    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.replace(
-        "../figures/", "figures/"
-    )
 
 
 def differences(folder: Path) -> list[str]:
@@ -39,7 +24,7 @@ def differences(folder: Path) -> list[str]:
         shutil.copy(ROOT / name, folder)
     for command in ("nbdev_export", "nbdev_clean"):
         subprocess.run([command], cwd=folder, check=True, capture_output=True)
-    (folder / "README.md").write_text(rendered_readme(folder), encoding="utf-8")
+    (folder / "README.md").write_text(rendered(folder), encoding="utf-8")
     files = [
         p.relative_to(folder)
         for part in PARTS

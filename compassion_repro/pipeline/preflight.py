@@ -343,8 +343,8 @@ def unused_sources(
 ) -> list[str]:  # one line each
     "Sources that you name and that no stage reads; what the package's own presets name is not told."
     ours, used, found = [load_preset(name) for name in presets()], row_sources(preset), []
-    for name, field in type(preset.data).model_fields.items():
-        setting, source = f"data.{field.alias or name}", getattr(preset.data, name)
+    for name, data_field in type(preset.data).model_fields.items():
+        setting, source = f"data.{data_field.alias or name}", getattr(preset.data, name)
         if setting not in used and not any(source == getattr(other.data, name) for other in ours):
             found.append(
                 f"{setting}={data_label(source)} is not read: nothing that this study trains takes its rows"

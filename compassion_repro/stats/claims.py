@@ -8,6 +8,7 @@ __all__ = ['VERDICTS', 'COLOURS', 'verdict_of', 'worth_losing', 'null_verdict', 
 
 # %% ../../nbs/06_stats/03_claims.ipynb #987ab80d
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -553,6 +554,18 @@ def _repr_markdown_(self: ClaimTable) -> str:
         *([cell.replace("|", "\\|") for cell in row] for row in self.rows()),
     ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{self.caption()}\n"
+
+# %% ../../nbs/06_stats/03_claims.ipynb #5e1f90ab
+@patch
+def __repr__(self: ClaimTable) -> str:
+    "How many records have each verdict, in a line; the table itself is shown by `_repr_markdown_` and `rich`."
+    found = Counter(record.verdict for record in self.records)
+    return f"ClaimTable of {len(self)}: " + ", ".join(
+        f"{number} {verdict}" for verdict, number in found.items()
+    )
+
+
+ClaimTable.__str__ = ClaimTable.__repr__
 
 # %% ../../nbs/06_stats/03_claims.ipynb #dd8b0639
 @patch

@@ -2,6 +2,7 @@
 calls and disk.
 """
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -256,7 +257,7 @@ def test_case(case, tmp_path):
 @pytest.mark.skipif(NONE, reason="this machine offers no jail (install bubblewrap)")
 def test_weak_tests_are_told_before_stage_1(tmp_path):
     lines = [
-        '{"instruction": "Is %d even?", "response": "no code", "tests": "%s"}' % (n, test)
+        json.dumps({"instruction": f"Is {n} even?", "response": "no code", "tests": test})
         for n, test in enumerate(["assert even(2)"] * 3 + ["assert even(2) and not even(3)"] * 5)
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
