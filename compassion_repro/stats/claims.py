@@ -560,7 +560,9 @@ def _repr_markdown_(self: ClaimTable) -> str:
 def __repr__(self: ClaimTable) -> str:
     "How many records have each verdict, in a line; the table itself is shown by `_repr_markdown_` and `rich`."
     found = Counter(record.verdict for record in self.records)
-    return f"ClaimTable of {len(self)}: " + ", ".join(f"{number} {verdict}" for verdict, number in found.items())
+    return f"ClaimTable of {len(self)}: " + ", ".join(
+        f"{number} {verdict}" for verdict, number in found.items()
+    )
 
 
 ClaimTable.__str__ = ClaimTable.__repr__
