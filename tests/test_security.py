@@ -287,7 +287,7 @@ def test_every_call_that_opens_a_model_refuses_its_code():
                 assert given.get("trust_remote_code") == "False" or None in given and said, (
                     f"{file.name}: {ast.unparse(call)}"
                 )
-    judges = (ROOT / "compassion_repro" / "judges.py").read_text(encoding="utf-8")
+    judges = (ROOT / "compassion_repro" / "evaluation" / "judges.py").read_text(encoding="utf-8")
     assert '"trust_remote_code": False' in judges  # Inspect opens a judge's folder
 
 
