@@ -370,15 +370,12 @@ def verdict(
         *key_problems(preset, machine),
     ]
     needy = [arm.model for arm in preset.trained_arms if arm.reward == "code"]
-    remarks = (
-        blind_judges(preset)
-        + [
+    remarks = blind_judges(preset)
+    if needy and machine.jail == "none":
+        remarks.append(
             f"no jail for model-written code, so {', '.join(needy)} will be left out: install bubblewrap, or"
             " add --allow-unsafe-code"
-        ]
-        if needy and machine.jail == "none"
-        else []
-    )
+        )
     if not problems and (hours := _hours(preset, machine)):
         remarks.append(
             f"about {hours:.0f} hours by the plan's estimate"

@@ -9,6 +9,7 @@ __all__ = ['LOGGED', 'advantages', 'without_variance', 'prompt_rows', 'sample_an
 
 # %% ../../nbs/04_training/14_grpo.ipynb #e694b4b6
 import gc
+import importlib.metadata
 import importlib.util
 import math
 import os
