@@ -63,9 +63,23 @@ def loaded_by(code: str) -> set[str]:
     )
 
 
+@pytest.fixture(scope="module")
+def heavy_after() -> dict[str, list[str]]:
+    "Heavy libraries that are loaded after each light room, in one process that imports them one by one."
+    code = (
+        f"import importlib, json, sys\nfound = {{}}\nfor room in {LIGHT}:\n"
+        "    importlib.import_module(f'compassion_repro.{room}')\n"
+        f"    found[room] = [m for m in {HEAVY_LIBRARIES} if m in sys.modules]\n"
+        "print(json.dumps(found))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.parametrize("room", LIGHT)
-def test_light_rooms_load_no_heavy_library(room):
-    assert loaded_by(f"import compassion_repro.{room}") == set()
+def test_light_rooms_load_no_heavy_library(room, heavy_after):
+    assert heavy_after[room] == []
 
 
 def test_help_and_plan_load_no_heavy_library():

@@ -279,15 +279,15 @@ def test_every_call_that_opens_a_model_refuses_its_code():
             if not isinstance(function, ast.FunctionDef):
                 continue
             said = '"trust_remote_code": False' in ast.unparse(function).replace("'", '"')
-            for call in filter(lambda node: isinstance(node, ast.Call), ast.walk(function)):
-                opener = ast.unparse(call.func)
+            for opened in filter(lambda node: isinstance(node, ast.Call), ast.walk(function)):
+                opener = ast.unparse(opened.func)
                 if not re.fullmatch(r"(\w+\.)?Auto\w+\.from_pretrained", opener):
                     continue
-                given = {word.arg: ast.unparse(word.value) for word in call.keywords}
+                given = {word.arg: ast.unparse(word.value) for word in opened.keywords}
                 assert given.get("trust_remote_code") == "False" or None in given and said, (
-                    f"{file.name}: {ast.unparse(call)}"
+                    f"{file.name}: {ast.unparse(opened)}"
                 )
-    judges = (ROOT / "compassion_repro" / "judges.py").read_text(encoding="utf-8")
+    judges = (ROOT / "compassion_repro" / "evaluation" / "judges.py").read_text(encoding="utf-8")
     assert '"trust_remote_code": False' in judges  # Inspect opens a judge's folder
 
 

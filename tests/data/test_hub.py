@@ -530,16 +530,17 @@ def whole_hub(server, reward_files, tmp_path, monkeypatch):
     return server
 
 
-def run_preset(name, folder, *settings):
+def run_preset(name, folder, *settings, page=False):
     from compassion_repro.pipeline import run
     from compassion_repro.presets import load_preset
 
     said = []
-    return run.run(load_preset(name, [*SMALL, *settings]), folder, say=said.append), said
+    return run.run(load_preset(name, [*SMALL, *settings]), folder, say=said.append, page=page), said
 
 
 def test_the_papers_preset_runs_from_hub_to_claims(whole_hub, tmp_path):
-    study, said = run_preset("paper", tmp_path / "study", "arms=[sft-help, sft-code, grpo-help, grpo-code]")
+    arms = "arms=[sft-help, sft-code, grpo-help, grpo-code]"
+    study, said = run_preset("paper", tmp_path / "study", arms, page=True)
     manifests = {m["stage"]: m["result"] for m in study.manifests()}
     assert {m: manifests[m]["rows"] for m in ("mid", "sft-help", "sft-code", "grpo-help", "grpo-code")} == {
         "mid": 20,
@@ -567,7 +568,7 @@ def test_the_papers_preset_runs_from_hub_to_claims(whole_hub, tmp_path):
     ] and pinned.data.sft_help.endswith(presets.PUBLISHED["databricks/databricks-dolly-15k"].revision)
     moved = whole_hub.repositories["dataset", "ise-uiuc/Magicoder-Evol-Instruct-110K"]
     moved.commit = "f" * 40  # main has moved on: the study keeps its own commit and has nothing to do
-    again, said = run_preset("paper", tmp_path / "study", "arms=[sft-help, sft-code, grpo-help, grpo-code]")
+    again, said = run_preset("paper", tmp_path / "study", arms)
     assert "0 to run" in said[0] and again.preset == pinned
     assert not any(b"hf_with_access" in p.read_bytes() for p in study.folder.rglob("*") if p.is_file())
 

@@ -98,13 +98,30 @@ def answered(tmp_path_factory):
     return evaluated(tmp_path_factory.mktemp("evaluated") / "out")
 
 
-@pytest.fixture
-def folder(answered, tmp_path):
-    "A copy of them; no stub has been asked anything yet."
+@pytest.fixture(scope="module")
+def answered_by_one(tmp_path_factory):
+    "One model's answers to one benchmark, judged by the indicators: enough where the judge is at fault."
+    return evaluated(tmp_path_factory.mktemp("small") / "out", ["mockllm/model"], ["tiny-anima"])
+
+
+def fresh_copy(study, to):
+    "A copy; no stub has been asked anything yet."
     CALLS.clear()
     WORKING.clear()
     HEARD.clear()
-    return Path(shutil.copytree(answered, tmp_path / "out"))
+    return Path(shutil.copytree(study, to))
+
+
+@pytest.fixture
+def folder(answered, tmp_path):
+    "A copy of what two models answered to both benchmarks."
+    return fresh_copy(answered, tmp_path / "out")
+
+
+@pytest.fixture
+def small(answered_by_one, tmp_path):
+    "A copy of what one model answered to one benchmark."
+    return fresh_copy(answered_by_one, tmp_path / "out")
 
 
 def prompts_of(folder):
@@ -139,21 +156,21 @@ def test_one_call_a_prompt_over_epochs_models_and_passes(folder):
     assert set(CALLS.values()) == {2}
 
 
-def test_what_is_asked_beforehand_is_what_is_paid(folder, tmp_path):
+def test_what_is_asked_beforehand_is_what_is_paid(small, tmp_path):
     (tmp_path / "prices.yaml").write_text("paid/fine: {input: 2, output: 4}\n")
     with pytest.raises(InputError) as error:
-        judge(folder, "paid/fine", yes=False, prices=tmp_path / "prices.yaml")
-    calls = len(prompts_of(folder))
+        judge(small, "paid/fine", yes=False, prices=tmp_path / "prices.yaml")
+    calls = len(prompts_of(small))
     assert_one_line(error, f"paid/fine: {calls} calls (0 stored already)", "about $", "--yes")
     with pytest.raises(InputError, match="no price in the table"):
-        judge(folder, "paid/unknown", yes=False)
+        judge(small, "paid/unknown", yes=False)
     with pytest.raises(InputError, match="nothing spent"):
-        judge(folder, "paid/fine", yes=False, answer=lambda question: "n")
+        judge(small, "paid/fine", yes=False, answer=lambda question: "n")
     assert not CALLS
     heard = []
-    judge(folder, "paid/fine", yes=False, answer=lambda question: "y", say=heard.append)
+    judge(small, "paid/fine", yes=False, answer=lambda question: "y", say=heard.append)
     assert len(CALLS) == calls and heard[0].startswith(f"paid/fine: {calls} calls")
-    judge(folder, "paid/fine", yes=False, again=True)  # nothing is left to pay for, so nothing is asked
+    judge(small, "paid/fine", yes=False, again=True)  # nothing is left to pay for, so nothing is asked
 
 
 def test_a_judge_that_dies_half_way(folder):
@@ -211,9 +228,9 @@ def test_a_crash_loses_only_the_call_under_way(folder, tmp_path):
     assert len(HEARD) == wanted - 9 and set(CALLS.values()) == {1}
 
 
-def test_busy_judges_are_waited_for(folder):
-    judge(folder, "paid/busy")
-    assert set(CALLS.values()) == {3} and (scores(folder, "paid/busy").score == 1).all()
+def test_busy_judges_are_waited_for(small):
+    judge(small, "paid/busy")
+    assert set(CALLS.values()) == {3} and (scores(small, "paid/busy").score == 1).all()
 
 
 def test_impatience_has_an_end(folder):
@@ -247,25 +264,25 @@ def test_a_judge_that_is_gone_and_its_substitute(folder):
         judge(folder, "paid/gone", substitute="paid/gone")
 
 
-def test_a_judge_that_times_out(folder):
+def test_a_judge_that_times_out(small):
     with pytest.raises(InputError) as error:
-        judge(folder, "paid/slow", settings={"attempt_timeout": 1, "max_retries": 0, "max_connections": 200})
+        judge(small, "paid/slow", settings={"attempt_timeout": 1, "max_retries": 0, "max_connections": 200})
     assert_one_line(error, "judging", "again and again", "wait, and run the same command again")
 
 
 @pytest.mark.parametrize("name, stored, column", [("nothing", False, "empty"), ("refuses", True, "no_grade")])
-def test_replies_without_a_grade(folder, name, stored, column):
-    judge(folder, f"paid/{name}")
-    rows, calls = scores(folder, f"paid/{name}"), len(prompts_of(folder))
+def test_replies_without_a_grade(small, name, stored, column):
+    judge(small, f"paid/{name}")
+    rows, calls = scores(small, f"paid/{name}"), len(prompts_of(small))
     assert len(rows) and rows.score.isna().all()
     lost = (
-        agreement.unparseable(pd.read_parquet(folder / "grades.parquet"))
+        agreement.unparseable(pd.read_parquet(small / "grades.parquet"))
         .set_index(["judge", "model"])
         .loc[f"paid/{name}"]
     )
-    assert (lost.share == 1).all() and (lost[column] == lost.calls).all() and len(lost) == 2
+    assert (lost.share == 1).all() and (lost[column] == lost.calls).all() and len(lost) == 1
     asked = len(HEARD)
-    judge(folder, f"paid/{name}", again=True)
+    judge(small, f"paid/{name}", again=True)
     assert len(HEARD) == (asked if stored else 2 * asked) and asked >= calls
     if name == "nothing":
         with pytest.raises(InputError, match="answers with nothing"):
@@ -372,18 +389,18 @@ def test_answers_that_do_not_fit(folder):
     assert_one_line(error, "damaged", "run the same command again")
 
 
-def test_a_folder_belongs_to_one_setup(folder, tmp_path):
+def test_a_folder_belongs_to_one_setup(small, tmp_path):
     for more, word in (
         (dict(seed=2), "seed: 1 there, 2 here"),
         (dict(limit=3), "limit"),
         (dict(generation=Generation(max_new_tokens=9)), "generation"),
     ):
         with pytest.raises(InputError) as error:
-            evaluated(folder, **more)
+            evaluated(small, **more)
         assert_one_line(error, "made otherwise", word, "another --out")
-    (folder / "eval.yaml").write_text("benchmarks: 5\n")
+    (small / "eval.yaml").write_text("benchmarks: 5\n")
     with pytest.raises(InputError, match="cannot be read"):
-        evaluated(folder)
+        evaluated(small)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="holds no evaluation"):

@@ -4,11 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pandas as pd
 import pytest
 import torch
+from conftest import wait_for
 
 from compassion_repro import study
 from compassion_repro.core.errors import InputError
@@ -64,34 +64,35 @@ def without_time(log):
     return [{name: value for name, value in record.items() if name != "seconds"} for record in log]
 
 
-def test_what_is_left_behind_is_a_plain_model_whose_answers_end(tmp_path):
-    done = run(tmp_path / "arm")
-    assert (
-        not list((tmp_path / "arm").glob("adapter*")) and (tmp_path / "arm" / "completions.parquet").exists()
-    )
-    model, tokenizer = models.load_model(tmp_path / "arm"), models.load_tokenizer(tmp_path / "arm")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "A folder and what was told of it: three steps that nothing cut off."
+    folder = tmp_path_factory.mktemp("whole") / "arm"
+    return folder, run(folder)
+
+
+def test_what_is_left_behind_is_a_plain_model_whose_answers_end(whole):
+    folder, done = whole
+    assert not list(folder.glob("adapter*")) and (folder / "completions.parquet").exists()
+    model, tokenizer = models.load_model(folder), models.load_tokenizer(folder)
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id
-    assert not equal(weights(BASE), weights(tmp_path / "arm"))
+    assert not equal(weights(BASE), weights(folder))
     assert len(done["log"]) == 3 and done["completions"] == 24 and done["settings"]["beta"] == 0.04
-    again = run(tmp_path / "again")
-    assert without_time(again["log"]) == without_time(done["log"]) and equal(
-        weights(tmp_path / "arm"), weights(tmp_path / "again")
-    )
 
 
 SCRIPT = """
 import sys, time
 from test_grpo import run, short_words
 def slow(prompts, completions, **columns):
-    time.sleep(.3)
+    time.sleep(1)
     return short_words(prompts, completions)
 slow.__name__ = "short_words"
-run(sys.argv[1], slow, checkpoints=sys.argv[2], steps=6, save_every=1)
+run(sys.argv[1], slow, checkpoints=sys.argv[2], save_every=1)
 """
 
 
-def test_killed_without_warning_it_carries_on_and_ends_the_same(tmp_path):
-    whole = run(tmp_path / "whole", steps=6, save_every=1)
+def test_killed_without_warning_it_carries_on_and_ends_the_same(whole, tmp_path):
+    "The same as without a kill and without checkpoints, and so the same as when it is run again."
     checkpoints = tmp_path / "checkpoints"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
     process = subprocess.Popen(
@@ -100,11 +101,7 @@ def test_killed_without_warning_it_carries_on_and_ends_the_same(tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    begun = time.time()
-    while (
-        not (checkpoints / "checkpoint-2").exists() and process.poll() is None and time.time() - begun < 120
-    ):
-        time.sleep(0.02)
+    wait_for((checkpoints / "checkpoint-2").exists, process)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     told = []
@@ -113,7 +110,7 @@ def test_killed_without_warning_it_carries_on_and_ends_the_same(tmp_path):
         ROWS,
         HELD_OUT,
         tmp_path / "arm",
-        study.Grpo(**(SMALL | dict(steps=6, save_every=1))),
+        study.Grpo(**(SMALL | dict(save_every=1))),
         1,
         LORA,
         short_words,
@@ -121,16 +118,16 @@ def test_killed_without_warning_it_carries_on_and_ends_the_same(tmp_path):
         checkpoints=checkpoints,
     )
     assert any("carrying on from step" in line for line in told)
-    assert without_time(done["log"]) == without_time(whole["log"]) and equal(
-        weights(tmp_path / "arm"), weights(tmp_path / "whole")
-    )
+    folder, record = whole
+    assert without_time(done["log"]) == without_time(record["log"])
+    assert equal(weights(tmp_path / "arm"), weights(folder))
     assert pd.read_parquet(tmp_path / "arm" / "completions.parquet").equals(
-        pd.read_parquet(tmp_path / "whole" / "completions.parquet")
+        pd.read_parquet(folder / "completions.parquet")
     )
-    assert [place.name for place in checkpoints.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert [place.name for place in checkpoints.glob("checkpoint-*")] == ["checkpoint-3"]
 
 
-def test_killed_after_its_last_step_it_trains_no_further(tmp_path):
+def test_killed_after_its_last_step_it_trains_no_further(whole, tmp_path):
     calls = []
 
     def reward(prompts, completions, **columns):
@@ -142,13 +139,12 @@ def test_killed_after_its_last_step_it_trains_no_further(tmp_path):
     reward.__name__ = "short_words"
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "arm", reward, checkpoints=tmp_path / "checkpoints")
-    done, whole = run(tmp_path / "arm", reward, checkpoints=tmp_path / "checkpoints"), run(tmp_path / "whole")
+    done, (folder, record) = run(tmp_path / "arm", reward, checkpoints=tmp_path / "checkpoints"), whole
     assert len(calls) == 6  # neither a step nor the measurement before training was made again
-    assert without_time(done["log"]) == without_time(whole["log"]) and equal(
-        weights(tmp_path / "arm"), weights(tmp_path / "whole")
-    )
+    assert without_time(done["log"]) == without_time(record["log"])
+    assert equal(weights(tmp_path / "arm"), weights(folder))
     assert pd.read_parquet(tmp_path / "arm" / "held_out.parquet").equals(
-        pd.read_parquet(tmp_path / "whole" / "held_out.parquet")
+        pd.read_parquet(folder / "held_out.parquet")
     )
 
 

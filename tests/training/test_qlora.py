@@ -11,7 +11,7 @@ import types
 import pandas as pd
 import pytest
 import torch
-from conftest import CRASH_SIZE, assert_one_line, run_study, settings
+from conftest import CRASH_SIZE, assert_one_line, settings
 from safetensors import safe_open
 from transformers import AutoTokenizer
 from trl import GRPOTrainer
@@ -29,26 +29,28 @@ from compassion_repro.training import device, grpo, merging, models, supervised
 BASE = world.assets() / "base"
 FOUR_BIT = (
     "models.quantize=nf4",
-    "arms=[sft-help, grpo-code]",
+    "arms=[grpo-code]",
     "grpo.steps=1",
     "grpo.held_out=4",
     "grpo.micro_batch=auto",
-    "sft.micro_batch=auto",
+    "midtrain.micro_batch=auto",
     "compute.memory_gb=2",
     "generation.cut_off_alarm=0",
-    "generation.templates=[raw, user]",
+    "generation.templates=[raw]",
+    "benchmarks.anima.size={en: 2, ms: 1}",
+    "benchmarks.moru.size={en: 2, ms: 1}",
 )
-TRAINED = ("mid", "sft-help", "grpo-code")
+TRAINED = ("mid", "grpo-code")
 
 
 @pytest.fixture(scope="module")
 def quantised(tmp_path_factory):
     "A finished study whose weights were held in four bits while they were trained."
-    out = tmp_path_factory.mktemp("quantised") / "study"
-    done = run_study(out, *FOUR_BIT, words=("--allow-unsafe-code",))
-    assert done.returncode == 0, done.stderr[-3000:]
+    out, said = tmp_path_factory.mktemp("quantised") / "study", []
+    preset = load_preset("smoke", [*CRASH_SIZE, *FOUR_BIT])
+    done = run.run(preset, out, say=said.append, unsafe=True, page=False)
     return types.SimpleNamespace(
-        folder=out, said=done.stdout, results={m["stage"]: m["result"] for m in Study(out).manifests()}
+        folder=out, said="\n".join(said), results={m["stage"]: m["result"] for m in done.manifests()}
     )
 
 
@@ -121,8 +123,8 @@ def test_one_switch_asks_every_model_in_other_forms(quantised):
         and not other.prompt.str.contains("Question: ").any()
     )
     means = study.table("templates")
-    assert {"plain", "raw", "user"} <= set(means.columns) and set(means.model) == {"base", *TRAINED}
-    assert quantised.said.count("asked in the forms plain, raw, user") == 3
+    assert {"plain", "raw"} <= set(means.columns) and set(means.model) == {"base", *TRAINED}
+    assert quantised.said.count("asked in the forms plain, raw") == 3
     scores = study.table("scores")
     assert means.set_index(["benchmark", "model"]).plain["anima", "mid"] == pytest.approx(
         100
@@ -133,14 +135,11 @@ def test_one_switch_asks_every_model_in_other_forms(quantised):
 
 
 def test_a_four_bit_study_carries_on_on_another_machine(quantised):
-    done = run_study(
-        quantised.folder,
-        *FOUR_BIT,
-        "compute.memory_gb=7",
-        "compute.checkpointing=always",
-        words=("--allow-unsafe-code",),
-    )
-    assert "0 to run" in done.stdout, done.stderr
+    other = ("compute.memory_gb=7", "compute.checkpointing=always")
+    said = []
+    preset = load_preset("smoke", [*CRASH_SIZE, *FOUR_BIT, *other])
+    run.run(preset, quantised.folder, say=said.append, unsafe=True, page=False)
+    assert any("done, 0 to run" in line for line in said), said
     assert Study(quantised.folder).preset.compute.memory_gb == 7
     plain = {s.id: s.key for s in graph.graph(load_preset("smoke", CRASH_SIZE))}
     four_bit = {
@@ -168,12 +167,11 @@ def test_a_merge_that_is_not_the_trained_model_is_never_kept(monkeypatch, tmp_pa
         "smoke",
         [*CRASH_SIZE, "models.quantize=nf4", "arms=[]", "midtrain.steps=6", "models.merge_tolerance=0.001"],
     )
-    run.run(preset, tmp_path / "study", say=lambda line: None, page=False)
-    place, (manifest,) = (
-        tmp_path / "study" / "seed-1" / "mid",
-        [m for m in Study(tmp_path / "study").manifests() if m["stage"] == "mid"],
-    )
-    check = manifest["result"]["merge_check"]
+    study = Study.create(tmp_path / "study", preset)
+    todo = {stage.id: stage for stage in graph.graph(preset)}
+    for name in ("base", "mid"):
+        manifest = stages.run_stage(study, preset, todo[name], lambda line: None)
+    place, check = study.folder / "seed-1" / "mid", manifest["result"]["merge_check"]
     assert check["way"] == "unmerged" and check["off"] <= 0.001 < min(
         check["tried"][way] for way in ("own", "rounded", "float32")
     )
@@ -369,7 +367,7 @@ def test_packed_rows_reach_the_varlen_kernel_through_the_trainer(monkeypatch):
     )
     losses = {}
     for attention, again in (("sdpa", False), ("varlen", False), ("varlen", True)):
-        how = device.Holding(compute=Compute(attention=attention))
+        how = device.TrainSetup(compute=Compute(attention=attention))
         _, done = supervised.train(
             device.load_held(BASE, how),
             tokenizer,

@@ -105,7 +105,7 @@ def write(
 ):
     "A GGUF file of a tiny Llama, as llama.cpp would write it."
     network = network or tiny_llama()
-    config, writer = network.config, gguf.GGUFWriter(file, fields.pop("architecture", "llama"))
+    writer = gguf.GGUFWriter(file, fields.pop("architecture", "llama"))
     for name in (
         "context_length",
         "embedding_length",
