@@ -183,7 +183,7 @@ def _merge(
                 and (named or whole or _is_named(below))
                 and not (whole and (named or _is_named(below)))
             ):
-                raise InputError(f"{'.'.join(below)}={{}} changes nothing: " + _say_it(below))
+                raise InputError(f"{'.'.join(below)}={{}} changes nothing: " + _how_to_change(below))
             merged[key] = _merge(low[key], value, below, whole)
         else:
             merged[key] = value
@@ -192,7 +192,7 @@ def _merge(
     return merged
 
 # %% ../nbs/01_study/01_presets.ipynb #dc1ef045
-def _say_it(path: tuple[str, ...]) -> str:
+def _how_to_change(path: tuple[str, ...]) -> str:
     "How to leave out a name, or to set one value of a section."
     place = ".".join(path)
     if _is_named(path[:-1]):
@@ -202,14 +202,14 @@ def _say_it(path: tuple[str, ...]) -> str:
     return f"{place}.<key>=<value> sets one of its values"
 
 # %% ../nbs/01_study/01_presets.ipynb #e1575380
-def _own_file(name: str) -> bool:
+def _is_user_file(name: str) -> bool:
     "Whether a name is a user's own preset file."
     return name.endswith((".yaml", ".yml"))
 
 # %% ../nbs/01_study/01_presets.ipynb #6735cf9b
 def _preset_text(name: str) -> str:
     "The YAML of a preset of the package, or of a user's file."
-    if _own_file(name):
+    if _is_user_file(name):
         try:
             return Path(name).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -245,13 +245,13 @@ def _preset_values(name: str, children: tuple[str, ...] = ()) -> tuple[dict, dic
         )
     parent = values.pop("extends", None)
     if not parent:
-        return values, values if _own_file(name) else {}
+        return values, values if _is_user_file(name) else {}
     # next to the file that names it
-    if _own_file(name) and _own_file(parent) and not Path(parent).expanduser().is_file():
+    if _is_user_file(name) and _is_user_file(parent) and not Path(parent).expanduser().is_file():
         parent = str(Path(name).expanduser().parent / parent)
     low, own = _preset_values(parent, (*children, name))
     try:
-        return _merge(low, values), _merge(own, _without_null(values)) if _own_file(name) else {}
+        return _merge(low, values), _merge(own, _without_null(values)) if _is_user_file(name) else {}
     except InputError as error:
         raise InputError(f"preset {name!r}: {error}") from None
 
@@ -313,7 +313,7 @@ def _set(
 def _one_of(low: dict, key: str, value: dict, path: tuple[str, ...]) -> dict:
     "A mapping set for one of the names: its own values are laid over, the other names stay."
     if not value and low.get(key):
-        raise InputError(f"{'.'.join((*path, key))}={{}} changes nothing: {_say_it((*path, key))}")
+        raise InputError(f"{'.'.join((*path, key))}={{}} changes nothing: {_how_to_change((*path, key))}")
     return {
         **low,
         key: _merge(low[key], value, (*path, key), whole=True) if isinstance(low.get(key), dict) else value,
@@ -473,23 +473,23 @@ def load_preset(
     """
     values, own = _preset_values(name)
     low = _preset_values(_packaged(name))[0]
-    values = {"name": re.sub(r"[^\w.-]", "-", Path(name).stem) if _own_file(name) else name, **values}
+    values = {"name": re.sub(r"[^\w.-]", "-", Path(name).stem) if _is_user_file(name) else name, **values}
     for setting in overrides:
         values = _set(values, setting)
     said = {_override(setting)[0][0] for setting in overrides}
     return build_preset(
-        _own_scope(values, low, {**own, **dict.fromkeys(said)}), name if _own_file(name) else None
+        _own_scope(values, low, {**own, **dict.fromkeys(said)}), name if _is_user_file(name) else None
     )
 
 # %% ../nbs/01_study/01_presets.ipynb #9aa13ec1
 def _packaged(name: str) -> str:
     "The preset of the package that a user's file goes back to; the file itself where it extends none."
-    while _own_file(name):
+    while _is_user_file(name):
         parent = (yaml.safe_load(_preset_text(name)) or {}).get("extends")
         if not parent:
             return name
         beside = Path(name).expanduser().parent / parent
-        name = str(beside) if _own_file(parent) and not Path(parent).expanduser().is_file() else parent
+        name = str(beside) if _is_user_file(parent) and not Path(parent).expanduser().is_file() else parent
     return name
 
 # %% ../nbs/01_study/01_presets.ipynb #f18849d1

@@ -108,21 +108,23 @@ class Section(BaseModel):
                 raise ValueError(f"{name} cannot be {str(value).lower()}")
         return values
 
-    newer: ClassVar[tuple[str, ...]] = ()  # settings that older studies know nothing of
+    keyed_when_changed: ClassVar[tuple[str, ...]] = ()  # settings added later: in a key only where changed
     # settings that decide what else is done or told, and not this result
-    telling: ClassVar[tuple[str, ...]] = ()
+    not_in_key: ClassVar[tuple[str, ...]] = ()
 
 # %% ../nbs/01_study/00_study.ipynb #37cde086
 @patch
 def identity(self: Section) -> dict[str, Any]:
-    """Plain values for a stage's key: a newer setting counts only where it is changed, so that what was
+    """Plain values for a stage's key: a setting added later counts only where it is changed, so that what was
     made before it came keeps its key.
     """
-    changed = {name: getattr(self, name) != type(self).model_fields[name].default for name in self.newer}
+    changed = {
+        name: getattr(self, name) != type(self).model_fields[name].default for name in self.keyed_when_changed
+    }
     return {
         name: value
         for name, value in self.model_dump(mode="json").items()
-        if changed.get(name, True) and name not in self.telling
+        if changed.get(name, True) and name not in self.not_in_key
     }
 
 # %% ../nbs/01_study/00_study.ipynb #b67fc4f4
@@ -153,7 +155,7 @@ class Lora(Section):
 class Training(Section):
     "One training stage."
 
-    newer: ClassVar = ("limit",)
+    keyed_when_changed: ClassVar = ("limit",)
     rows: int | None = Field(None, ge=1, le=EMBEDDED_ROWS)  # rows drawn from an embedded corpus
     limit: int | None = Field(None, ge=1, le=MANY)  # most rows to train on; None takes the corpus whole
     held_out: int = Field(100, ge=1, le=MANY)  # rows kept back to measure the gain in the stage's own domain
@@ -184,8 +186,8 @@ def accumulation(self: Training) -> int:
 class Generation(Section):
     "How the models under test answer."
 
-    newer: ClassVar = ("engine",)
-    telling: ClassVar = ("cut_off_alarm", "templates")
+    keyed_when_changed: ClassVar = ("engine",)
+    not_in_key: ClassVar = ("cut_off_alarm", "templates")
     # how a question is put (see `models`): own is the tokenizer's chat template; each: own where a model has
     # one, else plain; auto: settled when the study starts, from the tokenizers of its models; raw and user
     # only test how much the form matters
@@ -275,7 +277,7 @@ def settings_markdown() -> str:
 class Grpo(Section):
     "One GRPO stage; a setting left out has the value of the named settings."
 
-    newer: ClassVar = ("generate_at_once", "limit", "engine")
+    keyed_when_changed: ClassVar = ("generate_at_once", "limit", "engine")
     settings: Literal["paper-faithful", "trl"] = "paper-faithful"  # a key of GRPO_SETTINGS
     rows: int | None = Field(None, ge=1, le=EMBEDDED_ROWS)  # prompts drawn from an embedded corpus
     limit: int | None = Field(None, ge=1, le=MANY)  # most prompts to train on; None takes the corpus whole
@@ -373,7 +375,7 @@ class Models(Section):
 
 # %% ../nbs/01_study/00_study.ipynb #e7e3e960
 @patch
-def holding(self: Models) -> dict[str, str]:
+def weight_settings(self: Models) -> dict[str, str]:
     "How the weights are held, where it is not the ordinary way: part of a training stage's key."
     return {
         name: value

@@ -25,7 +25,7 @@ import pandas as pd
 from conftest import settings, wait_for
 from kills import contents, kill, start
 
-PATIENCE = 240  # seconds of processor time that a command may take; the smallest study takes 30
+GRACE_SECONDS = 240  # seconds of processor time that a command may take; the smallest study takes 30
 JUDGED = ["--judge", "purse/fine", "--yes"]
 
 
@@ -763,7 +763,7 @@ def try_case(case: Case, bases: Path, seed: int, scratch: Path) -> dict:
     elif case.how != "wrong":
         spoil(rng.choice(sorted(p for p in folder.glob(case.target) if p.is_file())), case.how, rng)
     try:
-        with patience(PATIENCE), nothing_runs() if case.check == "rows" else contextlib.nullcontext():
+        with patience(GRACE_SECONDS), nothing_runs() if case.check == "rows" else contextlib.nullcontext():
             status, out, err = call(case.words, folder)
         outcome, bad = _verdict(case, folder, sound, status, out, err)
     except Hung as error:

@@ -49,7 +49,7 @@ from ..core.errors import first_line
 from ..core.files import write_atomically
 from ..store.folder import provenance
 from ..study import Compute, Generation, Grpo, Lora, Models, Training
-from ..training.device import Holding, fitted, holding, load_held
+from ..training.device import TrainSetup, fitted, load_held, train_setup
 from compassion_repro.training.memory import (
     Held,
     Shape,
@@ -247,13 +247,15 @@ def lora(self: Bench) -> Lora:
 @patch
 def how(
     self: Bench, quantize: str = "none", **compute
-) -> Holding:  # settings of `Compute` that differ from its defaults
+) -> TrainSetup:  # settings of `Compute` that differ from its defaults
     "How a stage would hold the model."
-    return holding(Models(base=str(self.folder), quantize=quantize), Compute(device=self.device, **compute))
+    return train_setup(
+        Models(base=str(self.folder), quantize=quantize), Compute(device=self.device, **compute)
+    )
 
 # %% ../../nbs/10_bench/00_gpu.ipynb #d8f4f586
 @patch
-def held(self: Bench, how: Holding) -> Held:
+def held(self: Bench, how: TrainSetup) -> Held:
     "The same, for the estimates of memory."
     return Held(
         self.sizes.rank,

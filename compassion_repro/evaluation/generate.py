@@ -35,7 +35,7 @@ from transformers import (
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from ..core.errors import InputError, Notice
-from ..core.files import keep_part, kept_parts, own_folder
+from ..core.files import intact_parts, open_run_folder, save_part
 from ..data.hub import is_adapter
 from .benchmarks import LoadedTask, one_line
 from .inspect_runner import Progress, run_inspect
@@ -203,11 +203,11 @@ class FinishedAnswers:
 
     def __init__(
         self,
-        folder: Path | None,  # from `own_folder`; None keeps them in memory alone
+        folder: Path | None,  # from `open_run_folder`; None keeps them in memory alone
     ):
         self.folder, self.flushed = folder, time.monotonic()
         self.parts = (
-            [pd.read_parquet(path) for path in kept_parts(folder, "answers-*.parquet")] if folder else []
+            [pd.read_parquet(path) for path in intact_parts(folder, "answers-*.parquet")] if folder else []
         )
         self.fresh, self.done = [], {start for part in self.parts for start in part.batch}
 
@@ -239,7 +239,7 @@ def flush(self: FinishedAnswers):
     fresh, self.fresh, self.flushed = pd.DataFrame(self.fresh), [], time.monotonic()
     self.parts.append(fresh)
     if self.folder:
-        keep_part(self.folder, f"answers-{fresh.batch.min():08d}.parquet", fresh.to_parquet)
+        save_part(self.folder, f"answers-{fresh.batch.min():08d}.parquet", fresh.to_parquet)
 
 # %% ../../nbs/05_evaluation/05_generate.ipynb #bbe34fb6
 @patch
@@ -265,7 +265,7 @@ def _generate(
     tokenizer = with_template(tokenizer, generation.template)
     settings = _settings(network, tokenizer, max_new_tokens=generation.max_new_tokens, **settings)
     work, progress = _work(questions, tokenizer), Progress(report, sum(q["epochs"] for q in questions))
-    folder = checkpoints and own_folder(
+    folder = checkpoints and open_run_folder(
         checkpoints,
         model,
         seed,

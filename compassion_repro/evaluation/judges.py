@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REPLIES', 'GIVE_UP', 'LONGEST_WAIT', 'JUDGE_SETTINGS', 'read_judge_prompt', 'indicator_phrases', 'matched_phrases',
            'indicator_verdict', 'prominent_phrases', 'strict_verdict', 'IndicatorJudge', 'StrictJudge', 'SavedAnswers',
-           'reply_key', 'Replies', 'JudgeGone', 'NoReply', 'asked_to_wait', 'readable', 'Thrifty', 'judge_model',
+           'reply_key', 'Replies', 'JudgeGone', 'NoReply', 'asked_to_wait', 'readable', 'CachedJudge', 'judge_model',
            'open_judge', 'advice', 'try_judge']
 
 # %% ../../nbs/05_evaluation/06_judges.ipynb #224b20b2
@@ -436,7 +436,7 @@ def _came_back(error: Exception, response: object) -> Exception:
     return NoReply(f"its server answered, but with no reply in it: {shown}")
 
 # %% ../../nbs/05_evaluation/06_judges.ipynb #bc312399
-class Thrifty(ModelAPI):
+class CachedJudge(ModelAPI):
     "Laid over a provider: asks nothing twice, and stops asking a judge that is gone."
 
     replies: Replies
@@ -583,7 +583,9 @@ def open_judge(
             (_folder_identity(folder) if folder.is_dir() else judge)
             + ("" if options.get("do_sample", True) else " greedy"),
         )
-        model.api.__class__ = type(f"Thrifty{type(model.api).__name__}", (Thrifty, type(model.api)), {})
+        model.api.__class__ = type(
+            f"CachedJudge{type(model.api).__name__}", (CachedJudge, type(model.api)), {}
+        )
     return model
 
 # %% ../../nbs/05_evaluation/06_judges.ipynb #970c9fac

@@ -31,8 +31,8 @@ from inspect_evals.anima import scorer as anima_scoring
 from .benchmarks import LoadedTask, load_benchmark, load_named_task, one_line
 from compassion_repro.evaluation.judges import (
     GIVE_UP,
+    CachedJudge,
     Replies,
-    Thrifty,
     advice,
     indicator_phrases,
     open_judge,
@@ -44,7 +44,7 @@ from ..study import DETERMINISTIC
 # %% ../../nbs/05_evaluation/07_scoring.ipynb #bf67f001
 from ..core.errors import InputError, redact, shorten
 from .cost import is_free
-from .inspect_runner import Book, Progress, play, run_inspect
+from .inspect_runner import Progress, SavedAnswers, replay, run_inspect
 from ..study import Benchmark, parse_model
 
 # %% ../../nbs/05_evaluation/07_scoring.ipynb #456c413e
@@ -359,7 +359,7 @@ def _seat(tasks: dict[str, LoadedTask], report: Callable[[str], None]) -> list[M
     graders = {
         id(task.grader): task
         for task in tasks.values()
-        if isinstance(getattr(task.grader, "api", None), Thrifty)
+        if isinstance(getattr(task.grader, "api", None), CachedJudge)
     }
     for task in graders.values():
         if not is_free(task.judge):
@@ -577,8 +577,8 @@ def score_own(
     "Have a task score saved answers by its own rules."
     about, rows = {q["question_id"]: q for q in loaded.questions}, []
     for (model, seed), group in answers.groupby(["model", "seed"], sort=False):
-        book = Book(dict(zip(zip(group.question_id, group.epoch), group.text)))
-        log = play(loaded, book, log_dir, int(group.epoch.max()), re.sub(r"\W+", "-", model))
+        saved = SavedAnswers(dict(zip(zip(group.question_id, group.epoch), group.text)))
+        log = replay(loaded, saved, log_dir, int(group.epoch.max()), re.sub(r"\W+", "-", model))
         for sample in log.samples:
             score = next(iter((sample.scores or {}).values()), None)
             value = None if score is None else _one_value(loaded.name, score.value)

@@ -110,7 +110,7 @@ def check_machine(flight: Preflight):
         processes.check(preset)
     if grpo_by_vllm:
         with flight.trying(flight.lacks):
-            grpo.check_engine(preset.grpo, device.holding(preset.models, compute))
+            grpo.check_engine(preset.grpo, device.train_setup(preset.models, compute))
     if answers_by_vllm:
         with flight.trying(flight.lacks):
             vllm_process.check_vllm(compute.vllm_python)
@@ -206,7 +206,7 @@ def look_at_kernel(folder: Path, compute):
     if compute.attention != "auto":
         from compassion_repro.training import device
 
-        device.kernel(folder, device.Holding(compute=compute))
+        device.kernel(folder, device.TrainSetup(compute=compute))
 
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #60b552bb
 @before_training

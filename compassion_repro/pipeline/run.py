@@ -15,7 +15,7 @@ from pathlib import Path
 from ..core.errors import InputError
 from ..core.files import is_local, writable
 from ..core.lock import locked
-from ..core.signals import interruptible
+from ..core.signals import raise_on_signal
 from ..data import hub
 from .preflight import check_before_training
 from .ray_engine import pick_engine, run_stages
@@ -145,7 +145,7 @@ def run(
         )
     pending = take_stock(study, preset, stages, say, report)
     say(f"{study.folder}: {len(stages)} stages, {len(stages) - len(pending)} done, {len(pending)} to run")
-    with interruptible():
+    with raise_on_signal():
         if pending:
             run_stages(chosen, study, preset, pending, check_before_training, say, report, unsafe)
         stages = study.finished(preset, left_out)

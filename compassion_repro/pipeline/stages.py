@@ -22,7 +22,7 @@ from pathlib import Path
 from ..core.errors import InputError
 from ..core.files import WHOLE, flush, hidden, remove, writable, write_atomically, write_sealed
 from ..core.lock import check_held
-from ..core.signals import interruptible, undisturbed
+from ..core.signals import defer_signals, raise_on_signal
 from ..data import hub
 from ..store.artifact import MANIFEST, file_records, put_in_place
 from ..store.folder import Study, peak_memory_mb, provenance
@@ -172,7 +172,7 @@ def _held(work: Work) -> dict:
     from compassion_repro.training import device
 
     return {
-        "how": device.holding(work.preset.models, work.preset.compute),
+        "how": device.train_setup(work.preset.models, work.preset.compute),
         "template": work.preset.generation.training_template,
     }
 
@@ -718,9 +718,9 @@ def run_stage(
             started = time.perf_counter()
             if gpu := _gpu():
                 gpu.reset_peak_memory_stats()
-            with interruptible():
+            with raise_on_signal():
                 result = RUN[stage.kind](Work(preset, stage, study, partial, report, unsafe))
-            with undisturbed():
+            with defer_signals():
                 return _put_away(
                     study,
                     stage,

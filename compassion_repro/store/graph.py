@@ -189,7 +189,7 @@ def _training_config(preset: Preset, section: str, sources: dict[str, Any], know
         "training": getattr(preset, section).identity(),
         "lora": preset.lora.identity(),
         "data": data,
-        **preset.models.holding(),
+        **preset.models.weight_settings(),
         **({"template": template} if template != "plain" else {}),
     }
 

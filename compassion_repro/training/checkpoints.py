@@ -80,7 +80,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 # %% ../../nbs/04_training/06_checkpoints.ipynb #b8ae1681
 def latest(
-    folder: Path,  # from `own_folder`
+    folder: Path,  # from `open_run_folder`
     report: Callable,  # called with a line where one is passed over
 ) -> Path | None:  # None: training starts anew
     "The newest checkpoint that counts; the others are removed."
@@ -96,7 +96,7 @@ class Checkpoints(TrainerCallback):
 
     def __init__(
         self,
-        # from `own_folder`; None: nothing is saved, and a signal ends the training at once
+        # from `open_run_folder`; None: nothing is saved, and a signal ends the training at once
         folder: Path | None,
         compute: Compute = Compute(),  # how often, how many, how much
         report: Callable = print,  # called with one line of text

@@ -28,17 +28,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import GRPOConfig, GRPOTrainer
 
 from ..core.errors import InputError
-from ..core.files import keep_part, kept_parts, own_folder, weights_digest, write_atomically
+from compassion_repro.core.files import (
+    intact_parts,
+    open_run_folder,
+    save_part,
+    weights_digest,
+    write_atomically,
+)
 from ..data.rows import rows_sha256
 from ..study import GRPO_SETTINGS, Grpo, Lora
 from .checkpoints import Checkpoints
 from compassion_repro.training.device import (
-    Holding,
+    TrainSetup,
     fitted,
-    holding,
     load_held,
     number_bytes,
     ready_adapter,
+    train_setup,
     trainer_options,
     warmup_steps,
     with_less_memory,
@@ -57,7 +63,14 @@ from compassion_repro.training.models import (
     row_losses,
     weights_folder,
 )
-from .processes import count, is_first, on_one_gpu, share, spread, trainer_words
+from compassion_repro.training.processes import (
+    count,
+    is_first,
+    on_one_gpu,
+    run_distributed,
+    share,
+    trainer_words,
+)
 from .rewards import answer_text, apply_reward, finite
 
 # %% ../../nbs/04_training/14_grpo.ipynb #bdf2c69f
@@ -199,9 +212,9 @@ def _measured_before(folder: Path | None, measure: Callable[[], pd.DataFrame]) -
     "The start's held-out answers; a run that carries on finds those of the run before it."
     if folder is None:
         return measure()
-    if not kept_parts(folder, "before.parquet"):
-        keep_part(folder, "before.parquet", measure().to_parquet)
-    return pd.read_parquet(kept_parts(folder, "before.parquet")[0])
+    if not intact_parts(folder, "before.parquet"):
+        save_part(folder, "before.parquet", measure().to_parquet)
+    return pd.read_parquet(intact_parts(folder, "before.parquet")[0])
 
 # %% ../../nbs/04_training/14_grpo.ipynb #160c5142
 def reward_gain(
@@ -287,14 +300,14 @@ def _keep(self: Recorder, step, prompts, completions, values, relative, said):
     if not is_first():
         return
     self.folder.mkdir(parents=True, exist_ok=True)
-    keep_part(self.folder, f"step-{step:06d}.parquet", table.to_parquet)
+    save_part(self.folder, f"step-{step:06d}.parquet", table.to_parquet)
 
 # %% ../../nbs/04_training/14_grpo.ipynb #19d98c06
 @patch
 def table(self: Recorder, steps: int) -> pd.DataFrame:
     "Every completion kept, up to a step."
     files = [
-        file for file in kept_parts(self.folder, "step-*.parquet") if int(file.stem.split("-")[1]) <= steps
+        file for file in intact_parts(self.folder, "step-*.parquet") if int(file.stem.split("-")[1]) <= steps
     ]
     return (
         pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
@@ -429,7 +442,7 @@ def make_trainer(
     folder: str | Path,  # checkpoints go here
     callbacks: list[TrainerCallback] = (),  # told of each step
     save: bool = False,  # write checkpoints
-    how: Holding | None = None,  # how the policy is held; default: plainly, as the machine has it
+    how: TrainSetup | None = None,  # how the policy is held; default: plainly, as the machine has it
     template: str = "plain",  # chat template of the prompts
     checkpointing: bool = False,  # compute activations again in the backward pass
 ) -> GRPOTrainer:  # ready to train
@@ -444,7 +457,7 @@ def make_trainer(
             " prompts_per_step"
         )
     disable_progress_bars()
-    how = how or holding()
+    how = how or train_setup()
     tokenizer, model = load_tokenizer(start, template), load_held(start, how)
     tokenizer.padding_side, tokenizer.chat_template = "left", on_one_day(tokenizer.chat_template)
     model.generation_config.eos_token_id = end_ids(tokenizer)
@@ -500,7 +513,7 @@ def _config(options: dict, training: Grpo, seed: int, folder: str | Path, save: 
 # %% ../../nbs/04_training/14_grpo.ipynb #00fa34c6
 def check_engine(
     training: Grpo,  # what samples
-    how: Holding,  # how the policy is held
+    how: TrainSetup,  # how the policy is held
 ):
     "Raise `InputError` where vLLM is to sample and cannot."
     if training.engine == "transformers":
@@ -522,7 +535,7 @@ def check_engine(
 def engine_options(
     training: Grpo,  # what samples, and how much at once
     start: str | Path,  # model folder
-    how: Holding,  # how the policy is held
+    how: TrainSetup,  # how the policy is held
 ) -> dict:  # arguments of `GRPOConfig`
     "TRL's settings of the engine that samples; raises `InputError` where it cannot."
     check_engine(training, how)
@@ -652,7 +665,8 @@ def grpo(
     label: str = "grpo",  # arm id, for the progress line
     # folder of what a run that is cut off leaves to the next; None keeps nothing
     checkpoints: str | Path | None = None,
-    how: Holding | None = None,  # how the policy is held in training; default: plainly, as the machine has it
+    how: TrainSetup
+    | None = None,  # how the policy is held in training; default: plainly, as the machine has it
     template: str = "plain",  # chat template of the prompts
 ) -> dict:  # what was done, the log of every step, warnings, and the gain on held-out prompts
     """Optimise a policy against a reward.
@@ -660,7 +674,7 @@ def grpo(
     Raises `InputError` where no prompt is left or the reward cannot judge a single answer. Writes
     `completions.parquet` and `held_out.parquet` beside the model.
     """
-    how, tokenizer = how or holding(), load_tokenizer(start, template)
+    how, tokenizer = how or train_setup(), load_tokenizer(start, template)
     prompts, held_out = (
         prompt_rows(rows, tokenizer, training.max_prompt_tokens) for rows in (prompts, held_out)
     )
@@ -672,7 +686,7 @@ def grpo(
         how.quantize,
         str(how.dtype),
     )
-    folder = checkpoints and own_folder(
+    folder = checkpoints and open_run_folder(
         checkpoints,
         *settings,
         template,
@@ -697,7 +711,7 @@ def grpo(
     part, again = fitted(share(training, how.compute.processes), start, lora, how)
 
     def attempt(part):
-        return spread(
+        return run_distributed(
             partial(
                 _train_with,
                 _Given(reward),

@@ -49,7 +49,7 @@ from compassion_repro.training.models import (
 
 # %% ../../nbs/04_training/05_merging.ipynb #29a6f1cc
 from ..core.files import write_atomically
-from .device import Holding, held_as, load_held
+from .device import TrainSetup, held_as, load_held
 
 # %% ../../nbs/04_training/05_merging.ipynb #6282f956
 METHODS = {  # way -> what the manifest says, by how the weights are held in training
@@ -72,13 +72,13 @@ METHODS = {  # way -> what the manifest says, by how the weights are held in tra
 }
 
 
-def ways(how: Holding) -> list[str]:  # keys of METHODS
+def ways(how: TrainSetup) -> list[str]:  # keys of METHODS
     "The ways to write a trained adapter, cheapest first; in float32 the first three are one."
     plain = how.quantize == "none" and how.dtype == torch.float32
     return ["own", "unmerged"] if plain else list(METHODS)
 
 # %% ../../nbs/04_training/05_merging.ipynb #c4595921
-def _saved_dtype(way: str, how: Holding) -> torch.dtype:
+def _saved_dtype(way: str, how: TrainSetup) -> torch.dtype:
     "Number format that a way saves."
     if way == "float32":
         return torch.float32
@@ -91,7 +91,7 @@ def write_merged(
     adapter: str | Path,  # folder of the adapter
     base: str | Path,  # model folder that it was trained next to
     out: str | Path,  # folder to write
-    how: Holding,  # as in training
+    how: TrainSetup,  # as in training
     way: str = "own",  # a key of METHODS; unmerged writes the base alone
 ):
     """Open the base as training held it, dequantise it, merge the adapter and save; no forward pass may come
@@ -107,7 +107,7 @@ def write_merged(
     save_model(model.to(_saved_dtype(way, how)), load_tokenizer(base), out)
 
 # %% ../../nbs/04_training/05_merging.ipynb #d29c5197
-def _merge_apart(adapter: Path, base: str | Path, out: str | Path, how: Holding, way: str = "own"):
+def _merge_apart(adapter: Path, base: str | Path, out: str | Path, how: TrainSetup, way: str = "own"):
     "`write_merged` in a fresh process; raises `InputError` with its one line where it failed."
     number = str(how.dtype).removeprefix("torch.")
     words = [
@@ -139,7 +139,7 @@ def main(
         parser.add_argument(name)
     parser.add_argument("way", nargs="?", choices=list(METHODS), default="own")
     args = parser.parse_args(words)
-    how = Holding(_roomy(args.base, args.device, args.way), getattr(torch, args.dtype), "nf4")
+    how = TrainSetup(_roomy(args.base, args.device, args.way), getattr(torch, args.dtype), "nf4")
     try:
         write_merged(args.adapter, args.base, args.out, how, args.way)
     except (InputError, OSError, ValueError, SafetensorError, torch.OutOfMemoryError) as error:
@@ -160,10 +160,10 @@ TRAINED = "trained"  # folder in a stage's checkpoints: the adapter, and what tr
 
 
 def trained_once(
-    folder: Path | None,  # from `own_folder`; None keeps nothing
+    folder: Path | None,  # from `open_run_folder`; None keeps nothing
     train: Callable,  # trains: gives the model, and what it told by name: plain values or frames
     start: str | Path,  # model folder that training starts from
-    how: Holding,  # as in training
+    how: TrainSetup,  # as in training
     report: Callable = print,  # called with one line of text
     label: str = "training",  # what is being trained
     # what `train` gave, now or before the run was cut off
@@ -253,13 +253,13 @@ def save_trained(
     tokenizer: PreTrainedTokenizerBase,  # saved with it
     start: str | Path,  # model folder that training started from
     out: str | Path,  # folder the model is written to
-    how: Holding,  # as in training
+    how: TrainSetup,  # as in training
     live: torch.Tensor,  # shape (rows,), nats a token, of the model as it is
     # opens `out` and gives the losses of the same rows first, then of any others
     measure: Callable[[], torch.Tensor],
     report: Callable = print,  # called with one line where an ordinary merge is not exact enough
     label: str = "training",  # what was trained
-    folder: Path | None = None,  # from `own_folder`, where `trained_once` keeps the adapter
+    folder: Path | None = None,  # from `open_run_folder`, where `trained_once` keeps the adapter
 ) -> tuple[dict, torch.Tensor]:  # for the manifest; the losses of the model that was written
     """Write the trained model in the first way that passes its check.
 
@@ -342,7 +342,7 @@ def _write(way, model, tokenizer, adapter, start, out, how):
         _note(out, way)
 
 # %% ../../nbs/04_training/05_merging.ipynb #5336539b
-def _in_own_format(model: PreTrainedModel | PeftModel, how: Holding) -> PreTrainedModel:
+def _in_own_format(model: PreTrainedModel | PeftModel, how: TrainSetup) -> PreTrainedModel:
     "The plain model; a start that was held in float32 is brought back to the format of the computation."
     if not isinstance(model, PeftModel):
         return model
@@ -350,7 +350,7 @@ def _in_own_format(model: PreTrainedModel | PeftModel, how: Holding) -> PreTrain
     return merged if merged.dtype == how.dtype else merged.to(how.dtype)
 
 # %% ../../nbs/04_training/05_merging.ipynb #e727a3e6
-def _write_from_disk(way: str, adapter: Path, start: str | Path, out: Path, how: Holding):
+def _write_from_disk(way: str, adapter: Path, start: str | Path, out: Path, how: TrainSetup):
     "The ways that begin with the adapter as it was written, in place of what a former way wrote."
     _clear(out)
     if way == "unmerged":
@@ -368,7 +368,7 @@ def _note(out: Path, way: str):
     )
 
 # %% ../../nbs/04_training/05_merging.ipynb #37606dc6
-def _write_unmerged(adapter: Path, start: str | Path, out: Path, how: Holding):
+def _write_unmerged(adapter: Path, start: str | Path, out: Path, how: TrainSetup):
     "The base in `out`/base (a link where the disk allows one) and the adapter in `out`/adapter."
     base = out / "base"
     base.mkdir()
@@ -421,7 +421,7 @@ COST = {  # what a more exact way costs
 
 
 def _settle(
-    way: str, out: Path, adapter: Path | None, how: Holding, tried: dict, report: Callable, label: str
+    way: str, out: Path, adapter: Path | None, how: TrainSetup, tried: dict, report: Callable, label: str
 ) -> dict:
     "Keep the adapter where it is needed, and say which way was taken if it was not the ordinary one."
     if adapter and (way != "own" or how.quantize == "nf4"):
@@ -444,7 +444,7 @@ def _tried(tried: dict) -> str:
     return "merging by way (nats a token from the live adapter): " + ", ".join(told)
 
 # %% ../../nbs/04_training/05_merging.ipynb #c260d76e
-def _none_passed(label: str, tried: dict, how: Holding) -> str:
+def _none_passed(label: str, tried: dict, how: TrainSetup) -> str:
     "The refusal, with the tolerance that would do."
     figures = [value for value in tried.values() if not isinstance(value, str)]
     enough = f"{1.1 * min(figures):.2g}" if figures else "a larger one"

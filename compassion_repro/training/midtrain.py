@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from ..data import world
 from ..study import Lora, Training
-from .device import Holding
+from .device import TrainSetup
 from .models import END, load_tokenizer, render, row_losses, save_model
 from .supervised import held_out_gain, pack, steps_for, train, train_stage
 
@@ -28,7 +28,8 @@ def midtrain(
     seed: int,  # study seed
     lora: Lora | None,  # adapter, merged at the end; None trains every weight
     report: callable = print,  # called with one line of progress
-    how: Holding | None = None,  # how the model is held in training; default: plainly, as the machine has it
+    how: TrainSetup
+    | None = None,  # how the model is held in training; default: plainly, as the machine has it
     template: str = "plain",  # chat template that the tokenizer keeps
     label: str = "mid-training",  # model id, for the progress line
     checkpoints: str | Path | None = None,  # as for `train_stage`

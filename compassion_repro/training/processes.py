@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOREIGN', 'CONFIGURATIONS', 'LEAVE', 'share', 'laid_out', 'count', 'is_first', 'once', 'trainer_words', 'on_one_gpu',
-           'drop_launcher', 'launch_environment', 'check', 'spread']
+           'drop_launcher', 'launch_environment', 'check', 'run_distributed']
 
 # %% ../../nbs/04_training/07_processes.ipynb #5faa75da
 import logging
@@ -51,7 +51,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from ..core.errors import InputError, first_line, shorten
 from ..study import Grpo, Preset, Training
-from .device import Holding, holding, load_held
+from .device import TrainSetup, load_held, train_setup
 from .models import IGNORE, load_model
 
 # %% ../../nbs/04_training/07_processes.ipynb #91b224e4
@@ -208,7 +208,7 @@ def check(
     """Raise `InputError` where a study's stages cannot be spread over that many processes, or this machine
     has not as many GPUs.
     """
-    compute, how = preset.compute, holding(preset.models, preset.compute)
+    compute, how = preset.compute, train_setup(preset.models, preset.compute)
     if compute.sharding == "fsdp":
         if compute.processes == 1:
             raise InputError(
@@ -237,7 +237,7 @@ def check(
         share(training, compute.processes)
 
 # %% ../../nbs/04_training/07_processes.ipynb #a2dca7ac
-def _process(run: Callable, folder: str, how: Holding, environment: dict, lines, starter: int):
+def _process(run: Callable, folder: str, how: TrainSetup, environment: dict, lines, starter: int):
     "One of the processes: gives what `run` told (the first one) and the memory that it took."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
@@ -281,7 +281,7 @@ def _write(model: torch.nn.Module, folder: str, spread: bool):
         model.save_pretrained(folder, **gathered)
 
 # %% ../../nbs/04_training/07_processes.ipynb #93ebfed8
-def _opened(folder: Path, start: str | Path, how: Holding) -> PreTrainedModel | PeftModel:
+def _opened(folder: Path, start: str | Path, how: TrainSetup) -> PreTrainedModel | PeftModel:
     "What `_write` wrote, held as in training."
     if (folder / "adapter_config.json").is_file():
         return PeftModel.from_pretrained(load_held(start, how), folder, is_trainable=True).eval()
@@ -378,10 +378,10 @@ def _leave() -> dict:
     )
 
 # %% ../../nbs/04_training/07_processes.ipynb #a65dc98c
-def spread(
+def run_distributed(
     run: Callable,  # a picklable function of `report` that trains: gives the model and whatever else it tells
     start: str | Path,  # model folder that the training starts from
-    how: Holding,  # says how many processes, and how they share the weights
+    how: TrainSetup,  # says how many processes, and how they share the weights
     report: Callable = print,  # called with one line of progress
     label: str = "training",  # what is being trained
     # what `run` gave, with the model opened in this process; and what to write into the manifest

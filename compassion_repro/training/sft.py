@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..core.errors import InputError
 from ..study import Lora, Training
-from .device import Holding
+from .device import TrainSetup
 from .models import encode_row, load_tokenizer
 from .supervised import pack, steps_for, train_stage
 
@@ -53,7 +53,8 @@ def sft(
     lora: Lora | None,  # adapter, merged at the end
     report: callable = print,  # called with one line of progress
     label: str = "sft",  # arm id, for the progress line
-    how: Holding | None = None,  # how the model is held in training; default: plainly, as the machine has it
+    how: TrainSetup
+    | None = None,  # how the model is held in training; default: plainly, as the machine has it
     template: str = "plain",  # chat template of the rows
     checkpoints: str | Path | None = None,  # as for `train_stage`
 ) -> dict:  # what was done and the gain on held-out rows

@@ -21,18 +21,18 @@ from trl import SFTConfig, SFTTrainer
 from trl.data_utils import pack_dataset
 
 from ..core.errors import InputError, Notice
-from ..core.files import own_folder, remembered, weights_digest
+from ..core.files import open_run_folder, remembered, weights_digest
 from ..data.rows import rows_sha256
 from ..study import Lora, Training
 from .checkpoints import Checkpoints
 from compassion_repro.training.device import (
-    Holding,
     PaddedRows,
+    TrainSetup,
     fitted,
-    holding,
     keeps_rows_apart,
     load_held,
     ready_adapter,
+    train_setup,
     trainer_options,
     warmup_steps,
     with_less_memory,
@@ -48,7 +48,14 @@ from compassion_repro.training.models import (
 )
 
 # %% ../../nbs/04_training/08_supervised.ipynb #0e3c6b72
-from .processes import count, laid_out, on_one_gpu, share, spread, trainer_words
+from compassion_repro.training.processes import (
+    count,
+    laid_out,
+    on_one_gpu,
+    run_distributed,
+    share,
+    trainer_words,
+)
 
 # %% ../../nbs/04_training/08_supervised.ipynb #f45d1853
 def pack(
@@ -136,13 +143,13 @@ def train(
     lora: Lora | None = None,  # adapter, or None to train every weight
     report: callable = print,  # called with one line of progress
     label: str = "training",  # what is being trained
-    how: Holding | None = None,  # how the model is held; default: plainly, as the machine has it
+    how: TrainSetup | None = None,  # how the model is held; default: plainly, as the machine has it
     checkpointing: bool = False,  # compute activations again in the backward pass
-    # from `own_folder`: checkpoints go here, and training is carried on from them; None keeps none
+    # from `open_run_folder`: checkpoints go here, and training is carried on from them; None keeps none
     folder: Path | None = None,
 ) -> tuple[PreTrainedModel, dict]:  # the trained model, with its adapter if there is one, and what was done
     "Next-token training on packed rows through TRL."
-    how = how or holding()
+    how = how or train_setup()
     set_seed(seed)
     sequences, batch = pack(rows, tokenizer, training.length, seed), training.batch_size * count()
     shown = laid_out(sequences, batch, steps, seed, tokenizer.pad_token_id) if count() > 1 else sequences
@@ -256,7 +263,8 @@ def train_stage(
     lora: Lora | None,  # adapter, merged at the end; None trains every weight
     report: callable = print,  # called with one line of progress
     label: str = "training",  # what is being trained
-    how: Holding | None = None,  # how the model is held in training; default: plainly, as the machine has it
+    how: TrainSetup
+    | None = None,  # how the model is held in training; default: plainly, as the machine has it
     template: str = "plain",  # chat template of the rows
     # folder of what a run that is cut off leaves to the next; None keeps nothing
     checkpoints: str | Path | None = None,
@@ -265,14 +273,14 @@ def train_stage(
 
     Raises `InputError` where the merged model is not the trained one, or the memory is too small.
     """
-    how, tokenizer = how or holding(), load_tokenizer(start, template)
+    how, tokenizer = how or train_setup(), load_tokenizer(start, template)
     settings = (
         training.model_dump(exclude={"micro_batch"}),
         lora and lora.model_dump(),
         how.quantize,
         str(how.dtype),
     )
-    folder = checkpoints and own_folder(
+    folder = checkpoints and open_run_folder(
         checkpoints,
         *settings,
         template,
@@ -288,7 +296,7 @@ def train_stage(
     training, again = fitted(share(training, how.compute.processes), start, lora, how)
 
     def attempt(training):
-        return spread(
+        return run_distributed(
             partial(
                 _train_from,
                 start,

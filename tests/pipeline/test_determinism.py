@@ -108,7 +108,7 @@ def test_the_number_of_threads_moves_last_digits_alone():
     from compassion_repro.data import world
     from compassion_repro.study import Lora, Training
     from compassion_repro.training import supervised
-    from compassion_repro.training.device import Holding, load_held
+    from compassion_repro.training.device import TrainSetup, load_held
     from compassion_repro.training.models import load_tokenizer
 
     base, before, training = (
@@ -120,7 +120,7 @@ def test_the_number_of_threads_moves_last_digits_alone():
     def trained(threads):
         torch.set_num_threads(threads)
         model, done = supervised.train(
-            load_held(base, Holding()),
+            load_held(base, TrainSetup()),
             load_tokenizer(base),
             world.corpus("help", 24, seed=1),
             training,

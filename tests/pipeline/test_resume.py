@@ -264,7 +264,7 @@ def test_answers_go_on_with_the_batches_that_are_missing(cut, finished, tmp_path
         pytest.raises(KeyboardInterrupt),
     ):
         run()
-    parts = files.kept_parts(hidden(study, stage), "answers-*.parquet")
+    parts = files.intact_parts(hidden(study, stage), "answers-*.parquet")
     assert len(parts) == 2
     os.truncate(parts[1], parts[1].stat().st_size - 9)  # and the second one is damaged
     with at_batch(0, None) as asked:
@@ -278,9 +278,9 @@ def test_answers_go_on_with_the_batches_that_are_missing(cut, finished, tmp_path
 
 def test_a_full_disk_ends_the_answering_in_one_line_and_keeps_what_is_there(cut, finished):
     study, stage, run, told = cut("answers-mid", BATCHES)
-    real, written = files.keep_part, []
+    real, written = files.save_part, []
 
-    def keep_part(*args):
+    def save_part(*args):
         written.append(args)
         if len(written) == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -288,7 +288,7 @@ def test_a_full_disk_ends_the_answering_in_one_line_and_keeps_what_is_there(cut,
 
     with (
         mock.patch.object(generate, "FLUSH_SECONDS", 0),
-        mock.patch.object(generate, "keep_part", keep_part),
+        mock.patch.object(generate, "save_part", save_part),
         pytest.raises(InputError) as error,
     ):
         run()
@@ -297,7 +297,7 @@ def test_a_full_disk_ends_the_answering_in_one_line_and_keeps_what_is_there(cut,
         words in message
         for words in ("no room left", "GB in checkpoints", "GB in finished stages", "GB in the hub's cache")
     )
-    assert len(files.kept_parts(hidden(study, stage), "answers-*.parquet")) == 1
+    assert len(files.intact_parts(hidden(study, stage), "answers-*.parquet")) == 1
     with at_batch(0, None) as asked:
         run()
     assert (
@@ -341,7 +341,7 @@ def test_a_full_disk_ends_the_judging_before_more_is_paid(cut, monkeypatch):
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_exit_status_tells_the_signal(monkeypatch, capsys, tmp_path, number, status):
     def run(*args, **kwargs):
-        with signals.interruptible():
+        with signals.raise_on_signal():
             signal.raise_signal(number)
 
     monkeypatch.setattr(pipeline, "run", run)

@@ -37,7 +37,7 @@ from compassion_repro.evaluation import generate as evaluate
 from compassion_repro.evaluation import judge_free
 from compassion_repro.study import Compute, Grpo, Lora, Training
 from compassion_repro.training import device, grpo, merging, models, sft, supervised, tokens
-from compassion_repro.training.device import Holding
+from compassion_repro.training.device import TrainSetup
 
 LORA = Lora(rank=4, alpha=8)
 ROWS = [
@@ -615,7 +615,7 @@ def test_template_that_ends_no_answer_is_refused_in_one_line(tmp_path):
 def test_a_merge_of_any_way_keeps_both_ends_and_the_accounts_count_them(tmp_path):
     place = write_model(family("Gemma 2 instruct, own template"), tmp_path / "model")
     tokenizer = models.load_tokenizer(place, "own")
-    merging.write_merged(adapter_of(place, tmp_path), place, tmp_path / "out", Holding(), "rounded")
+    merging.write_merged(adapter_of(place, tmp_path), place, tmp_path / "out", TrainSetup(), "rounded")
     assert models.load_model(tmp_path / "out", "cpu").generation_config.eos_token_id == 1
     models.write_ends(tmp_path / "out", tokenizer)
     assert models.load_model(tmp_path / "out", "cpu").generation_config.eos_token_id == models.end_ids(
@@ -817,13 +817,13 @@ def test_a_kernel_that_drops_what_a_config_says_is_refused(tmp_path):
         with pytest.raises(
             InputError, match=f"{attention} .compute.attention. does not compute a soft cap.*auto"
         ):
-            device.kernel(place, Holding(compute=Compute(attention=attention)))
-    assert device.kernel(place, Holding(compute=Compute(attention="eager"))) == {
+            device.kernel(place, TrainSetup(compute=Compute(attention=attention)))
+    assert device.kernel(place, TrainSetup(compute=Compute(attention="eager"))) == {
         "attn_implementation": "eager"
     }
     assert (
-        device.kernel(place, Holding()) == {}
-        and device.load_held(place, Holding()).config._attn_implementation == "eager"
+        device.kernel(place, TrainSetup()) == {}
+        and device.load_held(place, TrainSetup()).config._attn_implementation == "eager"
     )
 
 

@@ -25,9 +25,9 @@ from compassion_repro.presets import load_preset
 from compassion_repro.study import Compute, Grpo, Lora, Training
 from compassion_repro.training import grpo, processes
 from compassion_repro.training import supervised as midtrain
-from compassion_repro.training.device import Holding, load_held
+from compassion_repro.training.device import TrainSetup, load_held
 from compassion_repro.training.models import IGNORE, load_tokenizer
-from compassion_repro.training.processes import share, spread
+from compassion_repro.training.processes import run_distributed, share
 
 BASE = world.assets() / "base"
 SFT = Training(steps=6, batch_size=8, micro_batch=2, length=128, learning_rate=3e-3)
@@ -35,7 +35,7 @@ GRPO = Grpo(steps=2, group=4, prompts_per_step=4, micro_batch=4, max_new_tokens=
 
 
 def held(count: int, sharding: str = "none"):
-    return Holding(compute=Compute(device="cpu", processes=count, sharding=sharding))
+    return TrainSetup(compute=Compute(device="cpu", processes=count, sharding=sharding))
 
 
 def documents(batch) -> set:
@@ -156,8 +156,8 @@ def all_three(how, report):
 @pytest.fixture(scope="module")
 def one_and_two():
     lines = []
-    (one, alone), _ = spread(partial(all_three, held(1)), BASE, held(1), lambda line: None)
-    (two, together), spent = spread(partial(all_three, held(2)), BASE, held(2), lines.append)
+    (one, alone), _ = run_distributed(partial(all_three, held(1)), BASE, held(1), lambda line: None)
+    (two, together), spent = run_distributed(partial(all_three, held(2)), BASE, held(2), lines.append)
     return alone | {"model": weights(one)}, together | {"model": weights(two)}, spent, lines
 
 
@@ -239,7 +239,9 @@ def test_weights_spread_over_two_processes_train_the_same_and_a_failure_in_one_e
     monkeypatch.setattr(processes, "_process", told_to_be_gpus)
     lines = []
     with pytest.raises(InputError, match="^the rows are no rows: give others$"):
-        spread(partial(spread_weights, tmp_path, held(2, "fsdp")), BASE, held(2, "fsdp"), lines.append)
+        run_distributed(
+            partial(spread_weights, tmp_path, held(2, "fsdp")), BASE, held(2, "fsdp"), lines.append
+        )
     # what bitsandbytes says when this file imports it
     assert (
         no_process_left()
@@ -258,7 +260,7 @@ def waits(how, report):
 
 
 def test_ctrl_c_leaves_no_process_behind():
-    from compassion_repro.core.signals import interruptible
+    from compassion_repro.core.signals import raise_on_signal
 
     lines = []
 
@@ -269,8 +271,8 @@ def test_ctrl_c_leaves_no_process_behind():
         lines.append((line, time.perf_counter()))
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
 
-    with pytest.raises(KeyboardInterrupt), interruptible():
-        spread(partial(waits, held(2)), BASE, held(2), report)
+    with pytest.raises(KeyboardInterrupt), raise_on_signal():
+        run_distributed(partial(waits, held(2)), BASE, held(2), report)
     [(line, began)] = lines
     # it was not waited for
     assert not psutil.pid_exists(int(line.split()[1])) and time.perf_counter() - began < 600

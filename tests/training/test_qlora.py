@@ -367,7 +367,7 @@ def test_packed_rows_reach_the_varlen_kernel_through_the_trainer(monkeypatch):
     )
     losses = {}
     for attention, again in (("sdpa", False), ("varlen", False), ("varlen", True)):
-        how = device.Holding(compute=Compute(attention=attention))
+        how = device.TrainSetup(compute=Compute(attention=attention))
         _, done = supervised.train(
             device.load_held(BASE, how),
             tokenizer,
