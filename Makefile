@@ -30,6 +30,7 @@ repro: $(READY)  ## the whole study on the embedded miniature world (CPU, no net
 
 test: check tests  ## everything that CI checks: notebooks in sync, every notebook's tests, the end-to-end tests
 
+tests: export OMP_NUM_THREADS = 1
 tests: $(READY)  ## pytest in two workers: one item a notebook, and the end-to-end, crash and bad-input tests
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile tests
 
