@@ -1090,6 +1090,7 @@ def _leave(status: int) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, AttributeError):
         pass  # a full disk: Python says so at its end; no stdout at all
+    exec("")  # clears what an interrupted `exec` of a library left, see above
     last = threading.Timer(LEAVE, os._exit, (status,))
     last.daemon = True
     last.start()

@@ -138,3 +138,17 @@ def test_a_fork_dies_of_sigterm_without_a_word(tmp_path):
     )
     done = program(tmp_path, act=act)
     assert (done.returncode, done.stderr) == (15, "")
+
+
+@pytest.mark.parametrize("status", [130, 143])
+def test_an_interrupt_inside_a_string_of_code_does_not_change_the_status(tmp_path, status):
+    (tmp_path / "ends.py").write_text(
+        "import sys\n"
+        "from compassion_repro.cli import _leave\n"
+        "try:\n    exec('raise KeyboardInterrupt')\n"
+        "except KeyboardInterrupt:\n    pass\n"
+        f"sys.exit(_leave({status}))\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-m", "ends"], env=os.environ | {"PYTHONPATH": path})
+    assert done.returncode == status
