@@ -39,7 +39,14 @@ def test_killed_twice_a_study_ends_as_if_nothing_had_happened(finished, tmp_path
 
 
 def test_killed_or_failing_at_any_file_operation_a_study_is_made_by_the_next_start():
-    walk = [sys.executable, Path(__file__).with_name("walk.py"), "creation", "--sample", "--workers", "2"]
+    walk = [
+        sys.executable,
+        Path(__file__).resolve().parents[1] / "walk.py",
+        "creation",
+        "--sample",
+        "--workers",
+        "2",
+    ]
     done = subprocess.run(walk, capture_output=True, text=True)
     found = json.loads(done.stdout)
     assert not found["bad"] and found["operations"] >= 20 and found["struck"] == 2 * found["operations"], (

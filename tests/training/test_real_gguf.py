@@ -16,6 +16,7 @@ from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from compassion_repro.core.errors import InputError
+from compassion_repro.data import world
 from compassion_repro.pipeline.plan import disk, plan
 from compassion_repro.pipeline.preflight import Preflight, check_models
 from compassion_repro.presets import load_preset
@@ -423,7 +424,7 @@ def ordinary_cache(home, monkeypatch):
     monkeypatch.undo()
 
 
-POCKET = Path(model_files.__file__).parent / "assets" / "pocket" / "documents.jsonl"
+POCKET = world.assets() / "pocket" / "documents.jsonl"
 
 
 def test_the_written_documents_are_rows_of_text():
