@@ -622,7 +622,6 @@ def _load_options(source, device, packed, options) -> dict:
         "dtype": torch.float32 if device == "meta" else pick_dtype(device),
         **_exact_attention(source, options),
         **options,
-        "trust_remote_code": False,
     }
 
 # %% ../../nbs/04_training/01_models.ipynb #c00a5d8c
@@ -637,7 +636,9 @@ def _read_network(source, settings) -> tuple[PreTrainedModel, dict]:
     "The network with its weights, and which of them were missing or left over."
     try:
         return AutoModelForCausalLM.from_pretrained(
-            source, **settings, use_safetensors=True, output_loading_info=True
+            source,
+            **settings | {"use_safetensors": True, "trust_remote_code": False},
+            output_loading_info=True,
         )
     except _NOT_OPENED as error:
         if "trust_remote_code" in str(error):
