@@ -69,7 +69,8 @@ for name in json.loads(sys.stdin.readline()):
 assert not [name for name in sys.modules if name.startswith("compassion_repro")]
 gc.freeze()
 while line := sys.stdin.readline():
-    job, end = json.loads(line), time.monotonic() + json.loads(line)["seconds"]
+    job = json.loads(line)
+    end = time.monotonic() + job["seconds"]
     if not (child := os.fork()):
         break
     while (found := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < end:

@@ -226,6 +226,21 @@ def plot_scores(
     pyplot.close(figure)  # shown where it is returned to, and only there
     return figure
 
+# %% ../../nbs/08_report/00_figures.ipynb #e90c5b17
+def _paper_mark():
+    "The paper's figure in a legend, a `Line2D`."
+    from matplotlib.lines import Line2D
+
+    return Line2D(
+        [],
+        [],
+        linestyle="",
+        marker="D",
+        markerfacecolor="white",
+        markeredgecolor="black",
+        label=PAPER_LABEL,
+    )
+
 # %% ../../nbs/08_report/00_figures.ipynb #d3f42cb2
 def _legend(figure, means: pd.DataFrame, settings: Statistics, columns: int) -> None:
     "What line, diamond and hatching mean, below the panels."
@@ -244,17 +259,7 @@ def _legend(figure, means: pd.DataFrame, settings: Statistics, columns: int) -> 
         )
     ]
     if means["paper"].notna().any():
-        handles.append(
-            Line2D(
-                [],
-                [],
-                linestyle="",
-                marker="D",
-                markerfacecolor="white",
-                markeredgecolor="black",
-                label=PAPER_LABEL,
-            )
-        )
+        handles.append(_paper_mark())
     if means["model"].str.contains("@").any():
         handles.append(
             Patch(facecolor="white", edgecolor="black", hatch="///", label="not from the mid-trained model")
@@ -447,17 +452,7 @@ def _claim_legend(figure, rows: pd.DataFrame) -> None:
         )
     ]
     if rows["paper"].notna().any():
-        handles.append(
-            Line2D(
-                [],
-                [],
-                linestyle="",
-                marker="D",
-                markerfacecolor="white",
-                markeredgecolor="black",
-                label=PAPER_LABEL,
-            )
-        )
+        handles.append(_paper_mark())
     if rows["margin"].notna().any():
         handles.append(Patch(facecolor="#CFE0EE", label="margin of a claim of no (or no smaller) effect"))
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
