@@ -7,7 +7,9 @@ __all__ = ['GRACE_SECONDS', 'RESEND_EVERY', 'send_again', 'stoppable', 'raise_on
 
 # %% ../../nbs/00_core/02_signals.ipynb #8e6e64db
 import _thread
+import logging
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,6 +81,29 @@ def stoppable(
     if stop.asked is not None:
         send_again(stop.asked)
 
+# %% ../../nbs/00_core/02_signals.ipynb #5d1c7a41
+def _is_interrupt(error: BaseException | None) -> bool:
+    "Whether an error is an interrupt, or a group of nothing else."
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(KeyboardInterrupt)[1] is None
+    return isinstance(error, KeyboardInterrupt)
+
+
+def _worth_logging(record: logging.LogRecord) -> bool:
+    "A filter for the log of `asyncio` that lets everything through but interrupts."
+    return not (record.exc_info and _is_interrupt(record.exc_info[1]))
+
+
+@contextmanager
+def _uncaught_unreported():
+    "Keep Python from printing a traceback of interrupts that nobody can catch."
+    report = sys.unraisablehook
+    sys.unraisablehook = lambda args: None if _is_interrupt(args.exc_value) else report(args)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = report
+
 # %% ../../nbs/00_core/02_signals.ipynb #ebc4f968
 RESEND_EVERY = 4.0  # seconds after which a signal that was swallowed is sent again
 
@@ -96,6 +121,7 @@ def raise_on_signal():
 
     def note(number, frame):
         if not seen:
+            logging.getLogger("asyncio").addFilter(_worth_logging)
             threading.Thread(target=insist, args=(number,), daemon=True).start()
         seen.append(number)
         raise KeyboardInterrupt(number)
@@ -103,7 +129,8 @@ def raise_on_signal():
     main = threading.current_thread() is threading.main_thread()
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
     try:
-        yield
+        with _uncaught_unreported():
+            yield
     except (Exception, KeyboardInterrupt):
         if not seen:
             raise

@@ -152,3 +152,50 @@ def test_an_interrupt_inside_a_string_of_code_does_not_change_the_status(tmp_pat
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, "-m", "ends"], env=os.environ | {"PYTHONPATH": path})
     assert done.returncode == status
+
+
+IN_TASKS = """
+import asyncio, gc, signal
+from compassion_repro.core.signals import raise_on_signal
+
+async def struck():
+    signal.raise_signal({number})
+
+async def one():
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(struck())
+        await asyncio.sleep(60)
+
+async def wrapped():
+    try:
+        await one()
+    except BaseException as error:
+        raise BaseExceptionGroup("of a library", [error]) from None
+
+async def failed():
+    raise ValueError("of a library")
+
+async def another_failed():
+    asyncio.create_task(failed())
+    await asyncio.sleep(0)
+    await struck()
+
+for task in (one, wrapped, another_failed):
+    try:
+        with raise_on_signal():
+            asyncio.run(task())
+    except KeyboardInterrupt as interrupt:
+        assert interrupt.args == ({number},)
+    else:
+        raise AssertionError("it went on")
+    gc.collect()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_an_interrupt_in_a_task_is_not_reported_and_an_error_is(number):
+    code = IN_TASKS.format(number=int(number))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("ValueError: of a library") == 1, done.stderr
+    assert "KeyboardInterrupt" not in done.stderr, done.stderr
