@@ -25,7 +25,7 @@ from ..core.errors import InputError
 from ..core.files import is_local, writable
 from ..data import hub
 from . import machine
-from .stages import prepare, study_tasks, training_rows
+from .stages import adapter_as_base, prepare, study_tasks, training_rows
 from ..presets import load_preset, presets
 from ..store.folder import Study
 from ..study import Preset, data_label, data_parts, judge_names
@@ -132,10 +132,7 @@ def look_at_model(
     folder = models.find_model(source)
     if hub.is_adapter(folder):
         if base:
-            raise InputError(
-                f"{source} is an adapter, no whole model: "
-                "give the model it belongs to as models.base and the adapter as models.given.<model>"
-            )
+            raise adapter_as_base(source)
         return folder
     models.check_architecture(folder)
     tokenizer = models.load_tokenizer(folder, template)

@@ -369,10 +369,10 @@ def test_want_of_memory_outside_of_training_is_one_line(kind, words):
 
     work = types.SimpleNamespace(stage=types.SimpleNamespace(id=f"{kind}-mid", kind=kind))
     with pytest.raises(InputError, match=f"{kind}-mid: out of memory on this device: {words}") as caught:
-        stages._told(runs_out)(work)
+        stages._advising(runs_out)(work)
     assert "\n" not in str(caught.value)
     with pytest.raises(KeyError):
-        stages._told(breaks)(work)
+        stages._advising(breaks)(work)
 
 
 # --- broken models and presets
