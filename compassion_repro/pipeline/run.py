@@ -26,7 +26,7 @@ from compassion_repro.store.folder import (
     Study,
     check_for_report,
     check_passes,
-    note_laid_together,
+    note_sources_of_tables,
     take_stock,
 )
 from ..store.graph import Stage, data_settings, source_settings
@@ -187,7 +187,7 @@ def collect(
             table["study"] = study.folder.name
         with writable(study.folder):
             write_recorded(study.folder, f"{name}.parquet", table.to_parquet)
-    note_laid_together(study, stages)
+    note_sources_of_tables(study, stages)
 
 # %% ../../nbs/09_pipeline/06_run.ipynb #3930cc4e
 def compare_templates(
