@@ -194,7 +194,7 @@ def run(args) -> int:
     folder = _study_folder(args, preset)
     from compassion_repro.pipeline import run as pipeline
 
-    preset = pipeline.settle_template(preset)
+    preset = pipeline.choose_template(preset)
     _agree_to_judges(args, preset, folder)
     with talking() as (say, report):
         study = pipeline.run(

@@ -230,9 +230,9 @@ def test_the_form_of_the_questions_is_settled_from_the_tokenizers(tmp_path, base
             *(f"{key}={folder}" for key, folder in models.items()),
         ],
     )
-    settled = pipeline.settle_template(preset)
+    settled = pipeline.choose_template(preset)
     assert (settled.generation.template, settled.generation.templates) == (template, others)
-    assert pipeline.settle_template(settled) is settled and {s.id for s in graph(settled)} <= {
+    assert pipeline.choose_template(settled) is settled and {s.id for s in graph(settled)} <= {
         s.id for s in graph(preset)
     }
     assert settled.models_compared == preset.models_compared
