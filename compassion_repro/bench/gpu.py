@@ -45,6 +45,7 @@ from ..evaluation.generate import generate_answers
 from ..training.grpo import engine_ended, make_trainer, prompt_rows
 
 # %% ../../nbs/10_bench/00_gpu.ipynb #1d1204e9
+from ..core.compat import GRPO_PARTS
 from ..core.errors import first_line
 from ..core.files import write_atomically
 from ..store.folder import provenance
@@ -456,14 +457,6 @@ class StandInReward:
 class _StepClock(TrainerCallback):
     "Seconds of every step, and of the trainer's methods within it."
 
-    METHODS = {
-        "_generate": "generation",
-        "_calculate_rewards": "reward",
-        "compute_loss": "forward",
-        "training_step": "all",
-        "_prepare_inputs": "prepared",
-    }
-
     def __init__(self):
         self.steps, self.parts = [], []
 
@@ -471,7 +464,7 @@ class _StepClock(TrainerCallback):
 @patch
 def watch(self: _StepClock, trainer):
     "Put a clock around each method."
-    for method, name in self.METHODS.items():
+    for method, name in GRPO_PARTS.items():
         setattr(trainer, method, partial(self._timed, getattr(trainer, method), name))
 
 # %% ../../nbs/10_bench/00_gpu.ipynb #1d3dfaf5
@@ -503,10 +496,7 @@ def _by_part(clock: _StepClock) -> dict[str, float]:
     What `_prepare_inputs` does beside generation and reward is the reference's forward pass; the backward
     pass is what a training step does beside these.
     """
-    median = {
-        name: statistics.median(step[name] for step in clock.parts[1:])
-        for name in _StepClock.METHODS.values()
-    }
+    median = {name: statistics.median(step[name] for step in clock.parts[1:]) for name in GRPO_PARTS.values()}
     return {
         "generation": median["generation"],
         "reward": median["reward"],
