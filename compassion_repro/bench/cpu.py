@@ -27,6 +27,7 @@ from ..evaluation.inspect_runner import run_inspect
 from ..sandbox.jail import level, run_code, run_many
 from ..sandbox.walls import FLAGS, interpreter_files
 from ..study import Generation, Grpo, Lora
+from ..training.device import TrainRun
 from ..training.grpo import Recorder, _Progress, make_trainer, prompt_rows
 from ..training.models import load_model, load_tokenizer
 
@@ -95,7 +96,8 @@ def benchmark_grpo(
                     if kind == "ours"
                     else (_constant, [watch])
                 )
-                make_trainer(start, prompts, training, turn, lora, used, folder, callbacks).train()
+                run = TrainRun(turn, lora)
+                make_trainer(start, prompts, training, used, folder, run, callbacks).train()
                 seconds[kind] += [after - before for before, after in zip(watch.ticks, watch.ticks[1:])]
     ours, bare = median(seconds["ours"]), median(seconds["bare"])
     return {

@@ -49,7 +49,7 @@ from ..core.errors import first_line
 from ..core.files import write_atomically
 from ..store.folder import provenance
 from ..study import Compute, Generation, Grpo, Lora, Models, Training
-from ..training.device import TrainSetup, fitted, load_held, train_setup
+from ..training.device import TrainRun, TrainSetup, fitted, load_held, train_setup
 from compassion_repro.training.memory import (
     Held,
     Shape,
@@ -338,11 +338,7 @@ def train_ours(
             rows,
             training,
             training.steps,
-            0,
-            bench.lora,
-            lambda line: None,
-            "speed",
-            how,
+            TrainRun(0, bench.lora, lambda line: None, "speed", setup=how),
             again,
         )
     _empty(model)
@@ -555,12 +551,10 @@ def grpo_ours(
             bench.folder,
             prompts,
             training,
-            0,
-            bench.lora,
             score,
             folder,
+            TrainRun(0, bench.lora, setup=how),
             [clock],
-            how=how,
             checkpointing=again,
         )
         made(trainer)

@@ -44,6 +44,7 @@ class Progress:
         self.began = self.last = time.perf_counter()
 
     def advance(self, count: int = 1) -> None:
+        "Count some more; the last one is always reported."
         now, self.done = time.perf_counter(), self.done + count
         if now - self.last < 1 and self.done < self.total:
             return
@@ -56,6 +57,7 @@ class Progress:
 # %% ../../nbs/05_evaluation/03_inspect_runner.ipynb #7122dee2
 @functools.cache
 def _temporary() -> tempfile.TemporaryDirectory:
+    "Deleted when the process ends."
     return tempfile.TemporaryDirectory(prefix="compassion-", ignore_cleanup_errors=True)
 
 # %% ../../nbs/05_evaluation/03_inspect_runner.ipynb #39dd05db
@@ -105,7 +107,7 @@ async def about_tokens(self, text: str) -> int:
 @contextlib.contextmanager
 def _no_keys_in_logs():
     """Inspect's logs, and its traces in the user's home, without keys: what a service says of a refused key
-    would stand in them, several times a sample.
+    would be in them, several times a sample.
     """
     write, trace = eval_logs.to_json_safe, TraceFormatter.format
     with (
