@@ -21,7 +21,6 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from unittest import mock
 
 import datasets
 import numpy as np
@@ -29,8 +28,6 @@ import pandas as pd
 import yaml
 from babel import Locale
 from inspect_ai import Task
-from inspect_ai._eval.loader import create_file_tasks, load_file_tasks
-from inspect_ai._util.decorator import parse_decorators
 from inspect_ai.dataset import MemoryDataset
 from inspect_ai.model import Model
 from inspect_evals.anima import anima
@@ -38,6 +35,7 @@ from inspect_evals.anima import dataset as anima_data
 from inspect_evals.moru import dataset as moru_data
 from inspect_evals.moru import moru
 
+from ..core.compat import load_task_file, make_tasks, patched, patched_environment
 from ..core.errors import InputError, shorten
 from ..core.files import _BENCHMARK_FILES, _without_mark, content_hash
 from ..data import hub, world
@@ -409,8 +407,8 @@ def _quiet_loading(cache: Path):
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     own = (
-        mock.patch.object(datasets.config, "HF_DATASETS_CACHE", cache / "arrow"),
-        mock.patch.dict(os.environ, XDG_CACHE_HOME=str(cache)),
+        patched(datasets.config, HF_DATASETS_CACHE=cache / "arrow"),
+        patched_environment({"XDG_CACHE_HOME": str(cache)}),
     )
     with own[0], own[1], contextlib.redirect_stdout(io.StringIO()):
         try:
@@ -605,9 +603,8 @@ def _task_of_a_file(
         raise InputError(f"benchmark {name!r}: there is no file {file}")
     try:
         compile(path.read_bytes(), str(path), "exec")  # Inspect finds no task in what is no Python
-        load_file_tasks(path)  # anew: Inspect would take a task of this name from a file that it read before
-        names = [found for found, *_ in parse_decorators(path, "task")]
-        tasks = create_file_tasks(
+        names = load_task_file(path)
+        tasks = make_tasks(
             path, [wanted] if wanted in names else names if len(names) == 1 and not wanted else []
         )
     except ModuleNotFoundError as error:

@@ -23,7 +23,6 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from inspect_ai import Epochs, task_with
-from inspect_ai._util.registry import registry_find, registry_info
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
@@ -35,6 +34,7 @@ from transformers import (
 )
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
+from ..core.compat import provider_names
 from ..core.errors import InputError, Notice
 from ..core.files import intact_parts, open_run_folder, save_part
 from ..data.hub import is_adapter
@@ -435,11 +435,7 @@ def is_hosted(
     "Whether a name is an Inspect model id, rather than weights for our own generator."
     if model.startswith(("hf/", "world:")) or Path(model).expanduser().exists() or "/" not in model:
         return False
-    names = {
-        registry_info(provider).name.split("/")[-1]
-        for provider in registry_find(lambda info: info.type == "modelapi")
-    }
-    return model.split("/")[0] in names
+    return model.split("/")[0] in provider_names()
 
 # %% ../../nbs/05_evaluation/05_generate.ipynb #2b14533c
 def find_local(

@@ -19,11 +19,9 @@ import re
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from unittest import mock
 
 import anyio
 from fastcore.basics import patch
-from inspect_ai._util.http import parse_retry_after
 from inspect_ai.model import (
     ChatMessageUser,
     GenerateConfig,
@@ -37,6 +35,7 @@ from inspect_ai.model import (
 from inspect_evals.anima import scorer as anima_scoring
 from tenacity import wait_exponential_jitter
 
+from ..core.compat import extend, retry_after, token_counts
 from ..core.errors import InputError, redact, shorten
 from ..core.files import _folder_identity
 from .benchmarks import one_line
@@ -399,7 +398,7 @@ def asked_to_wait(
     "Seconds that a service wants to be left alone, from the Retry-After of its answer."
     headers = getattr(getattr(error, "response", None), "headers", None)
     try:
-        return float(parse_retry_after(headers) or 0) if headers else 0.0
+        return float(retry_after(headers) or 0) if headers else 0.0
     except (TypeError, ValueError):
         return 0.0
 
@@ -570,7 +569,7 @@ def judge_model(
 def _use_replies(api: ModelAPI, replies: Replies, identity: str):
     "Put `CachedJudge` over an opened provider."
     api.replies, api.locks, api.identity = replies, {}, identity
-    api.__class__ = type(f"CachedJudge{type(api).__name__}", (CachedJudge, type(api)), {})
+    extend(api, CachedJudge)
 
 # %% ../../nbs/05_evaluation/06_judges.ipynb #bd0884b2
 def open_judge(
@@ -643,7 +642,7 @@ def try_judge(
     )
     model = open_judge(judge, {"max_retries": 1, "timeout": 120, **(settings or {})})
     try:
-        with mock.patch.object(ModelAPI, "count_text_tokens", about_tokens):
+        with token_counts(about_tokens):
             reply = asyncio.run(_try_once(model, prompt))
     except Exception as error:
         raise InputError(

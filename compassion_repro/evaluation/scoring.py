@@ -8,7 +8,6 @@ __all__ = ['load_task', 'load_tasks', 'with_judge', 'saved_answers', 'mean_where
 
 # %% ../../nbs/05_evaluation/07_scoring.ipynb #58eec44e
 import asyncio
-import contextlib
 import copy
 import json
 import re
@@ -17,7 +16,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import pandas as pd
 from inspect_ai import Epochs, Task, task_with
@@ -26,7 +24,6 @@ from inspect_ai.log import EvalLog, EvalSample, list_eval_logs, read_eval_log
 from inspect_ai.model import GenerateConfig, Model, ModelOutput, get_model
 from inspect_ai.scorer import Score, Target, mean_score, score_reducer, value_to_float
 from inspect_ai.solver import Solver, TaskState, solver
-from inspect_evals.anima import scorer as anima_scoring
 
 from .benchmarks import LoadedTask, load_benchmark, load_named_task, one_line
 from compassion_repro.evaluation.judges import (
@@ -42,6 +39,7 @@ from compassion_repro.evaluation.judges import (
 from ..study import DETERMINISTIC
 
 # %% ../../nbs/05_evaluation/07_scoring.ipynb #bf67f001
+from ..core.compat import anima_explanation
 from ..core.errors import InputError, redact, shorten
 from .cost import is_free
 from .inspect_runner import Progress, SavedAnswers, replay, run_inspect
@@ -135,22 +133,10 @@ def mean_where_graded():
     return reduce
 
 # %% ../../nbs/05_evaluation/07_scoring.ipynb #1efa3cb1
-@contextlib.contextmanager
-def _patient_explanation():
-    """ANIMA's explanation without the dimensions that have no grade; nothing to do in a version that has no
-    such function.
-    """
-    original = getattr(anima_scoring, "_generate_explanation", None)
-
-    def explain(target_dimensions, avg_by_dim, **others):
-        return original(
-            target_dimensions=[d for d in target_dimensions if d in avg_by_dim],
-            avg_by_dim=avg_by_dim,
-            **others,
-        )
-
-    with mock.patch.object(anima_scoring, "_generate_explanation", explain, create=True):
-        yield
+def _graded_only(arguments: dict) -> dict:
+    "The arguments of ANIMA's explanation without the dimensions that have no grade."
+    graded = [d for d in arguments["target_dimensions"] if d in arguments["avg_by_dim"]]
+    return arguments | {"target_dimensions": graded}
 
 # %% ../../nbs/05_evaluation/07_scoring.ipynb #5daa9d7c
 def _calls(sample: EvalSample) -> list[tuple[str, str, dict]]:
@@ -367,7 +353,7 @@ def judge_answers(
     """
     prepared = _judging_tasks(answers, tasks, judge, Progress(report, len(answers)))
     graders = _seat(tasks, report)
-    with _patient_explanation():
+    with anima_explanation(_graded_only):
         logs = run_inspect(prepared, log_dir, fail_on_error=False)
     _check_gone(judge, graders)
     unjudged = {
@@ -459,7 +445,7 @@ async def _asked_about(loaded: LoadedTask, samples: dict, answers: pd.DataFrame)
         metadata = dict(sample.metadata or {})
         state = TaskState("listener", sample.id, 1, sample.input, [], output=output, metadata=metadata)
         loaded.grader.heard.clear()
-        with _patient_explanation():
+        with anima_explanation(_graded_only):
             await loaded.task.scorer[0](state, Target(sample.target))
         about = dict(benchmark=loaded.name, question_id=row.question_id, text=row.text)
         asked += [about | dict(prompt=prompt) for prompt in loaded.grader.heard]

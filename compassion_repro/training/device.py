@@ -315,7 +315,7 @@ def _merged_in_memory(source: str | Path, how: TrainSetup, options: dict) -> Pre
     made from it.
     """
     model = merge(load_model(source, how.device, dtype=torch.float32))
-    model.config._name_or_path = str(source)
+    model.config.name_or_path = str(source)
     if "quantization_config" not in options:
         return model
     with tempfile.TemporaryDirectory() as folder:
