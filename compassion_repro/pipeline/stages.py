@@ -184,14 +184,20 @@ def _save_rows(context: StageContext, rows: list[dict], held_out: list[dict]):
     data.save_rows(held_out, context.out / "held_out.jsonl")
 
 # %% ../../nbs/09_pipeline/01_stages.ipynb #1a440326
-def _held(context: StageContext) -> dict:
-    "How a training stage holds its model, and the template of its rows."
+def _train_run(context: StageContext, label: str):  # a `TrainRun`
+    "What every training stage is given: seed, adapter, template, checkpoints, and how its model is held."
     from compassion_repro.training import device
 
-    return {
-        "how": device.train_setup(context.preset.models, context.preset.compute),
-        "template": context.preset.generation.training_template,
-    }
+    preset = context.preset
+    return device.TrainRun(
+        context.stage.seed,
+        preset.lora,
+        context.report,
+        label,
+        preset.generation.training_template,
+        _checkpoints(context),
+        device.train_setup(preset.models, preset.compute),
+    )
 
 # %% ../../nbs/09_pipeline/01_stages.ipynb #4526fb7c
 def _document_rows(context: StageContext) -> tuple:
@@ -217,19 +223,8 @@ def _run_midtrain(context: StageContext) -> dict:
     rows, template = documents + replay, preset.generation.training_template
     _save_rows(context, rows, held_out)
     account = tokens.stage_account(rows, start, preset.midtrain.length, template, source, seed)
-    done = midtrain.midtrain(
-        start,
-        documents,
-        replay,
-        held_out,
-        context.out,
-        preset.midtrain,
-        seed,
-        preset.lora,
-        context.report,
-        checkpoints=_checkpoints(context),
-        **_held(context),
-    )
+    training = _train_run(context, "mid-training")
+    done = midtrain.midtrain(start, documents, replay, held_out, context.out, preset.midtrain, training)
     return {**done, "documents": len(documents), "replayed": len(replay), "data": report, "account": account}
 
 # %% ../../nbs/09_pipeline/01_stages.ipynb #bb35631c
@@ -263,20 +258,9 @@ def _run_sft(context: StageContext) -> dict:
     source, truncated = preset.data.source(name), report.get("truncated", 0)
     account = tokens.stage_account(train, start, preset.sft.length, template, source, seed, truncated, **fit)
     matched = [train] if preset.sft.dose == "full" else [arm[0] for arm in rows.values()]
-    done = sft.sft(
-        start,
-        train,
-        held_out,
-        context.out,
-        preset.sft,
-        sft.matched_steps(start, matched, preset.sft, template),
-        seed,
-        preset.lora,
-        context.report,
-        context.stage.model,
-        checkpoints=_checkpoints(context),
-        **_held(context),
-    )
+    steps = sft.matched_steps(start, matched, preset.sft, template)
+    training = _train_run(context, context.stage.model)
+    done = sft.sft(start, train, held_out, context.out, preset.sft, steps, training)
     return {**done, "data": report, "account": account}
 
 # %% ../../nbs/09_pipeline/01_stages.ipynb #8892ca54
@@ -337,27 +321,15 @@ def _run_grpo(context: StageContext) -> dict:
     "Group-relative policy optimisation of one arm."
     from compassion_repro.training import grpo
 
-    preset = context.preset
+    start, settings = context.input(), context.preset.grpo
     prompts, held_out, report = _prompt_rows(context)
     reward, record = _reward(context)
     if context.stage.config["reward"] == "code":
         prompts = _with_sound_tests(context, prompts, record)
         held_out = _with_sound_tests(context, held_out, record)
     _save_rows(context, prompts, held_out)
-    done = grpo.grpo(
-        context.input(),
-        prompts,
-        held_out,
-        context.out,
-        preset.grpo,
-        context.stage.seed,
-        preset.lora,
-        reward,
-        context.report,
-        context.stage.model,
-        _checkpoints(context),
-        **_held(context),
-    )
+    training = _train_run(context, context.stage.model)
+    done = grpo.grpo(start, prompts, held_out, context.out, settings, reward, training)
     return {**done, **record, "data": report}
 
 # %% ../../nbs/09_pipeline/01_stages.ipynb #97dc9574
