@@ -20,9 +20,8 @@ from inspect_ai.model import get_model
 from inspect_ai.solver import generate
 from transformers import TrainerCallback
 
-from ..core.errors import InputError
+from ..core.errors import InputError, one_line
 from ..data import world
-from ..evaluation.benchmarks import one_line
 from ..evaluation.generate import _answer_batch, _generate, _settings, _work
 from ..evaluation.inspect_runner import run_inspect
 from ..presets import load_preset

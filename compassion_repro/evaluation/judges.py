@@ -36,9 +36,8 @@ from inspect_evals.anima import scorer as anima_scoring
 from tenacity import wait_exponential_jitter
 
 from ..core.compat import extend, retry_after, token_counts
-from ..core.errors import InputError, redact, shorten
-from ..core.files import _folder_identity
-from .benchmarks import one_line
+from ..core.errors import InputError, one_line, redact, shorten
+from ..core.files import path_digest
 from .inspect_runner import about_tokens
 from ..study import DETERMINISTIC, check_judge
 
@@ -579,7 +578,7 @@ def open_judge(
         model.api.replies, model.api.locks, model.api.identity = (
             replies,
             {},
-            (_folder_identity(folder) if folder.is_dir() else judge)
+            (f"{folder.name}#{path_digest(folder)}" if folder.is_dir() else judge)
             + ("" if options.get("do_sample", True) else " greedy"),
         )
         extend(model.api, CachedJudge)
