@@ -20,7 +20,7 @@ TRAINED = ["mid", "sft-help", "sft-code", "sft-help@base", "sft-code@base"]
 def again(tmp_path_factory) -> Path:
     "The crash-test study once more, in a process of its own."
     out = tmp_path_factory.mktemp("again") / "study"
-    done = run_study(out, report=True)
+    done = run_study(out, report=True, fresh=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return out
 
