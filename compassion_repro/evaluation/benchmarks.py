@@ -122,8 +122,8 @@ def _locate(
     beside = folder.parent / f"{folder.resolve().name}_dims"
     if not benchmark.dimensions and revision == "local" and not beside.is_dir():
         raise InputError(
-            f"benchmark {name}: MORU's dimensions lie in a folder of their own; set"
-            f" benchmarks.{name}.dimensions, or put {beside.name} beside {folder.name}"
+            f"benchmark {name}: MORU's dimensions are in a separate folder; set"
+            f" benchmarks.{name}.dimensions, or put {beside.name} next to {folder.name}"
         )
     return [
         (folder, revision),
@@ -153,6 +153,7 @@ def _problem(row: dict, kind: str) -> str:
 
 # %% ../../nbs/05_evaluation/02_benchmarks.ipynb #df37fc5a
 def _json_rows(file: Path) -> list[dict]:
+    "The rows of a JSON Lines file."
     rows = []
     # not splitlines, which also cuts at U+2028
     for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
@@ -162,7 +163,7 @@ def _json_rows(file: Path) -> list[dict]:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             raise InputError(
-                f"benchmark file {file}: line {number} is not JSON; one object a line is wanted"
+                f"benchmark file {file}: line {number} is not JSON; write one object a line"
             ) from None
     return rows
 
@@ -206,7 +207,7 @@ def _check_readme(folder: Path) -> None:
     readme = folder / "README.md"
     want = "README.md with front matter that names the configurations 'questions' and 'dimensions'"
     if not readme.is_file():
-        raise InputError(f"benchmark folder {folder} has no README.md: the official layout wants a {want}")
+        raise InputError(f"benchmark folder {folder} has no README.md: the official layout needs a {want}")
     try:
         configs = yaml.safe_load(readme.read_text(encoding="utf-8-sig").split("---")[1])["configs"]
         names = [c.get("config_name") for c in configs if isinstance(c, dict)]
@@ -240,15 +241,14 @@ def _read_benchmark(
     remarks = _check_rows(task, rows, dims, tables) if local[0] else []
     if task == "anima" and (twice := [i for i, n in Counter(ids).items() if n > 1]):
         raise InputError(
-            f"benchmark folder {tables[0]}: id {twice[0]!r} stands twice; every question needs an id of"
-            " its own"
+            f"benchmark folder {tables[0]}: id {twice[0]!r} appears twice; every question needs a separate id"
         )
     first = {}
     for row, key in zip(rows, ids):
         if first.setdefault(key, row["question"]) != row["question"]:
             raise InputError(
-                f"benchmark folder {tables[0]}: id {row['id']!r} stands twice in language"
-                f" {row['language']!r}, with different questions; every question needs an id of its own"
+                f"benchmark folder {tables[0]}: id {row['id']!r} appears twice in language"
+                f" {row['language']!r}, with different questions; every question needs a separate id"
             )
     known = {str(d["dimension"]).strip().lower(): d["observable_indicators"] or "" for d in dims}
     return first, known, remarks
@@ -268,10 +268,12 @@ def _check_rows(task: str, rows: list[dict], dims: list[dict], folders: tuple[Pa
 # %% ../../nbs/05_evaluation/02_benchmarks.ipynb #46b3417a
 @functools.cache
 def _temporary() -> tempfile.TemporaryDirectory:
+    "A folder that is deleted when the process ends."
     return tempfile.TemporaryDirectory(prefix="compassion-", ignore_cleanup_errors=True)
 
 # %% ../../nbs/05_evaluation/02_benchmarks.ipynb #acd7bdfd
 def _is_pattern(path: Path) -> bool:
+    "Whether a data library would read this path as a search pattern."
     return bool(re.search(r"[][*?{}]", str(path.absolute())))
 
 # %% ../../nbs/05_evaluation/02_benchmarks.ipynb #60ab7e95
@@ -409,6 +411,69 @@ def _quiet_loading(cache: Path):
             if shown:
                 datasets.enable_progress_bars()
 
+# %% ../../nbs/05_evaluation/02_benchmarks.ipynb #deac406c
+def _load_twice(load, copies: Path):
+    "Load, and once more without the cached copies where that fails: a damaged copy is only a copy."
+    try:
+        return load()
+    except Exception:
+        if not copies.is_dir():
+            raise
+        shutil.rmtree(copies)
+        return load()
+
+# %% ../../nbs/05_evaluation/02_benchmarks.ipynb #ed78c00e
+def _official_task(
+    name: str,
+    benchmark: Benchmark,
+    places: list[tuple[Path, str]],
+    expected: dict[str, str],
+    cache: Path,
+    grader: str | Model,
+) -> tuple[Task, dict[str, str]]:
+    "The official task on this data, and the questions that should be in it."
+    where = {
+        f"{kind}_{key}": str(value)
+        for kind, place in zip(("dataset", "dimensions"), places)
+        for key, value in zip(("repo_id", "revision"), place)
+    }
+    make = moru if benchmark.task == "moru" else anima
+
+    def load():
+        with _quiet_loading(cache):
+            task = make(**where, grader_models=[grader])
+            return task, expected or _hub_questions(benchmark.task, places[0][0])
+
+    try:
+        return _load_twice(load, cache / "arrow")
+    except Exception as error:
+        raise InputError(
+            f"benchmark {name} from {benchmark.data} with judge {str(grader)!r} cannot be loaded:"
+            f" {one_line(error)}"
+        ) from error
+
+# %% ../../nbs/05_evaluation/02_benchmarks.ipynb #e03ebcfc
+def _provenance(benchmark: Benchmark, places, task: Task, records: list[dict], left_out: list[str]) -> dict:
+    "Where the questions came from, for the manifest."
+    return dict(
+        source=benchmark.data,
+        revision=places[0][1],
+        rows=len(records),
+        left_out=left_out,
+        content=" ".join(content_hash(folder) for folder, _ in places),
+        task_version=task.version,
+    )
+
+
+def _left_out_remark(left_out: list[str]) -> list[str]:
+    "What to say of the questions that the official task leaves out; nothing where it leaves none out."
+    if not left_out:
+        return []
+    some = ", ".join(map(str, left_out[:5]))
+    return [
+        f"the official task leaves out {len(left_out)} questions (no text, or no known dimension): {some}"
+    ]
+
 # %% ../../nbs/05_evaluation/02_benchmarks.ipynb #bc3fecb9
 def load_benchmark(
     name: str,  # benchmark id
@@ -421,71 +486,28 @@ def load_benchmark(
     Raises `InputError` in one line for anything wrong with the source, the folder or the grader (its package
     or key is missing); warns of questions that the official task leaves out.
     """
-    cache = Path(cache)
     if not benchmark.judged:
         return _own_task(name, benchmark)
-    places = _locate(name, benchmark, cache)
+    places = _locate(name, benchmark, Path(cache))
     expected, indicators, remarks = _read_benchmark(benchmark.task, places)
-    cache = _literal(cache)
+    cache = _literal(Path(cache))
     places = [
         (_own_copy(folder, cache) if revision == "local" or _is_pattern(folder) else folder, revision)
         for folder, revision in places
     ]
-    where = {
-        f"{kind}_{key}": str(value)
-        for kind, place in zip(("dataset", "dimensions"), places)
-        for key, value in zip(("repo_id", "revision"), place)
-    }
-
-    def load():
-        with _quiet_loading(cache):
-            return (moru if benchmark.task == "moru" else anima)(
-                **where, grader_models=[grader]
-            ), expected or _hub_questions(benchmark.task, places[0][0])
-
-    try:
-        try:
-            task, expected = load()
-        except Exception:
-            if not (cache / "arrow").is_dir():
-                raise
-            shutil.rmtree(cache / "arrow")  # a damaged copy is only a copy
-            task, expected = load()
-    except Exception as error:
-        raise InputError(
-            f"benchmark {name} from {benchmark.data} with judge {str(grader)!r} cannot be loaded:"
-            f" {one_line(error)}"
-        ) from error
+    task, expected = _official_task(name, benchmark, places, expected, cache, grader)
     records = _question_records(name, benchmark.task, task, benchmark.epochs, benchmark.strip_suffix)
     left_out = _left_out(name, places[0][0], records, expected) if expected else []
-    if left_out:
-        remarks = [
-            *remarks,
-            (
-                f"the official task leaves out {len(left_out)} questions (no text, or no known dimension):"
-                f" {', '.join(map(str, left_out[:5]))}"
-            ),
-        ]
     used = {tag.strip().lower() for sample in task.dataset for tag in json.loads(sample.target)["tags"]}
-    hashes = [content_hash(folder) for folder, _ in places]
-    provenance = dict(
-        source=benchmark.data,
-        revision=places[0][1],
-        rows=len(records),
-        left_out=left_out,
-        content=" ".join(hashes),
-        task_version=task.version,
-    )
-    asked = {tag: indicators.get(tag, "") for tag in used}
     return LoadedTask(
         name,
         task,
         records,
         places[0][0],
-        provenance,
-        asked,
+        _provenance(benchmark, places, task, records, left_out),
+        {tag: indicators.get(tag, "") for tag in used},
         grader if isinstance(grader, Model) else None,
-        remarks=remarks,
+        remarks=[*remarks, *_left_out_remark(left_out)],
     )
 
 # %% ../../nbs/05_evaluation/02_benchmarks.ipynb #fea5b8ca
@@ -638,6 +660,25 @@ def _check_task(name: str, task: Task):
                 " are asked in text alone"
             )
 
+# %% ../../nbs/05_evaluation/02_benchmarks.ipynb #c34cce71
+def _own_records(name: str, task: Task, epochs: int) -> list[dict]:
+    "One record a question of a task that needs no judge; samples without an id are numbered."
+    records = []
+    for number, sample in enumerate(task.dataset, 1):
+        sample.id = number if sample.id is None else sample.id
+        text = sample.input if isinstance(sample.input, str) else sample.input[-1].text
+        keys = dict(item_id=str(sample.id), question_id=str(sample.id))
+        records.append(dict(benchmark=name, language="en", **keys, question=text, epochs=epochs))
+    if not records:
+        raise InputError(f"benchmark {name} has no questions")
+    counts = Counter(record["question_id"] for record in records)
+    if twice := [id for id, count in counts.items() if count > 1]:
+        raise InputError(
+            f"benchmark {name}: {counts[twice[0]]} of its questions have the id {twice[0]!r}: every question"
+            " needs a separate id"
+        )
+    return records
+
 # %% ../../nbs/05_evaluation/02_benchmarks.ipynb #b521e8b5
 def load_named_task(
     name: str,  # task of `inspect_evals`, or `file.py@task`
@@ -650,28 +691,8 @@ def load_named_task(
     task = _task_of_a_file(name) if ".py" in name else _task_of_inspect(name)
     _check_task(name, task)
     asked = epochs or (task.epochs if isinstance(task.epochs, int) else 1) or 1
-    name, records = name.split("@")[-1].removesuffix(".py").split("/")[-1], []
-    for number, sample in enumerate(task.dataset, 1):
-        sample.id = number if sample.id is None else sample.id
-        text = sample.input if isinstance(sample.input, str) else sample.input[-1].text
-        records.append(
-            dict(
-                benchmark=name,
-                language="en",
-                item_id=str(sample.id),
-                question_id=str(sample.id),
-                question=text,
-                epochs=asked,
-            )
-        )
-    if not records:
-        raise InputError(f"benchmark {name} has no questions")
-    counts = Counter(record["question_id"] for record in records)
-    if twice := [i for i, count in counts.items() if count > 1]:
-        raise InputError(
-            f"benchmark {name}: {counts[twice[0]]} of its questions have the id {twice[0]!r}: every question"
-            " needs an id of its own"
-        )
+    name = name.split("@")[-1].removesuffix(".py").split("/")[-1]
+    records = _own_records(name, task, asked)
     return LoadedTask(
         name,
         task,
