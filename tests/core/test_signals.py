@@ -65,7 +65,7 @@ cli._outcome = _outcome
 WHILE_IMPORTING = """
 class Finder:
     def find_spec(self, name, *rest):
-        if name == "compassion_repro.study":
+        if name == "compassion_repro.core.errors":
             send()
 sys.meta_path.insert(0, Finder())
 """
