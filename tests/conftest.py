@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from forks import COMMAND, Forks
 
 # A shell that runs the tests in the background has Ctrl-C ignored, and every child would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -52,11 +53,11 @@ SHARED_DATA = Path(os.environ.get("COMPASSION_SHARED_DATA", ROOT.parent / "share
 
 # The smoke preset at the size of a crash test: every stage of the graph, seconds in all.
 CRASH_SIZE = (
-    "midtrain.rows=60",
-    "midtrain.held_out=12",
+    "midtrain.rows=24",
+    "midtrain.held_out=6",
     "midtrain.steps=2",
-    "sft.rows=60",
-    "sft.held_out=12",
+    "sft.rows=24",
+    "sft.held_out=6",
     "sft.steps=2",
     "generation.max_new_tokens=24",
     "arms=[sft-help, sft-code, sft-help@base, sft-code@base]",
@@ -90,16 +91,33 @@ def command(out: Path, *more: str, report: bool = False) -> list[str]:
     ]
 
 
+FORKS = Forks()
+atexit.register(FORKS.close)
+
+
+def start_study(out: Path, *more_settings: str, words: tuple[str, ...] = (), report: bool = False):
+    "Start it, and return what one uses of a `Popen` with pipes: a fork that has imported the libraries already."
+    line = [*command(out, *words, report=report), *settings(*more_settings)]
+    if sys.platform != "linux":
+        return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return FORKS.start(COMMAND, line[3:])
+
+
 def run_study(
-    out: Path, *more_settings: str, words: tuple[str, ...] = (), report: bool = False, **options
+    out: Path,
+    *more_settings: str,
+    words: tuple[str, ...] = (),
+    report: bool = False,
+    fresh: bool = False,  # in a new Python; so it is with options for `subprocess.run`
+    **options,
 ) -> subprocess.CompletedProcess:
     "Run it to its end, with the output captured."
-    return subprocess.run(
-        [*command(out, *words, report=report), *settings(*more_settings)],
-        capture_output=True,
-        text=True,
-        **options,
-    )
+    line = [*command(out, *words, report=report), *settings(*more_settings)]
+    if fresh or options:
+        return subprocess.run(line, capture_output=True, text=True, **options)
+    process = start_study(out, *more_settings, words=words, report=report)
+    stdout, stderr = process.communicate()
+    return subprocess.CompletedProcess(line, process.returncode, stdout, stderr)
 
 
 def assert_one_line(done, *parts: str):

@@ -8,13 +8,11 @@ import configparser
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import CRASH_SIZE
+from conftest import CRASH_SIZE, FORKS
 
 from compassion_repro.presets import load_preset
 
@@ -55,143 +53,12 @@ def cells_to_run(path: Path) -> int:
     return sum(not flagged.search(source) and "nbdev_export(" not in source for source in sources)
 
 
-# Reads jobs, a line each, and forks for each of them: what takes seconds to import is imported once. It is one
-# thread that forks (OpenBLAS, which would start others, is held to one), and none of the package's modules is
-# loaded by then. The fork goes on with the runner above as a Python of its own would. It ends as one too, but
-# for taking the modules apart, which takes longer than most notebooks.
-FORKS = """
-import atexit, gc, importlib, json, os, sys, threading, time, traceback
-
-answers = open(os.dup(1), "w")
-os.dup2(2, 1)
-for name in json.loads(sys.stdin.readline()):
-    importlib.import_module(name)
-assert not [name for name in sys.modules if name.startswith("compassion_repro")]
-gc.freeze()
-while line := sys.stdin.readline():
-    job = json.loads(line)
-    end = time.monotonic() + job["seconds"]
-    if not (child := os.fork()):
-        break
-    while (found := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < end:
-        time.sleep(0.05)
-    late = found[0] == 0
-    if late:
-        os.kill(child, 9)
-        found = os.waitpid(child, 0)
-    print(json.dumps({"late": late, "status": os.waitstatus_to_exitcode(found[1])}), file=answers, flush=True)
-else:
-    sys.exit()
-answers.close()
-for number, (name, flags) in enumerate(
-    [(os.devnull, os.O_RDONLY), (job["stdout"], os.O_WRONLY), (job["stderr"], os.O_WRONLY)]
-):
-    os.dup2(os.open(name, flags), number)
-os.chdir(job["folder"])
-os.environ.update(job["environment"])
-sys.argv = ["-c", *job["words"]]
-status = 1
-try:
-    exec(job["runner"], {"__name__": "__main__"})
-    status = 0
-except BaseException:
-    traceback.print_exc()
-threading._shutdown()
-atexit._run_exitfuncs()
-sys.stdout.flush()
-sys.stderr.flush()
-os._exit(status)
-"""
-IMPORTED_ONCE = [
-    "nbdev.test",
-    "matplotlib_inline.backend_inline",
-    "seaborn",
-    "statsmodels.api",
-    "inspect_evals.anima",
-    "inspect_evals.moru",
-    "trl.trainer.grpo_trainer",
-    "trl.trainer.sft_trainer",
-    "peft.tuners.lora.bnb",
-    "datasets",
-]
-
-
-class Python:
-    """Runs a piece of code in a Python with libraries imported already: a fork of one process, or a new
-    process where forking is not safe.
-    """
-
-    def __init__(self, folder: Path):
-        self.log, self.process = folder / "forks.log", None
-        self.environment = {"OMP_NUM_THREADS": "2", **os.environ, "HF_HUB_OFFLINE": "1"}
-
-    def start(self):
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", FORKS],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log.open("w"),
-            env=self.environment | {"OPENBLAS_NUM_THREADS": "1"},
-            text=True,
-        )
-        self.ask(IMPORTED_ONCE)
-
-    def ask(self, what):
-        self.process.stdin.write(json.dumps(what) + "\n")
-        self.process.stdin.flush()
-
-    def run(self, code: str, words: list[str], folder: Path, environment: dict, seconds: int):
-        "Exit status, stdout and stderr; raises TimeoutError after so many seconds."
-        stdout, stderr = folder / "stdout.txt", folder / "stderr.txt"
-        with stdout.open("w") as out, stderr.open("w") as err:
-            if sys.platform != "linux":
-                try:
-                    status = subprocess.run(
-                        [sys.executable, "-c", code, *words],
-                        cwd=folder,
-                        env=self.environment | environment,
-                        stdin=subprocess.DEVNULL,
-                        stdout=out,
-                        stderr=err,
-                        timeout=seconds,
-                    ).returncode
-                except subprocess.TimeoutExpired:
-                    raise TimeoutError(f"not done after {seconds} s") from None
-        if sys.platform == "linux":
-            if self.process is None:
-                self.start()
-            names = {"folder": str(folder), "stdout": str(stdout), "stderr": str(stderr)}
-            self.ask(names | {"runner": code, "words": words, "environment": environment, "seconds": seconds})
-            answer = self.process.stdout.readline()
-            assert answer, f"the process that forks has ended\n{self.log.read_text()[-6000:]}"
-            if json.loads(answer)["late"]:
-                raise TimeoutError(f"not done after {seconds} s")
-            status = json.loads(answer)["status"]
-        return status, *(path.read_text(encoding="utf-8", errors="replace") for path in (stdout, stderr))
-
-    def close(self):
-        if self.process is not None:
-            self.process.stdin.close()
-            self.process.stdout.close()
-            self.process.wait()
-
-
-@pytest.fixture(scope="module")
-def python(tmp_path_factory):
-    python = Python(tmp_path_factory.mktemp("python"))
-    yield python
-    python.close()
-
-
-def run_notebook(python: Python, path: Path, folder: Path, preset: str = "smoke", seconds: int = 900) -> dict:
+def run_notebook(path: Path, folder: Path, preset: str = "smoke", seconds: int = 900) -> dict:
     "Execute a notebook in a process of its own; raises AssertionError with the notebook's error text."
-    status, stdout, stderr = python.run(
-        RUNNER,
-        [str(path), str(ROOT), *FLAGS],
-        folder,
-        {"COMPASSION_PRESET": preset, "STUDY": str(folder / "study")},
-        seconds,
-    )
+    environment = os.environ | {"COMPASSION_PRESET": preset, "STUDY": str(folder / "study")}
+    job = FORKS.start(RUNNER, [str(path), str(ROOT), *FLAGS], folder, {"OMP_NUM_THREADS": "2"} | environment)
+    stdout, stderr = job.communicate(timeout=seconds)
+    status = job.returncode
     said = (stdout + stderr)[-6000:]
     try:
         result = json.loads(stdout.strip().splitlines()[-1])
@@ -255,19 +122,19 @@ def walkthroughs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook(path, python, walkthroughs, tmp_path):
+def test_notebook(path, walkthroughs, tmp_path):
     walks = not path.stem[0].isdigit()
     loads = walks and "load_preset" in path.read_text(encoding="utf-8")  # another only asks for the name
     folder, preset = walkthroughs if walks else tmp_path, "smoke"
     if loads:
         preset = str(walkthroughs / "smoke.yaml")
-    assert run_notebook(python, path, folder, preset)["passed"]
+    assert run_notebook(path, folder, preset)["passed"]
 
 
-def test_a_good_notebook_passes_and_flagged_cells_are_left_out(python, tmp_path):
+def test_a_good_notebook_passes_and_flagged_cells_are_left_out(tmp_path):
     flagged = [f"#| {flag}\nraise SystemError('a flagged cell was run')" for flag in FLAGS]
     path = write_notebook(tmp_path / "good.ipynb", "x = 1", *flagged, "assert x == 1")
-    assert run_notebook(python, path, tmp_path)["executed"] == 2
+    assert run_notebook(path, tmp_path)["executed"] == 2
 
 
 @pytest.mark.parametrize(
@@ -280,13 +147,13 @@ def test_a_good_notebook_passes_and_flagged_cells_are_left_out(python, tmp_path)
         ((), "no cell was executed"),
     ],
 )
-def test_a_notebook_that_fails_or_does_not_run_is_seen_to_fail(sources, words, python, tmp_path):
+def test_a_notebook_that_fails_or_does_not_run_is_seen_to_fail(sources, words, tmp_path):
     path = write_notebook(tmp_path / "bad.ipynb", *sources)
     with pytest.raises(AssertionError, match=words):
-        run_notebook(python, path, tmp_path)
+        run_notebook(path, tmp_path)
 
 
-def test_front_matter_cannot_switch_a_notebook_off(python, tmp_path):
+def test_front_matter_cannot_switch_a_notebook_off(tmp_path):
     path = write_notebook(tmp_path / "off.ipynb", "assert False")
     notebook = json.loads(path.read_text())
     notebook["cells"].insert(
@@ -294,10 +161,10 @@ def test_front_matter_cannot_switch_a_notebook_off(python, tmp_path):
     )
     path.write_text(json.dumps(notebook))
     with pytest.raises(AssertionError, match="0 of 1 cells"):
-        run_notebook(python, path, tmp_path)
+        run_notebook(path, tmp_path)
 
 
-def test_a_notebook_finds_nothing_that_another_left(python, tmp_path):
+def test_a_notebook_finds_nothing_that_another_left(tmp_path):
     leaves = (
         "import os, sys, compassion_repro.study as left",
         "os.environ['LEFT'], sys.left = 'x', left",
@@ -310,11 +177,11 @@ def test_a_notebook_finds_nothing_that_another_left(python, tmp_path):
     )
     for number, sources in enumerate((leaves, finds)):
         path = write_notebook(tmp_path / f"{number}.ipynb", *sources)
-        assert run_notebook(python, path, tmp_path)["executed"] == 3
+        assert run_notebook(path, tmp_path)["executed"] == 3
 
 
-def test_a_notebook_that_hangs_is_ended(python, tmp_path):
+def test_a_notebook_that_hangs_is_ended(tmp_path):
     path = write_notebook(tmp_path / "hangs.ipynb", "import time; time.sleep(600)")
     with pytest.raises(TimeoutError):
-        run_notebook(python, path, tmp_path, seconds=1)
-    assert run_notebook(python, write_notebook(path, "x = 1"), tmp_path)["executed"] == 1
+        run_notebook(path, tmp_path, seconds=1)
+    assert run_notebook(write_notebook(path, "x = 1"), tmp_path)["executed"] == 1

@@ -1,5 +1,6 @@
 """The package itself: what a wheel holds, what a room imports, that the repository is in sync."""
 
+import ast
 import importlib.util
 import json
 import re
@@ -91,6 +92,54 @@ def test_help_and_plan_load_no_heavy_library():
         == set()
     )
     assert loaded_by("from compassion_repro.cli import main\nmain(['plan'])") == set()
+
+
+COMPAT = "compassion_repro/core/compat.py"  # the one module that may use them
+# what Python itself documents with an underscore, and what rich displays look for
+DOCUMENTED = {"_exit", "_replace", "_asdict", "_fields", "_make", "_repr_markdown_", "_repr_html_"}
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_names_of_libraries(source: str, own: set[str]) -> list[str]:
+    "The private names of other packages that a module imports, reads or sets."
+    found, imported = [], []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            imported += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            imported += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute) and private(node.attr) and node.attr not in own | DOCUMENTED:
+            found.append(node.attr)
+    names = {name: name.split(".") for name in imported}
+    ours = {"compassion_repro", *sys.stdlib_module_names}
+    found += [name for name, parts in names.items() if parts[0] not in ours and any(map(private, parts))]
+    return found
+
+
+def own_names(sources: list[str]) -> set[str]:
+    "Every private name that the package defines: functions, classes, variables, attributes of `self`."
+    own = set()
+    for node in (node for source in sources for node in ast.walk(ast.parse(source))):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            own.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            own.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
+                own.add(node.attr)
+    return own
+
+
+def test_private_names_of_libraries_are_in_one_module():
+    modules = [p for p in (ROOT / "compassion_repro").rglob("*.py") if p.name != "_modidx.py"]
+    sources = {str(p.relative_to(ROOT)): p.read_text(encoding="utf-8") for p in modules}
+    own = own_names([source for name, source in sources.items() if name != COMPAT])
+    found = {name: names for name in sources if (names := private_names_of_libraries(sources[name], own))}
+    assert set(found) == {COMPAT}, found
+    assert {"_tr_loss", "_n_gpu"} < set(found[COMPAT])
 
 
 def test_no_module_imports_upward():

@@ -20,15 +20,16 @@ from inspect_ai.model import get_model
 from inspect_ai.solver import generate
 from transformers import TrainerCallback
 
-from ..core.errors import InputError
+from .gpu import seconds_of, speed_questions
+from ..core.errors import InputError, one_line
 from ..data import world
-from ..evaluation.benchmarks import one_line
 from ..evaluation.generate import _answer_batch, _generate, _settings, _work
 from ..evaluation.inspect_runner import run_inspect
 from ..presets import load_preset
 from ..sandbox.jail import LEVELS, level, probe, run_code, run_many
 from ..sandbox.walls import FLAGS, interpreter_files
 from ..study import Generation, Grpo, Lora
+from ..training.device import TrainRun
 from ..training.grpo import Recorder, _Progress, make_trainer, prompt_rows
 from ..training.models import find_model, load_model, load_tokenizer
 from ..training.rewards import code_reward
@@ -36,13 +37,6 @@ from ..training.rewards import code_reward
 # %% ../../nbs/10_bench/01_cpu.ipynb #f2ab6ce3
 PROGRAM = "def add(x):\n    return x + 93"
 PROGRAM_TESTS = "assert add(92) == 185\nassert add(93) == 186"
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    "Wall time of one call."
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 # %% ../../nbs/10_bench/01_cpu.ipynb #cc59aa35
 def _pool(programs: int, where: str):
@@ -65,10 +59,10 @@ def benchmark(
 ) -> dict[str, float | str]:  # figures by name
     "Programs a second through the pool, and what the jail adds to one program compared with a bare subprocess."
     where = using or level()
-    pooled = _seconds(lambda: _pool(programs, where))
+    pooled = seconds_of(lambda: _pool(programs, where))
     bare, jailed = [], []
     for _ in range(max(5, programs // 10)):  # in turns, so that both meet the same load
-        bare.append(_seconds(_bare_program))
+        bare.append(seconds_of(_bare_program))
         jailed.append(run_code(PROGRAM, PROGRAM_TESTS, using=where, timeout_s=60).seconds)
     return {
         "level": where,
@@ -105,7 +99,8 @@ def _step_seconds(
         if reward:
             used = Recorder(reward, training.value("group"), Path(folder))
             callbacks.append(_Progress(lambda line: None, ""))
-        make_trainer(start, prompts, training, seed, lora, used, folder, callbacks).train()
+        run = TrainRun(seed, lora)
+        make_trainer(start, prompts, training, used, folder, run, callbacks).train()
     return [after - before for before, after in zip(watch.ticks, watch.ticks[1:])]
 
 # %% ../../nbs/10_bench/01_cpu.ipynb #2e821767
@@ -138,13 +133,6 @@ def benchmark_grpo(
         bare += _step_seconds(start, prompts, training, turn, lora, None)
     return _paired_steps(ours, bare)
 
-# %% ../../nbs/10_bench/01_cpu.ipynb #e1418569
-def _speed_questions(samples: int) -> list[dict]:
-    "Questions of seven lengths, in the form of a benchmark's."
-    texts = [f"How do I clean {'very ' * (i % 7)}old thing {i}?" for i in range(samples)]
-    fixed = dict(benchmark="speed", language="en", epochs=1)
-    return [fixed | dict(item_id=str(i), question_id=str(i), question=text) for i, text in enumerate(texts)]
-
 # %% ../../nbs/10_bench/01_cpu.ipynb #d8abeb5e
 def _inspect_rate(folder: Path, texts: list[str], new_tokens: int, batch_size: int) -> float:
     "Samples a second of Inspect's `hf/` provider, its model loaded and warm."
@@ -163,7 +151,7 @@ def _inspect_rate(folder: Path, texts: list[str], new_tokens: int, batch_size: i
             _check_log(run_inspect([task], logs, **options)[0])
 
     answer(texts[:1])
-    return len(texts) / _seconds(lambda: answer(texts))
+    return len(texts) / seconds_of(lambda: answer(texts))
 
 # %% ../../nbs/10_bench/01_cpu.ipynb #6fd7c73a
 def _check_log(log):
@@ -187,10 +175,10 @@ def benchmark_generation(
     """Our answers compared with a bare batched `generate(do_sample=True)`, medians of interleaved runs, and
     with Inspect's `hf/` provider.
     """
-    questions = _speed_questions(samples)
+    questions = speed_questions(samples)
     bare = _bare_generation(folder, questions, new_tokens, batch_size, device)
     ours = _our_generation(folder, questions, new_tokens, batch_size, device)
-    seconds = [(_seconds(bare), *ours()) for _ in range(repetitions + 1)]
+    seconds = [(seconds_of(bare), *ours()) for _ in range(repetitions + 1)]
     rates = _generation_rates(samples, seconds[1:])  # the first round warms up
     if inspect_samples:
         texts = [row["question"] for row in questions[:inspect_samples]]

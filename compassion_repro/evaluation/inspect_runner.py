@@ -16,24 +16,24 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
-import rich
 from fastcore.basics import patch
 from inspect_ai import Epochs, Task, task_with
 from inspect_ai import eval as inspect_eval
-from inspect_ai._util.appdirs import inspect_data_dir
-from inspect_ai._util.trace import TraceFormatter
 from inspect_ai.log import EvalLog
-from inspect_ai.log._recorders import eval as eval_logs
 from inspect_ai.model import ModelAPI, ModelOutput, ModelUsage, get_model, modelapi
-
-# every provider of Inspect becomes known by name
-from inspect_ai.solver._task_state import sample_state
 from rich.console import Console
 
-from ..core.errors import InputError, redact
-from .benchmarks import LoadedTask, load_named_task, not_text, one_line
+from compassion_repro.core.compat import (
+    common_console,
+    current_sample,
+    inspect_folder,
+    patched_environment,
+    rewritten_logs,
+    token_counts,
+)
+from ..core.errors import InputError, one_line, redact
+from .benchmarks import LoadedTask, load_named_task, not_text
 
 # %% ../../nbs/05_evaluation/03_inspect_runner.ipynb #7d062ca7
 class Progress:
@@ -44,6 +44,7 @@ class Progress:
         self.began = self.last = time.perf_counter()
 
     def advance(self, count: int = 1) -> None:
+        "Count some more; the last one is always reported."
         now, self.done = time.perf_counter(), self.done + count
         if now - self.last < 1 and self.done < self.total:
             return
@@ -56,6 +57,7 @@ class Progress:
 # %% ../../nbs/05_evaluation/03_inspect_runner.ipynb #7122dee2
 @functools.cache
 def _temporary() -> tempfile.TemporaryDirectory:
+    "Deleted when the process ends."
     return tempfile.TemporaryDirectory(prefix="compassion-", ignore_cleanup_errors=True)
 
 # %% ../../nbs/05_evaluation/03_inspect_runner.ipynb #39dd05db
@@ -70,7 +72,7 @@ def _own_console():
     notebook.
     """
     console = Console(file=io.StringIO(), quiet=True, force_jupyter=False, force_terminal=False)
-    with mock.patch.multiple(rich, _console=console, reconfigure=lambda **settings: None):
+    with common_console(console):
         yield
 
 # %% ../../nbs/05_evaluation/03_inspect_runner.ipynb #60a6aba9
@@ -89,32 +91,17 @@ def _rare_collection():
 def _writable_home():
     "Inspect's own files in a temporary folder where the home takes none."
     try:
-        with tempfile.TemporaryFile(dir=inspect_data_dir("traces")):
+        with tempfile.TemporaryFile(dir=inspect_folder("traces")):
             elsewhere = {}
     except OSError:
         elsewhere = {f"XDG_{kind}_HOME": str(temporary_folder() / kind.lower()) for kind in ("DATA", "CACHE")}
-    with mock.patch.dict(os.environ, elsewhere):
+    with patched_environment(elsewhere):
         yield
 
 # %% ../../nbs/05_evaluation/03_inspect_runner.ipynb #409b6008
 async def about_tokens(self, text: str) -> int:
     "Tokens of a text, about: in place of a provider's count."
     return len(text) // 4 + 1
-
-# %% ../../nbs/05_evaluation/03_inspect_runner.ipynb #c7d9ca56
-@contextlib.contextmanager
-def _no_keys_in_logs():
-    """Inspect's logs, and its traces in the user's home, without keys: what a service says of a refused key
-    would stand in them, several times a sample.
-    """
-    write, trace = eval_logs.to_json_safe, TraceFormatter.format
-    with (
-        mock.patch.object(
-            eval_logs, "to_json_safe", lambda *args, **options: redact(write(*args, **options))
-        ),
-        mock.patch.object(TraceFormatter, "format", lambda *args: redact(trace(*args))),
-    ):
-        yield
 
 # %% ../../nbs/05_evaluation/03_inspect_runner.ipynb #f40ba44f
 def run_inspect(
@@ -127,8 +114,8 @@ def run_inspect(
         _own_console(),
         _rare_collection(),
         _writable_home(),
-        _no_keys_in_logs(),
-        mock.patch.object(ModelAPI, "count_text_tokens", about_tokens),
+        rewritten_logs(redact),
+        token_counts(about_tokens),
     ):
         logs = inspect_eval(
             tasks,
@@ -175,7 +162,7 @@ class ReplayModel(ModelAPI):
 
     async def generate(self, input, tools, tool_choice, config) -> ModelOutput:
         "The answer of the sample at hand."
-        state = sample_state()
+        state = current_sample()
         self.saved.tools |= {tool.name for tool in tools}
         self.saved.kinds |= {not_text(message.content) for message in input} - {""}
         output = ModelOutput.from_content(

@@ -29,9 +29,8 @@ def _stratum_spread(influence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     excess = np.where(flat, 0, (centred**4).mean(-1) / np.where(flat, 1, square) ** 2 - 3)
     if n > 3:
         excess = (n - 1) / ((n - 2) * (n - 3)) * ((n + 1) * excess + 6)  # less biased in small samples
-    return np.where(flat, 0, square * n * n / (n - 1)), np.clip(
-        2 * n / np.maximum(excess + 2, 1e-9) - 1, 1, n - 1
-    )
+    variance = np.where(flat, 0, square * n * n / (n - 1))
+    return variance, np.clip(2 * n / np.maximum(excess + 2, 1e-9) - 1, 1, n - 1)
 
 # %% ../../nbs/06_stats/00_inference.ipynb #47ff104a
 def item_spread(
@@ -75,6 +74,14 @@ def half_width(
 
     return np.sqrt(sum(variance * t.isf(tail, np.maximum(freedom, 1)) ** 2 for variance, freedom in spread))
 
+# %% ../../nbs/06_stats/00_inference.ipynb #d09ca3e8
+def _wilson(mean: np.ndarray, half: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Wilson's interval of a mean (0-1) whose plain interval has the half-width `half`."
+    c = half**2 / np.clip(mean * (1 - mean), 1e-12, None)
+    centre = (mean + c / 2) / (1 + c)
+    reach = np.sqrt(c * (mean * (1 - mean) + c / 4)) / (1 + c)
+    return np.maximum(centre - reach, 0), np.minimum(centre + reach, 1)
+
 # %% ../../nbs/06_stats/00_inference.ipynb #97c2ea8d
 def bounds(
     estimate: np.ndarray,  # (...) a mean (0-1) or a difference of means
@@ -88,16 +95,10 @@ def bounds(
     alike = half < 1e-9
     low, high = estimate - half, estimate + half
     if lowest == 0:
-        c = half**2 / np.clip(estimate * (1 - estimate), 1e-12, None)
-        centre, reach = (
-            (estimate + c / 2) / (1 + c),
-            np.sqrt(c * (estimate * (1 - estimate) + c / 4)) / (1 + c),
-        )
-        low, high = np.maximum(centre - reach, 0), np.minimum(centre + reach, 1)
+        low, high = _wilson(estimate, half)
     unseen = 1 - tail ** (1 / (np.asarray(spread[0][1], dtype=float) + 1))
-    return np.where(alike, estimate - unseen * (estimate - lowest), low), np.where(
-        alike, estimate + unseen * (highest - estimate), high
-    )
+    low = np.where(alike, estimate - unseen * (estimate - lowest), low)
+    return low, np.where(alike, estimate + unseen * (highest - estimate), high)
 
 # %% ../../nbs/06_stats/00_inference.ipynb #06986596
 def make_interval(
@@ -113,30 +114,34 @@ def make_interval(
     low, high = bounds(estimate, spread, (1 - confidence) / 2, lowest, highest)
     return Interval(estimate=100 * estimate, low=100 * float(low), high=100 * float(high))
 
+# %% ../../nbs/06_stats/00_inference.ipynb #9c785da7
+def _matching_tail(distance: float, spread: Spread) -> float:
+    "The tail whose interval has a half-width of `distance`, between 1e-9 and one half."
+    from scipy.optimize import brentq
+
+    def gap(log_tail):
+        return half_width(spread, np.exp(log_tail)) - distance
+
+    smallest, largest = np.log(1e-9), np.log(0.5)
+    if gap(smallest) < 0:
+        return 1e-9
+    # an estimate of 0, whose interval at one half has rounding for its width
+    if gap(largest) >= 0:
+        return 0.5
+    return float(np.exp(brentq(gap, smallest, largest)))
+
 # %% ../../nbs/06_stats/00_inference.ipynb #0ad662d1
 def tail_probability(
-    distance: float,  # how far the estimate lies beyond a bound; negative where it falls short of it
+    distance: float,  # how far the estimate is beyond a bound; negative where it falls short of it
     spread: Spread,  # sources of variation
-    room: float = 1.0,  # how far the estimate could fall: its distance from the end of its range
+    farthest: float = 1.0,  # the largest distance there could be: that from the end of the estimate's range
 ) -> float | None:  # one-sided p value; None with a single question
     "The p value that belongs to `bounds`: the tail at which the interval just touches the bound."
     if spread[0][1] <= 0:
         return None
     if half_width(spread, 0.025) < 1e-9:
-        return 1.0 if distance <= 0 else float(max(1 - distance / room, 0) ** (spread[0][1] + 1))
-    from scipy.optimize import brentq
-
-    def gap(log_tail):
-        return half_width(spread, np.exp(log_tail)) - abs(distance)
-
-    smallest, largest = np.log(1e-9), np.log(0.5)
-    if gap(smallest) < 0:
-        tail = 1e-9
-    # an estimate of 0, whose interval at one half has rounding for its width
-    elif gap(largest) >= 0:
-        tail = 0.5
-    else:
-        tail = float(np.exp(brentq(gap, smallest, largest)))
+        return 1.0 if distance <= 0 else float(max(1 - distance / farthest, 0) ** (spread[0][1] + 1))
+    tail = _matching_tail(abs(distance), spread)
     return tail if distance > 0 else 1 - tail
 
 # %% ../../nbs/06_stats/00_inference.ipynb #2fd174d3
@@ -152,9 +157,8 @@ def p_value(
         return "none", None
     by = "t" + (", questions and seeds" if len(spread) > 1 else ", questions")
     if kind == "superiority":
-        return f"two-sided {by}", min(
-            1.0, 2 * tail_probability(abs(estimate), spread, abs(estimate) + highest)
-        )
+        tail = tail_probability(abs(estimate), spread, abs(estimate) + highest)
+        return f"two-sided {by}", min(1.0, 2 * tail)
     above = 2 * tail_probability(estimate + margin / 100, spread, estimate + highest)
     if kind == "non-inferiority":
         return f"one-sided {by}, against −{margin:g}, doubled", min(1.0, above)
@@ -171,10 +175,8 @@ def sign_flip_test(
     one observed.
     """
     contributions = np.asarray(contributions, dtype=float)
-    signs = (
-        np.random.default_rng(random_seed).integers(0, 2, size=(replicates, contributions.shape[-1])) * 2.0
-        - 1
-    )
+    generator, items = np.random.default_rng(random_seed), contributions.shape[-1]
+    signs = generator.integers(0, 2, size=(replicates, items)) * 2.0 - 1
     observed = np.abs(contributions.sum(-1))
     return (1 + (np.abs(contributions @ signs.T) >= observed[..., None] - 1e-12).sum(-1)) / (1 + replicates)
 
@@ -199,7 +201,8 @@ def effect_sizes(
     few items (1985).
     """
     differences = np.asarray(differences, dtype=float)
-    deviation, freedom = (differences.std(ddof=1), len(differences) - 1) if len(differences) > 1 else (0.0, 0)
+    freedom = len(differences) - 1
+    deviation = differences.std(ddof=1) if freedom > 0 else 0.0
     if deviation < 1e-9:
         return {}
     d = float(differences.mean() / deviation)
@@ -231,12 +234,11 @@ class Ratio(BaseModel):
         text = "undefined" if self.estimate is None else f"{self.estimate:.2f}"
         if self.shape == "interval":
             return f"{text} [{self.low:.2f}, {self.high:.2f}]"
-        return f"{text} (unbounded: " + (
-            "any value)" if self.shape == "everything" else f"below {self.low:.2f} or above {self.high:.2f})"
-        )
+        outside = "" if self.low is None else f"below {self.low:.2f} or above {self.high:.2f}"
+        return f"{text} (unbounded: {'any value' if self.shape == 'everything' else outside})"
 
     def holds(self, value: float) -> bool:
-        "Whether a value lies in the set."
+        "Whether a value is in the set."
         if self.shape == "everything":
             return True
         inside = self.low <= value <= self.high
@@ -270,15 +272,10 @@ def ratio_noise(
     """
     from scipy.stats import t
 
-    influences, strata = (
-        np.asarray(influences, dtype=float),
-        (np.zeros(influences.shape[1], dtype=int) if strata is None else np.asarray(strata)),
-    )
-    by_items = sum(
-        (own := influences[:, strata == stratum]).shape[1] * np.cov(own)
-        for stratum in np.unique(strata)
-        if (strata == stratum).sum() > 1
-    )
+    influences = np.asarray(influences, dtype=float)
+    strata = np.zeros(influences.shape[1], dtype=int) if strata is None else np.asarray(strata)
+    members = [influences[:, strata == stratum] for stratum in np.unique(strata)]
+    by_items = sum(own.shape[1] * np.cov(own) for own in members if own.shape[1] > 1)
     noise = by_items * t.isf(tail, max(item_spread(influences, strata)[1].min(), 1)) ** 2
     seeds = per_seed.shape[1]
     return noise if seeds < 3 else noise + np.cov(per_seed) / seeds * t.isf(tail, seeds - 1) ** 2
@@ -332,45 +329,44 @@ def _fit_components(differences: np.ndarray, moments: np.ndarray, names: Sequenc
             return str(error)
     return fit if fit.converged and np.isfinite(fit.bse_fe[0]) else None
 
+# %% ../../nbs/06_stats/00_inference.ipynb #8417c8b1
+def _why_no_fit(differences: np.ndarray) -> str:
+    "Why a table (items, seeds) cannot be fitted; empty where it can."
+    items, seeds = differences.shape
+    if seeds < 3:
+        return f"{seeds} seed{'s' * (seeds > 1)}: three are needed to see how they vary"
+    if items < 3:
+        return "fewer than three questions"
+    return "all questions alike" if differences.std() < 1e-9 else ""
+
+
+def _fitted_points(fit, scale: float, seeds: int, confidence: float) -> dict[str, float]:
+    "Mean with its interval and the spread between items and seeds, in points."
+    from scipy.stats import t
+
+    centre, half = fit.fe_params[0], t.isf((1 - confidence) / 2, seeds - 1) * fit.bse_fe[0]
+    item_sd, seed_sd = np.sqrt(np.maximum([*fit.vcomp, 0], 0))[:2]
+    values = {"estimate": centre, "low": centre - half, "high": centre + half}
+    values |= {"item_sd": item_sd, "seed_sd": seed_sd}
+    return {name: float(scale * value) for name, value in values.items()}
+
 # %% ../../nbs/06_stats/00_inference.ipynb #b7b2aa40
 def mixed_model(
     differences: np.ndarray,  # (items, seeds) paired differences (-1 to 1)
     confidence: float = 0.95,  # level
 ) -> MixedModel:  # in points
     "Crossed random effects of items and seeds, by `statsmodels`."
-    items, seeds = differences.shape
-    if seeds < 3:
-        return MixedModel(note=f"{seeds} seed{'s' * (seeds > 1)}: three are needed to see how they vary")
-    if items < 3:
-        return MixedModel(note="fewer than three questions")
-    if differences.std() < 1e-9:
-        return MixedModel(note="all questions alike")
-    from scipy.stats import t
-
-    scale, moments, note = differences.std(), _moment_components(differences), ""
+    note = _why_no_fit(differences)
+    if note:
+        return MixedModel(note=note)
+    scale, moments = differences.std(), _moment_components(differences)
     fit = _fit_components(differences / scale, moments, ("item", "seed"))
     if fit is None and moments[1] <= 0:
-        fit, note = (
-            _fit_components(differences / scale, moments, ("item",)),
-            "seeds left out: they differ no more than the questions make them",
-        )
+        note = "seeds left out: they differ no more than the questions make them"
+        fit = _fit_components(differences / scale, moments, ("item",))
     if fit is None or isinstance(fit, str):
         return MixedModel(note=f"the fit failed: {fit}" if fit else "the fit did not converge")
-    centre, half = fit.fe_params[0], t.isf((1 - confidence) / 2, seeds - 1) * fit.bse_fe[0]
-    item_sd, seed_sd = np.sqrt(np.maximum([*fit.vcomp, 0], 0))[:2]
-    return MixedModel(
-        **{
-            name: float(100 * scale * value)
-            for name, value in (
-                ("estimate", centre),
-                ("low", centre - half),
-                ("high", centre + half),
-                ("item_sd", item_sd),
-                ("seed_sd", seed_sd),
-            )
-        },
-        note=note,
-    )
+    return MixedModel(**_fitted_points(fit, 100 * scale, differences.shape[1], confidence), note=note)
 
 # %% ../../nbs/06_stats/00_inference.ipynb #442e77f7
 def expected_spread(
@@ -408,11 +404,8 @@ def _smallest(chance, spread: Spread, confidence: float, power: float) -> float 
     if spread[0][1] <= 0 or deviation < 1e-9:
         return None
     half = _half_widths(spread, confidence)
-    return 100 * float(
-        brentq(
-            lambda size: chance(size, half, deviation).mean() - power, 0, 1e3 * deviation + 10 * half.max()
-        )
-    )
+    largest = 1e3 * deviation + 10 * half.max()
+    return 100 * float(brentq(lambda size: chance(size, half, deviation).mean() - power, 0, largest))
 
 # %% ../../nbs/06_stats/00_inference.ipynb #d38b05a9
 def detectable(
@@ -423,14 +416,10 @@ def detectable(
     "The smallest true effect that a two-sided test finds with the given power."
     from scipy.stats import norm
 
-    return _smallest(
-        lambda size, half, deviation: (
-            norm.cdf((size - half) / deviation) + norm.cdf((-size - half) / deviation)
-        ),
-        spread,
-        confidence,
-        power,
-    )
+    def chance(size, half, deviation):
+        return norm.cdf((size - half) / deviation) + norm.cdf((-size - half) / deviation)
+
+    return _smallest(chance, spread, confidence, power)
 
 # %% ../../nbs/06_stats/00_inference.ipynb #9e6102f9
 def smallest_margin(
@@ -446,11 +435,8 @@ def smallest_margin(
     if power is None:
         return None if spread[0][1] <= 0 else 100 * float(half_width(spread, (1 - confidence) / 2))
     sides = 2 if kind == "equivalence" else 1
-    return _smallest(
-        lambda size, half, deviation: np.maximum(
-            sides * norm.cdf((size - half) / deviation) - (sides - 1), 0
-        ),
-        spread,
-        confidence,
-        power,
-    )
+
+    def chance(size, half, deviation):
+        return np.maximum(sides * norm.cdf((size - half) / deviation) - (sides - 1), 0)
+
+    return _smallest(chance, spread, confidence, power)

@@ -19,7 +19,7 @@ from ..core.errors import InputError
 from ..evaluation.behaviour import moved
 from ..presets import build_preset
 from ..stats.claims import ClaimTable, read_claims
-from ..stats.scores import beside_judges, model_rank, read_scores
+from ..stats.scores import model_rank, read_scores, with_task_scores
 from ..study import Preset
 
 # %% ../../nbs/07_store/03_results.ipynb #e28fa426
@@ -139,7 +139,7 @@ def read_study_files(
     preset = _read_preset(folder)
     if not (folder / "scores.parquet").is_file():
         raise InputError(f"{folder} has no scores yet: finish it with `compassion-repro run --out {folder}`")
-    scores = beside_judges(read_scores(folder / "scores.parquet", folder.name))
+    scores = with_task_scores(read_scores(folder / "scores.parquet", folder.name))
     claims, manifests = read_claims(folder / "claims.json"), _read_manifests(folder)
     known = {(m["model"], m["seed"]) for m in manifests}
     scored = sorted(

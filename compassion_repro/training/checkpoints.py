@@ -19,13 +19,21 @@ from fastcore.basics import patch
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
+from ..core.compat import load_weights, replace_saving, resume_totals, running_totals
 from ..core.errors import Notice, first_line
-from ..core.files import _digest, flush_path, write_atomically
+from compassion_repro.core.files import (
+    file_records,
+    find_damage,
+    flush_path,
+    read_sealed,
+    write_atomically,
+    write_sealed,
+)
 from ..core.signals import stoppable
 from ..study import Compute
 
 # %% ../../nbs/04_training/06_checkpoints.ipynb #0caf69b0
-SEAL = "seal.json"  # sizes and digests of a checkpoint's other files
+SEAL = "seal.json"  # sizes and hashes of a checkpoint's other files
 
 
 def seal(
@@ -33,12 +41,10 @@ def seal(
 ):
     "Close a checkpoint: from now on it counts."
     (checkpoint / "training_args.bin").unlink(missing_ok=True)
-    for path in (paths := sorted(path for path in checkpoint.rglob("*") if path.is_file())):
-        flush_path(path)
-    files = {str(path.relative_to(checkpoint)): [path.stat().st_size, _digest(path)] for path in paths}
-    write_atomically(
-        checkpoint / SEAL, lambda partial: partial.write_text(json.dumps(files), encoding="utf-8")
-    )
+    for path in checkpoint.rglob("*"):
+        if path.is_file():
+            flush_path(path)
+    write_sealed(checkpoint / SEAL, {"files": file_records(checkpoint, SEAL)})
 
 # %% ../../nbs/04_training/06_checkpoints.ipynb #460f987c
 def is_whole(
@@ -46,19 +52,11 @@ def is_whole(
 ) -> bool:  # whether training may be carried on from it
     "Whether every file of a sealed checkpoint is what it was, and its torch files hold numbers alone."
     try:
-        files = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
-        there = {
-            str(path.relative_to(checkpoint)): path
-            for path in checkpoint.rglob("*")
-            if path.is_file() and path.name != SEAL
-        }
-        if set(files) != set(there) or any(
-            path.stat().st_size != files[name][0] or _digest(path) != files[name][1]
-            for name, path in there.items()
-        ):
+        files = read_sealed(checkpoint / SEAL)["files"]
+        if find_damage(checkpoint, files, record=SEAL):
             return False
         with safe_globals():
-            for path in there.values():
+            for path in map(checkpoint.joinpath, files):
                 if path.suffix in (".pt", ".pth", ".bin"):
                     torch.load(path, map_location="meta", weights_only=True, mmap=True)
         return True
@@ -121,8 +119,9 @@ def train(
     if self.folder is None:
         return trainer.train()
     found, last = latest(self.folder, lambda line: self._note(line)), trainer.args.max_steps
-    self.trainer, self.write, self.saved = trainer, trainer._save_checkpoint, time.monotonic()
-    trainer._save_checkpoint, trainer.create_model_card = self._save, lambda **about: None
+    self.trainer, self.saved = trainer, time.monotonic()
+    self.write = replace_saving(trainer, self._save)
+    trainer.create_model_card = lambda **about: None
     trainer.add_callback(self)
     if found:
         self._note(f"carrying on from step {_step(found)} of {last}")
@@ -144,12 +143,8 @@ def _note(self: Checkpoints, line: str):
 @patch
 def on_train_begin(self: Checkpoints, args, state, control, **kwargs):
     "Take up what had been summed up since the last line of the log."
-    if self.carried is None:
-        return
-    self.trainer._tr_loss += self.carried["loss"]
-    self.trainer._globalstep_last_logged = self.carried["logged"]
-    if hasattr(self.trainer, "_total_train_tokens"):
-        self.trainer._total_train_tokens = self.carried["tokens"]
+    if self.carried is not None:
+        resume_totals(self.trainer, self.carried)
 
 # %% ../../nbs/04_training/06_checkpoints.ipynb #f5a23dd0
 @patch
@@ -186,7 +181,7 @@ def _save(self: Checkpoints, model, trial=None):
         None,
         self.trainer.accelerator,
     )
-    loss = accelerator.gather(self.trainer._tr_loss.detach().reshape(1)).mean().item()
+    carried = running_totals(self.trainer)
     self.saved = time.monotonic()
     if not self._make_room(place):
         return
@@ -196,7 +191,7 @@ def _save(self: Checkpoints, model, trial=None):
         failed = error  # a full disk speaks in many tongues
     accelerator.wait_for_everyone()
     if self.trainer.args.should_save:
-        self._close(place, loss, failed)
+        self._close(place, carried, failed)
     self.saved = time.monotonic()
 
 # %% ../../nbs/04_training/06_checkpoints.ipynb #3312f839
@@ -225,16 +220,11 @@ def _make_room(self: Checkpoints, place: Path) -> bool:
 
 # %% ../../nbs/04_training/06_checkpoints.ipynb #94f178e5
 @patch
-def _close(self: Checkpoints, place: Path, loss: float, failed: Exception | None):
+def _close(self: Checkpoints, place: Path, carried: dict, failed: Exception | None):
     "Seal a checkpoint and remove those it replaces; one that could not be written is removed itself."
     try:
         if failed:
             raise failed
-        carried = {
-            "loss": loss,
-            "logged": self.trainer._globalstep_last_logged,
-            "tokens": getattr(self.trainer, "_total_train_tokens", 0),
-        }
         write_atomically(
             place / "carried.json",
             lambda partial: partial.write_text(json.dumps(carried), encoding="utf-8"),
@@ -253,5 +243,5 @@ def _close(self: Checkpoints, place: Path, loss: float, failed: Exception | None
 # %% ../../nbs/04_training/06_checkpoints.ipynb #c1607194
 def _take(trainer: Trainer, found: Path):
     "The trained model of a checkpoint of the last step."
-    trainer._load_from_checkpoint(str(found))
+    load_weights(trainer, found)
     trainer.state = TrainerState.load_from_json(str(found / "trainer_state.json"))

@@ -32,10 +32,8 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import broadcast_object_list
-from accelerate.utils.launch import prepare_multi_gpu_env
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from pydantic import ValidationError
@@ -43,13 +41,13 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from torch.multiprocessing import _prctl_pr_set_pdeathsig
 from tqdm import tqdm
 
 # %% ../../nbs/04_training/07_processes.ipynb #0bdee155
 from transformers import PreTrainedModel, TrainingArguments
 
-from ..core.errors import InputError, first_line, shorten
+from ..core.compat import accelerate_environment, die_with_parent, hold_to_one_gpu
+from ..core.errors import InputError, first_line, shorten, top_line
 from ..study import Grpo, Preset, Training
 from .device import TrainSetup, load_held, train_setup
 from .models import IGNORE, load_model
@@ -154,7 +152,7 @@ def on_one_gpu(config: TrainingArguments) -> TrainingArguments:  # the same
     """Hold a trainer to one GPU; where it sees several, it would use them all in one process and multiply the
     batch.
     """
-    config._n_gpu = min(config.n_gpu, 1)
+    hold_to_one_gpu(config)
     return config
 
 # %% ../../nbs/04_training/07_processes.ipynb #1e975c0b
@@ -192,14 +190,8 @@ def launch_environment(
 ) -> dict[str, str]:  # environment variables, those that differ from this process's
     "What accelerate makes of a committed configuration."
     file = files("compassion_repro") / "assets" / "accelerate" / CONFIGURATIONS[sharding]
-    words, *_ = _validate_launch_command(
-        launch_command_parser().parse_args(
-            ["--config_file", str(file), "--num_processes", str(processes), "stage"]
-        )
-    )
-    return {
-        name: value for name, value in prepare_multi_gpu_env(words).items() if os.environ.get(name) != value
-    }
+    environment = accelerate_environment(file, processes)
+    return {name: value for name, value in environment.items() if os.environ.get(name) != value}
 
 # %% ../../nbs/04_training/07_processes.ipynb #dc159757
 def check(
@@ -240,7 +232,7 @@ def check(
 def _process(run: Callable, folder: str, how: TrainSetup, environment: dict, lines, starter: int):
     "One of the processes: gives what `run` told (the first one) and the memory that it took."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _prctl_pr_set_pdeathsig(signal.SIGKILL)
+    die_with_parent()
     if os.getppid() != starter:
         os._exit(1)
     tqdm.set_lock(threading.RLock())
@@ -302,7 +294,7 @@ def _failure(folder: str, error: ChildFailedError, label: str) -> Exception:
     if texts and texts[0].startswith("InputError: "):
         return InputError(texts[0].removeprefix("InputError: "))
     if texts and _is_memory(texts[0]):
-        return torch.OutOfMemoryError(shorten(texts[0].splitlines()[0]))
+        return torch.OutOfMemoryError(shorten(top_line(texts[0])))
     if failed.exitcode < 0:
         return InputError(
             f"{label}: process {rank} of the training was ended by {failed.signal_name()}, perhaps because"
@@ -311,7 +303,7 @@ def _failure(folder: str, error: ChildFailedError, label: str) -> Exception:
         )
     why = RuntimeError(
         f"{label}: process {rank} of the training failed:"
-        f" {shorten((texts or ['it wrote nothing down'])[0].splitlines()[0])}"
+        f" {shorten(top_line(texts[0]) if texts else 'it wrote nothing down')}"
     )
     for entry in told:
         why.add_note(entry["extraInfo"]["py_callstack"])

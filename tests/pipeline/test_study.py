@@ -3,12 +3,11 @@
 import json
 import shutil
 import signal
-import subprocess
 import time
 
 import pandas as pd
 import pytest
-from conftest import assert_one_line, command, run_study, settings
+from conftest import assert_one_line, run_study, start_study
 
 from compassion_repro.presets import load_preset
 from compassion_repro.store.folder import Study
@@ -196,9 +195,7 @@ STRUCK += [(signal.SIGKILL, stage) for stage in ("mid", "eval-mid")]  # one trai
 def test_interrupted_in_any_stage_it_carries_on(study_copy, finished, stage, how):
     place = study_copy / "seed-1" / stage
     shutil.rmtree(place)
-    process = subprocess.Popen(
-        [*command(study_copy), *settings()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = start_study(study_copy)
     partial = place.with_name(f".{stage}.partial")
     # the base is done in a blink: interrupt the checks that come before it
     sign = study_copy / ".lock.holder" if stage == "base" else partial

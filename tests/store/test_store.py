@@ -3,11 +3,10 @@
 import json
 import shutil
 import signal
-import subprocess
 
 import pandas as pd
 import pytest
-from conftest import CRASH_SIZE, command, copy_study, settings, wait_for
+from conftest import CRASH_SIZE, copy_study, settings, start_study, wait_for
 
 from compassion_repro import cli
 from compassion_repro.core import files
@@ -124,9 +123,7 @@ def test_a_report_does_not_mix_tables_and_stages(study_copy):
 
 def test_two_runs_at_once_and_one_that_was_killed(study_copy, finished, capsys):
     shutil.rmtree(study_copy / "seed-1" / "eval-mid")
-    first = subprocess.Popen(
-        [*command(study_copy), *settings()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    first = start_study(study_copy)
     wait_for((study_copy / ".lock.holder").exists, first)
     for words in (
         ["run", "--preset", "smoke", "--out", str(study_copy), *settings()],
