@@ -20,6 +20,7 @@ from fastcore.basics import patch
 
 from .. import presets as hub
 from .. import study
+from ..data.hub import has_token
 from . import plan
 from ..presets import load_preset, presets, with_settings
 from ..sandbox import jail as sandbox
@@ -103,13 +104,6 @@ def _has(module: str) -> bool:
     except (ImportError, ValueError):
         return False
 
-# %% ../../nbs/09_pipeline/04_machine.ipynb #299f12ef
-def _has_hub_token() -> bool:
-    "Whether the hub knows you, by a variable or by a login."
-    from huggingface_hub import get_token
-
-    return bool(get_token())
-
 # %% ../../nbs/09_pipeline/04_machine.ipynb #648e5a8f
 def _missing_packages() -> tuple[str, ...]:
     "Packages that are not installed: the package's own requirements, then clients of hosted judges."
@@ -120,7 +114,7 @@ def _missing_packages() -> tuple[str, ...]:
 def _tokens_set() -> frozenset:
     "Names of the tokens that are set; a login of the hub counts as one."
     tokens = frozenset(name for name in TOKENS if os.environ.get(name))
-    return tokens | {"HF_TOKEN"} if _has_hub_token() else tokens
+    return tokens | {"HF_TOKEN"} if has_token() else tokens
 
 # %% ../../nbs/09_pipeline/04_machine.ipynb #3f8bc129
 def this_machine(
