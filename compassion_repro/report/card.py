@@ -192,7 +192,7 @@ def _held_out(result: dict) -> str:
         return f"reward {result['reward_before']:.3f} → {result['reward_after']:.3f}"
     return ""
 
-
+# %% ../../nbs/08_report/04_card.ipynb #aa01b2be
 def _stage_row(manifest: dict) -> tuple:
     "Stage, rows, steps, tokens, held-out loss, and how the weights were merged."
     result = manifest["result"]
@@ -200,7 +200,7 @@ def _stage_row(manifest: dict) -> tuple:
     rows, steps = result.get("rows", ""), result.get("steps", "")
     return manifest["stage"], rows, steps, tokens, _held_out(result), result.get("merge", "as it is")
 
-
+# %% ../../nbs/08_report/04_card.ipynb #186c2218
 def _stages_table(made: TrainedModel) -> str:
     "How the model was made, a row a stage."
     columns = ("stage", "rows", "steps", "tokens", "held-out loss", "weights")
@@ -212,7 +212,7 @@ def _hub_ids(rows: Sequence[tuple]) -> list[str]:
     names = [source.partition("@")[0] for _, source, *_ in rows if not source.startswith("world:")]
     return list(dict.fromkeys(name for name in names if name not in ("local", "?")))
 
-
+# %% ../../nbs/08_report/04_card.ipynb #04083fe2
 def _results(made: TrainedModel) -> list:
     "Mean scores over all languages as the hub's `EvalResult`; an embedded benchmark is marked as tiny."
     from huggingface_hub import EvalResult
