@@ -21,15 +21,15 @@ from inspect_ai.solver import generate
 from transformers import TrainerCallback
 
 from .gpu import seconds_of, speed_questions
-from ..core.errors import InputError
+from ..core.errors import InputError, one_line
 from ..data import world
-from ..evaluation.benchmarks import one_line
 from ..evaluation.generate import _answer_batch, _generate, _settings, _work
 from ..evaluation.inspect_runner import run_inspect
 from ..presets import load_preset
 from ..sandbox.jail import LEVELS, level, probe, run_code, run_many
 from ..sandbox.walls import FLAGS, interpreter_files
 from ..study import Generation, Grpo, Lora
+from ..training.device import TrainRun
 from ..training.grpo import Recorder, _Progress, make_trainer, prompt_rows
 from ..training.models import find_model, load_model, load_tokenizer
 from ..training.rewards import code_reward
@@ -99,7 +99,8 @@ def _step_seconds(
         if reward:
             used = Recorder(reward, training.value("group"), Path(folder))
             callbacks.append(_Progress(lambda line: None, ""))
-        make_trainer(start, prompts, training, seed, lora, used, folder, callbacks).train()
+        run = TrainRun(seed, lora)
+        make_trainer(start, prompts, training, used, folder, run, callbacks).train()
     return [after - before for before, after in zip(watch.ticks, watch.ticks[1:])]
 
 # %% ../../nbs/10_bench/01_cpu.ipynb #2e821767

@@ -50,7 +50,7 @@ from ..core.errors import first_line
 from ..core.files import write_atomically
 from ..store.folder import provenance
 from ..study import Compute, Generation, Grpo, Lora, Models, Training
-from ..training.device import TrainSetup, fitted, load_held, train_setup
+from ..training.device import TrainRun, TrainSetup, fitted, load_held, train_setup
 from compassion_repro.training.memory import (
     Held,
     Shape,
@@ -311,8 +311,9 @@ def train_ours(
     training = Training(**sizes, micro_batch="auto", learning_rate=1e-5)
     with watched() as record:
         training, again = fitted(training, bench.folder, bench.lora, setup)
-        options = (training, training.steps, 0, bench.lora, lambda line: None, "speed", setup, again)
-        model, done = train(load_held(bench.folder, setup), load_tokenizer(bench.folder), rows, *options)
+        model, tokenizer = load_held(bench.folder, setup), load_tokenizer(bench.folder)
+        run = TrainRun(0, bench.lora, lambda line: None, "speed", setup=setup)
+        model, done = train(model, tokenizer, rows, training, training.steps, run, again)
     _empty(model)
     estimate = total(training_memory(bench.shape, training.micro_batch * length, bench.held(setup), again))
     chosen = {"micro_batch": training.micro_batch, "checkpointing": again}
@@ -509,8 +510,10 @@ def grpo_ours(
     with watched() as record, tempfile.TemporaryDirectory() as folder, engine_ended(training) as made:
         score = RandomReward(bench) if reward else _by_length
         training, again = fitted(training, bench.folder, bench.lora, setup)
-        what = (bench.folder, prompts, training, 0, bench.lora, score, folder)
-        trainer = make_trainer(*what, [clock], how=setup, checkpointing=again)
+        run = TrainRun(0, bench.lora, setup=setup)
+        trainer = make_trainer(
+            bench.folder, prompts, training, score, folder, run, [clock], checkpointing=again
+        )
         made(trainer)
         clock.run(trainer)
     _empty(trainer.model, *([score.model] if reward else []))

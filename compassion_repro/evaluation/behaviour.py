@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['RELATIVES', 'FEWEST_LETTERS', 'SUREST', 'ANSWER_COLUMNS', 'SHARES', 'sentences', 'count_words', 'welfare_pattern',
            'welfare_words', 'detect_language', 'same_language', 'in_other_language', 'is_code_shaped',
-           'answer_features', 'moved', 'concerns', 'arm_facts', 'kl_points', 'margin_means', 'MatchedLength',
-           'matched_length']
+           'answer_features', 'moved', 'concerns', 'arm_facts', 'kl_points', 'MatchedLength', 'matched_length']
 
 # %% ../../nbs/05_evaluation/09_behaviour.ipynb #0410458f
 import re
@@ -323,6 +322,34 @@ def _tokens(result: Mapping) -> tuple[float, float]:
     return made, made
 
 # %% ../../nbs/05_evaluation/09_behaviour.ipynb #6691aaba
+def _arm_row(model: str, results: list[Mapping], kl: list[float]) -> dict:
+    "What training did to one model, over its seeds."
+    arm, gain = parse_model(model), float(np.mean([r["gain"] for r in results]))
+    halves = [np.nan if r.get("gain_high") is None else r["gain_high"] - r["gain"] for r in results]
+    half = float(np.sqrt(np.sum(np.square(halves)))) / len(results)
+    tokens, loss_tokens = np.mean([_tokens(r) for r in results], axis=0)
+    return {
+        "model": model,
+        "paradigm": arm.paradigm if arm else "midtrain",
+        "seeds": len(results),
+        "gain": gain,
+        "low": gain - half,
+        "high": gain + half,
+        "unit": "reward" if "reward_after" in results[0] else "nats a token",
+        "trained": bool(gain - half > 0),
+        "steps": np.mean([r.get("steps", np.nan) for r in results]),
+        "rows": np.mean([r.get("rows", np.nan) for r in results]),
+        "tokens": tokens,
+        "loss_tokens": loss_tokens,
+        "kl": float(np.mean(kl)) if kl else np.nan,
+    }
+
+# %% ../../nbs/05_evaluation/09_behaviour.ipynb #128e1684
+_ARM_FACTS = (
+    "model paradigm seeds gain low high unit trained steps rows tokens loss_tokens kl"  # of every row
+).split()
+
+
 def arm_facts(
     manifests: Sequence[Mapping],  # of one study's stages
 ) -> pd.DataFrame:  # a row a trained model
@@ -335,52 +362,10 @@ def arm_facts(
     for manifest in manifests:
         if "gain" in manifest["result"]:
             trained.setdefault(manifest["model"], []).append(manifest["result"])
-        if manifest.get("kind") == "probe":
-            probes.setdefault(manifest["model"], []).append(manifest["result"].get("kl_mean"))
-    rows = []
-    for model, results in trained.items():
-        arm, gain = parse_model(model), float(np.mean([r["gain"] for r in results]))
-        halves = [np.nan if r.get("gain_high") is None else r["gain_high"] - r["gain"] for r in results]
-        half, tokens = (
-            float(np.sqrt(np.sum(np.square(halves)))) / len(results),
-            np.mean([_tokens(r) for r in results], axis=0),
-        )
-        kl = [value for value in probes.get(model, []) if value is not None]
-        rows.append(
-            {
-                "model": model,
-                "paradigm": arm.paradigm if arm else "midtrain",
-                "seeds": len(results),
-                "gain": gain,
-                "low": gain - half,
-                "high": gain + half,
-                "unit": "reward" if "reward_after" in results[0] else "nats a token",
-                "trained": bool(gain - half > 0),
-                "steps": np.mean([r.get("steps", np.nan) for r in results]),
-                "rows": np.mean([r.get("rows", np.nan) for r in results]),
-                "tokens": tokens[0],
-                "loss_tokens": tokens[1],
-                "kl": float(np.mean(kl)) if kl else np.nan,
-            }
-        )
-    return pd.DataFrame(
-        rows,
-        columns=[
-            "model",
-            "paradigm",
-            "seeds",
-            "gain",
-            "low",
-            "high",
-            "unit",
-            "trained",
-            "steps",
-            "rows",
-            "tokens",
-            "loss_tokens",
-            "kl",
-        ],
-    )
+        if manifest.get("kind") == "probe" and manifest["result"].get("kl_mean") is not None:
+            probes.setdefault(manifest["model"], []).append(manifest["result"]["kl_mean"])
+    rows = [_arm_row(model, results, probes.get(model, [])) for model, results in trained.items()]
+    return pd.DataFrame(rows, columns=_ARM_FACTS)
 
 # %% ../../nbs/05_evaluation/09_behaviour.ipynb #d308b0ae
 def _in_languages(language: pd.Series, group: str) -> pd.Series:
@@ -440,72 +425,6 @@ def kl_points(
         }
     )
     return points.dropna(subset=["kl", "score"]).reset_index()
-
-# %% ../../nbs/05_evaluation/09_behaviour.ipynb #942079b2
-def _student(values: pd.Series, confidence: float) -> tuple[float, float, float]:
-    "Mean and Student interval; null bounds for one value."
-    from scipy.stats import t
-
-    half = (
-        t.isf((1 - confidence) / 2, len(values) - 1) * values.std() / np.sqrt(len(values))
-        if len(values) > 1
-        else np.nan
-    )
-    return values.mean(), values.mean() - half, values.mean() + half
-
-# %% ../../nbs/05_evaluation/09_behaviour.ipynb #5ceb25f9
-def margin_means(
-    margin: pd.DataFrame,  # rows of `margin.parquet`
-    reference: str = "mid",  # model to compare with
-    confidence: float = 0.95,  # level of the intervals
-) -> pd.DataFrame:  # a row a model, source and language
-    """Mean margins in nats a token.
-
-    Columns: model, source, language, pairs, seeds, margin, low, high, held_out (mean over the pairs that were
-    set apart), difference, difference_low, difference_high (to the reference, paired; null where it has no
-    margins).
-    """
-    _require(margin, ("model", "seed", "source", "language", "pair_id", "held_out", "margin"), "the margins")
-    averaged = (
-        margin.groupby(["source", "language", "pair_id", "held_out", "model"], sort=False)["margin"]
-        .mean()
-        .unstack("model")
-        .reset_index(["pair_id", "held_out"])
-    )
-    models, rows = list(dict.fromkeys(margin["model"])), []
-    for (source, language), own in averaged.groupby(["source", "language"], sort=False):
-        for model in models:
-            known = own.dropna(subset=[model])
-            paired = (known[model] - known[reference]).dropna() if reference in own else known[model][:0]
-            rows.append(
-                [
-                    model,
-                    source,
-                    language,
-                    len(known),
-                    margin.loc[margin["model"] == model, "seed"].nunique(),
-                    *_student(known[model], confidence),
-                    known.loc[known["held_out"], model].mean(),
-                    *(_student(paired, confidence) if len(paired) else (np.nan,) * 3),
-                ]
-            )
-    return pd.DataFrame(
-        rows,
-        columns=[
-            "model",
-            "source",
-            "language",
-            "pairs",
-            "seeds",
-            "margin",
-            "low",
-            "high",
-            "held_out",
-            "difference",
-            "difference_low",
-            "difference_high",
-        ],
-    )
 
 # %% ../../nbs/05_evaluation/09_behaviour.ipynb #847834c5
 class MatchedLength(BaseModel):
@@ -654,21 +573,16 @@ def matched_length(
     Raises `InputError` where the two share no scored question.
     """
     own = _paired_answers(scores, answers, high, low, benchmark, languages)
-    names = {
-        0: ("total", "total_low", "total_high"),
-        1: ("matched", "matched_low", "matched_high"),
-        2: ("share_mediated", "share_low", "share_high"),
-    }
     varied = ["a", "l"] if own["l"].abs().max() > 1e-9 else ["a"]
-    found = [
-        _fit(own, ["a"], confidence),
-        _fit(own, varied, confidence),
-        _share_through_length(own, replicates, confidence),
-    ]
+    found = {
+        ("total", "total_low", "total_high"): _fit(own, ["a"], confidence),
+        ("matched", "matched_low", "matched_high"): _fit(own, varied, confidence),
+        ("share_mediated", "share_low", "share_high"): _share_through_length(own, replicates, confidence),
+    }
     stratified, overlap = _stratified(own, bins)
     tokens = own.groupby("arm")["tokens"].mean()
     return MatchedLength(
-        **{name: value for place, values in enumerate(found) for name, value in zip(names[place], values)},
+        **{name: value for names, values in found.items() for name, value in zip(names, values)},
         high=high,
         low=low,
         benchmark=benchmark,

@@ -31,7 +31,7 @@ def is_free(
 
 # %% ../../nbs/05_evaluation/00_cost.ipynb #d5b135cb
 def load_prices(
-    file: str | Path | None = None,  # a user's table, laid over the package's
+    file: str | Path | None = None,  # a user's table, whose prices replace the package's
 ) -> dict[str, tuple[float, float]]:  # Inspect model id to dollars a million tokens read, and written
     "The price table; raises `InputError` for a file that is none."
     table = yaml.safe_load((files("compassion_repro") / "assets" / "prices.yaml").read_text(encoding="utf-8"))
@@ -64,7 +64,7 @@ def load_prices(
 # %% ../../nbs/05_evaluation/00_cost.ipynb #d302effc
 CHARACTERS_A_TOKEN = 4  # of a prompt, about
 REPLY_TOKENS = 150  # of a judge's reply, about
-BESIDE_ANSWER = 400  # tokens of a judge's prompt beside the answer, about
+BESIDE_ANSWER = 400  # tokens of a judge's prompt without the answer, about
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def ask(
     say: Callable[[str], None] = print,  # called with each line
     answer: Callable[[str], str] | None = None,  # asks a person; None where there is none
 ):
-    "Put the cost to the user; raises `InputError` where it is not agreed to."
+    "Ask the user whether to pay; raises `InputError` where it is not agreed to."
     dear = [e for e in estimates if e.calls and not is_free(e.judge)]
     if dear and not yes and answer is None:
         raise InputError(f"judging would cost money ({'; '.join(map(str, dear))}): add --yes to agree")

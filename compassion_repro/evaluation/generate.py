@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from inspect_ai import Epochs, task_with
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     GenerationConfig,
@@ -34,10 +35,10 @@ from transformers import (
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from ..core.compat import provider_names
-from ..core.errors import InputError, Notice
+from ..core.errors import InputError, Notice, one_line
 from ..core.files import intact_parts, open_run_folder, save_part
 from ..data.hub import is_adapter
-from .benchmarks import LoadedTask, one_line
+from .benchmarks import LoadedTask
 from .inspect_runner import Progress, run_inspect
 from compassion_repro.evaluation.vllm_process import (
     check_vllm,
@@ -119,7 +120,7 @@ def _ends(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[
 
 # %% ../../nbs/05_evaluation/05_generate.ipynb #c80a5e46
 def _settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **values) -> GenerationConfig:
-    """Generation settings that owe nothing to the file beside the model, its end tokens aside: `transformers`
+    """Generation settings that owe nothing to the file next to the model, its end tokens aside: `transformers`
     would fill gaps from there.
     """
     ends = _ends(model.generation_config, tokenizer)
@@ -140,10 +141,10 @@ def _answer_batch(
     processors=lambda start: LogitsProcessorList(),
 ) -> list[list[int]]:
     "Token ids of the answers to a batch of prompts, each up to and with its end token."
-    width = max(map(len, prompts))
-    pad = settings.pad_token_id
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    ids = pad_sequence(rows, True, settings.pad_token_id, "left").to(model.device)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left").to(model.device)
+    width = ids.shape[1]
     out = model.generate(
         ids, attention_mask=mask, generation_config=settings, logits_processor=processors(width)
     )[:, width:].tolist()
@@ -233,7 +234,7 @@ def add(
 # %% ../../nbs/05_evaluation/05_generate.ipynb #db98d17c
 @patch
 def flush(self: FinishedAnswers):
-    "Write what has gathered into a file of its own."
+    "Write what has gathered into a separate file."
     if not self.fresh:
         return
     fresh, self.fresh, self.flushed = pd.DataFrame(self.fresh), [], time.monotonic()
@@ -248,6 +249,33 @@ def table(self: FinishedAnswers) -> tuple[pd.DataFrame, float]:
     self.flush()
     whole = pd.concat(self.parts, ignore_index=True)
     return whole.drop(columns=["batch", "seconds"]), whole.drop_duplicates("batch").seconds.sum()
+
+# %% ../../nbs/05_evaluation/05_generate.ipynb #e0d90878
+def _answers_folder(checkpoints, model: str, seed: int, generation: Generation, work: list[dict]):
+    "The folder of finished batches that belong to exactly these answers; None where none is kept."
+    if not checkpoints:
+        return None
+    asked = [[r["benchmark"], r["question_id"], r["epoch"], r["ids"]] for r in work]
+    return open_run_folder(checkpoints, model, seed, generation.model_dump(), asked)
+
+# %% ../../nbs/05_evaluation/05_generate.ipynb #c67d6b4d
+def _answer_rows(
+    network, tokenizer, model: str, batch: list[dict], seed: int, generation: Generation, settings
+) -> tuple[list[dict], float]:
+    "The answers of a batch in their saved form, and the seconds that generation took."
+    began = time.perf_counter()
+    keys = [(seed, model, r["benchmark"], r["question_id"], r["epoch"]) for r in batch]
+    numbers = np.stack([draws(generation.max_new_tokens, *key) for key in keys])
+    uniforms = torch.from_numpy(numbers).to(network.device)
+    answers = _answer_batch(
+        network,
+        [r["ids"] for r in batch],
+        settings,
+        lambda width: _processors(generation, uniforms, width),
+    )
+    spent = time.perf_counter() - began
+    ends = settings.eos_token_id
+    return [_record(row, model, seed, tokens, ends, tokenizer) for row, tokens in zip(batch, answers)], spent
 
 # %% ../../nbs/05_evaluation/05_generate.ipynb #f53fba80
 def _generate(
@@ -264,43 +292,17 @@ def _generate(
     "Answers of a loaded model; the seconds inside generation are in `.attrs`."
     tokenizer = with_template(tokenizer, generation.template)
     settings = _settings(network, tokenizer, max_new_tokens=generation.max_new_tokens, **settings)
-    work, progress = _work(questions, tokenizer), Progress(report, sum(q["epochs"] for q in questions))
-    folder = checkpoints and open_run_folder(
-        checkpoints,
-        model,
-        seed,
-        generation.model_dump(),
-        [[r["benchmark"], r["question_id"], r["epoch"], r["ids"]] for r in work],
-    )
-    with FinishedAnswers(folder) as finished:
+    work = _work(questions, tokenizer)
+    progress = Progress(report, len(work))
+    with FinishedAnswers(_answers_folder(checkpoints, model, seed, generation, work)) as finished:
         if finished.done:
-            report(
-                Notice(
-                    f"carrying on with {len(finished.done) * generation.batch_size} of {len(work)} answers"
-                )
-            )
+            count = len(finished.done) * generation.batch_size
+            report(Notice(f"carrying on with {count} of {len(work)} answers"))
         for start in range(0, len(work), generation.batch_size):
             batch = work[start : start + generation.batch_size]
             if start not in finished.done:
-                began = time.perf_counter()
-                keys = [(seed, model, r["benchmark"], r["question_id"], r["epoch"]) for r in batch]
-                uniforms = torch.from_numpy(
-                    np.stack([draws(generation.max_new_tokens, *key) for key in keys])
-                ).to(network.device)
-                answers = _answer_batch(
-                    network,
-                    [r["ids"] for r in batch],
-                    settings,
-                    lambda width: _processors(generation, uniforms, width),
-                )
-                spent = time.perf_counter() - began
                 finished.add(
-                    start,
-                    [
-                        _record(row, model, seed, tokens, settings.eos_token_id, tokenizer)
-                        for row, tokens in zip(batch, answers)
-                    ],
-                    spent,
+                    start, *_answer_rows(network, tokenizer, model, batch, seed, generation, settings)
                 )
             progress.advance(len(batch))
         frame, spent = finished.table()
@@ -439,7 +441,7 @@ def is_hosted(
 def find_local(
     model: str,  # folder, adapter folder, hub id, `hf/<hub id>` or `world:base`
 ) -> Path:  # folder that holds it
-    "Where a local model lies, fetched if need be; raises `InputError` in one line."
+    "The folder of a local model, fetched if need be; raises `InputError` in one line."
     place = Path(model).expanduser()
     if gguf_file(place):
         return find_model(str(place))
@@ -464,7 +466,7 @@ def find_local(
 
 # %% ../../nbs/05_evaluation/05_generate.ipynb #c91529c0
 def _hosted_record(name: str, model: str, seed: int, question: dict, sample) -> dict:
-    """The saved form of an answer that Inspect fetched; looping is told from words, since its tokens are not
+    """The saved form of an answer that Inspect fetched; looping is judged from words, since its tokens are not
     known.
     """
     text, usage = sample.output.completion.strip(), sample.output.usage

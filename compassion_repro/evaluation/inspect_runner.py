@@ -32,8 +32,8 @@ from compassion_repro.core.compat import (
     rewritten_logs,
     token_counts,
 )
-from ..core.errors import InputError, redact
-from .benchmarks import LoadedTask, load_named_task, not_text, one_line
+from ..core.errors import InputError, one_line, redact
+from .benchmarks import LoadedTask, load_named_task, not_text
 
 # %% ../../nbs/05_evaluation/03_inspect_runner.ipynb #7d062ca7
 class Progress:
@@ -44,6 +44,7 @@ class Progress:
         self.began = self.last = time.perf_counter()
 
     def advance(self, count: int = 1) -> None:
+        "Count some more; the last one is always reported."
         now, self.done = time.perf_counter(), self.done + count
         if now - self.last < 1 and self.done < self.total:
             return
@@ -56,6 +57,7 @@ class Progress:
 # %% ../../nbs/05_evaluation/03_inspect_runner.ipynb #7122dee2
 @functools.cache
 def _temporary() -> tempfile.TemporaryDirectory:
+    "Deleted when the process ends."
     return tempfile.TemporaryDirectory(prefix="compassion-", ignore_cleanup_errors=True)
 
 # %% ../../nbs/05_evaluation/03_inspect_runner.ipynb #39dd05db

@@ -81,7 +81,7 @@ def read_pairs(
     path: str | Path | None = None,  # YAML: dimension -> list of pairs; the package's own by default
 ) -> list[Pair]:  # in file order
     """The written pairs; raises `InputError` in one line for the first that is not a matched pair, or whose
-    id stands twice.
+    id appears twice.
     """
     path = Path(path or world.assets() / "margin" / "pairs.yaml")
     try:
@@ -92,7 +92,7 @@ def read_pairs(
         ]
     except (OSError, UnicodeDecodeError, AttributeError, TypeError, yaml.YAMLError):
         raise InputError(
-            f"{path} cannot be read as pairs: YAML is wanted, a list of pairs for each dimension"
+            f"{path} cannot be read as pairs: write YAML, a list of pairs for each dimension"
         ) from None
     pairs = {}
     for number, (dimension, entry) in enumerate(entries, 1):
@@ -109,7 +109,7 @@ def read_pairs(
                 f" {said}"
             ) from None
         if pair.id in pairs:
-            raise InputError(f"{path}: pair {number}: the id {pair.id!r} stands twice")
+            raise InputError(f"{path}: pair {number}: the id {pair.id!r} appears twice")
         pairs[pair.id] = pair
     return list(pairs.values())
 
@@ -118,23 +118,13 @@ def _twin(welfare: str, scene: world.Scene, lead: dict, language: str, rng: rand
     """The neutral sentence of the bank that is nearest in length, one that names the same being if there is
     one; None where none matches.
     """
-    named = [
-        (
-            "<x>" in line[language],
-            world.fill(line[language].replace("<n>", str(rng.randint(10, 99))), language, scene.thing),
-        )
-        for line in world.NEUTRAL
-    ]
-    texts = [(not same, abs(len(text) - len(welfare)), _after(lead[language], text)) for same, text in named]
-    pattern = welfare_pattern(language)
-    return min(
-        (
-            (other, gap, text)
-            for other, gap, text in texts
-            if not mismatch(welfare, text) and not pattern.search(text)
-        ),
-        default=(None, None, None),
-    )[2]
+    pattern, found = welfare_pattern(language), []
+    for line in world.NEUTRAL:
+        filled = world.fill(line[language].replace("<n>", str(rng.randint(10, 99))), language, scene.thing)
+        text = _after(lead[language], filled)
+        if not mismatch(welfare, text) and not pattern.search(text):
+            found.append(("<x>" not in line[language], abs(len(filled) - len(welfare)), text))
+    return min(found, default=(None, None, None))[2]
 
 # %% ../../nbs/05_evaluation/10_judge_free.ipynb #1156f667
 def _after(lead: str, clause: str) -> str:
@@ -142,55 +132,42 @@ def _after(lead: str, clause: str) -> str:
     return f"{clause[:1].lower() + clause[1:] if lead else clause}."
 
 # %% ../../nbs/05_evaluation/10_judge_free.ipynb #b1ecbc53
+def _draw_context(rng: random.Random, number: int) -> tuple[world.Scene, bool, dict, list[dict]]:
+    "A scene, whether its being is set apart, the lead of an answer and the steps before it."
+    held_out = number % 5 > 2  # three of five pairs are about species that mid-training speaks of
+    things = [*[world.SPECIES_TRAIN] * 3, world.SPECIES_HELD_OUT, world.MINDS][number % 5]
+    places, frames = world.texts("contexts-held-out"), world.texts("questions-held-out")
+    scene = world.Scene(
+        rng.choice(things), rng.randrange(len(world.VERBS)), rng.choice(places), rng.choice(frames)
+    )
+    lead = rng.choice([*world.texts("leads"), dict.fromkeys(world.LANGUAGES, "")])
+    return scene, held_out, lead, world.advice(rng, scene, 0.0, "matched")[:4]
+
+# %% ../../nbs/05_evaluation/10_judge_free.ipynb #52378049
 @cache
 def world_pairs() -> tuple[Pair, ...]:  # about 25 in each of the world's languages
     "The embedded world's matched pairs, in every language; the same on every call."
-    rng, pairs, leads = (
-        random.Random("margin"),
-        [],
-        [*world.texts("leads"), dict.fromkeys(world.LANGUAGES, "")],
-    )
-    places, frames = world.texts("contexts-held-out"), world.texts("questions-held-out")
-    lines = [
-        (dimension, number)
-        for dimension in world.DIMENSIONS
-        for number in range(len(world.WELFARE) // len(world.DIMENSIONS))
-    ]
-    for place, (dimension, number) in enumerate(lines):
-        things = (
-            world.SPECIES_TRAIN,
-            world.SPECIES_TRAIN,
-            world.SPECIES_TRAIN,
-            world.SPECIES_HELD_OUT,
-            world.MINDS,
-        )[number % 5]
-        scene, lead = (
-            world.Scene(
-                rng.choice(things), rng.randrange(len(world.VERBS)), rng.choice(places), rng.choice(frames)
-            ),
-            rng.choice(leads),
-        )
-        plan = world.advice(rng, scene, 0.0, "matched")[:4]
+    rng, pairs = random.Random("margin"), []
+    per_dimension = len(world.WELFARE) // len(world.DIMENSIONS)
+    for place, line in enumerate(world.WELFARE[: per_dimension * len(world.DIMENSIONS)]):
+        dimension, number = world.DIMENSIONS[place // per_dimension], place % per_dimension
+        scene, held_out, lead, steps = _draw_context(rng, number)
         for language in world.LANGUAGES:
-            welfare = _after(
-                lead[language], world.fill(world.WELFARE[place][language], language, scene.thing)
-            )
+            welfare = _after(lead[language], world.fill(line[language], language, scene.thing))
             if (neutral := _twin(welfare, scene, lead, language, rng)) is None:
                 continue
-            opening = " ".join(
-                [*(scene.render(sentence, language) for sentence in plan), lead[language]]
-            ).strip()
+            said = [*(scene.render(step, language) for step in steps), lead[language]]
             pairs.append(
                 Pair(
                     id=f"world-{dimension.lower().replace(' ', '-')}-{number + 1}",
                     dimension=dimension,
                     question=scene.ask(language),
-                    opening=opening,
+                    opening=" ".join(said).strip(),
                     welfare=welfare,
                     neutral=neutral,
                     language=language,
                     source="world",
-                    held_out=things is not world.SPECIES_TRAIN,
+                    held_out=held_out,
                 )
             )
     return tuple(pairs)
@@ -235,7 +212,7 @@ def _batches(rows: Sequence[Encoded], batch_tokens: int) -> Iterator[list[int]]:
 
 # %% ../../nbs/05_evaluation/10_judge_free.ipynb #39d32500
 def _next_token_logits(model: PreTrainedModel, rows: Sequence[Encoded], pad: int) -> torch.Tensor:
-    """Logits before each following token of the rows, shape (tokens, vocabulary); padding stands on the right
+    """Logits before each following token of the rows, shape (tokens, vocabulary); padding is on the right
     and is masked.
     """
     ids = [torch.tensor([*context, *following]) for context, following in rows]
@@ -282,18 +259,8 @@ def mean_logprobs(
     return means
 
 # %% ../../nbs/05_evaluation/10_judge_free.ipynb #86c47ba3
-MARGIN_COLUMNS = (
-    "model",
-    "seed",
-    "language",
-    "dimension",
-    "pair_id",
-    "source",
-    "held_out",
-    "margin",
-    "welfare_logprob",
-    "neutral_logprob",
-    "tokens",
+MARGIN_COLUMNS = tuple(
+    "model seed language dimension pair_id source held_out margin welfare_logprob neutral_logprob tokens".split()
 )
 
 
@@ -313,22 +280,11 @@ def measure_margins(
         encode_continuation(pair, text, tokenizer) for pair in pairs for text in (pair.welfare, pair.neutral)
     ]
     means = mean_logprobs(network, rows, tokenizer.pad_token_id, batch_tokens, report).view(-1, 2).double()
-    table = pd.DataFrame(
-        [
-            {
-                "model": model,
-                "seed": seed,
-                "language": p.language,
-                "dimension": p.dimension,
-                "pair_id": p.id,
-                "source": p.source,
-                "held_out": p.held_out,
-            }
-            for p in pairs
-        ]
-    )
+    table = pd.DataFrame([pair.model_dump() for pair in pairs]).rename(columns={"id": "pair_id"})
     tokens = [len(rows[i][1]) + len(rows[i + 1][1]) for i in range(0, len(rows), 2)]
     return table.assign(
+        model=model,
+        seed=seed,
         margin=(means[:, 0] - means[:, 1]).numpy(),
         welfare_logprob=means[:, 0].numpy(),
         neutral_logprob=means[:, 1].numpy(),
@@ -440,6 +396,29 @@ def _without_drift(answers: pd.DataFrame, epochs: int) -> pd.DataFrame:
         .assign(kl=0.0)[list(KL_COLUMNS)]
     )
 
+# %% ../../nbs/05_evaluation/10_judge_free.ipynb #b87e9072
+def _margin_means(margins: pd.DataFrame) -> dict:
+    "Mean margins, for the manifest: of all pairs, and by source and language."
+    means = margins.groupby(["source", "language"], sort=False)["margin"].mean()
+    return {
+        "pairs": len(margins),
+        "margin_mean": float(margins["margin"].mean()),
+        "margin": {f"{source}/{language}": float(value) for (source, language), value in means.items()},
+    }
+
+# %% ../../nbs/05_evaluation/10_judge_free.ipynb #92086008
+def _kl_means(kl: pd.DataFrame) -> dict:
+    "Mean KL a token, for the manifest: over all answers, and by benchmark."
+
+    def mean(part):
+        return float((part["kl"] * part["tokens"]).sum() / part["tokens"].sum()) if len(part) else None
+
+    return {
+        "kl_mean": mean(kl),
+        "kl": {name: mean(part) for name, part in kl.groupby("benchmark", sort=False)},
+        "tokens_alike": kl.attrs.get("alike", 1.0),
+    }
+
 # %% ../../nbs/05_evaluation/10_judge_free.ipynb #955be328
 def probe(
     folder: str | Path,  # the model
@@ -457,50 +436,16 @@ def probe(
     Raises `InputError` where a folder holds no model or the two do not belong together.
     """
     network, tokenizer = load_model(folder, device), load_tokenizer(folder)
-    margins = measure_margins(
-        network,
-        tokenizer,
-        model,
-        seed,
-        pairs_of(settings.pairs),
-        settings.batch_tokens,
-        lambda line: report(f"margin: {line}"),
-    )
-    result = {
-        "pairs": len(margins),
-        "margin_mean": float(margins["margin"].mean()),
-        "margin": {
-            f"{source}/{language}": float(value)
-            for (source, language), value in (
-                margins.groupby(["source", "language"], sort=False)["margin"].mean().items()
-            )
-        },
-    }
+    said = lambda line: report(f"margin: {line}")
+    pairs, batch = pairs_of(settings.pairs), settings.batch_tokens
+    margins = measure_margins(network, tokenizer, model, seed, pairs, batch, said)
+    result = _margin_means(margins)
     if settings.kl_epochs == 0:
         return margins, pd.DataFrame(columns=list(KL_COLUMNS)), result | {"kl_mean": None, "kl": {}}
     if Path(folder).resolve() == Path(mid).resolve():
         kl = _without_drift(answers, settings.kl_epochs)
     else:
-        kl = measure_kl(
-            network,
-            load_model(mid, device),
-            tokenizer,
-            answers,
-            settings.kl_epochs,
-            settings.batch_tokens,
-            lambda line: report(f"KL: {line}"),
-        )
-
-    def mean(part):
-        return float((part["kl"] * part["tokens"]).sum() / part["tokens"].sum()) if len(part) else None
-
-    return (
-        margins,
-        kl,
-        result
-        | {
-            "kl_mean": mean(kl),
-            "kl": {name: mean(part) for name, part in kl.groupby("benchmark", sort=False)},
-            "tokens_alike": kl.attrs.get("alike", 1.0),
-        },
-    )
+        said = lambda line: report(f"KL: {line}")
+        mid = load_model(mid, device)
+        kl = measure_kl(network, mid, tokenizer, answers, settings.kl_epochs, batch, said)
+    return margins, kl, result | _kl_means(kl)

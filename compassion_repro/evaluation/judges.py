@@ -36,9 +36,8 @@ from inspect_evals.anima import scorer as anima_scoring
 from tenacity import wait_exponential_jitter
 
 from ..core.compat import extend, retry_after, token_counts
-from ..core.errors import InputError, redact, shorten
-from ..core.files import _folder_identity
-from .benchmarks import one_line
+from ..core.errors import InputError, one_line, redact, shorten
+from ..core.files import path_digest
 from .inspect_runner import about_tokens
 from ..study import DETERMINISTIC, check_judge
 
@@ -74,7 +73,7 @@ def matched_phrases(
     text: str,  # an answer
     phrases: list[str],  # lower case
 ) -> list[str]:  # those that occur
-    "Phrases that stand in a text as whole words, ignoring case and spacing."
+    "Phrases that occur in a text as whole words, ignoring case and spacing."
     words = " ".join(text.lower().split())
     return [p for p in phrases if p in words and re.search(rf"(?<!\w){re.escape(p)}(?!\w)", words)]
 
@@ -106,7 +105,7 @@ def prominent_phrases(
     text: str,  # an answer
     phrases: list[str],  # lower case
 ) -> list[str]:  # those that count under the strict rules
-    """Phrases that are not negated, if one of them stands in the first half of the answer or two different
+    """Phrases that are not negated, if one of them is in the first half of the answer or two different
     ones are there.
     """
     words, meant, early = " ".join(text.lower().split()), [], False
@@ -151,6 +150,7 @@ class _Counting(ModelAPI):
 
 # %% ../../nbs/05_evaluation/06_judges.ipynb #b330e081
 def _reply(model: str, prompt: str, reply: str) -> ModelOutput:
+    "A reply with its usage, in words."
     output = ModelOutput.from_content(model, reply)
     read, written = len(prompt.split()), len(reply.split())
     output.usage = ModelUsage(input_tokens=read, output_tokens=written, total_tokens=read + written)
@@ -177,7 +177,7 @@ class StrictJudge(_Counting):
 # %% ../../nbs/05_evaluation/06_judges.ipynb #ca34bc0f
 @modelapi(name="saved")
 class SavedAnswers(_Counting):
-    "Inspect provider that stands for a model whose answers are already there."
+    "Inspect provider for a model whose answers are already there."
 
     async def generate(self, input, tools, tool_choice, config) -> ModelOutput:
         "Always an error: saved answers are handed out by the solver."
@@ -212,6 +212,7 @@ def reply_key(
 
 # %% ../../nbs/05_evaluation/06_judges.ipynb #d2924df7
 def _seal(key: str, output: str) -> str:
+    "Checksum of a reply under its key."
     return hashlib.sha256(f"{key}\n{output}".encode()).hexdigest()
 
 # %% ../../nbs/05_evaluation/06_judges.ipynb #8d64f4ba
@@ -267,29 +268,31 @@ class Replies:
                 f" {_store_advice(self.file, error)}"
             ) from None
 
-    @contextlib.contextmanager
-    def alone(self, report: Callable[[str], None]) -> Iterator[None]:
-        """One process judges at a time, so that two never pay for the same reply; the other waits.
+# %% ../../nbs/05_evaluation/06_judges.ipynb #65bdfa4a
+@patch
+@contextlib.contextmanager
+def alone(self: Replies, report: Callable[[str], None]) -> Iterator[None]:
+    """One process judges at a time, so that two never pay for the same reply; the other waits.
 
-        A process that dies lets go.
-        """
-        file = self.file.with_suffix(".lock")
+    A process that dies lets go.
+    """
+    file = self.file.with_suffix(".lock")
+    try:
+        opened = file.open("w")
+    except OSError as error:
+        what = (
+            "is a folder: move it away, it holds no replies"
+            if file.is_dir()
+            else f"cannot be written ({error.strerror}): make it and its folder writable"
+        )
+        raise InputError(f"{file}, the lock of the judge's replies, {what}") from None
+    with opened as lock:
         try:
-            opened = file.open("w")
-        except OSError as error:
-            what = (
-                "is a folder: move it away, it holds no replies"
-                if file.is_dir()
-                else f"cannot be written ({error.strerror}): make it and its folder writable"
-            )
-            raise InputError(f"{file}, the lock of the judge's replies, {what}") from None
-        with opened as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                report(f"waiting for another process that judges in {self.file.parent}")
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report(f"waiting for another process that judges in {self.file.parent}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 # %% ../../nbs/05_evaluation/06_judges.ipynb #547b917e
 @patch
@@ -372,6 +375,7 @@ def missing(self: Replies, keys: list[str]) -> list[int]:
 # %% ../../nbs/05_evaluation/06_judges.ipynb #8f660bdb
 @patch
 def close(self: Replies):
+    "Let go of the file."
     self.connection.close()
 
 # %% ../../nbs/05_evaluation/06_judges.ipynb #9edebd66
@@ -401,7 +405,7 @@ def asked_to_wait(
 def readable(
     value: object,  # plain values, as from JSON
 ) -> object:  # the same
-    "Text without halves of surrogate pairs, which no file can hold: each becomes U+FFFD."
+    "Text without halves of surrogate pairs, which no file can hold: U+FFFD takes the place of each of their bytes."
     if isinstance(value, str):
         return (
             value.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
@@ -436,7 +440,7 @@ def _came_back(error: Exception, response: object) -> Exception:
 
 # %% ../../nbs/05_evaluation/06_judges.ipynb #bc312399
 class CachedJudge(ModelAPI):
-    "Laid over a provider: asks nothing twice, and stops asking a judge that is gone."
+    "Put over a provider: asks nothing twice, and stops asking a judge that is gone."
 
     replies: Replies
     identity: str
@@ -450,8 +454,7 @@ class CachedJudge(ModelAPI):
                 return kept
             if self.failures >= GIVE_UP:
                 raise JudgeGone(self.last_error)
-            self.asked += 1
-            self.response = None
+            self.asked, self.response = self.asked + 1, None
             try:
                 result = await super().generate(input, tools, tool_choice, config)
             except Exception as error:
@@ -459,58 +462,73 @@ class CachedJudge(ModelAPI):
                 self._failed(error)
                 raise error
             result = _kept_text(result)
-            output = result[0] if isinstance(result, tuple) else result
-            if isinstance(output, Exception):
-                self._failed(output)
-            else:
-                self.failures = 0
-                try:
-                    self.replies.put(key, self.identity, output)
-                except OSError as error:
-                    self.failures, self.unkept = GIVE_UP, error
+            self._keep(key, result[0] if isinstance(result, tuple) else result)
             return result
 
-    def on_response(self, response):
-        "Called by OpenAI-like providers with the body of an answer, before it is read."
-        self.response = response
-        if hasattr(super(), "on_response"):
-            super().on_response(response)
+# %% ../../nbs/05_evaluation/06_judges.ipynb #cc932c1d
+@patch
+def _keep(self: CachedJudge, key: str, output: ModelOutput | Exception):
+    "Keep a reply; a disk that takes none ends the asking, since the next would be paid for in vain too."
+    if isinstance(output, Exception):
+        return self._failed(output)
+    self.failures = 0
+    try:
+        self.replies.put(key, self.identity, output)
+    except OSError as error:
+        self.failures, self.unkept = GIVE_UP, error
 
-    def _explained(self, error: Exception) -> Exception:
-        "The error itself where a service refused, and what came back where it answered with something else."
-        return error if super().should_retry(error) else _came_back(error, self.response)
+# %% ../../nbs/05_evaluation/06_judges.ipynb #56763f5b
+@patch
+def on_response(self: CachedJudge, response):
+    "Called by OpenAI-like providers with the body of an answer, before it is read."
+    self.response = response
+    if hasattr(super(CachedJudge, self), "on_response"):
+        super(CachedJudge, self).on_response(response)
 
-    def should_retry(self, ex):
-        "As the provider says, unless the service asks for more patience than there is."
-        return False if asked_to_wait(ex) > LONGEST_WAIT else super().should_retry(ex)
+# %% ../../nbs/05_evaluation/06_judges.ipynb #aa7a7064
+@patch
+def _explained(self: CachedJudge, error: Exception) -> Exception:
+    "The error itself where a service refused, and what came back where it answered with something else."
+    if super(CachedJudge, self).should_retry(error):
+        return error
+    return _came_back(error, self.response)
 
-    def retry_wait(self):
-        """As the provider waits, at most `LONGEST_WAIT` and at least what the service asks for; every wait is
-        reported.
-        """
-        usual = super().retry_wait() or wait_exponential_jitter(initial=3, max=LONGEST_WAIT, jitter=3)
+# %% ../../nbs/05_evaluation/06_judges.ipynb #6643ebcc
+@patch
+def should_retry(self: CachedJudge, ex):
+    "As the provider says, unless the service asks for more patience than there is."
+    return asked_to_wait(ex) <= LONGEST_WAIT and super(CachedJudge, self).should_retry(ex)
 
-        def seconds(state) -> float:
-            error = state.outcome.exception() if state.outcome else None
-            wait = max(min(usual(state), LONGEST_WAIT), asked_to_wait(error))
-            if self.tell and wait >= 1:
-                self.tell(
-                    f"the judge is not answering ({redact(one_line(error))}), asking again in {wait:.0f} s;"
-                    " Ctrl-C keeps what is judged"
-                )
-            return wait
+# %% ../../nbs/05_evaluation/06_judges.ipynb #6c3def69
+@patch
+def retry_wait(self: CachedJudge):
+    """As the provider waits, at most `LONGEST_WAIT` and at least what the service asks for; every wait is
+    reported.
+    """
+    usual = super(CachedJudge, self).retry_wait() or wait_exponential_jitter(3, LONGEST_WAIT, jitter=3)
 
-        return seconds
-
-    def _failed(self, error: Exception):
-        self.last_error = redact(one_line(error))
-        if (wait := asked_to_wait(error)) > LONGEST_WAIT:
-            self.failures, self.last_error = (
-                GIVE_UP,
-                f"it asks to be left alone for {wait / 60:.0f} minutes: {self.last_error}",
+    def seconds(state) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        wait = max(min(usual(state), LONGEST_WAIT), asked_to_wait(error))
+        if self.tell and wait >= 1:
+            self.tell(
+                f"the judge is not answering ({redact(one_line(error))}), asking again in {wait:.0f} s;"
+                " Ctrl-C keeps what is judged"
             )
-        elif not super().should_retry(error):
-            self.failures += 1
+        return wait
+
+    return seconds
+
+# %% ../../nbs/05_evaluation/06_judges.ipynb #c264024f
+@patch
+def _failed(self: CachedJudge, error: Exception):
+    "Count a failure; one that would be repeated anyway does not count."
+    self.last_error = redact(one_line(error))
+    if (wait := asked_to_wait(error)) > LONGEST_WAIT:
+        self.failures = GIVE_UP
+        self.last_error = f"it asks to be left alone for {wait / 60:.0f} minutes: {self.last_error}"
+    elif not super(CachedJudge, self).should_retry(error):
+        self.failures += 1
 
 # %% ../../nbs/05_evaluation/06_judges.ipynb #4c80ac4e
 def _kept_text(result):
@@ -546,43 +564,37 @@ def judge_model(
         raise InputError(f"judge {judge!r} is a folder that is not there")
     return judge
 
+# %% ../../nbs/05_evaluation/06_judges.ipynb #3dd11dc9
+def _use_replies(api: ModelAPI, replies: Replies, identity: str):
+    "Put `CachedJudge` over an opened provider."
+    api.replies, api.locks, api.identity = replies, {}, identity
+    extend(api, CachedJudge)
+
 # %% ../../nbs/05_evaluation/06_judges.ipynb #bd0884b2
 def open_judge(
     judge: str,  # as for `judge_model`
-    # generation settings laid over `JUDGE_SETTINGS`: temperature, max_tokens, max_retries, max_connections,
+    # generation settings in place of those in `JUDGE_SETTINGS`: temperature, max_tokens, max_retries, max_connections,
     # timeout
     settings: dict | None = None,
     # where its replies are kept; None, and for the deterministic judges: nowhere
     replies: Replies | None = None,
 ) -> Model:  # with the role "grader"
     "Open a judge; raises `InputError` in one line where its name, its package or its key is missing."
-    name, config = (
-        judge_model(judge),
-        ({} if judge in DETERMINISTIC else {**JUDGE_SETTINGS, **(settings or {})}),
-    )
-    options = (
-        {"tokenizer_call_args": {"add_special_tokens": False}, "trust_remote_code": False}
-        if name.startswith("hf/")
-        else {}
-    )
-    if options and config.get("temperature") == 0:
-        config, options = (
-            {k: v for k, v in config.items() if k != "temperature"},
-            options | {"do_sample": False},
-        )
+    name, options = judge_model(judge), {}
+    config = {} if judge in DETERMINISTIC else {**JUDGE_SETTINGS, **(settings or {})}
+    if name.startswith("hf/"):
+        options = {"tokenizer_call_args": {"add_special_tokens": False}, "trust_remote_code": False}
+        if config.get("temperature") == 0:  # transformers takes no temperature of 0
+            del config["temperature"]
+            options["do_sample"] = False
     try:
         model = get_model(name, role="grader", config=GenerateConfig(**config), memoize=False, **options)
     except Exception as error:
         raise InputError(f"judge {judge!r} cannot be opened: {one_line(error)}") from error
     if replies is not None and judge not in DETERMINISTIC:
-        folder = Path(judge).expanduser()
-        model.api.replies, model.api.locks, model.api.identity = (
-            replies,
-            {},
-            (_folder_identity(folder) if folder.is_dir() else judge)
-            + ("" if options.get("do_sample", True) else " greedy"),
-        )
-        extend(model.api, CachedJudge)
+        folder, greedy = Path(judge).expanduser(), not options.get("do_sample", True)
+        identity = f"{folder.name}#{path_digest(folder)}" if folder.is_dir() else judge
+        _use_replies(model.api, replies, identity + " greedy" * greedy)
     return model
 
 # %% ../../nbs/05_evaluation/06_judges.ipynb #970c9fac
@@ -605,6 +617,7 @@ def advice(
 
 # %% ../../nbs/05_evaluation/06_judges.ipynb #430ef49a
 async def _try_once(model: Model, prompt: str) -> str:
+    "One question, one reply."
     return (await model.generate([ChatMessageUser(content=prompt)])).completion
 
 # %% ../../nbs/05_evaluation/06_judges.ipynb #9c7254a1

@@ -107,7 +107,7 @@ def check_tags(
     names: Sequence[str],  # dimensions, as the official loader reads them
     folder: Path,  # where the questions come from, for the message
 ) -> list[str]:  # what is allowed but should be known, a sentence each
-    """Hold the tags against the dimensions.
+    """Compare the tags with the dimensions.
 
     Raises `InputError` for slips, for repeated tags and, in MORU, for questions without any dimension.
     """

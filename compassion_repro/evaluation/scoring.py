@@ -25,7 +25,7 @@ from inspect_ai.model import GenerateConfig, Model, ModelOutput, get_model
 from inspect_ai.scorer import Score, Target, mean_score, score_reducer, value_to_float
 from inspect_ai.solver import Solver, TaskState, solver
 
-from .benchmarks import LoadedTask, load_benchmark, load_named_task, one_line
+from .benchmarks import LoadedTask, load_benchmark, load_named_task
 from compassion_repro.evaluation.judges import (
     GIVE_UP,
     CachedJudge,
@@ -40,7 +40,7 @@ from ..study import DETERMINISTIC
 
 # %% ../../nbs/05_evaluation/07_scoring.ipynb #bf67f001
 from ..core.compat import anima_explanation
-from ..core.errors import InputError, redact, shorten
+from ..core.errors import InputError, one_line, redact, shorten
 from .cost import is_free
 from .inspect_runner import Progress, SavedAnswers, replay, run_inspect
 from ..study import Benchmark, parse_model
@@ -200,7 +200,7 @@ def _sample_rows(sample: EvalSample) -> tuple[list[dict], list[dict]]:
 
 # %% ../../nbs/05_evaluation/07_scoring.ipynb #8cfc92ce
 def _arm(model: str) -> dict:
-    "The columns that tell which arm a model is; null for one that is none."
+    "The columns that say which arm a model is; null for one that is none."
     try:
         arm = parse_model(model)
     except InputError:
@@ -222,7 +222,6 @@ def _tidy(
         for i, columns in enumerate((_GRADED, _SCORED))
     ]
     grades, scores = (about.merge(table, on="question_id", how="right") for table in tables)
-    arms = _arm(model)
     whose = dict(
         model=model,
         seed=seed,
@@ -230,12 +229,9 @@ def _tidy(
         judge_valid=loaded.judge_valid,
         substitute_for=substitute_for,
     )
-    grades, scores = (
-        grades.assign(**whose),
-        scores.assign(
-            study=study, judge_settings=json.dumps(loaded.settings, sort_keys=True), **whose, **arms
-        ),
-    )
+    settings = json.dumps(loaded.settings, sort_keys=True)
+    grades = grades.assign(**whose)
+    scores = scores.assign(study=study, judge_settings=settings, **whose, **_arm(model))
     return grades[_GRADES].astype({"grade": float}), scores[_SCORES].astype({"score": float})
 
 # %% ../../nbs/05_evaluation/07_scoring.ipynb #d9767c78
@@ -243,33 +239,22 @@ def _tidy(
 _GRADED = ["question_id", "epoch", "variables", "judge_settings", "dimension", "grade", "attempted", "reply"]
 _SCORED = ["question_id", "epoch", "dimension", "score"]
 _KEY = ["model", "seed", "benchmark", "language", "item_id", "question_id", "epoch", "dimension"]
-_GRADES = [
-    *_KEY,
-    "variables",
-    "judge",
-    "judge_settings",
-    "judge_valid",
-    "substitute_for",
-    "grade",
-    "attempted",
-    "reply",
-]
-_SCORES = [
-    "study",
-    "model",
-    "arm",
-    "start",
-    "paradigm",
-    "domain",
-    *_KEY[1:],
-    "score",
-    "judge",
-    "judge_settings",
-    "judge_valid",
-    "substitute_for",
-]
+_WHO = ["judge", "judge_settings", "judge_valid", "substitute_for"]
+_GRADES = [*_KEY, "variables", *_WHO, "grade", "attempted", "reply"]
+_SCORES = ["study", "model", "arm", "start", "paradigm", "domain", *_KEY[1:], "score", *_WHO]
 
 # %% ../../nbs/05_evaluation/07_scoring.ipynb #a8b3ffa5
+def _check_fit(model: str, group: pd.DataFrame, loaded: LoadedTask, texts: dict, epochs: int):
+    "Raise `InputError` where a model's answers are not one to each question and epoch."
+    asked = [(q["question_id"], e) for q in loaded.questions for e in range(1, epochs + 1)]
+    missing = [key for key in asked if key not in texts]
+    if missing or len(group) > len(asked):
+        raise InputError(
+            f"the answers of {model} to {loaded.name} do not fit the benchmark ({len(group)} for {len(asked)},"
+            f" {len(missing)} missing): generate them again"
+        )
+
+# %% ../../nbs/05_evaluation/07_scoring.ipynb #581523bb
 def _judging_tasks(
     answers: pd.DataFrame, tasks: dict[str, LoadedTask], judge: str, progress: Progress
 ) -> list[Task]:
@@ -288,32 +273,16 @@ def _judging_tasks(
                 f"benchmark {name!r} was loaded with judge {loaded.judge!r}, not {judge!r}: load it again"
             )
         texts, epochs = dict(zip(zip(group.question_id, group.epoch), group.text)), int(group.epoch.max())
-        missing = [
-            (q, e)
-            for q in (q["question_id"] for q in loaded.questions)
-            for e in range(1, epochs + 1)
-            if (q, e) not in texts
-        ]
-        wanted = len(loaded.questions) * epochs
-        if missing or len(group) > wanted:
-            raise InputError(
-                f"the answers of {model} to {name} do not fit the benchmark ({len(group)} for {wanted},"
-                f" {len(missing)} missing): generate them again"
-            )
-        metadata = {
-            **(loaded.task.metadata or {}),
-            "model": model,
-            "seed": int(seed),
-            "benchmark": name,
-            **loaded.provenance,
-        }
+        _check_fit(model, group, loaded, texts, epochs)
+        whose = {"model": model, "seed": int(seed), "benchmark": name}
         swapped = dict(
             solver=saved_answers(model, texts),
             epochs=Epochs(epochs, mean_where_graded()),
             model=f"saved/{model}",
             name=name,
+            metadata={**(loaded.task.metadata or {}), **whose, **loaded.provenance},
         )
-        prepared.append(task_with(copy.copy(loaded.task), **swapped, metadata=metadata, cleanup=judged))
+        prepared.append(task_with(copy.copy(loaded.task), **swapped, cleanup=judged))
     return prepared
 
 # %% ../../nbs/05_evaluation/07_scoring.ipynb #2b8a6228
@@ -350,12 +319,8 @@ def _seat(tasks: dict[str, LoadedTask], report: Callable[[str], None]) -> list[M
     for task in graders.values():
         if not is_free(task.judge):
             task.grader.api = open_judge(task.judge, task.settings, task.grader.api.replies).api
-        task.grader.api.locks, task.grader.api.failures, task.grader.api.unkept, task.grader.api.tell = (
-            {},
-            0,
-            None,
-            report,
-        )
+        api = task.grader.api
+        api.locks, api.failures, api.unkept, api.tell = {}, 0, None, report
     return [task.grader for task in graders.values()]
 
 # %% ../../nbs/05_evaluation/07_scoring.ipynb #68678999
@@ -461,7 +426,7 @@ def mean_scores(
 
 # %% ../../nbs/05_evaluation/07_scoring.ipynb #7a5d74cc
 class _Listener(Model):
-    "Notes what it is asked, and grades at random: I."
+    "Notes what it is asked; it always says I, and nobody reads that grade."
 
     def __init__(self):
         super().__init__(get_model("none/none").api, GenerateConfig())
@@ -471,46 +436,40 @@ class _Listener(Model):
         self.heard.append("\n".join(m if isinstance(m, str) else m.text for m in input))
         return ModelOutput.from_content("listener", "GRADE: I")
 
+# %% ../../nbs/05_evaluation/07_scoring.ipynb #23b0c2bc
+async def _asked_about(loaded: LoadedTask, samples: dict, answers: pd.DataFrame) -> list[dict]:
+    "A row for each prompt that the scorer makes of some answers; its grader is a `listener()`."
+    asked = []
+    for row in answers.itertuples():
+        sample, output = samples[row.question_id], ModelOutput.from_content("saved", row.text)
+        metadata = dict(sample.metadata or {})
+        state = TaskState("listener", sample.id, 1, sample.input, [], output=output, metadata=metadata)
+        loaded.grader.heard.clear()
+        with anima_explanation(_graded_only):
+            await loaded.task.scorer[0](state, Target(sample.target))
+        about = dict(benchmark=loaded.name, question_id=row.question_id, text=row.text)
+        asked += [about | dict(prompt=prompt) for prompt in loaded.grader.heard]
+    return asked
+
 # %% ../../nbs/05_evaluation/07_scoring.ipynb #02dda7ab
 def judge_prompts(
     answers: pd.DataFrame,  # saved answers
     benchmarks: dict[str, LoadedTask],  # by id, loaded with a `listener()` as grader
 ) -> pd.DataFrame:  # benchmark, question_id, text, prompt: a row a call, equal calls once
     "The prompts that the official scorers will put to a judge."
+    different = answers.drop_duplicates(["benchmark", "question_id", "text"])
     asked = []
-
-    async def listen(loaded, samples, rows):
-        for row in rows:
-            sample = samples[row.question_id]
-            state = TaskState(
-                "listener",
-                sample.id,
-                1,
-                sample.input,
-                [],
-                output=ModelOutput.from_content("saved", row.text),
-                metadata=dict(sample.metadata or {}),
-            )
-            loaded.grader.heard.clear()
-            with anima_explanation(_graded_only):
-                await loaded.task.scorer[0](state, Target(sample.target))
-            asked.extend(
-                dict(benchmark=loaded.name, question_id=row.question_id, text=row.text, prompt=prompt)
-                for prompt in loaded.grader.heard
-            )
-
-    for name, group in answers.drop_duplicates(["benchmark", "question_id", "text"]).groupby(
-        "benchmark", sort=False
-    ):
+    for name, group in different.groupby("benchmark", sort=False):
         loaded = benchmarks[name]
         if loaded.own:
             continue
-        asyncio.run(listen(loaded, {str(s.id): s for s in loaded.task.dataset}, group.itertuples()))
+        samples = {str(sample.id): sample for sample in loaded.task.dataset}
+        asked += asyncio.run(_asked_about(loaded, samples, group))
     return pd.DataFrame(asked, columns=["benchmark", "question_id", "text", "prompt"])
 
 # %% ../../nbs/05_evaluation/07_scoring.ipynb #6868d775
 def listener() -> Model:
-    "A grader that only listens."
+    "A grader that only notes what it is asked."
     return _Listener()
 
 # %% ../../nbs/05_evaluation/07_scoring.ipynb #587cdbdd

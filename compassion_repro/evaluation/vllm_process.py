@@ -70,8 +70,8 @@ def engine_settings(
     dtype: str,  # float32, bfloat16, float16
     memory_share: float | None = None,  # share of the GPU's memory that it may take; None: vLLM's own
 ) -> dict:  # arguments of vLLM's LLM
-    """How the model is loaded: its sampling defaults unread, no tokenizer, room for the longest answer and no
-    more.
+    """How the model is loaded: its sampling defaults unread, no tokenizer, as many tokens as the longest answer needs
+    and no more.
     """
     settings = {
         "model": str(folder),
@@ -81,8 +81,8 @@ def engine_settings(
         "seed": 0,
         "dtype": dtype,
     }
-    room = {"max_model_len": longest + generation.max_new_tokens}
-    return {**settings, **room, **({"gpu_memory_utilization": memory_share} if memory_share else {})}
+    length = {"max_model_len": longest + generation.max_new_tokens}
+    return {**settings, **length, **({"gpu_memory_utilization": memory_share} if memory_share else {})}
 
 # %% ../../nbs/05_evaluation/04_vllm_process.ipynb #cbc7c660
 AT_ONCE = 1024  # answers between two signs of life; vLLM keeps its own batches within

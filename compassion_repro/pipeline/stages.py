@@ -20,11 +20,21 @@ from logging import ERROR, getLogger
 from pathlib import Path
 
 from ..core.errors import InputError
-from ..core.files import WHOLE, flush, hidden, remove, writable, write_atomically, write_sealed
+from compassion_repro.core.files import (
+    MANIFEST,
+    WHOLE,
+    file_records,
+    flush,
+    hidden,
+    remove,
+    writable,
+    write_atomically,
+    write_sealed,
+)
 from ..core.lock import check_held
 from ..core.signals import defer_signals, raise_on_signal
 from ..data import hub
-from ..store.artifact import MANIFEST, file_records, put_in_place
+from ..store.artifact import put_in_place
 from ..store.folder import Study, peak_memory_mb, provenance
 from ..store.graph import VERSIONS, Stage
 from ..study import DETERMINISTIC, Benchmark, Generation, Preset, judge_names, parse_model
@@ -167,14 +177,20 @@ def _save_rows(work: Work, rows: list[dict], held_out: list[dict]):
     data.save_rows(held_out, work.out / "held_out.jsonl")
 
 # %% ../../nbs/09_pipeline/01_stages.ipynb #1a440326
-def _held(work: Work) -> dict:
-    "How a training stage holds its model, and the template of its rows."
+def _train_run(work: Work, label: str):  # a `TrainRun`
+    "What every training stage is given: seed, adapter, template, checkpoints, and how its model is held."
     from compassion_repro.training import device
 
-    return {
-        "how": device.train_setup(work.preset.models, work.preset.compute),
-        "template": work.preset.generation.training_template,
-    }
+    preset = work.preset
+    return device.TrainRun(
+        work.stage.seed,
+        preset.lora,
+        work.report,
+        label,
+        preset.generation.training_template,
+        _checkpoints(work),
+        device.train_setup(preset.models, preset.compute),
+    )
 
 # %% ../../nbs/09_pipeline/01_stages.ipynb #4526fb7c
 def _run_midtrain(work: Work) -> dict:
@@ -203,11 +219,7 @@ def _run_midtrain(work: Work) -> dict:
         held_out,
         work.out,
         preset.midtrain,
-        seed,
-        preset.lora,
-        work.report,
-        checkpoints=_checkpoints(work),
-        **_held(work),
+        _train_run(work, "mid-training"),
     )
     return {**done, "documents": len(documents), "replayed": len(replay), "data": report, "account": account}
 
@@ -259,12 +271,7 @@ def _run_sft(work: Work) -> dict:
             work.out,
             preset.sft,
             steps,
-            seed,
-            preset.lora,
-            work.report,
-            work.stage.model,
-            checkpoints=_checkpoints(work),
-            **_held(work),
+            _train_run(work, work.stage.model),
         ),
         "data": report,
         "account": account,
@@ -349,13 +356,8 @@ def _run_grpo(work: Work) -> dict:
             held_out,
             work.out,
             preset.grpo,
-            seed,
-            preset.lora,
             reward,
-            work.report,
-            work.stage.model,
-            _checkpoints(work),
-            **_held(work),
+            _train_run(work, work.stage.model),
         ),
         **told,
         "data": report,

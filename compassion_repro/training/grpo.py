@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,23 +29,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import GRPOConfig, GRPOTrainer
 
 from ..core.errors import InputError
-from compassion_repro.core.files import (
-    intact_parts,
-    open_run_folder,
-    save_part,
-    weights_digest,
-    write_atomically,
-)
+from ..core.files import intact_parts, save_part, weights_digest, write_atomically
 from ..data.rows import rows_sha256
-from ..study import GRPO_SETTINGS, Grpo, Lora
+from ..study import GRPO_SETTINGS, Grpo
 from .checkpoints import Checkpoints
 from compassion_repro.training.device import (
+    TrainRun,
     TrainSetup,
     fitted,
     load_held,
     number_bytes,
     ready_adapter,
-    train_setup,
     trainer_options,
     warmup_steps,
     with_less_memory,
@@ -85,10 +80,10 @@ def advantages(
         [math.nan if reward is None else reward for reward in rewards], dtype=torch.float32
     ).view(-1, group)
     known = ~r.isnan()
-    count = known.sum(1, keepdim=True)
+    answered = known.sum(1, keepdim=True)
     deviation = torch.where(known, r - r.nanmean(1, keepdim=True), 0.0)
-    spread = (deviation.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    return torch.where(known & (count > 1), deviation / (spread + 1e-4), 0.0).flatten().tolist()
+    spread = (deviation.square().sum(1, keepdim=True) / (answered - 1).clamp(min=1)).sqrt()
+    return torch.where(known & (answered > 1), deviation / (spread + 1e-4), 0.0).flatten().tolist()
 
 # %% ../../nbs/04_training/14_grpo.ipynb #97f3071a
 def without_variance(
@@ -153,17 +148,9 @@ def sample_answers(
         torch.manual_seed(seed)
         for begin in range(0, len(prompts), batch_size):
             batch = prompts[begin : begin + batch_size]
-            width = max(map(len, batch))
-            ids = torch.tensor(
-                [[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in batch],
-                device=model.device,
-            )
-            mask = torch.tensor(
-                [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch], device=model.device
-            )
+            padded = tokenizer.pad({"input_ids": batch}, padding_side="left", return_tensors="pt")
             out = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
+                **padded.to(model.device),
                 do_sample=True,
                 temperature=training.value("temperature"),
                 top_p=training.value("top_p"),
@@ -172,7 +159,8 @@ def sample_answers(
                 eos_token_id=end_ids(tokenizer),
                 pad_token_id=tokenizer.pad_token_id,
             )
-            answers += tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+            completions = out[:, padded["input_ids"].shape[1] :]
+            answers += tokenizer.batch_decode(completions, skip_special_tokens=True)
     return answers
 
 # %% ../../nbs/04_training/14_grpo.ipynb #a8d872fc
@@ -191,10 +179,12 @@ def held_out_rewards(
 
 # %% ../../nbs/04_training/14_grpo.ipynb #59e98809
 def _prompt_rewards(table: pd.DataFrame) -> list[float]:
+    "Mean reward of each prompt; nan where the reward abstained on all of its answers."
     return table.groupby("prompt_number").reward.mean().tolist()
 
 # %% ../../nbs/04_training/14_grpo.ipynb #225dcde9
 def _held_out_answers(model, tokenizer, rows, reward, training, seed) -> pd.DataFrame:
+    "Answers to the held-out prompts, one row each: prompt, completion, reward."
     answers = sample_answers(model, tokenizer, rows, training, seed)
     repeated = [row for row in rows for _ in range(training.samples)]
     values = apply_reward(reward, repeated, answers)
@@ -227,22 +217,19 @@ def reward_gain(
     pairs = torch.tensor(
         [(a, b) for a, b in zip(before, after) if math.isfinite(a + b)], dtype=torch.float64
     ).view(-1, 2)
-    gain, count = pairs[:, 1] - pairs[:, 0], len(pairs)
-    low, high = pairs.mean(0).tolist() if count else (None, None)
-    mean = gain.mean().item() if count else None
-    half = 1.96 * gain.std().item() / math.sqrt(count) if count > 1 else None
-    ends = (
-        {"gain_low": mean - half, "gain_high": mean + half}
-        if half is not None
-        else {"gain_low": None, "gain_high": None}
-    )
+    gain, measured = pairs[:, 1] - pairs[:, 0], len(pairs)
+    mean_before, mean_after = pairs.mean(0).tolist() if measured else (None, None)
+    mean = gain.mean().item() if measured else None
+    half = 1.96 * gain.std().item() / math.sqrt(measured) if measured > 1 else None
+    low, high = (None, None) if half is None else (mean - half, mean + half)
     return {
-        "reward_before": low,
-        "reward_after": high,
+        "reward_before": mean_before,
+        "reward_after": mean_after,
         "gain": mean,
-        **ends,
-        "held_out_prompts": count,
-        "trained": half is not None and mean - half > 0,
+        "gain_low": low,
+        "gain_high": high,
+        "held_out_prompts": measured,
+        "trained": low is not None and low > 0,
     }
 
 # %% ../../nbs/04_training/14_grpo.ipynb #87d93e3d
@@ -286,6 +273,7 @@ class Recorder:
 # %% ../../nbs/04_training/14_grpo.ipynb #409e8fcb
 @patch
 def _keep(self: Recorder, step, prompts, completions, values, relative, said):
+    "Write the first groups of a step to a file, so that a resumed run has those of every step."
     kept = slice(self.group * self.groups_kept)
     table = pd.DataFrame(
         {
@@ -363,11 +351,11 @@ def warnings_before(
     remark: str = "",  # what the reward itself says of these prompts
 ) -> list[str]:  # one line, or none
     "Says before the first step that a reward makes no difference between the answers it will be given."
-    known = answers.reward.dropna()
-    if known.nunique() > 1:
+    values = answers.reward.dropna()
+    if values.nunique() > 1:
         return []
     return [
-        f"before training the reward is {known.iloc[0]:.2g} for each of {len(known)} held-out answers, so"
+        f"before training the reward is {values.iloc[0]:.2g} for each of {len(values)} held-out answers, so"
         " there is nothing to learn from yet" + (f": {remark}" if remark else "")
     ]
 
@@ -378,27 +366,28 @@ def warnings_of(
     "What in a log says that the training did not do what it should."
 
     def share(name):
-        known = [record[name] for record in log[len(log) // 2 :] if record.get(name) is not None]
-        return sum(known) / len(known) if known else 0.0
+        "Mean over the second half of the steps."
+        values = [record[name] for record in log[len(log) // 2 :] if record.get(name) is not None]
+        return sum(values) / len(values) if values else 0.0
 
-    told = []
+    lines = []
     clipped, flat, abstained = share("clipped"), share("zero_variance"), share("abstained")
     if clipped > 0.9:
-        told.append(
+        lines.append(
             f"{clipped:.0%} of the completions ran into the token limit: answers do not end, so check the"
             " template and the end token, or raise max_new_tokens"
         )
     if flat > 0.5:
-        told.append(
+        lines.append(
             f"{flat:.0%} of the groups had no variance in their rewards and taught nothing: choose prompts"
             " that are solved about half the time, or larger groups"
         )
     if abstained > 0.5:
-        told.append(
+        lines.append(
             f"the reward abstained on {abstained:.0%} of the completions: check that it can judge these"
             " prompts"
         )
-    return told
+    return lines
 
 # %% ../../nbs/04_training/14_grpo.ipynb #d1bdad0e
 class _Progress(TrainerCallback):
@@ -436,71 +425,84 @@ def make_trainer(
     start: str | Path,  # model folder; also the KL reference
     prompts: list[dict],  # from `prompt_rows`
     training: Grpo,  # sizes and rates
-    seed: int,  # decides the order of the prompts, the adapter's first values and the sampling
-    lora: Lora | None,  # adapter; None trains every weight
     reward: Callable,  # as TRL calls it
     folder: str | Path,  # checkpoints go here
-    callbacks: list[TrainerCallback] = (),  # told of each step
+    run: TrainRun,  # seed, adapter, template of the prompts, how the policy is held
+    callbacks: list[TrainerCallback] = (),  # called after each step
     save: bool = False,  # write checkpoints
-    how: TrainSetup | None = None,  # how the policy is held; default: plainly, as the machine has it
-    template: str = "plain",  # chat template of the prompts
     checkpointing: bool = False,  # compute activations again in the backward pass
 ) -> GRPOTrainer:  # ready to train
     """TRL's trainer with this package's settings.
 
     Raises `InputError` where there are fewer prompts than one step needs.
     """
-    wanted = training.value("prompts_per_step") * count()
-    if len(prompts) < wanted:
+    needed = training.value("prompts_per_step") * count()
+    if len(prompts) < needed:
         raise InputError(
-            f"{len(prompts)} prompts are fewer than one step's {wanted}: give more prompts or lower"
+            f"{len(prompts)} prompts are fewer than one step's {needed}: give more prompts or lower"
             " prompts_per_step"
         )
     disable_progress_bars()
-    how = how or train_setup()
-    tokenizer, model = load_tokenizer(start, template), load_held(start, how)
-    tokenizer.padding_side, tokenizer.chat_template = "left", on_one_day(tokenizer.chat_template)
-    model.generation_config.eos_token_id = end_ids(tokenizer)
-    options = trainer_options(how, training, checkpointing) | engine_options(training, start, how)
-    if "use_vllm" in options:
-        options["generation_kwargs"] = {"stop_token_ids": end_ids(tokenizer)}
+    model, tokenizer = _policy(start, run)
     trainer = GRPOTrainer(
         model.train(),
         reward,
-        _config(options, training, seed, folder, save),
+        _config(start, training, run, folder, save, checkpointing, end_ids(tokenizer)),
         _as_dataset(prompts),
         processing_class=tokenizer,
-        peft_config=lora and lora_config(lora),
+        peft_config=run.lora and lora_config(run.lora),
         callbacks=list(callbacks),
     )
     if training.engine == "vllm":
-        set_seed(seed)
-    ready_adapter(trainer.model, how, sampling=True)
+        set_seed(run.seed)
+    ready_adapter(trainer.model, run.setup, sampling=True)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
+# %% ../../nbs/04_training/14_grpo.ipynb #7d8d2b26
+def _policy(start: str | Path, run: TrainRun) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    "The model and the tokenizer that a training begins with."
+    tokenizer, model = load_tokenizer(start, run.template), load_held(start, run.setup)
+    tokenizer.padding_side, tokenizer.chat_template = "left", on_one_day(tokenizer.chat_template)
+    model.generation_config.eos_token_id = end_ids(tokenizer)
+    return model, tokenizer
+
+# %% ../../nbs/04_training/14_grpo.ipynb #b95c3a80
+def _loss_settings(training: Grpo) -> dict:
+    "The settings that the GRPO paper and TRL differ in, under TRL's names."
+    return {
+        "num_generations": training.value("group"),
+        "loss_type": training.value("loss"),
+        "beta": training.value("beta"),
+        "epsilon": training.value("clip"),
+        "use_bias_correction_kl": training.value("correct_kl"),
+        "temperature": training.value("temperature"),
+        "top_p": training.value("top_p"),
+        "top_k": 0,
+        "max_completion_length": training.value("max_new_tokens"),
+    }
+
 # %% ../../nbs/04_training/14_grpo.ipynb #fa865b1a
-def _config(options: dict, training: Grpo, seed: int, folder: str | Path, save: bool) -> GRPOConfig:
+def _config(
+    start, training: Grpo, run: TrainRun, folder, save: bool, checkpointing: bool, ends: list[int]
+) -> GRPOConfig:
+    "What the trainer is told; `ends`: tokens that end an answer, which vLLM has to be given."
+    engine = engine_options(training, start, run.setup)
+    if engine:
+        engine["generation_kwargs"] = {"stop_token_ids": ends}
     at_once = (training.generate_at_once or training.completions) * count()
     return on_one_gpu(
         GRPOConfig(
             str(folder),
-            **options,
+            **trainer_options(run.setup, training, checkpointing),
+            **engine,
+            **_loss_settings(training),
             max_steps=training.steps,
-            seed=seed,
-            data_seed=seed,
-            num_generations=training.value("group"),
+            seed=run.seed,
+            data_seed=run.seed,
             generation_batch_size=at_once,
             learning_rate=training.value("learning_rate"),
             warmup_steps=warmup_steps(training.warmup, training.steps),
-            loss_type=training.value("loss"),
-            beta=training.value("beta"),
-            epsilon=training.value("clip"),
-            use_bias_correction_kl=training.value("correct_kl"),
-            temperature=training.value("temperature"),
-            top_p=training.value("top_p"),
-            top_k=0,
-            max_completion_length=training.value("max_new_tokens"),
             logging_steps=1,
             save_strategy="steps" if save else "no",
             save_steps=training.save_every,
@@ -541,21 +543,8 @@ def engine_options(
     check_engine(training, how)
     if training.engine == "transformers":
         return {}
-    shape, length = (
-        read_shape(weights_folder(start)),
-        training.max_prompt_tokens + training.value("max_new_tokens"),
-    )
-    if shape is None:
-        raise InputError(
-            "the memory that vLLM needs for this model cannot be estimated (its config.json is not"
-            " Llama-like): set grpo.engine=transformers"
-        )
-    share = (
-        engine_memory(
-            shape, training.generate_at_once or training.completions, length, number_bytes(start, how)
-        )
-        / torch.cuda.get_device_properties(0).total_memory
-    )
+    length = training.max_prompt_tokens + training.value("max_new_tokens")
+    share = _engine_share(training, start, how, length)
     if share > 0.9:
         raise InputError(
             f"vLLM's share of this step would be {share:.0%} of the GPU's memory: lower"
@@ -568,11 +557,24 @@ def engine_options(
         "vllm_max_model_length": length,
     }
 
+# %% ../../nbs/04_training/14_grpo.ipynb #4c438955
+def _engine_share(training: Grpo, start: str | Path, how: TrainSetup, length: int) -> float:
+    "Share of the GPU's memory that vLLM needs for sequences of so many tokens."
+    shape = read_shape(weights_folder(start))
+    if shape is None:
+        raise InputError(
+            "the memory that vLLM needs for this model cannot be estimated (its config.json is not"
+            " Llama-like): set grpo.engine=transformers"
+        )
+    at_once = training.generate_at_once or training.completions
+    needed = engine_memory(shape, at_once, length, number_bytes(start, how))
+    return needed / torch.cuda.get_device_properties(0).total_memory
+
 # %% ../../nbs/04_training/14_grpo.ipynb #4fc9965e
 @contextmanager
 def engine_ended(
     training: Grpo,  # what samples
-):  # gives a function that is told the trainer
+):  # gives a function to call with the trainer
     """Afterwards the trainer's vLLM is stopped and its memory given back, and the process has its own
     environment again, in which TRL tells vLLM that it is one of several.
     """
@@ -588,6 +590,7 @@ def engine_ended(
 
 # %% ../../nbs/04_training/14_grpo.ipynb #40a7252b
 def _end_engine(trainer: GRPOTrainer):
+    "Stop a trainer's vLLM and give its memory back, also where somebody still holds its tensors."
     from vllm.distributed import cleanup_dist_env_and_memory
 
     engine, trainer.vllm_generation = trainer.vllm_generation.llm.llm_engine, None
@@ -595,7 +598,7 @@ def _end_engine(trainer: GRPOTrainer):
     held = [*runner.model.parameters(), *runner.model.buffers(), *runner.kv_caches]
     engine.engine_core.shutdown()
     for tensor in held:
-        tensor.untyped_storage().resize_(0)  # whoever still holds it
+        tensor.untyped_storage().resize_(0)
     del engine, runner, held
     cleanup_dist_env_and_memory()
     gc.collect()
@@ -603,40 +606,28 @@ def _end_engine(trainer: GRPOTrainer):
 
 # %% ../../nbs/04_training/14_grpo.ipynb #5cba4e64
 def _train(
-    start, prompts, training, seed, lora, reward, report, label, folder, how, template, again
+    start, prompts, training: Grpo, reward: Callable, run: TrainRun, folder: Path | None, checkpointing: bool
 ) -> tuple[PreTrainedModel, list[dict], pd.DataFrame, float]:
     "Train; gives the trained model with its adapter, the log, the sampled completions and the seconds."
     with tempfile.TemporaryDirectory() as temporary, engine_ended(training) as made:
         place, begun = folder or Path(temporary), time.perf_counter()
         recorder = Recorder(reward, training.value("group"), place / "completions")
+        progress = [_Progress(run.report, run.label)]
         trainer = make_trainer(
-            start,
-            prompts,
-            training,
-            seed,
-            lora,
-            recorder,
-            place,
-            [_Progress(report, label)],
-            folder is not None,
-            how,
-            template,
-            again,
+            start, prompts, training, recorder, place, run, progress, folder is not None, checkpointing
         )
         made(trainer)
         if training.steps:
-            Checkpoints(folder, how.compute, report, label).train(trainer)
-        return (
-            trainer.model.eval(),
-            step_log(trainer.state.log_history),
-            recorder.table(training.steps),
-            time.perf_counter() - begun,
-        )
+            Checkpoints(folder, run.setup.compute, run.report, run.label).train(trainer)
+        log, completions = step_log(trainer.state.log_history), recorder.table(training.steps)
+        return trainer.model.eval(), log, completions, time.perf_counter() - begun
 
 # %% ../../nbs/04_training/14_grpo.ipynb #6a93c74f
-def _train_with(recipe, *words, **named):
-    "`_train` with a reward that is made where it is used: what each process of a stage is given."
-    return _train(*words, recipe(), **named)
+def _train_with(recipe, start, prompts, training: Grpo, run: TrainRun, folder, checkpointing, report=print):
+    """`_train` with a reward that is made where it is used: what each process of a stage is given; `report`
+    cannot be sent to it in `run`.
+    """
+    return _train(start, prompts, training, recipe(), replace(run, report=report), folder, checkpointing)
 
 # %% ../../nbs/04_training/14_grpo.ipynb #5ea7dfeb
 class _Given:
@@ -658,120 +649,100 @@ def grpo(
     held_out: list[dict],  # prompts of the same kind to measure the reward on
     out: str | Path,  # folder the model is written to
     training: Grpo,  # sizes and rates
-    seed: int,  # study seed
-    lora: Lora | None,  # adapter, merged at the end; None trains every weight
     reward: Callable,  # from `rewards`, or any function that TRL takes
-    report: Callable = print,  # called with one line of progress
-    label: str = "grpo",  # arm id, for the progress line
-    # folder of what a run that is cut off leaves to the next; None keeps nothing
-    checkpoints: str | Path | None = None,
-    how: TrainSetup
-    | None = None,  # how the policy is held in training; default: plainly, as the machine has it
-    template: str = "plain",  # chat template of the prompts
+    run: TrainRun,  # seed, adapter, template of the prompts, where to report, checkpoints
 ) -> dict:  # what was done, the log of every step, warnings, and the gain on held-out prompts
     """Optimise a policy against a reward.
 
     Raises `InputError` where no prompt is left or the reward cannot judge a single answer. Writes
-    `completions.parquet` and `held_out.parquet` beside the model.
+    `completions.parquet` and `held_out.parquet` next to the model.
     """
-    how, tokenizer = how or train_setup(), load_tokenizer(start, template)
+    tokenizer, setup = load_tokenizer(start, run.template), run.setup
     prompts, held_out = (
         prompt_rows(rows, tokenizer, training.max_prompt_tokens) for rows in (prompts, held_out)
     )
+    _check_reward(reward, prompts, run)
+    folder = _open_folder(start, prompts, held_out, training, reward, run)
+
+    def measure(place):
+        return _held_out_answers(load_model(place), tokenizer, held_out, reward, training, run.seed)
+
+    before = _measured_before(folder, lambda: measure(start))
+    early = _check_start(before, reward, prompts, run)
+    part, again = fitted(share(training, setup.compute.processes), start, run.lora, setup)
+    model, trained = _train_once(start, prompts, part, reward, run, folder, again)
+    saved = _save(model, tokenizer, start, out, _answered(held_out, before), run, folder)
+    after = measure(out)
+    late = _say(warnings_of(trained["log"]), run)
+    _write_tables(out, trained["completions"], before, after)
+    return {
+        **_summary(prompts, training, reward, trained["log"]),
+        "abstained_held_out": float(after.reward.isna().mean()),
+        **reward_gain(_prompt_rewards(before), _prompt_rewards(after)),
+        **saved,
+        **trained["fit"],
+        **_settings(training, run, again),
+        "train_seconds": round(trained["seconds"], 2),
+        "warnings": early + late,
+        "log": trained["log"],
+    }
+
+# %% ../../nbs/04_training/14_grpo.ipynb #0d4f7af2
+def _check_reward(reward: Callable, prompts: list[dict], run: TrainRun):
+    "Raise `InputError` where the reward says that it cannot judge these prompts."
     if why := getattr(reward, "refuses", lambda rows: None)(prompts):
-        raise InputError(f"{label}: {why}")
-    settings = (
-        training.model_dump(exclude={"micro_batch", "generate_at_once", "save_every"}),
-        lora and lora.model_dump(),
-        how.quantize,
-        str(how.dtype),
-    )
-    folder = checkpoints and open_run_folder(
-        checkpoints,
-        *settings,
-        template,
-        seed,
-        rows_sha256(prompts),
-        rows_sha256(held_out),
-        weights_digest(start),
-        getattr(reward, "__name__", ""),
-    )
-    answers_before = _measured_before(
-        folder, lambda: _held_out_answers(load_model(start), tokenizer, held_out, reward, training, seed)
-    )
-    before = _prompt_rewards(answers_before)
-    if not any(map(math.isfinite, before)):
+        raise InputError(f"{run.label}: {why}")
+
+# %% ../../nbs/04_training/14_grpo.ipynb #7f17ef36
+def _check_start(answers: pd.DataFrame, reward: Callable, prompts: list[dict], run: TrainRun) -> list[str]:
+    "Warnings about the rewards of the start; raises `InputError` where there is none at all."
+    if not any(map(math.isfinite, _prompt_rewards(answers))):
         raise InputError(
-            f"{label}: the reward cannot judge a single answer to these prompts: pair them with another"
+            f"{run.label}: the reward cannot judge a single answer to these prompts: pair them with another"
             " reward"
         )
-    early = warnings_before(answers_before, getattr(reward, "remark", lambda rows: "")(prompts))
-    for line in early:
-        report(f"{label}: warning: {line}")
-    part, again = fitted(share(training, how.compute.processes), start, lora, how)
+    return _say(warnings_before(answers, getattr(reward, "remark", lambda rows: "")(prompts)), run)
 
-    def attempt(part):
-        return run_distributed(
-            partial(
-                _train_with,
-                _Given(reward),
-                start,
-                prompts,
-                part,
-                seed,
-                lora,
-                label=label,
-                folder=folder,
-                how=how,
-                template=template,
-                again=again,
-            ),
+
+def _say(lines: list[str], run: TrainRun) -> list[str]:  # the same lines
+    "Report warnings as they come up."
+    for line in lines:
+        run.report(f"{run.label}: warning: {line}")
+    return lines
+
+# %% ../../nbs/04_training/14_grpo.ipynb #0bc3a080
+def _open_folder(start, prompts, held_out, training: Grpo, reward: Callable, run: TrainRun) -> Path | None:
+    "The folder that this stage carries on from."
+    settings = training.model_dump(exclude={"micro_batch", "generate_at_once", "save_every"})
+    hashes = rows_sha256(prompts), rows_sha256(held_out), weights_digest(start)
+    return run.open_folder(settings, run.seed, *hashes, getattr(reward, "__name__", ""))
+
+# %% ../../nbs/04_training/14_grpo.ipynb #e0aba88c
+def _train_once(
+    start, prompts, training: Grpo, reward: Callable, run: TrainRun, folder: Path | None, checkpointing: bool
+) -> tuple[PreTrainedModel, dict]:
+    "The trained policy, now or from an earlier run; its log and completions, and how it fitted into memory."
+
+    def attempt(training):
+        job = partial(
+            _train_with,
+            _Given(reward),
             start,
-            how,
-            report,
-            label,
+            prompts,
+            training,
+            replace(run, report=None),
+            folder,
+            checkpointing,
         )
+        return run_distributed(job, start, run.setup, run.report, run.label)
 
     def trained():
-        ((model, log, completions, seconds), apart), fit = with_less_memory(attempt, part, report, label)
+        ((model, log, completions, seconds), apart), fit = with_less_memory(
+            attempt, training, run.report, run.label
+        )
         return model, {"log": log, "completions": completions, "seconds": seconds, "fit": fit | apart}
 
-    model, told = trained_once(folder, trained, start, how, report, label)
-    kept, log, completions = _answered(held_out, answers_before), told["log"], told["completions"]
-    live = row_losses(model, tokenizer, kept)
-
-    def measure():
-        return row_losses(load_model(out), tokenizer, kept)
-
-    saved, _ = save_trained(model, tokenizer, start, out, how, live, measure, report, label, folder)
-    after, answers_after = held_out_rewards(load_model(out), tokenizer, held_out, reward, training, seed)
-    late = warnings_of(log)
-    for line in late:
-        report(f"{label}: warning: {line}")
-    write_atomically(Path(out) / "completions.parquet", completions.to_parquet)
-    answers = pd.concat(
-        [answers_before.assign(when="before"), answers_after.assign(when="after")], ignore_index=True
-    )
-    write_atomically(Path(out) / "held_out.parquet", answers.to_parquet)
-    return {
-        "rows": len(prompts),
-        "steps": training.steps,
-        "completions": training.steps * training.completions,
-        "settings": {key: training.value(key) for key in GRPO_SETTINGS[training.settings]},
-        "reward": getattr(reward, "__name__", type(reward).__name__),
-        "abstained": sum(record["abstained"] for record in log) / len(log) if log else 0.0,
-        "abstained_held_out": float(answers_after.reward.isna().mean()),
-        **reward_gain(before, after),
-        **saved,
-        **told["fit"],
-        "checkpointing": again,
-        **({"engine": f"vllm {importlib.metadata.version('vllm')}"} if training.engine == "vllm" else {}),
-        "adapter": lora and lora.model_dump(),
-        "reference": "the start, under the adapter" if lora else "a copy of the start",
-        "train_seconds": round(told["seconds"], 2),
-        "warnings": early + late,
-        "log": log,
-    }
+    return trained_once(folder, trained, start, run.setup, run.report, run.label)
 
 # %% ../../nbs/04_training/14_grpo.ipynb #bf186b31
 def _answered(rows: list[dict], answers: pd.DataFrame) -> list[dict]:
@@ -783,3 +754,46 @@ def _answered(rows: list[dict], answers: pd.DataFrame) -> list[dict]:
         {"messages": [*row["messages"], {"role": "assistant", "content": first[number]}]}
         for number, row in enumerate(rows[:CHECKED])
     ]
+
+# %% ../../nbs/04_training/14_grpo.ipynb #39659d35
+def _save(model, tokenizer, start, out, rows: list[dict], run: TrainRun, folder: Path | None) -> dict:
+    "Write the trained policy, checked on these rows; what the manifest says of it."
+    live = row_losses(model, tokenizer, rows)
+
+    def measure():
+        return row_losses(load_model(out), tokenizer, rows)
+
+    saved, _ = save_trained(
+        model, tokenizer, start, out, run.setup, live, measure, run.report, run.label, folder
+    )
+    return saved
+
+# %% ../../nbs/04_training/14_grpo.ipynb #ee389168
+def _write_tables(out: str | Path, completions: pd.DataFrame, before: pd.DataFrame, after: pd.DataFrame):
+    "What was sampled in training, and the answers to the held-out prompts before and after."
+    write_atomically(Path(out) / "completions.parquet", completions.to_parquet)
+    answers = pd.concat([before.assign(when="before"), after.assign(when="after")], ignore_index=True)
+    write_atomically(Path(out) / "held_out.parquet", answers.to_parquet)
+
+# %% ../../nbs/04_training/14_grpo.ipynb #8b299ebc
+def _summary(prompts: list[dict], training: Grpo, reward: Callable, log: list[dict]) -> dict:
+    "What was done, for the manifest."
+    return {
+        "rows": len(prompts),
+        "steps": training.steps,
+        "completions": training.steps * training.completions,
+        "settings": {key: training.value(key) for key in GRPO_SETTINGS[training.settings]},
+        "reward": getattr(reward, "__name__", type(reward).__name__),
+        "abstained": sum(record["abstained"] for record in log) / len(log) if log else 0.0,
+    }
+
+
+def _settings(training: Grpo, run: TrainRun, checkpointing: bool) -> dict:
+    "How it was done, for the manifest; the engine is named where it was not the library's own `generate`."
+    vllm = training.engine == "vllm"
+    return {
+        "checkpointing": checkpointing,
+        **({"engine": f"vllm {importlib.metadata.version('vllm')}"} if vllm else {}),
+        "adapter": run.lora and run.lora.model_dump(),
+        "reference": "the start, under the adapter" if run.lora else "a copy of the start",
+    }

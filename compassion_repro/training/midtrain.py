@@ -12,8 +12,8 @@ from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from ..data import world
-from ..study import Lora, Training
-from .device import TrainSetup
+from ..study import Training
+from .device import TrainRun
 from .models import END, load_tokenizer, render, row_losses, save_model
 from .supervised import held_out_gain, pack, steps_for, train, train_stage
 
@@ -25,21 +25,12 @@ def midtrain(
     held_out: list[dict],  # documents to measure the gain on
     out: str | Path,  # folder the model is written to
     training: Training,  # sizes and rates
-    seed: int,  # study seed
-    lora: Lora | None,  # adapter, merged at the end; None trains every weight
-    report: callable = print,  # called with one line of progress
-    how: TrainSetup
-    | None = None,  # how the model is held in training; default: plainly, as the machine has it
-    template: str = "plain",  # chat template that the tokenizer keeps
-    label: str = "mid-training",  # model id, for the progress line
-    checkpoints: str | Path | None = None,  # as for `train_stage`
+    run: TrainRun,  # seed, adapter, template that the tokenizer keeps, where to report, checkpoints
 ) -> dict:  # what was done and the gain on held-out documents
     "Continued pre-training on documents with a share of replayed base documents."
     rows = [*documents, *replay]
-    steps = steps_for(training, [len(pack(rows, load_tokenizer(start), training.length, seed))])
-    return train_stage(
-        start, rows, held_out, out, training, steps, seed, lora, report, label, how, template, checkpoints
-    )
+    steps = steps_for(training, [len(pack(rows, load_tokenizer(start), training.length, run.seed))])
+    return train_stage(start, rows, held_out, out, training, steps, run)
 
 # %% ../../nbs/04_training/09_midtrain.ipynb #e809f852
 def replay_rows(
@@ -89,7 +80,8 @@ def build_base(
     held_out = [_as_text(row) for row in world.corpus("base", training.held_out, seed=seed, held_out=True)]
     before = row_losses(model.eval(), tokenizer, held_out)
     rows = [_as_text(row) for row in world.corpus("base", training.rows, seed=seed)]
-    model, done = train(model, tokenizer, rows, training, training.steps, seed, report=report, label="base")
+    run = TrainRun(seed, report=report, label="base")
+    model, done = train(model, tokenizer, rows, training, training.steps, run)
     save_model(model, tokenizer, out)
     return {
         **done,

@@ -10,6 +10,7 @@ __all__ = ['FAULTS', 'preference_pairs', 'load_reward_model', 'helpfulness_rewar
 import functools
 import math
 import random
+import statistics
 import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -66,6 +67,7 @@ FAULTS = {"another thing": _another_thing, "cut": _cut, "repeating": _repeating,
 
 
 def _prose(scene, plan):
+    "The sentences of a plan as one text."
     return " ".join(scene.render(line, "en") for line in plan)
 
 # %% ../../nbs/04_training/13_reward_model.ipynb #9b7c30ae
@@ -95,21 +97,13 @@ def _pair(key: str, held_out: bool) -> dict:
     answers = [[{"role": "assistant", "content": text}] for text in (better, worse)]
     return {"prompt": prompt_messages(question), "chosen": answers[0], "rejected": answers[1], "fault": fault}
 
-# %% ../../nbs/04_training/13_reward_model.ipynb #1e20ca5a
-def load_reward_model(
-    source: str | Path,  # folder, or hub id with an optional @revision
-    device: str | None = None,  # default: the GPU if there is one
-) -> tuple:  # model in evaluation mode, tokenizer
-    """Open a reward model; raises `InputError` where a weight is missing, where it has more than one output,
-    or where its tokenizer has no chat template. Remote code is never run.
-    """
+# %% ../../nbs/04_training/13_reward_model.ipynb #64b3e89d
+def _open_files(folder: Path, device: str, source: str | Path) -> tuple:
+    "Model and tokenizer of a folder, and the names of the weights that its files lack."
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from compassion_repro.training.models import check_numbers, find_model, pick_device, pick_dtype
+    from compassion_repro.training.models import pick_dtype
 
-    if str(source).startswith("world:"):
-        raise InputError(f"{source} is no reward model: give a folder or a hub id")
-    folder, device = find_model(str(source)), device or pick_device()
     try:
         with _quiet():
             model, found = AutoModelForSequenceClassification.from_pretrained(
@@ -123,7 +117,23 @@ def load_reward_model(
     # files that are missing, cut or of another kind raise errors of many classes
     except Exception as error:
         raise InputError(f"no reward model in {source}: {first_line(error)}") from None
-    if missing := sorted(found["missing_keys"]):
+    return model, tokenizer, sorted(found["missing_keys"])
+
+# %% ../../nbs/04_training/13_reward_model.ipynb #1e20ca5a
+def load_reward_model(
+    source: str | Path,  # folder, or hub id with an optional @revision
+    device: str | None = None,  # default: the GPU if there is one
+) -> tuple:  # model in evaluation mode, tokenizer
+    """Open a reward model; raises `InputError` where a weight is missing, where it has more than one output,
+    or where its tokenizer has no chat template. Remote code is never run.
+    """
+    from compassion_repro.training.models import check_numbers, find_model, pick_device
+
+    if str(source).startswith("world:"):
+        raise InputError(f"{source} is no reward model: give a folder or a hub id")
+    device = device or pick_device()
+    model, tokenizer, missing = _open_files(find_model(str(source)), device, source)
+    if missing:
         raise InputError(
             f"{source} is no reward model: {missing[0]} is not in its files and would be random numbers; give"
             " a model that was saved with its score head"
@@ -215,6 +225,7 @@ def encode_conversation(
 def _scores(model, rows: list[list[int]], padding: int | None, batch_size: int) -> list[float | None]:
     "The score of each row, None for one that is too long."
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
     limit = getattr(model.config, "max_position_embeddings", None) or math.inf
     order = sorted(
@@ -223,14 +234,9 @@ def _scores(model, rows: list[list[int]], padding: int | None, batch_size: int) 
     values: list[float | None] = [None] * len(rows)
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
-        width = len(rows[places[-1]])
-        ids = torch.tensor(
-            [rows[place] + [padding] * (width - len(rows[place])) for place in places], device=model.device
-        )
-        mask = torch.tensor(
-            [[1] * len(rows[place]) + [0] * (width - len(rows[place])) for place in places],
-            device=model.device,
-        )
+        batch = [torch.tensor(rows[place]) for place in places]
+        ids = pad_sequence(batch, True, padding or 0).to(model.device)  # without padding a batch is one row
+        mask = pad_sequence([torch.ones_like(row) for row in batch], True).to(model.device)
         with torch.inference_mode():
             scores = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0].float().tolist()
         for place, score in zip(places, scores):
@@ -270,6 +276,35 @@ def train_reward_model(
     )
     return {"pairs": pairs, "steps": steps, **measured}
 
+# %% ../../nbs/04_training/13_reward_model.ipynb #68473ff9
+def _reward_config(
+    folder: str, batch_size: int, learning_rate: float, steps: int, seed: int, on_cpu: bool
+):  # TRL's `RewardConfig`
+    "What the trainer is told: a cosine with a tenth of warm-up, scores kept near zero, no files."
+    from trl import RewardConfig
+
+    from compassion_repro.training.device import warmup_steps
+
+    return RewardConfig(
+        folder,
+        num_train_epochs=1,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=warmup_steps(0.1, steps),
+        center_rewards_coefficient=0.01,
+        max_length=None,
+        seed=seed,
+        data_seed=seed,
+        use_cpu=on_cpu,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+
 # %% ../../nbs/04_training/13_reward_model.ipynb #8b2578fd
 def _train_on_pairs(
     model, tokenizer, pairs: list[dict], batch_size: int, learning_rate: float, seed: int
@@ -277,9 +312,7 @@ def _train_on_pairs(
     "One pass of TRL's `RewardTrainer` over the pairs; returns the steps taken."
     from datasets import Dataset
     from transformers import PrinterCallback
-    from trl import RewardConfig, RewardTrainer
-
-    from compassion_repro.training.device import warmup_steps
+    from trl import RewardTrainer
 
     ids = [
         {
@@ -288,29 +321,11 @@ def _train_on_pairs(
         }
         for pair in pairs
     ]
-    on_cpu, warm = model.device.type == "cpu", warmup_steps(0.1, math.ceil(len(pairs) / batch_size))
+    steps = math.ceil(len(pairs) / batch_size)
     with tempfile.TemporaryDirectory() as folder:
         trainer = RewardTrainer(
             model,
-            RewardConfig(
-                folder,
-                num_train_epochs=1,
-                per_device_train_batch_size=batch_size,
-                learning_rate=learning_rate,
-                lr_scheduler_type="cosine",
-                warmup_steps=warm,
-                center_rewards_coefficient=0.01,
-                max_length=None,
-                seed=seed,
-                data_seed=seed,
-                use_cpu=on_cpu,
-                bf16=False,
-                gradient_checkpointing=False,
-                save_strategy="no",
-                logging_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-            ),
+            _reward_config(folder, batch_size, learning_rate, steps, seed, model.device.type == "cpu"),
             train_dataset=Dataset.from_list(ids),
             processing_class=tokenizer,
         )
@@ -334,10 +349,8 @@ def measure_reward_model(
     }
     words = {side: [len(answer_text(pair[side]).split()) for pair in pairs] for side in score}
     right = [better > worse for better, worse in zip(score["chosen"], score["rejected"])]
-    share, spread = (
-        sum(right) / len(right),
-        1.96 * math.sqrt(sum(right) * (len(right) - sum(right)) / len(right) ** 3),
-    )
+    share = sum(right) / len(right)
+    half = 1.96 * math.sqrt(sum(right) * (len(right) - sum(right)) / len(right) ** 3)
     faults = {
         fault: [ok for ok, pair in zip(right, pairs) if pair["fault"] == fault]
         for fault in sorted({pair["fault"] for pair in pairs})
@@ -345,8 +358,8 @@ def measure_reward_model(
     return {
         "held_out_pairs": len(pairs),
         "accuracy": share,
-        "accuracy_low": max(0.0, share - spread),
-        "accuracy_high": min(1.0, share + spread),
+        "accuracy_low": max(0.0, share - half),
+        "accuracy_high": min(1.0, share + half),
         "accuracy_by_fault": {fault: sum(oks) / len(oks) for fault, oks in faults.items()},
         "length_correlation": _correlation(
             score["chosen"] + score["rejected"], words["chosen"] + words["rejected"]
@@ -359,7 +372,7 @@ def measure_reward_model(
 # %% ../../nbs/04_training/13_reward_model.ipynb #c5a0f984
 def _correlation(x: list[float], y: list[float]) -> float:
     "Pearson's r; 0 where one of them does not vary."
-    mx, my = sum(x) / len(x), sum(y) / len(y)
-    product = sum((a - mx) * (b - my) for a, b in zip(x, y))
-    scale = math.sqrt(sum((a - mx) ** 2 for a in x) * sum((b - my) ** 2 for b in y))
-    return product / scale if scale else 0.0
+    try:
+        return statistics.correlation(x, y)
+    except statistics.StatisticsError:
+        return 0.0

@@ -61,7 +61,7 @@ def finite(
 
 # %% ../../nbs/04_training/12_rewards.ipynb #83274a59
 def apply_reward(
-    reward: Callable,  # any reward of this room, or a user's
+    reward: Callable,  # any reward of this module, or yours
     rows: list[dict],  # `messages` without the last answer, and the columns that the reward reads
     answers: list[str],  # one a row
 ) -> list[float | None]:  # one a row
@@ -137,7 +137,7 @@ def _blocks(
 def find_code(
     answer: str,  # a whole answer
     wanted: str = "",  # language that is preferred where the answer has several
-) -> Program:  # the blocks that count, laid together, or the bare code that the answer ends with
+) -> Program:  # the blocks that count, joined, or the bare code that the answer ends with
     "Find the one program in an answer, by the rule above."
     blocks = _blocks(answer)
     if blocks:
@@ -281,6 +281,7 @@ def programs(self: _Case, weights: dict[str, float]) -> list[tuple[str, str]]:
 
 # %% ../../nbs/04_training/12_rewards.ipynb #ff10d051
 def _ran(case: _Case, tests: str, results: dict) -> float:
+    "1 if the program and these tests ran to their end."
     return float(case.runnable and results[case.program.text, tests].passed is True)
 
 # %% ../../nbs/04_training/12_rewards.ipynb #973b241a
@@ -317,6 +318,35 @@ def _code_parts(case: _Case, weights: dict, results: dict) -> dict[str, float | 
         ),
     }
 
+# %% ../../nbs/04_training/12_rewards.ipynb #f0066b78
+def _jail_pool() -> Callable:
+    "The jail's pool; raises `InputError` where this machine offers no jail."
+    from compassion_repro.sandbox.jail import level, run_many
+
+    if level() == "none":
+        raise InputError(
+            "the code reward runs model-written code and this machine offers no jail for it: install"
+            " bubblewrap"
+        )
+    return run_many
+
+# %% ../../nbs/04_training/12_rewards.ipynb #2d9611eb
+def _all_parts(
+    cases: list[_Case],  # the answers of a batch
+    weights: list[dict[str, float]],  # of each answer: part -> weight
+    jail: _Jail,  # where programs run
+) -> tuple[
+    list[dict[str, float | None]], list[bool]
+]:  # parts of each answer, and whether the jail failed on it
+    "The parts of all answers of a batch, after one call to the jail."
+    needed = [case.programs(weight) for case, weight in zip(cases, weights)]
+    results = jail([program for programs in needed for program in programs])
+    failed = [any(results[program].passed is None for program in programs) for programs in needed]
+    return [
+        dict.fromkeys(PARTS) if bad else _code_parts(case, weight, results)
+        for case, weight, bad in zip(cases, weights, failed)
+    ], failed
+
 # %% ../../nbs/04_training/12_rewards.ipynb #33362c3e
 def code_reward(
     weights: dict[str, dict[str, float]] = WEIGHTS,  # "tested" and "graded": part -> weight
@@ -330,37 +360,19 @@ def code_reward(
     be used.
     """
     _check_weights(weights)
-    if run is None:
-        from compassion_repro.sandbox.jail import level
-        from compassion_repro.sandbox.jail import run_many as run
-
-        if level() == "none":
-            raise InputError(
-                "the code reward runs model-written code and this machine offers no jail for it: install"
-                " bubblewrap"
-            )
+    run = run or _jail_pool()
     jail = _Jail(run)
 
     def code(prompts, completions, tests=None, reference=None, **columns):
         blank = [None] * len(prompts)
-        columns_of_rows = zip(completions, tests or blank, reference or blank)
         cases = [
             _case(answer_text(answer), test, find_code(model or ""))
-            for answer, test, model in columns_of_rows
+            for answer, test, model in zip(completions, tests or blank, reference or blank)
         ]
         chosen = [weights["tested" if case.tests else "graded"] for case in cases]
-        results = jail([program for case, weight in zip(cases, chosen) for program in case.programs(weight)])
-        failed = [
-            any(results[program].passed is None for program in case.programs(weight))
-            for case, weight in zip(cases, chosen)
-        ]
-        code.parts = [
-            dict.fromkeys(PARTS) if bad else _code_parts(case, weight, results)
-            for case, weight, bad in zip(cases, chosen, failed)
-        ]
-        values = [weighted_mean(parts, weight) for parts, weight in zip(code.parts, chosen)]
+        code.parts, failed = _all_parts(cases, chosen, jail)
         _tell(columns, code.parts, cases, failed)
-        return values
+        return [weighted_mean(parts, weight) for parts, weight in zip(code.parts, chosen)]
 
     code.parts, code.weights, code.refuses = [], weights, functools.partial(_refuses_code, weights)
     code.remark, code.recipe = _remark_code, functools.partial(code_reward, weights, run)
@@ -368,12 +380,13 @@ def code_reward(
 
 # %% ../../nbs/04_training/12_rewards.ipynb #9fb475b3
 def _case(answer: str, tests: str | list[str] | None, reference: Program) -> _Case:
-    "One answer beside what its row brings; the row's language chooses among the answer's blocks."
+    "One answer together with what its row brings; the row's language chooses among the answer's blocks."
     tests = tests if isinstance(tests, str) else "\n".join(tests or [])
     return _Case(find_code(answer, reference.language or ("python" if tests else "")), reference, tests)
 
 # %% ../../nbs/04_training/12_rewards.ipynb #0ac982dc
 def _check_weights(weights: dict):
+    "Raise `InputError` for weights that cannot be used."
     if set(weights) != {"tested", "graded"}:
         raise InputError(
             "the code reward has the weights 'tested' and 'graded', not"
@@ -432,12 +445,28 @@ def _tell(columns: dict, parts: list[dict], cases: list[_Case], failed: list[boo
 
 # %% ../../nbs/04_training/12_rewards.ipynb #272f4365
 def _said(case: _Case, parts: dict) -> str:
+    "The parts of an answer in one line, for the table of sampled completions."
     told = ", ".join(f"{name} {value:.2g}" for name, value in parts.items() if value is not None)
     return told if case.language == "python" else f"{case.language}, scored by what applies: {told}"
 
+# %% ../../nbs/04_training/12_rewards.ipynb #987c11b6
+def _obliging(stand_in_class, yes: bool):
+    "An object that answers every question with yes, or every one with no."
+    answers = dict.fromkeys(("bool", "eq", "lt", "le", "gt", "ge", "isinstance", "issubclass"), yes)
+    answers |= {"len": int(yes), "str": "", "repr": "", "copy": []}
+    answers |= dict.fromkeys(("setattr", "setitem", "delitem"))
+
+    def do(operation, *parts, **named):
+        if operation == "next":
+            raise StopIteration
+        return answers[operation] if operation in answers else thing
+
+    thing = stand_in_class(do)(0)
+    return thing
+
 # %% ../../nbs/04_training/12_rewards.ipynb #8c78c228
 def _easy_programs(stand_in_class) -> dict:  # name -> what each name of the program's gives
-    "Programs that do no task; `stand_in_class` is the judge's, see `harness`."
+    "Programs that do no task; `stand_in_class` is the judge's, see the sandbox's protocol."
 
     class Fails(ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, NotImplementedError):
         pass
@@ -448,33 +477,6 @@ def _easy_programs(stand_in_class) -> dict:  # name -> what each name of the pro
     def gives(make):
         return lambda *parts, **named: make()
 
-    def obliging(yes):
-        answers = {
-            "bool": yes,
-            "eq": yes,
-            "lt": yes,
-            "le": yes,
-            "gt": yes,
-            "ge": yes,
-            "isinstance": yes,
-            "issubclass": yes,
-            "len": int(yes),
-            "str": "",
-            "repr": "",
-            "copy": [],
-            "setattr": None,
-            "setitem": None,
-            "delitem": None,
-        }
-
-        def do(operation, *parts, **named):
-            if operation == "next":
-                raise StopIteration
-            return answers[operation] if operation in answers else thing
-
-        thing = stand_in_class(do)(0)
-        return thing
-
     constants = {"None": None, "True": True, "False": False, "0": 0, "1": 1, "-1": -1, "''": "", "()": ()}
     programs = {f"the constant {name}": gives(lambda value=value: value) for name, value in constants.items()}
     programs |= {
@@ -482,7 +484,10 @@ def _easy_programs(stand_in_class) -> dict:  # name -> what each name of the pro
     }
     programs |= {"an empty generator": gives(lambda: iter(())), "an error": fail}
     programs |= {f"the value {value!r} in place of a function": value for value in (None, True, 0, "", [])}
-    return programs | {"an object that says yes": obliging(True), "an object that says no": obliging(False)}
+    return programs | {
+        "an object that says yes": _obliging(stand_in_class, True),
+        "an object that says no": _obliging(stand_in_class, False),
+    }
 
 # %% ../../nbs/04_training/12_rewards.ipynb #a03d96f9
 def _passes(compiled, namespace, seconds: float) -> bool:
@@ -540,6 +545,7 @@ def _check_program(batch: list[str]) -> str:  # its source
         protocol._add_operations,
         protocol._names_under_test,
         protocol._tests_namespace,
+        _obliging,
         _easy_programs,
         _passes,
         _easily_passed,

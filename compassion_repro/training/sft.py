@@ -9,8 +9,8 @@ __all__ = ['matched_steps', 'longest_answer', 'sft']
 from pathlib import Path
 
 from ..core.errors import InputError
-from ..study import Lora, Training
-from .device import TrainSetup
+from ..study import Training
+from .device import TrainRun
 from .models import encode_row, load_tokenizer
 from .supervised import pack, steps_for, train_stage
 
@@ -49,20 +49,12 @@ def sft(
     out: str | Path,  # folder the model is written to
     training: Training,  # sizes and rates
     steps: int,  # optimiser steps, from `matched_steps`
-    seed: int,  # study seed
-    lora: Lora | None,  # adapter, merged at the end
-    report: callable = print,  # called with one line of progress
-    label: str = "sft",  # arm id, for the progress line
-    how: TrainSetup
-    | None = None,  # how the model is held in training; default: plainly, as the machine has it
-    template: str = "plain",  # chat template of the rows
-    checkpoints: str | Path | None = None,  # as for `train_stage`
+    run: TrainRun,  # seed, adapter, template, where to report, checkpoints
 ) -> dict:  # what was done and the gain on held-out rows
     "Fine-tune on answers; raises `InputError` for a row that has none."
     if any(row["messages"][-1]["role"] != "assistant" for row in rows):
         raise InputError(
-            f"{label}: a row has no answer to learn from; supervised arms need an assistant turn at the end"
+            f"{run.label}: a row has no answer to learn from; supervised arms need an assistant turn at the"
+            " end"
         )
-    return train_stage(
-        start, rows, held_out, out, training, steps, seed, lora, report, label, how, template, checkpoints
-    )
+    return train_stage(start, rows, held_out, out, training, steps, run)

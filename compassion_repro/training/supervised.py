@@ -9,7 +9,7 @@ __all__ = ['pack', 'steps_for', 'Progress', 'loss_log', 'train', 'held_out_gain'
 import math
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,18 +21,17 @@ from trl import SFTConfig, SFTTrainer
 from trl.data_utils import pack_dataset
 
 from ..core.errors import InputError, Notice
-from ..core.files import open_run_folder, remembered, weights_digest
+from ..core.files import remembered, weights_digest
 from ..data.rows import rows_sha256
-from ..study import Lora, Training
+from ..study import Training
 from .checkpoints import Checkpoints
 from compassion_repro.training.device import (
     PaddedRows,
-    TrainSetup,
+    TrainRun,
     fitted,
     keeps_rows_apart,
     load_held,
     ready_adapter,
-    train_setup,
     trainer_options,
     warmup_steps,
     with_less_memory,
@@ -139,63 +138,66 @@ def train(
     rows: list[dict],  # training rows
     training: Training,  # sizes and rates
     steps: int,  # optimiser steps
-    seed: int,  # decides the order of the rows and the adapter's first values
-    lora: Lora | None = None,  # adapter, or None to train every weight
-    report: callable = print,  # called with one line of progress
-    label: str = "training",  # what is being trained
-    how: TrainSetup | None = None,  # how the model is held; default: plainly, as the machine has it
+    run: TrainRun,  # seed, adapter, where to report
     checkpointing: bool = False,  # compute activations again in the backward pass
-    # from `open_run_folder`: checkpoints go here, and training is carried on from them; None keeps none
+    # from `TrainRun.open_folder`: checkpoints go here, and training is carried on from them; None keeps none
     folder: Path | None = None,
 ) -> tuple[PreTrainedModel, dict]:  # the trained model, with its adapter if there is one, and what was done
     "Next-token training on packed rows through TRL."
-    how = how or train_setup()
-    set_seed(seed)
-    sequences, batch = pack(rows, tokenizer, training.length, seed), training.batch_size * count()
-    shown = laid_out(sequences, batch, steps, seed, tokenizer.pad_token_id) if count() > 1 else sequences
+    set_seed(run.seed)
+    sequences, batch = pack(rows, tokenizer, training.length, run.seed), training.batch_size * count()
+    # several processes read the sequences in the order in which one would draw them
+    shown = laid_out(sequences, batch, steps, run.seed, tokenizer.pad_token_id) if count() > 1 else sequences
     with tempfile.TemporaryDirectory() as temporary:
-        packed, options = keeps_rows_apart(model), trainer_options(how, training, checkpointing)
-        if not packed:
-            report(
-                Notice(
-                    f"{label}: this model does not keep packed rows apart, so they are padded side by side:"
-                    " slower, with the same rows in every step"
-                )
-            )
-        trainer = SFTTrainer(
-            model.train(),
-            _config(options, training, steps, seed, str(folder or temporary), packed),
-            train_dataset=shown,
-            processing_class=tokenizer,
-            data_collator=None if packed else PaddedRows(tokenizer.pad_token_id),
-            peft_config=lora and lora_config(lora),
-            callbacks=[Progress(report, label)],
-        )
-        ready_adapter(trainer.model, how)
-        trainer.remove_callback(PrinterCallback)
-        Checkpoints(folder, how.compute, report, label).train(trainer)
-        trained, log = trainer.model.eval(), loss_log(trainer.state.log_history)
+        place = str(folder or temporary)
+        trainer = _make_trainer(model, tokenizer, shown, training, steps, run, checkpointing, place)
+        Checkpoints(folder, run.setup.compute, run.report, run.label).train(trainer)
     split = sum(len(encode_row(row, tokenizer)["input_ids"]) > training.length for row in rows)
-    apart = {} if packed else {"padded": True}
-    return trained, {
+    return trainer.model.eval(), {
         "rows": len(rows),
-        **apart,
+        **({} if trainer.args.padding_free else {"padded": True}),
         "split_rows": split,
         "sequences": len(sequences),
         "steps": steps,
         **_token_counts(sequences, steps * batch),
-        "log": log,
+        "log": loss_log(trainer.state.log_history),
     }
 
+# %% ../../nbs/04_training/08_supervised.ipynb #4d67e3ef
+def _make_trainer(
+    model, tokenizer, sequences, training, steps, run: TrainRun, checkpointing: bool, folder: str
+) -> SFTTrainer:
+    "TRL's trainer, ready to train."
+    packed = keeps_rows_apart(model)
+    if not packed:
+        slower = "slower, with the same rows in every step"
+        reason = "this model does not keep packed rows apart, so they are padded side by side"
+        run.report(Notice(f"{run.label}: {reason}: {slower}"))
+    trainer = SFTTrainer(
+        model.train(),
+        _config(training, steps, run, checkpointing, folder, packed),
+        train_dataset=sequences,
+        processing_class=tokenizer,
+        data_collator=None if packed else PaddedRows(tokenizer.pad_token_id),
+        peft_config=run.lora and lora_config(run.lora),
+        callbacks=[Progress(run.report, run.label)],
+    )
+    ready_adapter(trainer.model, run.setup)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
 # %% ../../nbs/04_training/08_supervised.ipynb #5606f528
-def _config(options, training, steps, seed, folder, packed=True):
+def _config(
+    training: Training, steps: int, run: TrainRun, checkpointing: bool, folder: str, packed: bool
+) -> SFTConfig:
+    "What the trainer is told."
     return on_one_gpu(
         SFTConfig(
             folder,
-            **options,
+            **trainer_options(run.setup, training, checkpointing),
             max_steps=steps,
-            seed=seed,
-            data_seed=seed,
+            seed=run.seed,
+            data_seed=run.seed,
             learning_rate=training.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=warmup_steps(training.warmup, steps),
@@ -212,14 +214,13 @@ def _config(options, training, steps, seed, folder, packed=True):
     )
 
 # %% ../../nbs/04_training/08_supervised.ipynb #679a13cc
-def _token_counts(sequences: Dataset, seen: int) -> dict:
-    """Tokens, and tokens that carry loss, in the sequences that were seen (as the trainer's epochs go over
-    them).
-    """
-    total, loss = (
-        sum(map(len, sequences["input_ids"])),
-        sum(label != IGNORE for labels in sequences["labels"] for label in labels),
-    )
+def _token_counts(
+    sequences: Dataset,  # packed, from `pack`
+    seen: int,  # sequences that the steps take
+) -> dict:  # passes over the sequences, tokens, tokens that carry loss
+    "Tokens that were trained on."
+    total = sum(map(len, sequences["input_ids"]))
+    loss = sum(label != IGNORE for labels in sequences["labels"] for label in labels)
     passes = seen / len(sequences)
     return {"passes": round(passes, 3), "tokens": round(total * passes), "loss_tokens": round(loss * passes)}
 
@@ -259,95 +260,63 @@ def train_stage(
     out: str | Path,  # folder the model is written to
     training: Training,  # sizes and rates
     steps: int,  # optimiser steps
-    seed: int,  # study seed
-    lora: Lora | None,  # adapter, merged at the end; None trains every weight
-    report: callable = print,  # called with one line of progress
-    label: str = "training",  # what is being trained
-    how: TrainSetup
-    | None = None,  # how the model is held in training; default: plainly, as the machine has it
-    template: str = "plain",  # chat template of the rows
-    # folder of what a run that is cut off leaves to the next; None keeps nothing
-    checkpoints: str | Path | None = None,
+    run: TrainRun,  # seed, adapter, template, where to report, checkpoints
 ) -> dict:  # what was done and the gain on held-out rows
     """Train a model folder into another that any `from_pretrained` opens.
 
     Raises `InputError` where the merged model is not the trained one, or the memory is too small.
     """
-    how, tokenizer = how or train_setup(), load_tokenizer(start, template)
-    settings = (
-        training.model_dump(exclude={"micro_batch"}),
-        lora and lora.model_dump(),
-        how.quantize,
-        str(how.dtype),
-    )
-    folder = checkpoints and open_run_folder(
-        checkpoints,
-        *settings,
-        template,
-        steps,
-        seed,
-        rows_sha256(rows),
-        rows_sha256(held_out),
-        weights_digest(start),
-    )
-    before = torch.tensor(
-        remembered(folder, "before", lambda: row_losses(load_model(start), tokenizer, held_out).tolist())
-    )
-    training, again = fitted(share(training, how.compute.processes), start, lora, how)
+    tokenizer, setup = load_tokenizer(start, run.template), run.setup
+    folder = _open_folder(start, rows, held_out, training, steps, run)
 
-    def attempt(training):
-        return run_distributed(
-            partial(
-                _train_from,
-                start,
-                template,
-                rows,
-                training,
-                steps,
-                seed,
-                lora,
-                label=label,
-                how=how,
-                checkpointing=again,
-                folder=folder,
-            ),
-            start,
-            how,
-            report,
-            label,
-        )
+    def losses(place):
+        return row_losses(load_model(place), tokenizer, held_out)
 
-    def trained():
-        ((model, done), apart), fit = with_less_memory(attempt, training, report, label)
-        return model, {"done": done, "fit": fit | apart}
-
-    model, told = trained_once(folder, trained, start, how, report, label)
+    before = torch.tensor(remembered(folder, "before", lambda: losses(start).tolist()))
+    training, again = fitted(share(training, setup.compute.processes), start, run.lora, setup)
+    model, trained = _train_once(start, rows, training, steps, run, again, folder)
     live = row_losses(model, tokenizer, held_out[:CHECKED])
-
-    def measure():
-        return row_losses(load_model(out), tokenizer, held_out)
-
-    saved, after = save_trained(model, tokenizer, start, out, how, live, measure, report, label, folder)
-    gain = held_out_gain(before, after)
+    saved, after = save_trained(
+        model, tokenizer, start, out, setup, live, lambda: losses(out), run.report, run.label, folder
+    )
     return {
-        **told["done"],
-        **gain,
+        **trained["done"],
+        **held_out_gain(before, after),
         **saved,
-        **told["fit"],
+        **trained["fit"],
         "checkpointing": again,
-        "adapter": lora and lora.model_dump(),
+        "adapter": run.lora and run.lora.model_dump(),
     }
 
+# %% ../../nbs/04_training/08_supervised.ipynb #01d0f72f
+def _open_folder(start, rows, held_out, training: Training, steps: int, run: TrainRun) -> Path | None:
+    "The folder that this stage carries on from."
+    settings = training.model_dump(exclude={"micro_batch"})
+    hashes = rows_sha256(rows), rows_sha256(held_out), weights_digest(start)
+    return run.open_folder(settings, steps, run.seed, *hashes)
+
+# %% ../../nbs/04_training/08_supervised.ipynb #2ecbd372
+def _train_once(
+    start, rows, training: Training, steps: int, run: TrainRun, checkpointing: bool, folder: Path | None
+) -> tuple[PreTrainedModel, dict]:
+    "The trained model, now or from an earlier run; what was done, and how it fitted into memory."
+
+    def attempt(training):
+        job = partial(
+            _train_from, start, rows, training, steps, replace(run, report=None), checkpointing, folder
+        )
+        return run_distributed(job, start, run.setup, run.report, run.label)
+
+    def trained():
+        ((model, done), apart), fit = with_less_memory(attempt, training, run.report, run.label)
+        return model, {"done": done, "fit": fit | apart}
+
+    return trained_once(folder, trained, start, run.setup, run.report, run.label)
+
 # %% ../../nbs/04_training/08_supervised.ipynb #9d4c0977
-def _train_from(start, template, rows, training, steps, seed, lora, **words):
-    "`train` from a model folder: what each process of a stage is given."
-    return train(
-        load_held(start, words["how"]),
-        load_tokenizer(start, template),
-        rows,
-        training,
-        steps,
-        seed,
-        lora,
-        **words,
-    )
+def _train_from(
+    start, rows, training: Training, steps: int, run: TrainRun, checkpointing=False, folder=None, report=print
+):
+    "`train` from a model folder: what each process of a stage is given; `report` cannot be sent to it in `run`."
+    model, tokenizer = load_held(start, run.setup), load_tokenizer(start, run.template)
+    return train(model, tokenizer, rows, training, steps, replace(run, report=report), checkpointing, folder)

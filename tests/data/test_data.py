@@ -741,6 +741,15 @@ def tokenizer():
     return load_tokenizer(world.assets() / "base")
 
 
+def accounted(path, shape, tokenizer, length, longest):
+    "The account of a file's tokens, and what the loader says of its rows."
+    from compassion_repro.training.tokens import account_tokens
+
+    corpus = load(str(path), shape)
+    measure = lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return account_tokens(corpus.rows, tokenizer, length, longest, measure), corpus.report
+
+
 def assert_accounted(account, report):
     assert account.tokens_in == account.trained + account.masked + account.truncated and account.trained > 0
     assert account.rows + account.dropped_rows == report.rows == report.kept and balanced(report)
@@ -756,10 +765,9 @@ def assert_accounted(account, report):
 def test_every_token_of_the_real_rows_is_accounted_for(tokenizer, name, schema, rows, length, cut):
     from compassion_repro.study import Training
     from compassion_repro.training.sft import longest_answer
-    from compassion_repro.training.tokens import corpus_account
 
     longest = longest_answer(world.assets() / "base", Training(length=length))["max_length"] if cut else None
-    account, report = corpus_account(str(SHARED / name), "messages", tokenizer, length, longest)
+    account, report = accounted(SHARED / name, "messages", tokenizer, length, longest)
     assert report.schemas == {schema: rows} and report.read == rows
     assert_accounted(account, report)
     if cut:
@@ -837,13 +845,10 @@ def test_the_real_rows_serve_every_role(tokenizer):
 )
 @pytest.mark.parametrize("length", [16, 64, 512])
 def test_every_token_of_small_rows_is_accounted_for(tmp_path, tokenizer, row, length):
-    from compassion_repro.training.tokens import corpus_account
-
     shape = "text" if "text" in row else "messages"
     for longest in (None, max(4, length - 16)):
-        account, report = corpus_account(
-            str(write(tmp_path / "rows.jsonl", [row] * 3)), shape, tokenizer, length, longest
-        )
+        path = write(tmp_path / "rows.jsonl", [row] * 3)
+        account, report = accounted(path, shape, tokenizer, length, longest)
         assert_accounted(account, report)
 
 

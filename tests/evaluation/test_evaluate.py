@@ -201,7 +201,7 @@ def _change(place, **values):
         (_not_objects, "has no 'id'"),
         (_not_utf8, "cannot be read"),
         (_broken_parquet, "cannot be read"),
-        (_same_id, "stands twice"),
+        (_same_id, "appears twice"),
         (_not_text, "wrong type"),
         (_no_known_dimension, "No valid samples"),
         (_tags_are_text, "wrong type"),
@@ -272,7 +272,7 @@ def test_moru_id_with_two_questions(minds, tmp_path):
     write({**rows[0], "question": "Another?"})
     with pytest.raises(InputError) as error:
         load(minds, tmp_path / "cache", "moru")
-    assert_one_line(error, "id 0 stands twice in language 'en'")
+    assert_one_line(error, "id 0 appears twice in language 'en'")
 
 
 @pytest.mark.parametrize("spoiled", ["moru", "moru_dims"])

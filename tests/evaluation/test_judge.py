@@ -269,17 +269,14 @@ def test_a_judge_that_times_out(small):
     assert_one_line(error, "judging", "again and again", "wait, and run the same command again")
 
 
-@pytest.mark.parametrize("name, stored, column", [("nothing", False, "empty"), ("refuses", True, "no_grade")])
-def test_replies_without_a_grade(small, name, stored, column):
+@pytest.mark.parametrize("name, stored, empty", [("nothing", False, True), ("refuses", True, False)])
+def test_replies_without_a_grade(small, name, stored, empty):
     judge(small, f"paid/{name}")
     rows, calls = scores(small, f"paid/{name}"), len(prompts_of(small))
     assert len(rows) and rows.score.isna().all()
-    lost = (
-        agreement.unparseable(pd.read_parquet(small / "grades.parquet"))
-        .set_index(["judge", "model"])
-        .loc[f"paid/{name}"]
-    )
-    assert (lost.share == 1).all() and (lost[column] == lost.calls).all() and len(lost) == 1
+    grades = pd.read_parquet(small / "grades.parquet").query(f"judge == 'paid/{name}' and attempted")
+    assert grades.grade.isna().all() and grades.model.nunique() == 1
+    assert ((grades.reply.fillna("").str.strip() == "") == empty).all()
     asked = len(HEARD)
     judge(small, f"paid/{name}", again=True)
     assert len(HEARD) == (asked if stored else 2 * asked) and asked >= calls

@@ -358,11 +358,6 @@ def test_one_line_tables_of_a_study(finished):
         list(points) == ["model", "seed", "kl", "score", "low", "high"]
         and len(points) == scores.model.nunique()
     )
-    means = behaviour.margin_means(table(finished, "margin"))
-    assert (
-        set(means.language) == {"en", "es", "ms"}
-        and (means.loc[means.model == "mid", "difference"] == 0).all()
-    )
     found = behaviour.matched_length(scores, answers, "sft-code", "sft-help", replicates=200)
     item = (
         scores[(scores.dimension == "overall") & (scores.benchmark == "anima")].groupby("model").score.mean()

@@ -108,7 +108,7 @@ def test_the_number_of_threads_moves_last_digits_alone():
     from compassion_repro.data import world
     from compassion_repro.study import Lora, Training
     from compassion_repro.training import supervised
-    from compassion_repro.training.device import TrainSetup, load_held
+    from compassion_repro.training.device import TrainRun, TrainSetup, load_held
     from compassion_repro.training.models import load_tokenizer
 
     base, before, training = (
@@ -125,9 +125,7 @@ def test_the_number_of_threads_moves_last_digits_alone():
             world.corpus("help", 24, seed=1),
             training,
             3,
-            1,
-            Lora(),
-            lambda line: None,
+            TrainRun(1, Lora(), lambda line: None),
         )
         return torch.cat([weight.flatten() for weight in model.state_dict().values()]), torch.tensor(
             [record["loss"] for record in done["log"]]

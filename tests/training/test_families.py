@@ -551,7 +551,9 @@ def tried(family, folder):
         held_out=2,
     )
     if family.package:  # a large vocabulary is slow to open again and again
-        trained, done = supervised.train(network, tokenizer, ROWS, stage, 1, 0, LORA, lambda line: None)
+        trained, done = supervised.train(
+            network, tokenizer, ROWS, stage, 1, device.TrainRun(0, LORA, lambda line: None)
+        )
         models.save_model(models.merge(trained), tokenizer, folder / "out")
     else:
         done = sft.sft(
@@ -561,10 +563,7 @@ def tried(family, folder):
             folder / "out",
             stage,
             1,
-            0,
-            LORA,
-            lambda line: None,
-            template=family.template,
+            device.TrainRun(0, LORA, lambda line: None, template=family.template),
         )
     loss = done["log"][0]["loss"]
     assert math.isfinite(loss) and loss > 0
@@ -675,11 +674,9 @@ def test_grpo_gives_loss_to_every_end_token_also_where_it_is_the_padding_too(nam
         place,
         grpo.prompt_rows(ROWS[:4], tokenizer, 100),
         settings,
-        0,
-        LORA,
         lengths,
         tmp_path / "out",
-        template=template,
+        device.TrainRun(0, LORA, template=template),
     )
     seen, loss_of, generate = [], GRPOTrainer._compute_loss, trainer.model.generate
 
@@ -745,7 +742,7 @@ def test_packed_rows_are_masked_by_position(name, tmp_path, monkeypatch):
     stage = Training(steps=1, dose="steps", batch_size=2, micro_batch=2, length=128, held_out=2)
     encoded = [models.encode_row(row, tokenizer) for row in ROWS]
     alone = models.row_losses(network, tokenizer, ROWS)  # the adapter starts at zero
-    supervised.train(network, tokenizer, ROWS, stage, 1, 0, LORA, lambda line: None)
+    supervised.train(network, tokenizer, ROWS, stage, 1, device.TrainRun(0, LORA, lambda line: None))
     ((inputs, loss),) = seen
     ids, labels, places = (inputs[key].flatten().tolist() for key in ("input_ids", "labels", "position_ids"))
     starts = [i for i, place in enumerate(places) if place == 0] + [len(ids)]
@@ -790,7 +787,7 @@ def test_a_model_that_cannot_keep_packed_rows_apart_is_trained_on_padded_ones(ki
     monkeypatch.setattr(supervised, "SFTTrainer", Kept)
     stage = Training(steps=1, dose="steps", batch_size=2, micro_batch=2, length=128, held_out=2)
     alone = models.row_losses(network, tokenizer, ROWS, batch_size=1)
-    _, done = supervised.train(network, tokenizer, ROWS, stage, 1, 0, LORA, said.append)
+    _, done = supervised.train(network, tokenizer, ROWS, stage, 1, device.TrainRun(0, LORA, said.append))
     ((inputs, loss),) = seen
     known = {
         tuple(row["input_ids"]): (row, float(value))

@@ -16,6 +16,7 @@ from compassion_repro.data import rows as data
 from compassion_repro.data import world
 from compassion_repro.study import Lora
 from compassion_repro.training import grpo, models
+from compassion_repro.training.device import TrainRun
 from compassion_repro.training.rewards import answer_text
 
 BASE, LORA = world.assets() / "base", Lora(rank=4, alpha=8)
@@ -38,18 +39,8 @@ def short_words(prompts, completions, **columns):
 
 
 def run(out, reward=short_words, rows=ROWS, lora=LORA, checkpoints=None, **changes):
-    return grpo.grpo(
-        BASE,
-        rows,
-        HELD_OUT,
-        out,
-        study.Grpo(**(SMALL | changes)),
-        1,
-        lora,
-        reward,
-        lambda line: None,
-        checkpoints=checkpoints,
-    )
+    quiet = TrainRun(1, lora, lambda line: None, checkpoints=checkpoints)
+    return grpo.grpo(BASE, rows, HELD_OUT, out, study.Grpo(**(SMALL | changes)), reward, quiet)
 
 
 def weights(folder):
@@ -111,11 +102,8 @@ def test_killed_without_warning_it_carries_on_and_ends_the_same(whole, tmp_path)
         HELD_OUT,
         tmp_path / "arm",
         study.Grpo(**(SMALL | dict(save_every=1))),
-        1,
-        LORA,
         short_words,
-        told.append,
-        checkpoints=checkpoints,
+        TrainRun(1, LORA, told.append, checkpoints=checkpoints),
     )
     assert any("carrying on from step" in line for line in told)
     folder, record = whole
@@ -162,18 +150,8 @@ def test_checkpoints_of_other_settings_are_not_taken_up(tmp_path):
         run(tmp_path / "arm", reward, checkpoints=tmp_path / "checkpoints", save_every=1)
     told = []
     settings = study.Grpo(**(SMALL | dict(save_every=1, beta=0.5)))
-    grpo.grpo(
-        BASE,
-        ROWS,
-        HELD_OUT,
-        tmp_path / "arm",
-        settings,
-        1,
-        LORA,
-        short_words,
-        told.append,
-        checkpoints=tmp_path / "checkpoints",
-    )
+    again = TrainRun(1, LORA, told.append, checkpoints=tmp_path / "checkpoints")
+    grpo.grpo(BASE, ROWS, HELD_OUT, tmp_path / "arm", settings, short_words, again)
     assert not any("carrying on" in line for line in told)
 
 

@@ -25,7 +25,7 @@ from compassion_repro.presets import load_preset
 from compassion_repro.study import Compute, Grpo, Lora, Training
 from compassion_repro.training import grpo, processes
 from compassion_repro.training import supervised as midtrain
-from compassion_repro.training.device import TrainSetup, load_held
+from compassion_repro.training.device import TrainRun, TrainSetup, load_held
 from compassion_repro.training.models import IGNORE, load_tokenizer
 from compassion_repro.training.processes import run_distributed, share
 
@@ -79,11 +79,7 @@ def supervised(lora, how, report):
             world.corpus("help", 19, seed=1),
             part,
             SFT.steps,
-            1,
-            lora,
-            report,
-            "supervised",
-            how,
+            TrainRun(1, lora, report, "supervised", setup=how),
         )
     finally:
         midtrain.SFTTrainer = before
@@ -120,14 +116,9 @@ def reinforced(how, report):
             BASE,
             prompts,
             share(GRPO, processes.count()),
-            1,
-            Lora(rank=4),
             letters,
-            report,
-            "grpo",
+            TrainRun(1, Lora(rank=4), report, "grpo", setup=how),
             None,
-            how,
-            "plain",
             False,
         )
     finally:

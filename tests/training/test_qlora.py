@@ -200,7 +200,8 @@ def test_grpo_that_runs_out_of_memory_goes_on_with_half(monkeypatch, tmp_path):
         return [float(len(c[0]["content"])) for c in completions]
 
     small = Grpo(steps=1, samples=2, group=4, prompts_per_step=2, micro_batch=8, max_new_tokens=12)
-    done = grpo.grpo(BASE, rows[:8], rows[8:], tmp_path / "arm", small, 1, Lora(rank=4), length, lines.append)
+    run = device.TrainRun(1, Lora(rank=4), lines.append)
+    done = grpo.grpo(BASE, rows[:8], rows[8:], tmp_path / "arm", small, length, run)
     assert seen[0] == (8, 1, 8) and set(seen[1:]) == {(4, 2, 4)}
     assert (done["out_of_memory"], done["micro_batch"], done["accumulation"], done["steps"]) == (1, 4, 2, 1)
     assert any(
@@ -246,11 +247,9 @@ def test_training_grpo_and_evaluation_see_the_same_bytes(template, tmp_path):
         tmp_path / "model",
         [{"messages": [question]}],
         Grpo(steps=1, group=2, prompts_per_step=1, micro_batch=2, max_new_tokens=2),
-        1,
-        None,
         reward,
         tmp_path / "out",
-        template=template,
+        device.TrainRun(1, template=template),
     )
     given = trainer._tokenize_prompts([[question]])
     assert (given[0] if isinstance(given, tuple) else given)[0] == prompt
@@ -374,11 +373,7 @@ def test_packed_rows_reach_the_varlen_kernel_through_the_trainer(monkeypatch):
             rows,
             small,
             2,
-            1,
-            Lora(rank=4),
-            lambda line: None,
-            "mid",
-            how,
+            device.TrainRun(1, Lora(rank=4), lambda line: None, "mid", setup=how),
             again,
         )
         losses[attention, again] = [entry["loss"] for entry in done["log"]]
