@@ -199,7 +199,7 @@ def on_step_end(self: Checkpoints, args, state, control, **kwargs):
 # %% ../../nbs/04_training/06_checkpoints.ipynb #3493cd16
 @patch
 def _agreed(self: Checkpoints, *wanted: bool) -> list[bool]:
-    "What any of the processes wants."
+    "What any of the processes asks for."
     if self.trainer.accelerator.num_processes == 1:
         return list(wanted)
     return (
@@ -213,7 +213,7 @@ def _agreed(self: Checkpoints, *wanted: bool) -> list[bool]:
 # %% ../../nbs/04_training/06_checkpoints.ipynb #43cda3ba
 @patch
 def _save(self: Checkpoints, model, trial=None):
-    "Stands in for the trainer's own saving."
+    "Replaces the trainer's own saving."
     place, failed, accelerator = (
         self.folder / f"checkpoint-{self.trainer.state.global_step}",
         None,
@@ -226,7 +226,7 @@ def _save(self: Checkpoints, model, trial=None):
     try:
         self.write(model, trial)
     except Exception as error:
-        failed = error  # a full disk speaks in many tongues
+        failed = error  # every library reports a full disk differently
     accelerator.wait_for_everyone()
     if self.trainer.args.should_save:
         self._close(place, carried, failed)
@@ -242,7 +242,7 @@ def _make_room(self: Checkpoints, place: Path) -> bool:
     )
     sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in there}
     weights = sum(weight.numel() for weight in self.trainer.model.parameters() if weight.requires_grad)
-    # Adam keeps two numbers beside each weight
+    # Adam keeps two numbers for each weight
     needed, budget = max([12 * weights, *sizes.values()]), self.compute.checkpoint_gb * 2**30
     [too_much] = self._agreed(needed > budget)
     if too_much:
