@@ -67,6 +67,30 @@ def parse_source(
         return Source("pocket", name)
     return Source("hub", *hub.split_source(source))
 
+# %% ../../nbs/02_data/02_sources.ipynb #dfc4e524
+def parse_source(
+    source: str | Path,  # `world:<name>`, a path, or `id@revision`
+) -> Source:  # what it means
+    "Read a source string; raises `InputError` for an unknown corpus, a missing file or what is no hub id."
+    source = str(source)
+    path = os.path.expanduser(source)
+    if os.path.exists(path):
+        return Source("local", path)
+    if os.path.islink(path):
+        raise InputError(f"{source}: {_absent(path)}")
+    kind, _, name = source.partition(":")
+    if kind == "world":
+        if name in world.CORPORA:
+            return Source("world", name)
+        raise InputError(
+            f"{source}: no such embedded corpus; choose one of"
+            f" {', '.join(f'world:{known}' for known in world.CORPORA)}"
+        )
+    if kind == "pocket":
+        pocket.corpus_files(name)  # refuses an unknown name
+        return Source("pocket", name)
+    return Source("hub", *hub.split_source(source))
+
 # %% ../../nbs/02_data/02_sources.ipynb #9b1d75d9
 def _absent(path):
     "What to say of a link that leads nowhere."
@@ -374,7 +398,7 @@ def _plainly_named(folder):
 
 # %% ../../nbs/02_data/02_sources.ipynb #be40dfa8
 def _configurations(link, cache):
-    "Names of a folder's configurations; none where they cannot be told."
+    "Names of a folder's configurations; none where they cannot be found."
     try:
         return datasets.get_dataset_config_names(
             str(link), download_config=datasets.DownloadConfig(cache_dir=cache)
@@ -435,7 +459,7 @@ def _check_links(folder):
 
 
 def _saved_folder(folder, split, config, called):
-    "The rows of a folder of `save_to_disk`; raises `InputError` where it is not whole."
+    "The rows of a folder of `save_to_disk`; raises `InputError` where it is not complete."
     if config:
         raise InputError(
             f"{called}: was written by save_to_disk, which knows no configurations; leave config"

@@ -278,10 +278,9 @@ def _benchmark_config(benchmark: Benchmark, known: Mapping[str, str]) -> dict:
 # %% ../../nbs/07_store/00_graph.ipynb #89697a11
 def _probe_stages(preset: Preset, seed: int, measured: list[Stage], mid: Stage) -> list[Stage]:
     "The measures without a judge of each model that answers; pairs count by their content."
-    files = {
-        "world": world.assets() / "world" / "bank.yaml",
-        "written": world.assets() / "margin" / "pairs.yaml",
-    }
+    files = {name: world.assets() / "margin" / f"{name}.yaml" for name in preset.margin.pairs}
+    if "world" in files:
+        files["world"] = world.assets() / "world" / "bank.yaml"
     pairs = {name: path_digest(files[name]) for name in preset.margin.pairs}
     config = {"margin": preset.margin.model_dump(mode="json"), "pairs": pairs}
     return [Stage(f"probe-{a.model}", "probe", seed, a.model, (*a.inputs, a, mid), config) for a in measured]
