@@ -96,6 +96,7 @@ class Progress(TrainerCallback):
 # %% ../../nbs/04_training/08_supervised.ipynb #6e07d770
 @patch
 def on_train_begin(self: Progress, args, state, control, **kwargs):
+    "Start the clock, at the seconds that earlier runs have taken."
     self.start = time.perf_counter() - max(
         (entry.get("seconds", 0.0) for entry in state.log_history), default=0.0
     )
@@ -103,6 +104,7 @@ def on_train_begin(self: Progress, args, state, control, **kwargs):
 # %% ../../nbs/04_training/08_supervised.ipynb #07250995
 @patch
 def on_log(self: Progress, args, state, control, logs=None, **kwargs):
+    "Report a step, and write its seconds into the log."
     if not logs or "loss" not in logs:
         return
     seconds, tokens = time.perf_counter() - self.start, float(logs.get("num_tokens", 0))
@@ -190,7 +192,7 @@ def _make_trainer(
 def _config(
     training: Training, steps: int, run: TrainRun, checkpointing: bool, folder: str, packed: bool
 ) -> SFTConfig:
-    "What the trainer is told."
+    "The trainer's settings."
     return on_one_gpu(
         SFTConfig(
             folder,
