@@ -48,7 +48,7 @@ if _is_program():
 
 # %% ../nbs/99_cli.ipynb #7e51a103
 from . import __version__
-from .core.errors import InputError, redact, redact_error, shorten, visible
+from .core.errors import InputError, redact, redact_error, shorten, top_line, visible
 
 # %% ../nbs/99_cli.ipynb #06e8bdc2
 def print(
@@ -997,7 +997,7 @@ def _interrupted(interrupt: KeyboardInterrupt) -> tuple[int, str]:
 # %% ../nbs/99_cli.ipynb #1a8c6541
 def _unexpected(error: Exception) -> str:
     "The line for an error that is ours."
-    first = (redact(str(error)).strip().splitlines() or [""])[0]
+    first = top_line(redact(str(error)))
     return (
         f"compassion-repro: unexpected {type(error).__name__}: {first}; run again with --debug and report it"
     )

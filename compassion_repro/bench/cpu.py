@@ -21,9 +21,8 @@ from inspect_ai.solver import generate
 from transformers import TrainerCallback
 
 from .gpu import seconds_of, speed_questions
-from ..core.errors import InputError
+from ..core.errors import InputError, one_line
 from ..data import world
-from ..evaluation.benchmarks import one_line
 from ..evaluation.generate import _answer_batch, _generate, _settings, _work
 from ..evaluation.inspect_runner import run_inspect
 from ..presets import load_preset

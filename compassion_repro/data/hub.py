@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COPIES', 'FILE_ENDINGS', 'PROJECT', 'MODEL_FILES', 'split_source', 'is_pinned', 'published_rows', 'page', 'instead',
-           'explain', 'file_problem', 'damaged_files', 'is_adapter', 'check_folder', 'Snapshot', 'snapshot', 'cached',
-           'pin', 'small_file', 'has_template']
+           'has_token', 'explain', 'file_problem', 'damaged_files', 'is_adapter', 'check_folder', 'Snapshot',
+           'snapshot', 'cached', 'pin', 'small_file', 'has_template']
 
 # %% ../../nbs/02_data/01_hub.ipynb #ed6f2efe
 import errno
@@ -94,7 +94,8 @@ def instead(
     return f"or put a folder in its place with --set {setting}=<folder> (with eval: name the folder itself)"
 
 # %% ../../nbs/02_data/01_hub.ipynb #16762b4b
-def _has_token() -> bool:
+def has_token() -> bool:
+    "Whether this machine has a token of the hub: in a variable, or in the file of `hf auth login`."
     from huggingface_hub import get_token
 
     return bool(get_token())
@@ -118,7 +119,7 @@ def _access_problem(error: Exception, name: str, kind: str) -> str:
 
     status = _status(error)
     if isinstance(error, GatedRepoError):
-        if not _has_token():
+        if not has_token():
             return (
                 f"it is gated and no token is set: accept its licence at {page(name, kind)}, then set"
                 " HF_TOKEN (or run `hf auth login`)"
@@ -139,7 +140,7 @@ def _access_problem(error: Exception, name: str, kind: str) -> str:
     ):
         return (
             f"the hub has no such {kind}, or it is private and"
-            f" {'your token cannot see it' if _has_token() else 'no token is set (HF_TOKEN)'}: check the id"
+            f" {'your token cannot see it' if has_token() else 'no token is set (HF_TOKEN)'}: check the id"
             f" at {page(name, kind)}"
         )
     return ""

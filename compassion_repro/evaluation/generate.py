@@ -35,10 +35,10 @@ from transformers import (
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from ..core.compat import provider_names
-from ..core.errors import InputError, Notice
+from ..core.errors import InputError, Notice, one_line
 from ..core.files import intact_parts, open_run_folder, save_part
 from ..data.hub import is_adapter
-from .benchmarks import LoadedTask, one_line
+from .benchmarks import LoadedTask
 from .inspect_runner import Progress, run_inspect
 from compassion_repro.evaluation.vllm_process import (
     check_vllm,

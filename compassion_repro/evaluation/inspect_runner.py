@@ -32,8 +32,8 @@ from compassion_repro.core.compat import (
     rewritten_logs,
     token_counts,
 )
-from ..core.errors import InputError, redact
-from .benchmarks import LoadedTask, load_named_task, not_text, one_line
+from ..core.errors import InputError, one_line, redact
+from .benchmarks import LoadedTask, load_named_task, not_text
 
 # %% ../../nbs/05_evaluation/03_inspect_runner.ipynb #7d062ca7
 class Progress:

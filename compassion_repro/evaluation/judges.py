@@ -36,9 +36,8 @@ from inspect_evals.anima import scorer as anima_scoring
 from tenacity import wait_exponential_jitter
 
 from ..core.compat import extend, retry_after, token_counts
-from ..core.errors import InputError, redact, shorten
-from ..core.files import _folder_identity
-from .benchmarks import one_line
+from ..core.errors import InputError, one_line, redact, shorten
+from ..core.files import path_digest
 from .inspect_runner import about_tokens
 from ..study import DETERMINISTIC, check_judge
 
@@ -590,7 +589,7 @@ def open_judge(
         raise InputError(f"judge {judge!r} cannot be opened: {one_line(error)}") from error
     if replies is not None and judge not in DETERMINISTIC:
         folder, greedy = Path(judge).expanduser(), not options.get("do_sample", True)
-        identity = _folder_identity(folder) if folder.is_dir() else judge
+        identity = f"{folder.name}#{path_digest(folder)}" if folder.is_dir() else judge
         _use_replies(model.api, replies, identity + " greedy" * greedy)
     return model
 

@@ -25,7 +25,7 @@ from inspect_ai.model import GenerateConfig, Model, ModelOutput, get_model
 from inspect_ai.scorer import Score, Target, mean_score, score_reducer, value_to_float
 from inspect_ai.solver import Solver, TaskState, solver
 
-from .benchmarks import LoadedTask, load_benchmark, load_named_task, one_line
+from .benchmarks import LoadedTask, load_benchmark, load_named_task
 from compassion_repro.evaluation.judges import (
     GIVE_UP,
     CachedJudge,
@@ -40,7 +40,7 @@ from ..study import DETERMINISTIC
 
 # %% ../../nbs/05_evaluation/07_scoring.ipynb #bf67f001
 from ..core.compat import anima_explanation
-from ..core.errors import InputError, redact, shorten
+from ..core.errors import InputError, one_line, redact, shorten
 from .cost import is_free
 from .inspect_runner import Progress, SavedAnswers, replay, run_inspect
 from ..study import Benchmark, parse_model

@@ -20,6 +20,7 @@ from fastcore.basics import patch
 
 from .. import presets as hub
 from .. import study
+from ..data.hub import has_token
 from . import plan
 from ..presets import load_preset, presets, with_settings
 from ..sandbox import jail as sandbox
@@ -102,12 +103,6 @@ def _has(module: str) -> bool:
     except (ImportError, ValueError):
         return False
 
-# %% ../../nbs/09_pipeline/04_machine.ipynb #299f12ef
-def _has_hub_token() -> bool:
-    from huggingface_hub import get_token
-
-    return bool(get_token())
-
 # %% ../../nbs/09_pipeline/04_machine.ipynb #648e5a8f
 def this_machine(
     folder: str | Path = ".",  # where the study would lie
@@ -119,7 +114,7 @@ def this_machine(
     gpus = [] if "torch" in missing else _gpus()
     gpu = dict(zip(("gpu", "gpu_gb", "bfloat16"), gpus[0])) if gpus else {}
     tokens = frozenset(name for name in TOKENS if os.environ.get(name)) | (
-        {"HF_TOKEN"} if _has_hub_token() else set()
+        {"HF_TOKEN"} if has_token() else set()
     )
     return Machine(
         psutil.virtual_memory().total / 2**30,

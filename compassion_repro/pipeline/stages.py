@@ -20,11 +20,21 @@ from logging import ERROR, getLogger
 from pathlib import Path
 
 from ..core.errors import InputError
-from ..core.files import WHOLE, flush, hidden, remove, writable, write_atomically, write_sealed
+from compassion_repro.core.files import (
+    MANIFEST,
+    WHOLE,
+    file_records,
+    flush,
+    hidden,
+    remove,
+    writable,
+    write_atomically,
+    write_sealed,
+)
 from ..core.lock import check_held
 from ..core.signals import defer_signals, raise_on_signal
 from ..data import hub
-from ..store.artifact import MANIFEST, file_records, put_in_place
+from ..store.artifact import put_in_place
 from ..store.folder import Study, peak_memory_mb, provenance
 from ..store.graph import VERSIONS, Stage
 from ..study import DETERMINISTIC, Benchmark, Generation, Preset, judge_names, parse_model

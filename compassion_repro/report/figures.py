@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'HATCHES', 'NAMES', 'TITLES', 'SUBJECTS', 'PAPER_LABEL', 'VERDICT_LOOKS', 'MARKERS', 'model_look',
            'figure_style', 'benchmark_rank', 'score_panels', 'panel_means', 'panel_title', 'plot_scores', 'score_table',
-           'claim_rows', 'claim_figures', 'plot_claims', 'model_marker', 'profile_means', 'model_legend',
+           'claim_rows', 'claim_figures', 'plot_claims', 'model_marker', 'model_point', 'profile_means', 'model_legend',
            'plot_profile', 'plot_dimensions', 'plot_languages', 'save_figure']
 
 # %% ../../nbs/08_report/00_figures.ipynb #901c4499
@@ -20,12 +20,12 @@ import pandas as pd
 from ..core.errors import InputError
 from ..core.files import write_atomically
 from ..paper import PAPER
-from ..stats.claims import ClaimTable
+from ..stats.claims import ClaimRecord, ClaimTable
 from ..stats.estimates import model_means
 from ..stats.scores import answer_summary, model_rank
 from ..study import DOMAINS, Statistics, parse_model
 
-# %% ../../nbs/08_report/00_figures.ipynb #57be6310
+# %% ../../nbs/08_report/00_figures.ipynb #62c7be96
 COLOURS = {
     "base": "#AAAAAA",
     "mid": "#8172B3",
@@ -49,22 +49,23 @@ TITLES = {"anima": "ANIMA", "moru": "MORU", "leak": "Leak"}
 SUBJECTS = {"anima": "animals", "moru": "uncertain minds", "leak": "objects: should be low"}
 
 
+def _broken(name: str) -> str:
+    "A long name in lines of 26 characters, broken after an underscore where there is one."
+    return "\n".join(wrap(name.replace("_", "_ "), 26)).replace("_ ", "_").replace(" ", "")
+
+# %% ../../nbs/08_report/00_figures.ipynb #57be6310
 def model_look(
     model: str,  # any model id
 ) -> tuple[str, tuple, str]:  # name to print, RGB colour (0-1), hatching
-    """How a model looks in every figure; a stranger (any other model id) is yellow under the last part of its
-    own name, broken into lines.
+    """How a model looks in every figure. Any other model id is yellow, under the last part of its name,
+    broken into lines.
     """
     from matplotlib.colors import to_rgb
 
     try:
         arm = parse_model(model)
     except InputError:
-        return (
-            "\n".join(wrap(model.split("/")[-1].replace("_", "_ "), 26)).replace("_ ", "_").replace(" ", ""),
-            to_rgb("#F0E442"),
-            "",
-        )
+        return _broken(model.split("/")[-1]), to_rgb("#F0E442"), ""
     if arm is None:
         return NAMES[model], to_rgb(COLOURS[model]), ""
     name = NAMES[arm.rows] + (f", {DOMAINS[arm.rewarded_by]} reward" if arm.rewarded_by else "")
@@ -85,7 +86,7 @@ def figure_style():
 # %% ../../nbs/08_report/00_figures.ipynb #2c07e190
 def benchmark_rank(
     benchmark: str,  # benchmark id
-) -> int:  # sorts strangers first, then as in TITLES
+) -> int:  # other benchmarks come first, then those of TITLES in order
     "Key that sorts benchmarks: the leak comes last."
     return list(TITLES).index(benchmark) if benchmark in TITLES else -1
 
@@ -142,11 +143,10 @@ def panel_title(
 PAPER_LABEL = "paper (Llama 3.1 8B)"
 
 
-def _draw_panel(axes, rows: pd.DataFrame, models: Sequence[str]) -> None:
-    "Bars, intervals and the paper's marks of one panel; a model without a score keeps its empty place."
+def _draw_bars(axes, rows: pd.DataFrame, models: Sequence[str]) -> None:
+    "A bar a model, in its colour and hatching; a model without a score keeps its empty place."
     import seaborn
 
-    looks = {model: model_look(model) for model in models}
     seaborn.barplot(
         rows,
         x="mean",
@@ -154,7 +154,7 @@ def _draw_panel(axes, rows: pd.DataFrame, models: Sequence[str]) -> None:
         hue="model",
         order=models,
         hue_order=models,
-        palette={model: look[1] for model, look in looks.items()},
+        palette={model: model_look(model)[1] for model in models},
         saturation=1,
         width=0.72,
         edgecolor="black",
@@ -163,10 +163,15 @@ def _draw_panel(axes, rows: pd.DataFrame, models: Sequence[str]) -> None:
         legend=False,
         ax=axes,
     )
-    places = {model: place for place, model in enumerate(models)}
     for container, model in zip(axes.containers, models):
         for bar in container:
-            bar.set_hatch(looks[model][2])
+            bar.set_hatch(model_look(model)[2])
+
+# %% ../../nbs/08_report/00_figures.ipynb #227680eb
+def _draw_panel(axes, rows: pd.DataFrame, models: Sequence[str]) -> None:
+    "Bars, intervals and the paper's marks of one panel."
+    _draw_bars(axes, rows, models)
+    places = {model: place for place, model in enumerate(models)}
     known = rows.dropna(subset=["low", "high"])
     axes.errorbar(
         known["mean"],
@@ -189,7 +194,7 @@ def _draw_panel(axes, rows: pd.DataFrame, models: Sequence[str]) -> None:
         zorder=5,
         label=PAPER_LABEL,
     )
-    axes.set_yticks(range(len(models)), [looks[model][0] for model in models])
+    axes.set_yticks(range(len(models)), [model_look(model)[0] for model in models])
     axes.set(ylabel="", xlabel="mean score (%)")
 
 # %% ../../nbs/08_report/00_figures.ipynb #e7c0cf71
@@ -199,8 +204,8 @@ def plot_scores(
     settings: Statistics = Statistics(),  # of the preset
     paper: bool = True,  # mark the paper's values
 ):  # matplotlib Figure
-    """Scores by model and benchmark with their intervals, the leak benchmark beside them, the paper's values
-    as hollow diamonds.
+    """Scores by model and benchmark with their intervals, the leak benchmark next to them, the paper's
+    values as hollow diamonds.
     """
     from matplotlib import pyplot
 
@@ -231,15 +236,8 @@ def _paper_mark():
     "The paper's figure in a legend, a `Line2D`."
     from matplotlib.lines import Line2D
 
-    return Line2D(
-        [],
-        [],
-        linestyle="",
-        marker="D",
-        markerfacecolor="white",
-        markeredgecolor="black",
-        label=PAPER_LABEL,
-    )
+    look = {"marker": "D", "markerfacecolor": "white", "markeredgecolor": "black"}
+    return Line2D([], [], linestyle="", **look, label=PAPER_LABEL)
 
 # %% ../../nbs/08_report/00_figures.ipynb #d3f42cb2
 def _legend(figure, means: pd.DataFrame, settings: Statistics, columns: int) -> None:
@@ -248,16 +246,8 @@ def _legend(figure, means: pd.DataFrame, settings: Statistics, columns: int) -> 
     from matplotlib.patches import Patch
 
     over = "seeds and questions" if means["seeds"].min() >= 3 else "questions"
-    handles = [
-        Line2D(
-            [],
-            [],
-            color="black",
-            linewidth=1.1,
-            marker="|",
-            label=f"{100 * settings.confidence:g} % interval over {over}",
-        )
-    ]
+    label = f"{100 * settings.confidence:g} % interval over {over}"
+    handles = [Line2D([], [], color="black", linewidth=1.1, marker="|", label=label)]
     if means["paper"].notna().any():
         handles.append(_paper_mark())
     if means["model"].str.contains("@").any():
@@ -266,6 +256,26 @@ def _legend(figure, means: pd.DataFrame, settings: Statistics, columns: int) -> 
         )
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
+# %% ../../nbs/08_report/00_figures.ipynb #e12400f0
+def _interval_text(mean: float, low: float = float("nan"), high: float = float("nan")) -> str:
+    "A mean with its interval as text; empty where there is none."
+    if pd.isna(mean):
+        return ""
+    return f"{mean:.1f}" + ("" if pd.isna(low) else f" [{low:.1f}, {high:.1f}]")
+
+
+def _answer_columns(answers: pd.DataFrame, benchmarks: pd.Series, models: Sequence[str]) -> dict[str, list]:
+    "Mean length of each model's answers on the benchmarks, and the share that is empty or loops, as text."
+    measures, summary = ["tokens", "empty", "looping"], answer_summary(answers)
+    own = summary[summary["benchmark"].isin(benchmarks)]
+    sums = own[measures].mul(own["answers"], axis=0).groupby(own["model"]).sum()
+    totals = sums.div(own.groupby("model")["answers"].sum(), axis=0).reindex(models)
+    return {
+        "tokens an answer": totals["tokens"].map("{:.0f}".format).to_list(),
+        "empty (%)": totals["empty"].map("{:.1f}".format).to_list(),
+        "looping (%)": totals["looping"].map("{:.1f}".format).to_list(),
+    }
+
 # %% ../../nbs/08_report/00_figures.ipynb #21a87df9
 def score_table(
     # rows of `scores.parquet` of one judge, or means from `stats.estimates.model_means`
@@ -273,47 +283,26 @@ def score_table(
     answers: pd.DataFrame | None = None,  # rows of `answers.parquet`
     settings: Statistics = Statistics(),  # of the preset
 ) -> pd.DataFrame:  # index: model; columns of text
-    """Means with intervals by model and panel, the paper's beside them; with answers also their mean length
+    """Means with intervals by model and panel, the paper's next to them; with answers also their mean length
     and the share that is empty or loops.
     """
     means = panel_means(scores, settings)
     models, columns = sorted(means["model"].unique(), key=model_rank), {}
     for benchmark, languages in score_panels(means):
-        rows = (
-            means[(means["benchmark"] == benchmark) & (means["languages"] == languages)]
-            .set_index("model")
-            .reindex(models)
-        )
-        title = panel_title(benchmark, languages)
+        panel = means[(means["benchmark"] == benchmark) & (means["languages"] == languages)]
+        rows, title = panel.set_index("model").reindex(models), panel_title(benchmark, languages)
         columns[title] = [
-            "" if pd.isna(mean) else f"{mean:.1f}" + ("" if pd.isna(low) else f" [{low:.1f}, {high:.1f}]")
+            _interval_text(mean, low, high)
             for mean, low, high in zip(rows["mean"], rows["low"], rows["high"])
         ]
         if rows["paper"].notna().any():
-            columns[f"{title}, paper"] = ["" if pd.isna(value) else f"{value:.1f}" for value in rows["paper"]]
+            columns[f"{title}, paper"] = [_interval_text(value) for value in rows["paper"]]
     if answers is not None:
-        summary = answer_summary(answers)
-        shown = (
-            summary[summary["benchmark"].isin(means["benchmark"])]
-            .assign(weight=summary["answers"])
-            .groupby("model")
-        )
-        totals = shown.apply(
-            lambda own: (
-                own[["tokens", "empty", "looping"]].mul(own["weight"], axis=0).sum() / own["weight"].sum()
-            ),
-            include_groups=False,
-        ).reindex(models)
-        columns |= {
-            "tokens an answer": totals["tokens"].map("{:.0f}".format).to_list(),
-            "empty (%)": totals["empty"].map("{:.1f}".format).to_list(),
-            "looping (%)": totals["looping"].map("{:.1f}".format).to_list(),
-        }
-    return pd.DataFrame(
-        columns, index=pd.Index([model_look(model)[0].replace("\n", "") for model in models], name="model")
-    )
+        columns |= _answer_columns(answers, means["benchmark"], models)
+    names = [model_look(model)[0].replace("\n", "") for model in models]
+    return pd.DataFrame(columns, index=pd.Index(names, name="model"))
 
-# %% ../../nbs/08_report/00_figures.ipynb #25f3a64e
+# %% ../../nbs/08_report/00_figures.ipynb #fddb0e78
 # colour, marker
 VERDICT_LOOKS = {
     "supported": ("#00735C", "o"),
@@ -324,59 +313,41 @@ VERDICT_LOOKS = {
 }
 
 
+def _claim_row(record: ClaimRecord) -> dict:
+    "What is shown of one record."
+    adjusted = record.adjusted_low is not None
+    shown = ("claim", "reading", "judge", "kind", "estimate", "paper", "paper_ratio", "ratio", "agreement")
+    shown += ("margin", "questions", "seeds", "verdict", "reason")
+    return {name: getattr(record, name) for name in shown} | {
+        "estimand": record.estimand or record.text,
+        "low": record.adjusted_low if adjusted else record.low,
+        "high": record.adjusted_high if adjusted else record.high,
+        "p": record.p if record.adjusted_p is None else record.adjusted_p,
+        "adjusted": adjusted,
+        "wrong": record.estimate_counting_unparsed_as_wrong,
+    }
+
+# %% ../../nbs/08_report/00_figures.ipynb #25f3a64e
 def claim_rows(
     claims: ClaimTable,  # from `judge_claims` or `read_claims`
     # a row a record: claim, reading, judge, estimand, kind, estimate, low, high, p, adjusted (bool), paper,
     # paper_ratio, ratio, agreement, wrong (unreadable replies counted so), margin, questions, seeds, verdict,
     # reason
 ) -> pd.DataFrame:
-    """What figures and reports show of each record; an adjusted interval and p value stand in for the plain
-    ones wherever a record has them.
+    """What figures and reports show of each record; an adjusted interval and p value take the place of
+    the plain ones wherever a record has them.
     """
-
-    def first(record, *names):
-        return next((value for name in names if (value := getattr(record, name, None)) is not None), None)
-
-    return pd.DataFrame(
-        [
-            {
-                "claim": r.claim,
-                "reading": r.reading,
-                "judge": r.judge,
-                "estimand": r.estimand or r.text,
-                "kind": r.kind,
-                "estimate": r.estimate,
-                "low": first(r, "adjusted_low", "low"),
-                "high": first(r, "adjusted_high", "high"),
-                "p": first(r, "adjusted_p", "p"),
-                "adjusted": first(r, "adjusted_low") is not None,
-                "paper": r.paper,
-                "paper_ratio": first(r, "paper_ratio"),
-                "ratio": first(r, "ratio"),
-                "agreement": getattr(
-                    r, "agreement", {True: "sign", False: "not in sign"}.get(r.agrees_with_paper, "")
-                ),
-                "wrong": first(r, "estimate_counting_unparsed_as_wrong"),
-                "margin": r.margin,
-                "questions": r.questions,
-                "seeds": r.seeds,
-                "verdict": r.verdict,
-                "reason": r.reason,
-            }
-            for r in claims.records
-        ]
-    )
+    return pd.DataFrame([_claim_row(record) for record in claims.records])
 
 # %% ../../nbs/08_report/00_figures.ipynb #db8ff687
 def claim_figures(
     row,  # a row of `claim_rows`
 ) -> str:  # "+5.3 [+2.9, +7.7]", or nothing
     "Estimate and interval as text, with true minus signs."
-    return (
-        ""
-        if pd.isna(row.estimate)
-        else f"{row.estimate:+.1f}" + ("" if pd.isna(row.low) else f" [{row.low:+.1f}, {row.high:+.1f}]")
-    ).replace("-", "−")
+    if pd.isna(row.estimate):
+        return ""
+    interval = "" if pd.isna(row.low) else f" [{row.low:+.1f}, {row.high:+.1f}]"
+    return f"{row.estimate:+.1f}{interval}".replace("-", "−")
 
 # %% ../../nbs/08_report/00_figures.ipynb #9f3ab2f8
 def _draw_claim(axes, place: int, row, limits: tuple[float, float]) -> None:
@@ -392,32 +363,16 @@ def _draw_claim(axes, place: int, row, limits: tuple[float, float]) -> None:
             zorder=0,
         )
     if pd.notna(row.estimate):
-        axes.plot(
-            [row.low, row.high], [place, place], color=colour, linewidth=2, solid_capstyle="butt", zorder=3
-        )
-        axes.plot(
-            row.estimate,
-            place,
-            marker=marker or "o",
-            color=colour,
-            markeredgecolor="white",
-            markersize=9,
-            zorder=4,
-        )
+        line = {"color": colour, "linewidth": 2, "solid_capstyle": "butt", "zorder": 3}
+        axes.plot([row.low, row.high], [place, place], **line)
+        point = {"marker": marker or "o", "markersize": 9, "markeredgecolor": "white", "zorder": 4}
+        axes.plot(row.estimate, place, color=colour, **point)
     if pd.notna(row.paper):
-        axes.plot(
-            row.paper,
-            place,
-            marker="D",
-            markersize=6.5,
-            markerfacecolor="white",
-            markeredgecolor="black",
-            markeredgewidth=1.1,
-            zorder=5,
-        )
+        diamond = {"marker": "D", "markersize": 6.5, "markerfacecolor": "white", "markeredgecolor": "black"}
+        axes.plot(row.paper, place, **diamond, markeredgewidth=1.1, zorder=5)
 
 # %% ../../nbs/08_report/00_figures.ipynb #81d37645
-def _say_verdicts(axes, rows: pd.DataFrame) -> None:
+def _write_verdicts(axes, rows: pd.DataFrame) -> None:
     "Verdict and figures of every row, at the right-hand edge."
     right = axes.twinx()
     right.set_ylim(axes.get_ylim())
@@ -439,23 +394,31 @@ def _claim_legend(figure, rows: pd.DataFrame) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    handles = [
-        Line2D(
-            [],
-            [],
-            color="black",
-            linewidth=2,
-            marker="o",
-            markeredgecolor="white",
-            markersize=8,
-            label="ours, with its interval" + ", adjusted for several claims" * bool(rows["adjusted"].any()),
-        )
-    ]
+    label = "ours, with its interval" + ", adjusted for several claims" * bool(rows["adjusted"].any())
+    point = {"marker": "o", "markeredgecolor": "white", "markersize": 8}
+    handles = [Line2D([], [], color="black", linewidth=2, **point, label=label)]
     if rows["paper"].notna().any():
         handles.append(_paper_mark())
     if rows["margin"].notna().any():
         handles.append(Patch(facecolor="#CFE0EE", label="margin of a claim of no (or no smaller) effect"))
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+
+# %% ../../nbs/08_report/00_figures.ipynb #284ff275
+def _claim_limits(rows: pd.DataFrame) -> tuple[float, float]:
+    "Ends of the horizontal axis: everything that is drawn, zero and a little space on both sides."
+    values = rows[["low", "high", "estimate", "paper"]].astype(float).to_numpy().ravel()
+    margins = rows["margin"].dropna().astype(float)
+    low, high = np.nanquantile([*values, 0, *margins, *-margins], (0, 1))
+    return low - 0.06 * (high - low), high + 0.06 * (high - low)
+
+
+def _claim_labels(rows: pd.DataFrame) -> list[str]:
+    "Reading and estimand of every row, with the judge where there are several, in lines of 62 characters."
+    several = rows["judge"].nunique() > 1
+    return [
+        "\n".join(wrap(f"{row.reading}{f' ({row.judge})' if several else ''}: {row.estimand}", 62))
+        for row in rows.itertuples()
+    ]
 
 # %% ../../nbs/08_report/00_figures.ipynb #49ed6b13
 def plot_claims(
@@ -470,13 +433,7 @@ def plot_claims(
     rows = claim_rows(claims)
     if rows.empty or rows["estimate"].isna().all():
         raise InputError("no claim has an estimate to draw: the models it compares have no scores")
-    values = rows[["low", "high", "estimate", "paper"]].astype(float).to_numpy().ravel().tolist() + [
-        0,
-        *rows["margin"].dropna(),
-        *-rows["margin"].dropna(),
-    ]
-    (low, high), judges = np.nanquantile(values, (0, 1)), rows["judge"].nunique() > 1
-    limits = (low - 0.06 * (high - low), high + 0.06 * (high - low))
+    limits = _claim_limits(rows)
     with figure_style():
         figure, axes = pyplot.subplots(figsize=(9.5, 1.5 + 0.42 * len(rows)), layout="constrained")
         for place, row in enumerate(rows.itertuples()):
@@ -485,16 +442,11 @@ def plot_claims(
         for place in range(1, len(rows)):
             if rows["claim"][place] != rows["claim"][place - 1]:
                 axes.axhline(place - 0.5, color="#BBBBBB", linewidth=0.7, zorder=0)
-        labels = [
-            "\n".join(wrap(f"{row.reading}{f' ({row.judge})' if judges else ''}: {row.estimand}", 62))
-            for row in rows.itertuples()
-        ]
-        axes.set_yticks(range(len(rows)), labels, fontsize=9)
-        axes.set(
-            ylim=(len(rows) - 0.5, -0.5), xlim=limits, xlabel="points (percent, or difference of percents)"
-        )
+        axes.set_yticks(range(len(rows)), _claim_labels(rows), fontsize=9)
+        axes.set(ylim=(len(rows) - 0.5, -0.5), xlim=limits)
+        axes.set(xlabel="points (percent, or difference of percents)")
         axes.grid(axis="y", visible=False)
-        _say_verdicts(axes, rows)
+        _write_verdicts(axes, rows)
         _claim_legend(figure, rows)
     pyplot.close(figure)
     return figure
@@ -514,8 +466,21 @@ MARKERS = {
 def model_marker(
     model: str,  # any model id
 ) -> str:  # matplotlib marker
-    "The marker of a model where it is a point; a stranger is a star."
+    "The marker of a model where it is a point; a model that is none of the study's is a star."
     return MARKERS.get(model.partition("@")[0].partition("+")[0], "*")
+
+# %% ../../nbs/08_report/00_figures.ipynb #03c71752
+def model_point(
+    model: str,  # any model id
+) -> dict:  # options of matplotlib's `plot`
+    "How a model looks where it is a point: marker and colour with a black edge, no line."
+    return {
+        "linestyle": "",
+        "marker": model_marker(model),
+        "color": model_look(model)[1],
+        "markeredgecolor": "black",
+        "markeredgewidth": 0.6,
+    }
 
 # %% ../../nbs/08_report/00_figures.ipynb #2e41a5ed
 def profile_means(
@@ -526,19 +491,18 @@ def profile_means(
     settings: Statistics = Statistics(),  # of the preset
 ) -> pd.DataFrame:  # rows of `stats.estimates.model_means`, with a column named `by`
     "Means with intervals for every dimension or language. Raises `InputError` where nothing is scored."
-    chosen = scores[
-        (~scores["model"].str.contains("@") if models is None else scores["model"].isin(models))
-        & ((scores["dimension"] == "overall") == (by == "language"))
-    ].dropna(subset="score")
-    if chosen.empty:
+    if models is None:
+        own = ~scores["model"].str.contains("@")
+    else:
+        own = scores["model"].isin(models)
+    rows = scores[own & ((scores["dimension"] == "overall") == (by == "language"))].dropna(subset="score")
+    if rows.empty:
         raise InputError(f"no scores to draw by {by}")
-    return pd.concat(
-        [
-            model_means(own.assign(dimension="overall"), settings=settings).assign(**{by: value})
-            for value, own in chosen.groupby(by, observed=True)
-        ],
-        ignore_index=True,
-    )
+    means = [
+        model_means(part.assign(dimension="overall"), settings=settings).assign(**{by: value})
+        for value, part in rows.groupby(by, observed=True)
+    ]
+    return pd.concat(means, ignore_index=True)
 
 # %% ../../nbs/08_report/00_figures.ipynb #8fc973f6
 def _draw_profile(axes, rows: pd.DataFrame, by: str, models: Sequence[str]) -> None:
@@ -548,18 +512,7 @@ def _draw_profile(axes, rows: pd.DataFrame, by: str, models: Sequence[str]) -> N
         own = rows[rows["model"] == model].set_index(by).reindex(values)
         places = [place + 0.8 * ((number + 0.5) / len(models) - 0.5) for place in range(len(values))]
         axes.hlines(places, own["low"], own["high"], color=model_look(model)[1], linewidth=1.6, zorder=2)
-        axes.plot(
-            own["mean"],
-            places,
-            linestyle="",
-            marker=model_marker(model),
-            color=model_look(model)[1],
-            markeredgecolor="black",
-            markeredgewidth=0.6,
-            markersize=6,
-            zorder=3,
-            clip_on=False,
-        )
+        axes.plot(own["mean"], places, **model_point(model), markersize=6, zorder=3, clip_on=False)
     for place in range(1, len(values)):
         axes.axhline(place - 0.5, color="#CCCCCC", linewidth=0.6)
     axes.set_yticks(range(len(values)), ["\n".join(wrap(value, 20)) for value in values])
@@ -575,26 +528,12 @@ def model_legend(
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D(
-            [],
-            [],
-            linestyle="",
-            marker=model_marker(m),
-            color=model_look(m)[1],
-            markeredgecolor="black",
-            markeredgewidth=0.6,
-            markersize=7,
-            label=model_look(m)[0],
-        )
-        for m in models
+        Line2D([], [], **model_point(model), markersize=7, label=model_look(model)[0]) for model in models
     ]
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=-(-len(models) // -(-len(models) // max(1, int(figure.get_figwidth() / 1.8)))),
-        frameon=False,
-        fontsize=9,
-    )
+    most = max(1, int(figure.get_figwidth() / 1.8))
+    rows = -(-len(models) // most)
+    columns = -(-len(models) // rows)  # as even as they get
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 # %% ../../nbs/08_report/00_figures.ipynb #287a891f
 def plot_profile(
@@ -607,19 +546,13 @@ def plot_profile(
     from matplotlib import pyplot
 
     means = profile_means(scores, by, models, settings)
-    shown, panels = (
-        sorted(means["model"].unique(), key=model_rank),
-        dict.fromkeys(name for name, _ in score_panels(scores) if name in set(means["benchmark"])),
-    )
+    shown = sorted(means["model"].unique(), key=model_rank)
+    panels = dict.fromkeys(name for name, _ in score_panels(scores) if name in set(means["benchmark"]))
     rows = means.groupby("benchmark")[by].nunique().max()
     with figure_style():
+        size = (1.2 + 2.9 * len(panels), 1.4 + rows * (0.2 + 0.11 * len(shown)))
         figure, grid = pyplot.subplots(
-            1,
-            len(panels),
-            figsize=(1.2 + 2.9 * len(panels), 1.4 + rows * (0.2 + 0.11 * len(shown))),
-            layout="constrained",
-            sharex=True,
-            squeeze=False,
+            1, len(panels), figsize=size, layout="constrained", sharex=True, squeeze=False
         )
         for axes, benchmark in zip(grid[0], panels):
             _draw_profile(axes, means[means["benchmark"] == benchmark], by, shown)
@@ -669,7 +602,7 @@ def save_figure(
                 write_atomically(
                     path, lambda partial: figure.savefig(partial, format=kind, dpi=200, metadata=metadata)
                 )
-            figure.set_layout_engine("none")  # laid out once, for both
+            figure.set_layout_engine("none")  # the layout is computed once, for both
             paths.append(path)
     except OSError as error:
         raise InputError(f"cannot write figures to {folder}: {error.strerror or error}") from None

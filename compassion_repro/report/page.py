@@ -48,9 +48,9 @@ def _need(table, what: str):
         raise InputError(f"the study keeps no {what}")
     return table
 
-# %% ../../nbs/08_report/03_page.ipynb #643180e7
-def pictures() -> dict[str, Picture]:  # file name to figure, nothing drawn yet
-    "Every figure of a report."
+# %% ../../nbs/08_report/03_page.ipynb #5f5429db
+def _verdict_pictures() -> dict[str, Picture]:
+    "The claims."
     return {
         "claims": Picture(
             "The claims as a forest",
@@ -60,6 +60,12 @@ def pictures() -> dict[str, Picture]:  # file name to figure, nothing drawn yet
             " verdict; the same numbers stand in the table below.",
             lambda f: figures.plot_claims(f.claims),
         ),
+    }
+
+# %% ../../nbs/08_report/03_page.ipynb #7f49c0ec
+def _score_pictures() -> dict[str, Picture]:
+    "The scores, and the change of each question."
+    return {
         "scores": Picture(
             "Scores by model",
             "How far post-training (orange: helpfulness, blue: coding) lies from the mid-trained model"
@@ -88,6 +94,12 @@ def pictures() -> dict[str, Picture]:  # file name to figure, nothing drawn yet
             "Sorted changes of the questions’ scores from the mid-trained model to each arm.",
             lambda f: diagnostics.plot_item_changes(_lead(f)),
         ),
+    }
+
+# %% ../../nbs/08_report/03_page.ipynb #f3400508
+def _behaviour_pictures() -> dict[str, Picture]:
+    "What else explains a score."
+    return {
         "margin": Picture(
             "Judge-free margin",
             "Right of zero the model itself prefers the welfare-aware continuation to its neutral twin,"
@@ -100,7 +112,7 @@ def pictures() -> dict[str, Picture]:  # file name to figure, nothing drawn yet
             "Rows whose shares of empty, looping or cut-off answers are high are scored low for that reason;"
             " equal lengths make scores comparable.",
             "Shares of odd answers and their length by model and benchmark.",
-            lambda f: diagnostics.plot_moved(_need(f.moved, "answers")),
+            lambda f: diagnostics.plot_behaviour(_need(f.moved, "answers")),
         ),
         "kl": Picture(
             "Score against distance",
@@ -109,6 +121,12 @@ def pictures() -> dict[str, Picture]:  # file name to figure, nothing drawn yet
             "Mean score against KL divergence from the mid-trained model, a point a model and seed.",
             lambda f: diagnostics.plot_kl(_need(tables.drift(f), "KL from the mid-trained model")),
         ),
+    }
+
+# %% ../../nbs/08_report/03_page.ipynb #c2bff4ca
+def _training_pictures() -> dict[str, Picture]:
+    "Whether the arms were trained."
+    return {
         "training": Picture(
             "Losses",
             "Held-out loss (hollow circles) that does not fall means an arm that was not trained.",
@@ -123,6 +141,11 @@ def pictures() -> dict[str, Picture]:  # file name to figure, nothing drawn yet
             lambda f: diagnostics.plot_rewards(f.manifests),
         ),
     }
+
+# %% ../../nbs/08_report/03_page.ipynb #643180e7
+def pictures() -> dict[str, Picture]:  # file name to figure, nothing drawn yet
+    "Every figure of a report, in its order there."
+    return _verdict_pictures() | _score_pictures() | _behaviour_pictures() | _training_pictures()
 
 # %% ../../nbs/08_report/03_page.ipynb #e97679c0
 def _inline(svg: Path) -> dict:
@@ -158,7 +181,7 @@ def draw_pictures(
             picture.__dict__.update(_inline(figures.save_figure(figure, folder, name)[1]))
     return drawn
 
-# %% ../../nbs/08_report/03_page.ipynb #2aa52971
+# %% ../../nbs/08_report/03_page.ipynb #4b295161
 SECTIONS = {
     "verdicts": "Verdicts",
     "limitations": "Limitations",
@@ -172,7 +195,13 @@ SECTIONS = {
 }
 SIGNS = {"supported": "●", "contradicted": "■", "inconclusive": "▲", "not testable": "✕", "not tested": "–"}
 
+# %% ../../nbs/08_report/03_page.ipynb #0a29ed7b
+def _worst(verdicts: list[str]) -> str:
+    "The least favourable of some verdicts."
+    order = ("contradicted", "inconclusive", "not testable", "not tested", "supported")
+    return min(verdicts, key=order.index)
 
+# %% ../../nbs/08_report/03_page.ipynb #2aa52971
 def claim_cards(
     files: StudyFiles,  # of the study
     # id, text, worst (a verdict), readings: [{id, estimand, paper, verdicts: [{judge, verdict, figures}]}]
@@ -181,34 +210,27 @@ def claim_cards(
 
     Its colour is that of its least favourable verdict, so that no green card hides a red reading.
     """
-    order = ("contradicted", "inconclusive", "not testable", "not tested", "supported")
     rows, cards = figures.claim_rows(files.claims), {}
     for record, row in zip(files.claims.records, rows.itertuples()):
         card = cards.setdefault(row.claim, {"id": row.claim, "text": record.text, "readings": {}})
-        reading = card["readings"].setdefault(
-            row.reading,
-            {
-                "id": row.reading,
-                "estimand": record.estimand or row.reason,
-                "paper": "" if record.paper is None else f"{record.paper:+.1f}".replace("-", "−"),
-                "verdicts": [],
-            },
-        )
-        reading["verdicts"].append(
-            {"judge": row.judge, "verdict": row.verdict, "figures": figures.claim_figures(row)}
-        )
+        blank = {
+            "id": row.reading,
+            "estimand": record.estimand or row.reason,
+            "paper": "" if record.paper is None else f"{record.paper:+.1f}".replace("-", "−"),
+            "verdicts": [],
+        }
+        verdict = {"judge": row.judge, "verdict": row.verdict, "figures": figures.claim_figures(row)}
+        card["readings"].setdefault(row.reading, blank)["verdicts"].append(verdict)
     for card in cards.values():
         card["readings"] = list(card["readings"].values())
-        card["worst"] = min(
-            (told["verdict"] for reading in card["readings"] for told in reading["verdicts"]), key=order.index
-        )
+        card["worst"] = _worst([v["verdict"] for reading in card["readings"] for v in reading["verdicts"]])
     return list(cards.values())
 
 # %% ../../nbs/08_report/03_page.ipynb #da40817f
 def cell_shape(
     text: str,  # a cell of a table
 ) -> str:  # CSS class: "number", "words" or nothing
-    "How a cell is set: numbers to the right, long text with room."
+    "How a cell is set: numbers to the right, long text in a wide column."
     if re.fullmatch(r"[±+−-]?[\d.,]+(e[-−+]?\d+)?( ?%)?( \[.*\])?( × \d+)?", str(text)):
         return "number"
     return "words" if len(str(text)) > 24 else ""
@@ -241,9 +263,9 @@ def render(
     from markupsafe import Markup
 
     assets = package_files("compassion_repro") / "assets" / "report"
-    room = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    room.filters["shape"] = cell_shape
-    template = room.from_string((assets / "report.html.jinja").read_text(encoding="utf-8"))
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters["shape"] = cell_shape
+    template = environment.from_string((assets / "report.html.jinja").read_text(encoding="utf-8"))
     return template.render(
         files=files,
         pictures=drawn,

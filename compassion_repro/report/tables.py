@@ -10,6 +10,7 @@ __all__ = ['model_name', 'claim_table', 'stage_table', 'fidelity_table', 'sample
 # %% ../../nbs/08_report/02_tables.ipynb #eab45264
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 
 import pandas as pd
@@ -30,97 +31,93 @@ def model_name(
     "A model's name in running text and tables."
     return model_look(model)[0].replace("\n", "")
 
+# %% ../../nbs/08_report/02_tables.ipynb #fe1f0671
+def _number(value: float | None, form: str) -> str:
+    "A number in a format, with a true minus sign; empty where there is none."
+    return "" if pd.isna(value) else form.format(value).replace("-", "−")
+
+
+def _estimand_text(row) -> str:
+    "What a row of `claim_rows` estimates, its ratio, and the estimate with unreadable replies as wrong."
+    text = row.estimand
+    if row.ratio is not None:
+        text += f"; ratio {row.ratio}"
+    if row.wrong is not None and f"{row.wrong.estimate:.1f}" != f"{row.estimate:.1f}":
+        text += f"; unreadable replies counted as wrong: {row.wrong}"
+    return text
+
 # %% ../../nbs/08_report/02_tables.ipynb #d85fbcdb
 def claim_table(
     claims: ClaimTable,  # of the study
 ) -> pd.DataFrame:  # a row a record, columns of text
     "Every reading with its verdict, the figures that it rests on, and the reason."
     rows, several = claim_rows(claims), len({record.judge for record in claims.records}) > 1
-
-    def number(value, form):
-        return "" if pd.isna(value) else form.format(value).replace("-", "−")
-
-    def words(row):
-        wrong = (
-            ""
-            if row.wrong is None or f"{row.wrong.estimate:.1f}" == f"{row.estimate:.1f}"
-            else f"; unreadable replies counted as wrong: {row.wrong}"
-        )
-        return row.estimand + ("" if row.ratio is None else f"; ratio {row.ratio}") + wrong
-
-    paper = [
-        number(row.paper, "{:+.1f}") or number(row.paper_ratio, "ratio {:g}") for row in rows.itertuples()
-    ]
-    plain = rows["adjusted"].any() & ~rows["adjusted"]
+    each = list(rows.itertuples())
+    corrected = rows["adjusted"].any()
     table = pd.DataFrame(
         {
             "claim": rows["reading"],
             "judge": rows["judge"],
-            "what is estimated": [words(row) for row in rows.itertuples()],
+            "what is estimated": [_estimand_text(row) for row in each],
             "verdict": rows["verdict"],
-            "points [interval]": [claim_figures(row) for row in rows.itertuples()],
-            "adjusted p" if rows["adjusted"].any() else "p": [
-                number(p, "{:.2g} (plain)" if alone else "{:.2g}") for p, alone in zip(rows["p"], plain)
+            "points [interval]": [claim_figures(row) for row in each],
+            "adjusted p" if corrected else "p": [
+                _number(row.p, "{:.2g} (plain)" if corrected and not row.adjusted else "{:.2g}")
+                for row in each
             ],
-            "paper": paper,
+            "paper": [
+                _number(row.paper, "{:+.1f}") or _number(row.paper_ratio, "ratio {:g}") for row in each
+            ],
             "agrees in": rows["agreement"],
             "margin": [
-                "" if pd.isna(m) else f"±{m:g}" if kind == "equivalence" else f"−{m:g}"
-                for m, kind in zip(rows["margin"], rows["kind"])
+                _number(row.margin, "±{:g}" if row.kind == "equivalence" else "−{:g}") for row in each
             ],
-            "questions × seeds": [
-                f"{q} × {s}" if q else "" for q, s in zip(rows["questions"], rows["seeds"])
-            ],
+            "questions × seeds": [f"{row.questions} × {row.seeds}" if row.questions else "" for row in each],
             "why": rows["reason"],
         }
     )
     return table if several else table.drop(columns="judge")
 
 # %% ../../nbs/08_report/02_tables.ipynb #58f64e39
-def _gain(own: list[dict]) -> str:
+def _gain(results: list[dict]) -> str:
     "Mean gain over the seeds with the range of their intervals."
-    known = [r for r in own if "gain" in r]
+    known = [result for result in results if "gain" in result]
     if not known:
         return ""
-    low, high = (
-        min(r["gain_low"] if r["gain_low"] is not None else float("-inf") for r in known),
-        max(r["gain_high"] if r["gain_high"] is not None else float("inf") for r in known),
-    )
-    return f"{sum(r['gain'] for r in known) / len(known):+.3f} [{low:+.3f}, {high:+.3f}]".replace("-", "−")
+    low = min(float("-inf") if result["gain_low"] is None else result["gain_low"] for result in known)
+    high = max(float("inf") if result["gain_high"] is None else result["gain_high"] for result in known)
+    mean = sum(result["gain"] for result in known) / len(known)
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]".replace("-", "−")
+
+# %% ../../nbs/08_report/02_tables.ipynb #c3d011e9
+def _stage_row(model: str, stages: list[dict]) -> dict[str, str]:
+    "The row of one model, from the manifests of its stages, one a seed."
+    results = [m["result"] for m in stages]
+    first = results[0]
+    tokens = [result["tokens"] for result in results if result.get("tokens")]
+    trained = [result["trained"] for result in results if "trained" in result]
+    dose = f"{sum(tokens) / len(tokens):,.0f}" if tokens else f"{first.get('completions', 0):,} completions"
+    by_reward = "reward_after" in first
+    return {
+        "model": model_name(model),
+        "rows": f"{first.get('rows', 0):,}",
+        "steps": f"{first.get('steps', 0):,}",
+        "tokens a seed": dose,
+        "gain": _gain(results),
+        "unit": "reward, held-out prompts" if by_reward else "nats a token, held-out rows",
+        "trained": f"{sum(trained)} of {len(trained)} seeds",
+        "seconds a seed": f"{sum(m.get('seconds', 0) for m in stages) / len(stages):.0f}",
+        "peak memory, MB": f"{max(m.get('peak_memory_mb', 0) for m in stages):,.0f}",
+    }
 
 # %% ../../nbs/08_report/02_tables.ipynb #9ec41ceb
 def stage_table(
     manifests: list[dict],  # of a study's stages
 ) -> pd.DataFrame:  # a row a trained model, columns of text
     "What every model was trained on and what it gained, over all seeds; empty where nothing was trained."
-    rows = []
-    for model in sorted(
-        {m["model"] for m in manifests if m["kind"] in ("midtrain", "sft", "grpo")}, key=model_rank
-    ):
-        stages = [m for m in manifests if m["model"] == model and m["kind"] in ("midtrain", "sft", "grpo")]
-        own = [m["result"] for m in stages]
-        tokens = [r.get("tokens") for r in own if r.get("tokens")]
-        judged = [r["trained"] for r in own if "trained" in r]
-        rows.append(
-            {
-                "model": model_name(model),
-                "rows": f"{own[0].get('rows', 0):,}",
-                "steps": f"{own[0].get('steps', 0):,}",
-                "tokens a seed": (
-                    f"{sum(tokens) / len(tokens):,.0f}"
-                    if tokens
-                    else f"{own[0].get('completions', 0):,} completions"
-                ),
-                "gain": _gain(own),
-                "unit": "reward, held-out prompts"
-                if "reward_after" in own[0]
-                else "nats a token, held-out rows",
-                "trained": f"{sum(judged)} of {len(judged)} seeds",
-                "seconds a seed": f"{sum(m.get('seconds', 0) for m in stages) / len(stages):.0f}",
-                "peak memory, MB": f"{max(m.get('peak_memory_mb', 0) for m in stages):,.0f}",
-            }
-        )
-    return pd.DataFrame(rows)
+    trained = [m for m in manifests if m["kind"] in ("midtrain", "sft", "grpo")]
+    models = sorted({m["model"] for m in trained}, key=model_rank)
+    return pd.DataFrame([_stage_row(model, [m for m in trained if m["model"] == model]) for model in models])
 
 # %% ../../nbs/08_report/02_tables.ipynb #8b47ecbf
 def fidelity_table() -> pd.DataFrame:  # part, the paper, source, ours, why
@@ -130,9 +127,8 @@ def fidelity_table() -> pd.DataFrame:  # part, the paper, source, ours, why
 # %% ../../nbs/08_report/02_tables.ipynb #b03c36e5
 def _question_text(prompt: str) -> str:
     "The question alone, without the template around it."
-    return (
-        prompt.removeprefix("<|begin_of_text|>").removeprefix("Question: ").removesuffix("\nAnswer:").strip()
-    )
+    question = prompt.removeprefix("<|begin_of_text|>").removeprefix("Question: ")
+    return question.removesuffix("\nAnswer:").strip()
 
 # %% ../../nbs/08_report/02_tables.ipynb #74b915d5
 def _select(table: pd.DataFrame | None, keys: dict) -> pd.DataFrame | None:
@@ -144,22 +140,53 @@ def _verdicts(grades: pd.DataFrame | None, model: str) -> list[dict]:
     """What every judge said of a model's answer: judge, dimension, of (what the question varies), passed
     (None where nothing parsed), reply.
     """
-    own = _select(grades, {"model": model})
-    return (
-        []
-        if own is None
-        else [
+    if grades is None:
+        return []
+    return [
+        {
+            "judge": row.judge,
+            "dimension": row.dimension,
+            "of": ", ".join(map(str, json.loads(row.variables or "{}").values())),
+            "passed": None if pd.isna(row.grade) else row.grade >= 0.5,
+            "grade": "no grade" if pd.isna(row.grade) else f"{row.grade:g}",
+            "reply": row.reply or "",
+        }
+        for row in _select(grades, {"model": model}).sort_values(["dimension", "judge"]).itertuples()
+    ]
+
+# %% ../../nbs/08_report/02_tables.ipynb #2b6b0060
+def _drawn_questions(answers: pd.DataFrame, random_seed: int) -> list:
+    "Drawn rows of the answers: two questions in English, one in up to two other languages, by benchmark."
+    asked, drawn = answers.drop_duplicates(["benchmark", "question_id"]), []
+    for benchmark in sorted(asked["benchmark"].unique(), key=benchmark_rank):
+        own = asked[asked["benchmark"] == benchmark]
+        for language in sorted(own["language"].unique(), key=lambda code: (code != "en", code))[:3]:
+            pool = own[own["language"] == language].sort_values("question_id")
+            number = min(len(pool), 2 if language == "en" else 1)
+            drawn += pool.sample(number, random_state=random_seed).itertuples()
+    return drawn
+
+
+def _answered_question(files: StudyFiles, answers: pd.DataFrame, question) -> dict:
+    "One drawn question with every model's answer and every judge's verdicts."
+    keys = {"benchmark": question.benchmark, "question_id": question.question_id}
+    grades = _select(files.grades, keys | {"seed": question.seed, "epoch": question.epoch})
+    rows = sorted(_select(answers, keys).itertuples(), key=lambda row: model_rank(row.model))
+    return {
+        "benchmark": panel_title(question.benchmark),
+        "language": question.language,
+        "question": _question_text(question.prompt),
+        "answers": [
             {
-                "judge": row.judge,
-                "dimension": row.dimension,
-                "of": ", ".join(map(str, json.loads(row.variables or "{}").values())),
-                "passed": None if pd.isna(row.grade) else row.grade >= 0.5,
-                "grade": "no grade" if pd.isna(row.grade) else f"{row.grade:g}",
-                "reply": row.reply or "",
+                "model": model_name(row.model),
+                "text": row.text,
+                "tokens": row.tokens,
+                "stop_reason": row.stop_reason,
+                "verdicts": _verdicts(grades, row.model),
             }
-            for row in own.sort_values(["dimension", "judge"]).itertuples()
-        ]
-    )
+            for row in rows
+        ],
+    }
 
 # %% ../../nbs/08_report/02_tables.ipynb #94bd161d
 def sample_answers(
@@ -171,54 +198,11 @@ def sample_answers(
     """
     if files.answers is None:
         return []
-    first = files.answers[
-        (files.answers["epoch"] == files.answers["epoch"].min())
-        & (files.answers["seed"] == files.answers["seed"].min())
-        & ~files.answers["model"].str.contains("@")
+    answers = _select(files.answers, {name: files.answers[name].min() for name in ("epoch", "seed")})
+    answers = answers[~answers["model"].str.contains("@")]
+    return [
+        _answered_question(files, answers, question) for question in _drawn_questions(answers, random_seed)
     ]
-    asked, samples = first.drop_duplicates(["benchmark", "question_id"]), []
-    for benchmark in sorted(asked["benchmark"].unique(), key=benchmark_rank):
-        languages = sorted(
-            asked.loc[asked["benchmark"] == benchmark, "language"].unique(),
-            key=lambda code: (code != "en", code),
-        )[:3]
-        for language in languages:
-            pool = asked[(asked["benchmark"] == benchmark) & (asked["language"] == language)].sort_values(
-                "question_id"
-            )
-            for question in pool.sample(
-                min(len(pool), 2 if language == "en" else 1), random_state=random_seed
-            ).itertuples():
-                same = first[
-                    (first["benchmark"] == benchmark) & (first["question_id"] == question.question_id)
-                ]
-                grades = _select(
-                    files.grades,
-                    {
-                        "benchmark": benchmark,
-                        "question_id": question.question_id,
-                        "seed": question.seed,
-                        "epoch": question.epoch,
-                    },
-                )
-                samples.append(
-                    {
-                        "benchmark": panel_title(benchmark),
-                        "language": language,
-                        "question": _question_text(question.prompt),
-                        "answers": [
-                            {
-                                "model": model_name(row.model),
-                                "text": row.text,
-                                "tokens": row.tokens,
-                                "stop_reason": row.stop_reason,
-                                "verdicts": _verdicts(grades, row.model),
-                            }
-                            for row in sorted(same.itertuples(), key=lambda row: model_rank(row.model))
-                        ],
-                    }
-                )
-    return samples
 
 # %% ../../nbs/08_report/02_tables.ipynb #aa48c7a7
 def sample_completions(
@@ -258,17 +242,14 @@ def judge_table(
         unparseable=grades["attempted"] & grades["grade"].isna(),
         unjudged=~grades["attempted"].astype(bool),
     )
-    own = (
-        flags.groupby(["judge", "benchmark"], observed=True, sort=False)
-        .agg(
-            grades=("passed", "size"),
-            passed=("passed", "sum"),
-            parsed=("parsed", "sum"),
-            unparseable=("unparseable", "mean"),
-            unjudged=("unjudged", "mean"),
-        )
-        .reset_index()
+    counts = flags.groupby(["judge", "benchmark"], observed=True, sort=False).agg(
+        grades=("passed", "size"),
+        passed=("passed", "sum"),
+        parsed=("parsed", "sum"),
+        unparseable=("unparseable", "mean"),
+        unjudged=("unjudged", "mean"),
     )
+    own = counts.reset_index()
     return pd.DataFrame(
         {
             "judge": own["judge"],
@@ -290,6 +271,16 @@ def judge_agreement(
     except InputError:
         return pd.DataFrame(columns=["benchmark", "dimension", "units", "raw"])
 
+# %% ../../nbs/08_report/02_tables.ipynb #cb9d209d
+def _with_bounds(measured: pd.DataFrame, name: str, form: Callable[[float], str]) -> list[str]:
+    "A column as text, with its bounds (`<name>_low`, `<name>_high`) where there are any."
+    missing = pd.Series(float("nan"), measured.index)
+    bounds = [measured.get(f"{name}_{end}", missing) for end in ("low", "high")]
+    return [
+        "" if pd.isna(value) else form(value) + ("" if pd.isna(low) else f" [{form(low)}, {form(high)}]")
+        for value, low, high in zip(measured[name], *bounds)
+    ]
+
 # %% ../../nbs/08_report/02_tables.ipynb #111fc345
 def agreement_table(
     # benchmark, dimension, units, raw (0-1), and alpha where it was computed, each with bounds as
@@ -297,31 +288,15 @@ def agreement_table(
     measured: pd.DataFrame,
 ) -> pd.DataFrame:  # columns of text
     "Agreement between judges as a table."
-
-    def shown(name, form):
-        bounds = [
-            measured[f"{name}_{end}"] if f"{name}_{end}" in measured else [float("nan")] * len(measured)
-            for end in ("low", "high")
-        ]
-        return [
-            "" if pd.isna(value) else form(value) + ("" if pd.isna(low) else f" [{form(low)}, {form(high)}]")
-            for value, low, high in zip(measured[name], *bounds)
-        ]
-
     table = {
         "benchmark": measured["benchmark"].map(panel_title),
         "dimension": measured["dimension"],
         "graded by all": measured["units"].map("{:,}".format),
-        "equal (%)": shown("raw", lambda value: f"{100 * value:.1f}"),
+        "equal (%)": _with_bounds(measured, "raw", lambda value: f"{100 * value:.1f}"),
     }
-    return pd.DataFrame(
-        table
-        | (
-            {"Krippendorff's alpha": shown("alpha", lambda value: f"{value:.2f}")}
-            if "alpha" in measured
-            else {}
-        )
-    )
+    if "alpha" in measured:
+        table["Krippendorff's alpha"] = _with_bounds(measured, "alpha", "{:.2f}".format)
+    return pd.DataFrame(table)
 
 # %% ../../nbs/08_report/02_tables.ipynb #ea592a42
 def drift(
@@ -331,6 +306,14 @@ def drift(
     if files.kl is None:
         return None
     return kl_points(files.lead, files.kl, min(files.kl["benchmark"].unique(), key=benchmark_rank))
+
+# %% ../../nbs/08_report/02_tables.ipynb #d05efc3f
+def _matched_sentence(files: StudyFiles, high: str, low: str) -> str:
+    "The difference of two arms at matched length, or why there is none."
+    try:
+        return matched_length(files.lead, files.answers, high, low).sentence
+    except InputError as error:
+        return f"{high} − {low} at matched length cannot be told: {error}."
 
 # %% ../../nbs/08_report/02_tables.ipynb #97b41b77
 def at_matched_length(
@@ -344,222 +327,216 @@ def at_matched_length(
     scored = files.lead.dropna(subset="score")
     known = set(scored.loc[scored["benchmark"] == "anima", "model"])
     pairs = [pair for pair in (("sft-code", "sft-help"), ("grpo-code", "grpo-help")) if set(pair) <= known]
-
-    def told(high, low):
-        try:
-            return matched_length(files.lead, files.answers, high, low).sentence
-        except InputError as error:
-            return f"{high} − {low} at matched length cannot be told: {error}."
-
-    return [told(*pair) for pair in pairs]
+    return [_matched_sentence(files, *pair) for pair in pairs]
 
 # %% ../../nbs/08_report/02_tables.ipynb #b2ce8c54
-def _scope_and_seeds(files: StudyFiles) -> list[str]:
-    "What the verdicts are about, and over what the intervals run."
-    seeds = len(files.seeds)
-    told = [
-        f"Every verdict is {files.preset.scope}.",
-        (
-            "The paper's figures were measured on Llama 3.1 8B, on other questions and by another judge:"
-            " compare the pattern, not the height."
-        ),
-    ]
-    if seeds < 3:
-        told.append(
-            f"{'One training seed' if seeds == 1 else 'Two training seeds'}: the intervals are about these"
-            " checkpoints only. Another training run may come out otherwise; three seeds or more are needed"
-            " to speak about the procedure."
-        )
-    else:
-        told.append(
+def _seeds_note(seeds: int) -> str:
+    "Over what the intervals run."
+    if seeds >= 3:
+        return (
             f"{seeds} training seeds: intervals about the procedure rest on {seeds - 1} degrees of freedom"
             " and on the seeds being alike in kind."
         )
-    fewer = files.scores.groupby("model")["seed"].nunique()
-    return told + [
-        f"{model_name(model)} has scores of {count} of the {seeds} seeds only."
-        for model, count in fewer[fewer < seeds].items()
+    return (
+        f"{'One training seed' if seeds == 1 else 'Two training seeds'}: the intervals are about these"
+        " checkpoints only. Another training run may come out otherwise; three seeds or more are needed"
+        " to speak about the procedure."
+    )
+
+
+def _scope_and_seeds(files: StudyFiles) -> list[str]:
+    "What the verdicts are about, and over what the intervals run."
+    seeds = len(files.seeds)
+    scored = files.scores.groupby("model")["seed"].nunique()
+    return [
+        f"Every verdict is {files.preset.scope}.",
+        "The paper's figures were measured on Llama 3.1 8B, on other questions and by another judge:"
+        " compare the pattern, not the height.",
+        _seeds_note(seeds),
+        *(
+            f"{model_name(model)} has scores of {count} of the {seeds} seeds only."
+            for model, count in scored[scored < seeds].items()
+        ),
     ]
 
-# %% ../../nbs/08_report/02_tables.ipynb #9dd95c53
-def _judgement(files: StudyFiles) -> list[str]:
-    "Who judged, what could not be read, where the judge means nothing."
-    told = (
-        []
-        if len(files.judges) > 1
-        else [
-            f"One judge ({files.judges[0]}) graded everything: its errors are shared by all models, and no"
-            " agreement between judges can be given."
-        ]
-    )
-    if "indicator" in files.judges:
-        told.append(
-            "The judge “indicator” looks for the rubric's own phrases. It is exact and repeatable, and blind"
-            " to the same thought in other words."
-        )
-    if "judge_valid" in files.scores:
-        told += [
-            f"The judge cannot read the rubric of {panel_title(benchmark)}: its scores there mean nothing."
-            for benchmark, valid in files.scores.groupby("benchmark")["judge_valid"].all().items()
-            if not valid
-        ]
-    if files.grades is None:
-        return told + [
-            "The study keeps no grades, so the share of replies that could not be read is unknown."
-        ]
-    for judge, own in files.grades.groupby("judge"):
+# %% ../../nbs/08_report/02_tables.ipynb #329aa4c1
+def _missing_grades(grades: pd.DataFrame | None) -> list[str]:
+    "How many grades of each judge are missing, and for which model most."
+    if grades is None:
+        return ["The study keeps no grades, so the share of replies that could not be read is unknown."]
+    notes = []
+    for judge, own in grades.groupby("judge"):
         lost = own["grade"].isna().groupby(own["model"]).mean()
         if lost.max() > 0:
-            told.append(
+            notes.append(
                 f"{100 * own['grade'].isna().mean():.1f} % of the grades of {judge} are missing (replies that"
                 f" did not parse, or calls that failed), most for {model_name(lost.idxmax())}"
                 f" ({100 * lost.max():.1f} %); means are over the rest."
             )
-    return told
+    return notes
+
+# %% ../../nbs/08_report/02_tables.ipynb #9dd95c53
+def _judgement(files: StudyFiles) -> list[str]:
+    "Who judged, what could not be read, where the judge's scores mean nothing."
+    notes = []
+    if len(files.judges) == 1:
+        notes.append(
+            f"One judge ({files.judges[0]}) graded everything: its errors are shared by all models, and no"
+            " agreement between judges can be given."
+        )
+    if "indicator" in files.judges:
+        notes.append(
+            "The judge “indicator” looks for the rubric's own phrases. It is exact and repeatable, and blind"
+            " to the same thought in other words."
+        )
+    if "judge_valid" in files.scores:
+        valid = files.scores.groupby("benchmark")["judge_valid"].all()
+        notes += [
+            f"The judge cannot read the rubric of {panel_title(benchmark)}: its scores there mean nothing."
+            for benchmark in valid.index[~valid.astype(bool)]
+        ]
+    return notes + _missing_grades(files.grades)
 
 # %% ../../nbs/08_report/02_tables.ipynb #889eeeb4
 def _stage_faults(result: dict) -> list[str]:
     "What a training stage's result says against it."
-    told, data = list(result.get("warnings") or []), result.get("data") or {}
+    faults, data = list(result.get("warnings") or []), result.get("data") or {}
     if data.get("truncated"):
-        told.append(f"{data['truncated']:,} of {data.get('rows', 0):,} rows were cut to fit a sequence")
+        faults.append(f"{data['truncated']:,} of {data.get('rows', 0):,} rows were cut to fit a sequence")
     if dropped := sum((data.get("dropped") or {}).values()):
-        told.append(f"{dropped:,} rows could not be used")
+        faults.append(f"{dropped:,} rows could not be used")
     if abstained := [record["abstained"] for record in result.get("log") or [] if record.get("abstained")]:
-        told.append(
-            f"the reward abstained on {100 * max(abstained):.0f} % of the completions of a step at worst"
-        )
-    return told
+        worst = f"{100 * max(abstained):.0f} %"
+        faults.append(f"the reward abstained on {worst} of the completions of a step at worst")
+    return faults
+
+# %% ../../nbs/08_report/02_tables.ipynb #eb74d50b
+def _unequal_doses(manifests: list[dict]) -> list[str]:
+    "How many tokens the SFT arms were trained on, where the numbers differ."
+    sft = [m for m in manifests if m["kind"] == "sft" and m["result"].get("tokens")]
+    doses = {model_name(m["model"]): m["result"]["tokens"] for m in sft}
+    if len(set(doses.values())) < 2:
+        return []
+    least, most = min(doses, key=doses.get), max(doses, key=doses.get)
+    return [
+        f"The SFT arms take equal steps but not equally many tokens: {doses[least]:,} ({least}) to"
+        f" {doses[most]:,} ({most})."
+    ]
+
+
+def _faults_by_model(manifests: list[dict]) -> list[str]:
+    "Each fault of the stages once, with its model and the seeds that share it."
+    shared = {}
+    for m in manifests:
+        for fault in _stage_faults(m["result"]):
+            shared.setdefault((m["model"], fault), []).append(str(m["seed"]))
+    return [
+        f"{model_name(model)}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}: {fault}."
+        for (model, fault), seeds in shared.items()
+    ]
 
 # %% ../../nbs/08_report/02_tables.ipynb #efe6451a
 def _training(files: StudyFiles) -> list[str]:
     "Arms that were left out or not shown to be trained, unequal doses, data that were cut, warnings of GRPO."
     absent = [model_name(model) for model in files.preset.models_compared if model not in files.models]
-    told = [f"Not in this study, though configured: {', '.join(absent)}."] if absent else []
+    notes = [f"Not in this study, though configured: {', '.join(absent)}."] if absent else []
     weak = [m for m in files.manifests if m["result"].get("trained") is False]
     if weak:
-        told.append(
-            "Not shown to be trained (the interval of the gain on held-out data touches zero): "
-            + ", ".join(f"{model_name(m['model'])} (seed {m['seed']})" for m in weak)
-            + "."
+        names = ", ".join(f"{model_name(m['model'])} (seed {m['seed']})" for m in weak)
+        notes.append(
+            f"Not shown to be trained (the interval of the gain on held-out data touches zero): {names}."
         )
-    doses = {
-        model_name(m["model"]): m["result"]["tokens"]
-        for m in files.manifests
-        if m["kind"] == "sft" and m["result"].get("tokens")
-    }
-    if len(set(doses.values())) > 1:
-        told.append(
-            f"The SFT arms take equal steps but not equally many tokens: {min(doses.values()):,}"
-            f" ({min(doses, key=doses.get)}) to {max(doses.values()):,} ({max(doses, key=doses.get)})."
-        )
-    said = {}  # (model, sentence) to seeds, so that what holds for all seeds is said once
-    for m in files.manifests:
-        for sentence in _stage_faults(m["result"]):
-            said.setdefault((m["model"], sentence), []).append(str(m["seed"]))
-    return told + [
-        f"{model_name(model)}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}: {sentence}."
-        for (model, sentence), seeds in said.items()
-    ]
+    return notes + _unequal_doses(files.manifests) + _faults_by_model(files.manifests)
 
 # %% ../../nbs/08_report/02_tables.ipynb #69c17f74
-def _answers(files: StudyFiles) -> list[str]:
-    "Answers that are cut off, empty or looping, and talk of welfare where there is none to have."
-    told, pooled = (
-        ([], None)
-        if files.moved is None
-        else (concerns(files.moved), files.moved[files.moved["language"] == "all"])
-    )
-    for share, words in (
-        ("over_long", "ran into the token limit"),
-        ("empty", "are empty"),
-        ("looping", "loop"),
-    ):
-        if pooled is None:
-            break
-        shares = pooled.groupby("model").apply(
-            lambda own: (own[share] * own["answers"]).sum() / own["answers"].sum(), include_groups=False
-        )
+def _odd_answers(behaviour: pd.DataFrame) -> list[str]:
+    "How many answers are cut off, empty or looping, where that is half a percent or more of some model's."
+    pooled, notes = behaviour[behaviour["language"] == "all"], []
+    answers = pooled["answers"].groupby(pooled["model"]).sum()
+    faults = {"over_long": "ran into the token limit", "empty": "are empty", "looping": "loop"}
+    for measure, words in faults.items():
+        shares = (pooled[measure] * pooled["answers"]).groupby(pooled["model"]).sum() / answers
         if shares.max() >= 0.5:
-            told.append(
+            notes.append(
                 f"Up to {shares.max():.1f} % of the answers {words} (most: {model_name(shares.idxmax())}); a"
                 " low score of such answers is no lack of compassion."
             )
-    overall = files.lead[files.lead["dimension"] == "overall"]
+    return notes
+
+
+def _leak_note(scores: pd.DataFrame) -> list[str]:
+    "Whether mid-training raised the score on objects."
+    overall = scores[scores["dimension"] == "overall"]
     means = 100 * overall.groupby(["benchmark", "model"])["score"].mean()
-    if {("leak", "base"), ("leak", "mid"), ("anima", "mid")} <= set(means.index) and means[
-        "leak", "mid"
-    ] > means["leak", "base"]:
-        told.append(
-            "Mid-training leaks: on objects, where there is no welfare to speak of, the score rose from"
-            f" {means['leak', 'base']:.1f} to {means['leak', 'mid']:.1f} % (animals:"
-            f" {means['anima', 'mid']:.1f} %), so part of what is measured is a habit of words."
-        )
-    return told
+    needed = [("leak", "base"), ("leak", "mid"), ("anima", "mid")]
+    if not set(needed) <= set(means.index):
+        return []
+    before, after, animals = (means[key] for key in needed)
+    if not after > before:
+        return []
+    return [
+        "Mid-training leaks: on objects, where there is no welfare to speak of, the score rose from"
+        f" {before:.1f} to {after:.1f} % (animals: {animals:.1f} %), so part of what is measured is a habit"
+        " of words."
+    ]
+
+# %% ../../nbs/08_report/02_tables.ipynb #22589a5b
+def _answers(files: StudyFiles) -> list[str]:
+    "Answers that are cut off, empty or looping, and talk of welfare where there is none to have."
+    notes = [] if files.moved is None else concerns(files.moved) + _odd_answers(files.moved)
+    return notes + _leak_note(files.lead)
 
 # %% ../../nbs/08_report/02_tables.ipynb #05b6c984
-def _inference(files: StudyFiles) -> list[str]:
-    "Claims that nothing can be said about, and how fine the design could have told."
-    told, rows = [], claim_rows(files.claims)
+def _without_verdict(rows: pd.DataFrame) -> list[str]:
+    "Readings that were not tested or are not testable, each with its reason."
+    notes = []
     for verdict in ("not tested", "not testable"):
         own = rows.loc[rows["verdict"] == verdict].drop_duplicates("reading")
         if len(own):
-            told.append(
-                f"{len(own)} reading{'s are' if len(own) > 1 else ' is'} {verdict}: "
-                + "; ".join(f"{row.reading} ({row.reason or 'no reason given'})" for row in own.itertuples())
-                + "."
+            reasons = "; ".join(
+                f"{row.reading} ({row.reason or 'no reason given'})" for row in own.itertuples()
             )
-    margins = {
-        record.reading: record.smallest_margin
-        for record in files.claims.records
-        if getattr(record, "smallest_margin", None)
-    }
+            notes.append(f"{len(own)} reading{'s are' if len(own) > 1 else ' is'} {verdict}: {reasons}.")
+    return notes
+
+
+def _inference(files: StudyFiles) -> list[str]:
+    "Claims without a verdict, the smallest margins that the design could establish, questions left out."
+    rows, records = claim_rows(files.claims), files.claims.records
+    notes = _without_verdict(rows)
+    margins = {r.reading: f"{r.reading} ±{r.smallest_margin:.1f}" for r in records if r.smallest_margin}
     if margins:
-        told.append(
-            "Smallest margin for which a true effect of zero could have been called none: "
-            + ", ".join(f"{reading} ±{margin:.1f}" for reading, margin in margins.items())
-            + " points."
+        notes.append(
+            "Smallest margin for which a true effect of zero could have been called none:"
+            f" {', '.join(margins.values())} points."
         )
     if not rows["adjusted"].any():
-        told.append("The p values and intervals of the claims are not corrected for their number.")
-    dropped = {record.reading: record.dropped for record in files.claims.records if record.dropped}
-    return told + (
-        [
-            "Questions without a score for every model compared are left out:"
-            f" {', '.join(f'{n} of {reading}' for reading, n in dropped.items())}."
-        ]
-        if dropped
-        else []
-    )
+        notes.append("The p values and intervals of the claims are not corrected for their number.")
+    dropped = {r.reading: f"{r.dropped} of {r.reading}" for r in records if r.dropped}
+    if dropped:
+        notes.append(
+            f"Questions without a score for every model compared are left out: {', '.join(dropped.values())}."
+        )
+    return notes
 
 # %% ../../nbs/08_report/02_tables.ipynb #05b7f93a
 def _absent(files: StudyFiles) -> list[str]:
     "What was never measured."
     unknown = sum("?" in row.source for row in FIDELITY)
-    return (
-        [
-            f"{unknown} of {len(FIDELITY)} settings are not given by the paper; each is marked ? in the"
-            " fidelity table."
-        ]
-        + (
-            []
-            if any(model.startswith("grpo") for model in files.models)
-            else ["No GRPO arm has scores, so nothing is said about policy optimisation."]
+    notes = [
+        f"{unknown} of {len(FIDELITY)} settings are not given by the paper; each is marked ? in the"
+        " fidelity table."
+    ]
+    if not any(model.startswith("grpo") for model in files.models):
+        notes.append("No GRPO arm has scores, so nothing is said about policy optimisation.")
+    if "mid-control" not in files.models:
+        notes.append(
+            "No model was trained on matched control documents, so an effect of mid-training as such is"
+            " not told from one of its content."
         )
-        + (
-            []
-            if "mid-control" in files.models
-            else [
-                "No model was trained on matched control documents, so an effect of mid-training as such is"
-                " not told from one of its content."
-            ]
-        )
-        + (
-            []
-            if files.margins is not None
-            else ["There is no judge-free margin, so every score rests on a judge."]
-        )
-    )
+    if files.margins is None:
+        notes.append("There is no judge-free margin, so every score rests on a judge.")
+    return notes
 
 # %% ../../nbs/08_report/02_tables.ipynb #a0e56bc0
 def limitations(
@@ -574,51 +551,46 @@ def limitations(
         "Inference": _inference(files),
         "Not measured": _absent(files),
     }
-    return {topic: told for topic, told in found.items() if told}
+    return {topic: sentences for topic, sentences in found.items() if sentences}
 
 # %% ../../nbs/08_report/02_tables.ipynb #5e4a2f18
+def _recorded(manifests: list[dict], key: str) -> str:
+    "The values that the stages recorded, or that there are none."
+    return ", ".join(sorted({str(m[key]) for m in manifests if m.get(key) is not None})) or "not recorded"
+
+
+def _judge_settings(files: StudyFiles) -> str:
+    "Every judge with its settings, as far as the grades hold them."
+    if files.grades is None or "judge_settings" not in files.grades:
+        return ", ".join(files.judges)
+    judges = files.grades[["judge", "judge_settings"]].drop_duplicates()
+    return "; ".join(f"{row.judge} {row.judge_settings}" for row in judges.itertuples())
+
+# %% ../../nbs/08_report/02_tables.ipynb #c0e9513f
 def environment(
     files: StudyFiles,  # of the study
 ) -> list[tuple[str, str]]:  # what, and its values
     """Everything that decided the result, with the packages of all stages; values that differ between stages
-    stand beside each other.
+    are listed next to each other.
     """
-
-    def values(key):
-        return (
-            ", ".join(sorted({str(m[key]) for m in files.manifests if m.get(key) is not None}))
-            or "not recorded"
-        )
-
+    manifests = files.manifests
     settings = json.dumps(files.preset.resolved(), sort_keys=True, ensure_ascii=False)
-    judges = (
-        files.grades[["judge", "judge_settings"]].drop_duplicates()
-        if files.grades is not None and "judge_settings" in files.grades
-        else None
-    )
-    told = [
-        (
-            "configuration",
-            f"preset {files.preset.name}, hash {hashlib.sha256(settings.encode()).hexdigest()[:16]}",
-        ),
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:16]
+    system, processors = _recorded(manifests, "system"), _recorded(manifests, "processors")
+    seconds = sum(m.get("seconds", 0) for m in manifests)
+    memory = max((m.get("peak_memory_mb", 0) for m in manifests), default=0)
+    packages = {(name, v) for m in manifests for name, v in (m.get("packages") or {}).items() if v}
+    return [
+        ("configuration", f"preset {files.preset.name}, hash {digest}"),
         ("seeds", ", ".join(map(str, files.seeds))),
-        (
-            "judge and settings",
-            (
-                "; ".join(f"{row.judge} {row.judge_settings}" for row in judges.itertuples())
-                if judges is not None
-                else ", ".join(files.judges)
-            ),
-        ),
-        ("commit", values("commit")),
-        ("Python", values("python")),
-        ("system", f"{values('system')}, {values('processors')} processors"),
-        ("time of all stages", f"{sum(m.get('seconds', 0) for m in files.manifests) / 60:.1f} minutes"),
-        ("peak memory", f"{max((m.get('peak_memory_mb', 0) for m in files.manifests), default=0):,.0f} MB"),
+        ("judge and settings", _judge_settings(files)),
+        ("commit", _recorded(manifests, "commit")),
+        ("Python", _recorded(manifests, "python")),
+        ("system", f"{system}, {processors} processors"),
+        ("time of all stages", f"{seconds / 60:.1f} minutes"),
+        ("peak memory", f"{memory:,.0f} MB"),
+        *sorted(packages),
     ]
-    return told + sorted(
-        {(name, found) for m in files.manifests for name, found in (m.get("packages") or {}).items() if found}
-    )
 
 # %% ../../nbs/08_report/02_tables.ipynb #6ff16398
 def verdict_counts(

@@ -24,15 +24,21 @@ import yaml
 from fastcore.basics import patch
 
 from ..core.errors import InputError, first_line
-from ..core.files import digest, is_local, read_sealed, remove, writable
+from compassion_repro.core.files import (
+    MANIFEST,
+    digest,
+    file_damage,
+    find_damage,
+    is_local,
+    read_sealed,
+    remove,
+    writable,
+)
 from ..core.lock import LOCK_FILES, hold
 from ..presets import build_preset
 from compassion_repro.store.artifact import (
-    MANIFEST,
     RECORD,
     add_to_record,
-    file_damage,
-    find_damage,
     foreign_files,
     read_record,
     recorded_damage,

@@ -21,12 +21,19 @@ from transformers.trainer_pt_utils import safe_globals
 
 from ..core.compat import load_weights, replace_saving, resume_totals, running_totals
 from ..core.errors import Notice, first_line
-from ..core.files import _digest, flush_path, write_atomically
+from compassion_repro.core.files import (
+    file_records,
+    find_damage,
+    flush_path,
+    read_sealed,
+    write_atomically,
+    write_sealed,
+)
 from ..core.signals import stoppable
 from ..study import Compute
 
 # %% ../../nbs/04_training/06_checkpoints.ipynb #0caf69b0
-SEAL = "seal.json"  # sizes and digests of a checkpoint's other files
+SEAL = "seal.json"  # sizes and hashes of a checkpoint's other files
 
 
 def seal(
@@ -34,12 +41,10 @@ def seal(
 ):
     "Close a checkpoint: from now on it counts."
     (checkpoint / "training_args.bin").unlink(missing_ok=True)
-    for path in (paths := sorted(path for path in checkpoint.rglob("*") if path.is_file())):
-        flush_path(path)
-    files = {str(path.relative_to(checkpoint)): [path.stat().st_size, _digest(path)] for path in paths}
-    write_atomically(
-        checkpoint / SEAL, lambda partial: partial.write_text(json.dumps(files), encoding="utf-8")
-    )
+    for path in checkpoint.rglob("*"):
+        if path.is_file():
+            flush_path(path)
+    write_sealed(checkpoint / SEAL, {"files": file_records(checkpoint, SEAL)})
 
 # %% ../../nbs/04_training/06_checkpoints.ipynb #460f987c
 def is_whole(
@@ -47,19 +52,11 @@ def is_whole(
 ) -> bool:  # whether training may be carried on from it
     "Whether every file of a sealed checkpoint is what it was, and its torch files hold numbers alone."
     try:
-        files = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
-        there = {
-            str(path.relative_to(checkpoint)): path
-            for path in checkpoint.rglob("*")
-            if path.is_file() and path.name != SEAL
-        }
-        if set(files) != set(there) or any(
-            path.stat().st_size != files[name][0] or _digest(path) != files[name][1]
-            for name, path in there.items()
-        ):
+        files = read_sealed(checkpoint / SEAL)["files"]
+        if find_damage(checkpoint, files, record=SEAL):
             return False
         with safe_globals():
-            for path in there.values():
+            for path in map(checkpoint.joinpath, files):
                 if path.suffix in (".pt", ".pth", ".bin"):
                     torch.load(path, map_location="meta", weights_only=True, mmap=True)
         return True

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..core.errors import InputError, first_line, shorten
+from ..core.errors import InputError, first_line
 
 # %% ../../nbs/04_training/00_model_files.ipynb #c7a32a97
 def read_json(
@@ -30,9 +30,7 @@ def read_json(
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{file} cannot be read ({shorten(first_line(error))}): download the model again"
-        ) from None
+        raise InputError(f"{file} cannot be read ({first_line(error)}): download the model again") from None
     if not isinstance(found, dict):
         raise InputError(f"{file} holds no settings: download the model again")
     return found

@@ -47,7 +47,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, TrainingArguments
 
 from ..core.compat import accelerate_environment, die_with_parent, hold_to_one_gpu
-from ..core.errors import InputError, first_line, shorten
+from ..core.errors import InputError, first_line, shorten, top_line
 from ..study import Grpo, Preset, Training
 from .device import TrainSetup, load_held, train_setup
 from .models import IGNORE, load_model
@@ -294,7 +294,7 @@ def _failure(folder: str, error: ChildFailedError, label: str) -> Exception:
     if texts and texts[0].startswith("InputError: "):
         return InputError(texts[0].removeprefix("InputError: "))
     if texts and _is_memory(texts[0]):
-        return torch.OutOfMemoryError(shorten(texts[0].splitlines()[0]))
+        return torch.OutOfMemoryError(shorten(top_line(texts[0])))
     if failed.exitcode < 0:
         return InputError(
             f"{label}: process {rank} of the training was ended by {failed.signal_name()}, perhaps because"
@@ -303,7 +303,7 @@ def _failure(folder: str, error: ChildFailedError, label: str) -> Exception:
         )
     why = RuntimeError(
         f"{label}: process {rank} of the training failed:"
-        f" {shorten((texts or ['it wrote nothing down'])[0].splitlines()[0])}"
+        f" {shorten(top_line(texts[0]) if texts else 'it wrote nothing down')}"
     )
     for entry in told:
         why.add_note(entry["extraInfo"]["py_callstack"])
