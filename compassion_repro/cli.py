@@ -289,7 +289,7 @@ def run(args) -> int:
     folder, page = _study_folder(args, preset), not args.no_report
     from compassion_repro.pipeline import run as pipeline
 
-    preset = pipeline.settle_template(preset)
+    preset = pipeline.choose_template(preset)
     _agree_to_judges(args, preset, folder)
     with talking() as (say, report):
         options = (args.allow_unsafe_code, page, args.engine)

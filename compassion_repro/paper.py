@@ -412,7 +412,7 @@ FIDELITY = (
         "not given; 5e-5, batch 16 in a sibling script",
         "R, ?",
         "mid-training 4e-3, SFT 3e-4, 16 packed sequences of 256 tokens",
-        "a tiny model wants larger steps; chosen on whether the value is instilled, not on what the arms do",
+        "a tiny model needs larger steps; chosen on whether the value is instilled, not on what the arms do",
     ),
     Fidelity(
         "SFT, helpfulness",
@@ -510,7 +510,7 @@ FIDELITY = (
         "percentages",
         "taken to be the task's overall mean × 100",
         "?",
-        "overall mean × 100; the dimension-normalised mean beside it",
+        "overall mean × 100; the dimension-normalised mean next to it",
         "ANIMA reports both",
     ),
     Fidelity(
@@ -525,7 +525,7 @@ FIDELITY = (
         "t-tests, no correction",
         "S",
         "differences paired on questions and within seeds, intervals over both, Holm within families; the"
-        " t-tests beside them",
+        " t-tests next to them",
         "what varies is the question and the training run, not the epoch; one claim in twenty would hold by"
         " chance",
     ),
@@ -649,7 +649,7 @@ VALUE_SOURCES = {  # dotted name -> (source, where it comes from)
         "?",
         (
             "plain text; other templates are the sensitivity analysis. `released`: the checkpoints' own where"
-            " they have one, else plain with the others beside it"
+            " they have one, else plain with the others next to it"
         ),
     ),
     "generation.max_new_tokens": ("?", "not given"),

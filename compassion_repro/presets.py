@@ -270,7 +270,7 @@ def _override(setting: str) -> tuple[list[str], Any]:
     key, equals, value = setting.partition("=")
     if not equals or not key.strip():
         raise InputError(
-            f"--set wants key=value, got {setting!r}; quote it where it has spaces, as in --set"
+            f"--set needs key=value, got {setting!r}; quote it where it has spaces, as in --set"
             " 'arms=[sft-help, sft-code]'"
         )
     try:
@@ -488,8 +488,8 @@ def _packaged(name: str) -> str:
         parent = (yaml.safe_load(_preset_text(name)) or {}).get("extends")
         if not parent:
             return name
-        beside = Path(name).expanduser().parent / parent
-        name = str(beside) if _is_user_file(parent) and not Path(parent).expanduser().is_file() else parent
+        sibling = Path(name).expanduser().parent / parent
+        name = str(sibling) if _is_user_file(parent) and not Path(parent).expanduser().is_file() else parent
     return name
 
 # %% ../nbs/01_study/01_presets.ipynb #f18849d1

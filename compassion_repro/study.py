@@ -387,7 +387,7 @@ def weight_settings(self: Models) -> dict[str, str]:
 
 # %% ../nbs/01_study/00_study.ipynb #1912fcf6
 class Compute(Section):
-    "The machine: what decides time and memory, and results by rounding alone. It stands in no stage's key."
+    "The machine: what decides time and memory, and results by rounding alone. It is in no stage's key."
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # cuda: refuse to run without a GPU
     # kernel in training; varlen is PyTorch's own flash attention over packed rows (GPU)
@@ -422,7 +422,7 @@ class Benchmark(Section):
     task: str
     # of anima and moru: `world:<name>`, a folder in the official layout, or a hub id with @revision
     data: Source | None = None
-    dimensions: Source | None = None  # MORU keeps its dimensions in a data set of their own
+    dimensions: Source | None = None  # MORU keeps its dimensions in a separate data set
     epochs: int = Field(5, ge=1, le=MANY)  # answers a question
     # questions per language, embedded benchmarks only
     size: dict[str, Annotated[int, Field(ge=1, strict=True)]] | None = None
@@ -439,7 +439,7 @@ class Benchmark(Section):
                 " hellaswag, or file.py@task"
             )
         if self.judged and not self.data:
-            raise ValueError(f"{self.task} wants its questions named: set data")
+            raise ValueError(f"{self.task} needs its questions named: set data")
         if self.judged and self.limit:
             raise ValueError(
                 f"limit is for tasks that need no judge; {self.task} of the embedded world is sized by size"
@@ -462,7 +462,7 @@ class Statistics(Section):
     "Settings of the inference, fixed before any result is seen."
 
     margin: float = Field(5.0, gt=0)  # equivalence and non-inferiority margin, in points
-    sensitivity_margins: tuple[float, ...] = (3.0, 10.0)  # margins shown beside it
+    sensitivity_margins: tuple[float, ...] = (3.0, 10.0)  # margins shown next to it
     confidence: float = Field(0.95, gt=0, lt=1)  # level of the intervals; alpha is 1 minus it
     resamples: int = Field(10_000, ge=100, le=MANY)  # bootstrap and permutation replicates
     power: float = Field(0.8, gt=0, lt=1)  # power at which the smallest detectable effect is given
@@ -647,7 +647,7 @@ class Preset(Section):
         if bad := [n for n in known if parse_model(n) is None]:
             raise ValueError(f"{bad[0]} is a starting point, not an arm")
         if len(set(known)) < len(known):
-            raise ValueError("an arm stands twice")
+            raise ValueError("an arm is named twice")
         return tuple(known)
 
     @model_validator(mode="after")
@@ -714,11 +714,11 @@ def judge_names(
 ) -> list[str]:  # one or more, in order
     """The judges of a preset or an option.
 
-    Raises `InputError` for none, for one that stands twice and for one that cannot be.
+    Raises `InputError` for none, for one that is named twice and for one that cannot be.
     """
     names = [part.strip() for part in (text or "").split(",")]
     for name in names:
         check_judge(name)
     if twice := [n for n in names if names.count(n) > 1]:
-        raise InputError(f"judge {twice[0]!r} stands twice in {text!r}: name it once")
+        raise InputError(f"judge {twice[0]!r} is named twice in {text!r}: name it once")
     return names

@@ -356,7 +356,7 @@ def test_the_audit_does_not_take_silence_for_health():
     )
     assert judge([known, bad]) == (
         1,
-        ["pyyaml 5.1: PYSEC-1, mended in 5.4", "2 of 2 pins looked up; 1 known vulnerabilities"],
+        ["pyyaml 5.1: PYSEC-1, fixed in 5.4", "2 of 2 pins looked up; 1 known vulnerabilities"],
     )
 
 

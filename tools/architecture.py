@@ -26,6 +26,10 @@ LAYERS = [  # lowest first; those of one line may not import each other
     ("bench", "pipeline"),
     ("cli",),
 ]
+INTRODUCTION = (
+    "Made by `python tools/architecture.py --write` from the imports. A module imports only from"
+    " layers above it in this list, and from its own package."
+)
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 
@@ -62,6 +66,7 @@ def imports_of(
 
 
 def layer(module: str) -> str:
+    "The package that a module belongs to, or its own name at the top."
     return module.split(".")[0]
 
 
@@ -81,6 +86,7 @@ def circles(graph: dict[str, dict[str, bool]]) -> list[str]:
     found, done = [], set()
 
     def follow(module: str, path: list[str]):
+        "Depth first; a module whose imports were all followed is not entered again."
         if module in path:
             found.append("a circle: " + " -> ".join([*path[path.index(module) :], module]))
         elif module not in done:
@@ -94,33 +100,24 @@ def circles(graph: dict[str, dict[str, bool]]) -> list[str]:
 
 
 def described(path: Path) -> str:
+    "The first line of a module's docstring."
     return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").splitlines()[0]
 
 
 def page(known: dict[str, Path], graph: dict[str, dict[str, bool]]) -> str:
     "The page: a table of the modules of each layer, lowest first, with what each imports."
-    lines = [
-        "# Architecture",
-        "",
-        (
-            "Made by `python tools/architecture.py --write` from the imports. A module imports only from"
-            " layers above it in this list, and from its own package."
-        ),
-    ]
-    for row in LAYERS:
-        for name in row:
-            lines += ["", f"## {name}", "", "| module | what it gives you | imports |", "|---|---|---|"]
-            for module in (m for m in known if layer(m) == name):
-                others = ", ".join(
-                    f"`{other}`" if top else f"(`{other}`)" for other, top in sorted(graph[module].items())
-                )
-                lines.append(
-                    f"| `{module}` | {described(known[module]).replace('|', chr(92) + '|')} | {others} |"
-                )
+    lines = ["# Architecture", "", INTRODUCTION]
+    for name in RANK:
+        lines += ["", f"## {name}", "", "| module | what it gives you | imports |", "|---|---|---|"]
+        for module in (module for module in known if layer(module) == name):
+            others = [f"`{other}`" if top else f"(`{other}`)" for other, top in sorted(graph[module].items())]
+            text = described(known[module]).replace("|", r"\|")
+            lines.append(f"| `{module}` | {text} | {', '.join(others)} |")
     return "\n".join([*lines, "", "In brackets: imported inside a function, when it is needed.", ""])
 
 
 def main() -> int:
+    "Check the imports and the page, or write the page; the exit status is 1 where something is wrong."
     known = modules()
     graph = {module: imports_of(module, path, known) for module, path in known.items()}
     wrong = [f"{module}: its layer is not in LAYERS" for module in known if layer(module) not in RANK]

@@ -13,11 +13,15 @@ import urllib.request
 from pathlib import Path
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+OPTIONS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+    *("--hide-scrollbars", "--remote-debugging-port=0"),
+)
 TROUBLE = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Network.loadingFailed")
 
 
 class Page:
-    "One page of a browser of its own; use it in a `with`."
+    "One page of a separate browser; use it in a `with`."
 
     def __init__(self, profile: Path):  # an empty folder for the browser's own files
         self.profile, self.number, self.trouble = profile, 0, []
@@ -25,21 +29,18 @@ class Page:
     def __enter__(self):
         from websocket import create_connection
 
-        self.process = subprocess.Popen(
-            [
-                BROWSER,
-                "--headless",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-dev-shm-usage",
-                "--hide-scrollbars",
-                "--remote-debugging-port=0",
-                f"--user-data-dir={self.profile}",
-                "about:blank",
-            ],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        command = [BROWSER, *OPTIONS, f"--user-data-dir={self.profile}", "about:blank"]
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(command, **quiet)
+        targets = json.load(urllib.request.urlopen(f"http://127.0.0.1:{self._port()}/json", timeout=60))
+        page = next(target["webSocketDebuggerUrl"] for target in targets if target["type"] == "page")
+        self.socket = create_connection(page, suppress_origin=True, timeout=60)
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+        return self
+
+    def _port(self) -> str:
+        "The port of the browser, which writes it into its folder; waits a minute for it."
         address = self.profile / "DevToolsActivePort"
         for _ in range(600):
             if address.is_file() and "\n" in address.read_text():
@@ -47,17 +48,7 @@ class Page:
             if self.process.poll() is not None:
                 raise RuntimeError(f"the browser ended at once (status {self.process.returncode})")
             time.sleep(0.1)
-        targets = json.load(
-            urllib.request.urlopen(f"http://127.0.0.1:{address.read_text().split()[0]}/json", timeout=60)
-        )
-        self.socket = create_connection(
-            next(t["webSocketDebuggerUrl"] for t in targets if t["type"] == "page"),
-            suppress_origin=True,
-            timeout=60,
-        )
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
-        return self
+        return address.read_text().split()[0]
 
     def __exit__(self, *_):
         self.socket.close()
@@ -81,17 +72,10 @@ class Page:
     def open(self, file: Path, width: int, height: int = 900, dark: bool = False):
         "Lay a file out at a width in CSS pixels."
         self.loaded, self.trouble = False, []
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=height,
-            deviceScaleFactor=1,
-            mobile=width < 600,
-        )
-        self.call(
-            "Emulation.setEmulatedMedia",
-            features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
-        )
+        size = dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.call("Emulation.setDeviceMetricsOverride", **size)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url=file.resolve().as_uri())
         for _ in range(600):
             if self.loaded:

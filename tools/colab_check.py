@@ -1,8 +1,7 @@
 """Hold the declared requirements against what Colab has: would a plain `pip install` tear the session apart?
 
-python tools/colab_check.py              # offline: settings.ini, and what the installed packages require
-themselves python tools/colab_check.py --network    # also pip's own dry run for Colab's Python, with the kept
-packages pinned
+`python tools/colab_check.py` works offline, from settings.ini and from what the installed packages require
+themselves; `--network` also asks pip for a dry run for Colab's Python, with the kept packages pinned.
 
 It fails when torch, numpy, transformers or pandas would be replaced, and when any other package of Colab's
 would be replaced without a reason in `REASONS`.
@@ -56,12 +55,8 @@ def required_by(name: str) -> list[Requirement]:
     """What an installed package requires on Colab's Python, extras aside; nothing for one that is not
     installed.
     """
-    python = {
-        **default_environment(),
-        "python_version": PYTHON,
-        "python_full_version": f"{PYTHON}.0",
-        "extra": "",
-    }
+    version = {"python_version": PYTHON, "python_full_version": f"{PYTHON}.0"}
+    python = {**default_environment(), **version, "extra": ""}
     try:
         found = [Requirement(line) for line in requires(name) or []]
     except PackageNotFoundError:
@@ -70,7 +65,7 @@ def required_by(name: str) -> list[Requirement]:
 
 
 def replaced(
-    wanted: list[Requirement],  # from `declared`
+    needed: list[Requirement],  # from `declared`
     there: dict[str, str],  # from `colab_versions`
     needs=required_by,  # gives a package's own requirements
 ) -> dict[str, list[str]]:  # Colab's package -> who asks for another version
@@ -78,9 +73,9 @@ def replaced(
     replaced.
     """
     found, seen = {}, set()
-    todo = [(need, "compassion_repro") for need in wanted]
-    while todo:
-        need, by = todo.pop()
+    waiting = [(need, "compassion_repro") for need in needed]
+    while waiting:
+        need, by = waiting.pop()
         name = canonicalize_name(need.name)
         if name in there:
             if need.specifier.contains(there[name], prereleases=True):
@@ -89,7 +84,7 @@ def replaced(
         if name in seen:
             continue
         seen.add(name)
-        todo += [(deeper, need.name) for deeper in needs(need.name)]
+        waiting += [(deeper, need.name) for deeper in needs(need.name)]
     return found
 
 
@@ -117,32 +112,19 @@ def dry_run(there: dict[str, str]) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         pins = Path(folder) / "pins.txt"
         pins.write_text("".join(f"{name}=={there[name]}\n" for name in KEPT), encoding="utf-8")
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--dry-run",
-            "--quiet",
-            "--ignore-installed",
-            "--target",
-            folder,
-            "--python-version",
-            PYTHON,
-            "--only-binary",
-            ":all:",
-            "-c",
-            str(pins),
-            *map(str, declared()),
-        ]
+        options = (
+            f"--dry-run --quiet --ignore-installed --python-version {PYTHON} --only-binary :all:".split()
+        )
+        places = ["--target", folder, "-c", str(pins)]
+        command = [sys.executable, "-m", "pip", "install", *options, *places, *map(str, declared())]
         done = subprocess.run(command, capture_output=True, text=True)
-    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    if done.returncode and not any(
-        word in done.stderr for word in ("ResolutionImpossible", "No matching distribution")
-    ):
-        print(f"pip could not be asked, so only the declared requirements were looked at: {last}")
+    if not done.returncode:
         return []
-    return [f"pip finds no set of packages that keeps {', '.join(KEPT)}: {last}"] if done.returncode else []
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    if any(word in done.stderr for word in ("ResolutionImpossible", "No matching distribution")):
+        return [f"pip finds no set of packages that keeps {', '.join(KEPT)}: {last}"]
+    print(f"pip could not be asked, so only the declared requirements were looked at: {last}")
+    return []
 
 
 def main(words: list[str] | None = None) -> int:

@@ -1,9 +1,5 @@
-"""Everything that the package reads, damaged in turn: each case must be refused in one clear line, or mended so
-that the result is the sound one's. Nothing may end in a traceback, or in a wrong result.
-
-A case is a copy of a sound folder, a damage, and a command line that is run in this process. What cannot be
-told is not asked: a flipped bit that leaves another valid letter in a user's own text is that user's text. In
-what the package itself wrote, every bit counts.
+"""Everything that the package reads, damaged in turn (`damage_cases.py`): each case must be refused in one
+clear line, or mended so that the result is the sound one's. Nothing may end in a traceback, or in a wrong result.
 """
 
 import contextlib
@@ -18,15 +14,15 @@ import sqlite3
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
-from conftest import settings, wait_for
-from kills import contents, kill, start
+from conftest import wait_for
+from damage_cases import EVALUATE, Case
+from kills import contents, differences, kill, start
 
 GRACE_SECONDS = 240  # seconds of processor time that a command may take; the smallest study takes 30
-JUDGED = ["--judge", "purse/fine", "--yes"]
 
 
 # ---- ways to damage a file
@@ -63,11 +59,8 @@ def _digit(data, rng):
     "One digit of a number changed: still the same format, no longer the same content."
     places = [at for at, byte in enumerate(data) if 49 <= byte <= 57 and data[at - 1 : at] in (b".", b" ")]
     at = rng.choice(places)
-    return (
-        data[:at] + b"%d" % (10 - int(data[at : at + 1]) or 1) + data[at + 1 :]
-        if int(data[at : at + 1]) != 5
-        else data[:at] + b"6" + data[at + 1 :]
-    )
+    digit = int(data[at : at + 1])
+    return data[:at] + (b"6" if digit == 5 else b"%d" % (10 - digit)) + data[at + 1 :]
 
 
 BYTES = {
@@ -82,6 +75,26 @@ BYTES = {
 }
 
 
+OTHER = {  # text of another content, by suffix
+    ".yaml": "just: words\n",
+    ".csv": "a,b\n1,2\n",
+    ".safetensors": "{}",
+    ".jsonl": '{"who": 1}\n' * 3,
+}
+
+
+def _replace(file: Path):
+    "Put something else in place of a file: sound, in its format, with another content."
+    if file.suffix == ".parquet":
+        pd.DataFrame({"who": ["a"], "what": [1]}).to_parquet(file)
+    elif file.suffix == ".sqlite":
+        file.unlink()
+        with contextlib.closing(sqlite3.connect(file)) as other:
+            other.execute("CREATE TABLE replies (one INTEGER)")
+    else:
+        file.write_text(OTHER.get(file.suffix, '{"who": [1, 2]}'))
+
+
 def spoil(file: Path, how: str, rng: random.Random):
     "Damage one file."
     if how == "gone":
@@ -89,25 +102,11 @@ def spoil(file: Path, how: str, rng: random.Random):
     if how == "folder":
         file.unlink()
         return file.mkdir()
-    if how == "huge":  # a gigabyte of nothing behind it, which takes no room on the disk
+    if how == "huge":  # a gigabyte of nothing after it, which takes no space on the disk
         os.truncate(file, file.stat().st_size + 2**30)
         return
-    if how == "other":  # sound, and something else
-        if file.suffix == ".parquet":
-            return pd.DataFrame({"who": ["a"], "what": [1]}).to_parquet(file)
-        if file.suffix == ".sqlite":
-            file.unlink()
-            with contextlib.closing(sqlite3.connect(file)) as other:
-                other.execute("CREATE TABLE replies (one INTEGER)")
-            return
-        return file.write_text(
-            {
-                ".yaml": "just: words\n",
-                ".csv": "a,b\n1,2\n",
-                ".safetensors": "{}",
-                ".jsonl": '{"who": 1}\n' * 3,
-            }.get(file.suffix, '{"who": [1, 2]}')
-        )
+    if how == "other":
+        return _replace(file)
     data = file.read_bytes()
     for _ in range(50):
         if (new := BYTES[how](data, rng)) != data:
@@ -115,422 +114,11 @@ def spoil(file: Path, how: str, rng: random.Random):
     raise ValueError(f"{file} cannot be damaged by {how}")
 
 
-# ---- cases
-
-
-@dataclass(frozen=True)
-class Case:
-    "One damage to one input."
-
-    family: str  # what kind of input
-    target: str  # the file, within the sound folder; may be a pattern
-    how: str  # the damage
-    words: tuple[str, ...]  # command line; {} is the copy
-    base: str = "study"  # which sound folder is copied
-    check: str = "study"  # what must hold where the command succeeds
-    said: str = ""  # what a refusal must name
-    first: tuple[str, ...] = ()  # parts of the copy that are taken away, so that the command has work to do
-    mended: bool = False  # all of it can be made again, so a refusal is no answer
-
-    @property
-    def name(self) -> str:
-        return f"{self.family}: {self.target} {self.how} ({' '.join(self.words[:1])})"
-
-
-RUN = ("run", "--preset", "smoke", "--out", "{}/study", "--no-report", *settings())
-FRESH = ("run", "--preset", "smoke", "--out", "{}/new", "--no-report", *settings())
-
-
-def cross(family: str, targets: str, hows: str, words: tuple[str, ...], **more) -> list[Case]:
-    "Every target with every damage."
-    return [Case(family, target, how, words, **more) for target in targets.split() for how in hows.split()]
-
-
-def artifact_cases() -> list[Case]:
-    "What stages left in the store: all of it can be made again."
-    seed = "study/seed-1"
-    return [
-        replace(case, mended=True)
-        for case in (
-            *cross(
-                "weights",
-                f"{seed}/base/model.safetensors {seed}/mid/model.safetensors"
-                f" {seed}/sft-help/model.safetensors",
-                "cut empty flip zeros huge gone",
-                RUN,
-            ),
-            *cross(
-                "model files",
-                f"{seed}/mid/config.json {seed}/mid/tokenizer.json {seed}/sft-code/generation_config.json",
-                "cut flip other",
-                RUN,
-            ),
-            *cross(
-                "training rows",
-                f"{seed}/sft-code/rows.jsonl {seed}/mid/held_out.jsonl",
-                "cut flip utf-16 gone",
-                RUN,
-            ),
-            *cross(
-                "answers", f"{seed}/answers-mid/answers.parquet", "cut flip zeros empty other huge gone", RUN
-            ),
-            *cross(
-                "answers, used by the next stage",
-                f"{seed}/answers-mid/answers.parquet",
-                "flip zeros other",
-                RUN,
-                first=(f"{seed}/eval-mid",),
-            ),
-            *cross(
-                "weights, used by the next stage",
-                f"{seed}/mid/model.safetensors",
-                "flip zeros",
-                RUN,
-                first=(f"{seed}/answers-mid", f"{seed}/probe-mid"),
-            ),
-            *cross(
-                "grades and scores",
-                f"{seed}/eval-mid/grades.parquet {seed}/eval-mid/scores.parquet",
-                "cut flip empty other",
-                RUN,
-            ),
-            *cross(
-                "margins",
-                f"{seed}/probe-mid/margin.parquet {seed}/probe-mid/kl.parquet",
-                "cut flip other",
-                RUN,
-            ),
-            *cross(
-                "manifests",
-                f"{seed}/mid/manifest.json {seed}/sft-code/manifest.json {seed}/eval-mid/manifest.json",
-                "cut empty flip digit utf-16 other garbage gone",
-                RUN,
-            ),
-            *cross(
-                "benchmark copies",
-                "study/benchmarks/*/questions/train.jsonl study/benchmarks/*/dimensions/train.jsonl"
-                " study/benchmarks/moru-*/train.jsonl",
-                "cut flip empty other",
-                RUN,
-                first=(f"{seed}/answers-mid", f"{seed}/eval-mid"),
-            ),
-            *cross(
-                "benchmark caches",
-                "study/benchmarks/arrow/*/*/*/*/*.arrow",
-                "cut flip empty",
-                RUN,
-                first=(f"{seed}/answers-mid", f"{seed}/eval-mid"),
-            ),
-        )
-    ]
-
-
-def checkpoint_cases() -> list[Case]:
-    """What a stage that was cut off left for the next run to carry on from; it may be passed over, never
-    believed.
-    """
-    from compassion_repro.study import Compute
-
-    if "checkpoint_minutes" not in Compute.model_fields:
-        return []
-    kept = "study/seed-1/.sft-help.checkpoints"
-    return cross(
-        "checkpoints",
-        f"{kept}/checkpoint-*/* {kept}/*",
-        "cut flip zeros empty garbage gone",
-        RUN,
-        base="half",
-        mended=True,
-    )
-
-
-def table_cases() -> list[Case]:
-    "The study's own tables and its configuration, under the commands that read them."
-    report, claims = ("report", "{}/study"), ("claims", "{}/study")
-    names = "study/answers.parquet study/grades.parquet study/scores.parquet"
-    return [
-        *cross(
-            "tables", f"{names} study/margin.parquet study/kl.parquet", "cut flip other", RUN, mended=True
-        ),
-        *cross("tables", names, "cut flip zeros empty other", report, said=".parquet"),
-        *cross(
-            "claims", "study/claims.json", "cut digit empty other utf-16 garbage gone", claims, said="claims"
-        ),
-        *cross("claims", "study/claims.json", "cut digit", RUN, mended=True),
-        *cross(
-            "study.yaml",
-            "study/study.yaml",
-            "cut empty flip digit utf-16 other garbage gone",
-            RUN,
-            said="study",
-        ),
-        *cross("study.yaml", "study/study.yaml", "cut digit other garbage", report, said="study.yaml"),
-    ]
-
-
-def data_cases() -> list[Case]:
-    "Rows, benchmarks and models that a user brings."
-
-    def fresh(setting):
-        return (*FRESH, "--set", setting)
-
-    rows = "cut empty utf-16 garbage other folder gone"
-    sft = "arms=[sft-help, sft-code]"
-    anima, moru = fresh("benchmarks.anima.data={}/mine"), fresh("benchmarks.moru.data={}/moru")
-    return [
-        *cross(
-            "data files",
-            "rows.jsonl",
-            f"{rows} latin huge zeros",
-            (*fresh("data.sft-help={}/rows.jsonl"), "--set", sft),
-            base="inputs",
-            check="rows",
-            said="rows.jsonl",
-        ),
-        *cross(
-            "data files",
-            "rows.json",
-            rows,
-            (*fresh("data.sft-help={}/rows.json"), "--set", sft),
-            base="inputs",
-            check="rows",
-            said="rows.json",
-        ),
-        *cross(
-            "data files",
-            "rows.parquet",
-            "cut empty garbage other folder gone huge",
-            (*fresh("data.sft-help={}/rows.parquet"), "--set", sft),
-            base="inputs",
-            check="rows",
-            said="rows.parquet",
-        ),
-        *cross(
-            "benchmark folders",
-            "mine/questions/train.jsonl mine/dimensions/train.jsonl",
-            "cut empty utf-16 garbage other gone latin",
-            anima,
-            base="inputs",
-            check="refused",
-            said="mine",
-        ),
-        *cross(
-            "benchmark folders",
-            "mine/README.md",
-            "cut empty utf-16 gone other garbage",
-            anima,
-            base="inputs",
-            check="refused",
-            said="mine",
-        ),
-        *cross(
-            "benchmark folders",
-            "moru/train.jsonl moru_dims/train.jsonl",
-            "cut empty other gone latin",
-            moru,
-            base="inputs",
-            check="refused",
-            said="moru",
-        ),
-        *cross(
-            "model folders",
-            "model/model.safetensors",
-            "cut empty garbage gone other huge",
-            fresh("models.base={}/model"),
-            base="inputs",
-            check="refused",
-            said="model",
-        ),
-        *cross(
-            "model folders",
-            "model/config.json model/tokenizer.json",
-            "cut empty garbage other gone",
-            fresh("models.base={}/model"),
-            base="inputs",
-            check="refused",
-            said="model",
-        ),
-    ]
-
-
-CONFIGURATION = (
-    "sft.steps=many",
-    "sft.steps=-1",
-    "sft.steps=1e400",
-    "sft.learning_rate=.nan",
-    "sft.learning_rate=.inf",
-    "sft=5",
-    "sft=[1,2]",
-    "sft",
-    "=1",
-    "models.base=",
-    "arms=[sft-help, sft-help]",
-    "arms=sft-hlep",
-    "arms=[mid]",
-    "generation.template=../../etc/passwd",
-    "judge=",
-    "judge=[1]",
-    "benchmarks.anima.size={en: -3}",
-    "benchmarks.anima.epochs=0",
-    "lora.rank=99999999999999999999",
-    "statistics.resamples=true",
-    "threads=0",
-    "data.sft-help=\x00",
-    "data.documents=/proc/self/mem",
-    "midtrain.rows=1" + "0" * 400,
-    "models.base=" + "a/" * 3000,
-    "name=../../outside",
-    "benchmarks={../../outside: {task: anima, data: 'world:anima'}}",
-)
-
-
-def configuration_cases() -> list[Case]:
-    "Settings on the command line, preset files, price tables."
-    return [
-        *(
-            Case(
-                "--set values",
-                setting if len(setting) < 60 else f"{setting[:40]}...",
-                "wrong",
-                (*FRESH, "--set", setting),
-                base="inputs",
-                check="refused",
-                said="" if setting.startswith(("data.", "models.")) else setting.split("=")[0].split(".")[0],
-            )
-            for setting in CONFIGURATION
-        ),
-        *cross(
-            "preset files",
-            "preset.yaml",
-            "cut utf-16 other garbage empty gone folder",
-            ("run", "--preset", "{}/preset.yaml", "--out", "{}/new", "--no-report"),
-            base="inputs",
-            check="refused",
-            said="preset",
-        ),
-        *cross(
-            "price tables",
-            "prices.yaml",
-            "utf-16 other garbage gone folder",
-            ("judge", "{}/evaluation", "--judge", "purse/other", "--prices", "{}/prices.yaml"),
-            base="evaluation",
-            check="refused",
-            said="prices.yaml",
-        ),
-    ]
-
-
-def evaluation_cases() -> list[Case]:
-    "An evaluation's files, the replies that were paid for, and the sheets that people filled in."
-    again, sheet = (
-        ("judge", "{}/evaluation", *JUDGED),
-        (
-            "annotate",
-            "{}/evaluation",
-            "--read",
-            "{}/sheet.csv",
-        ),
-    )
-    evaluate = ("eval", "world:base", *EVALUATE)
-    fresh = (*again, "--again")
-    return [
-        *cross(
-            "evaluation setup",
-            "evaluation/eval.yaml",
-            "cut empty utf-16 other garbage digit",
-            again,
-            base="evaluation",
-            check="evaluation",
-            said="eval",
-        ),
-        *cross(
-            "evaluation answers",
-            "evaluation/answers/*/*.parquet",
-            "cut empty flip zeros other gone",
-            evaluate,
-            base="evaluation",
-            check="evaluation",
-        ),
-        *cross(
-            "evaluation tables",
-            "evaluation/answers.parquet evaluation/grades.parquet evaluation/scores.parquet",
-            "cut flip other gone",
-            again,
-            base="evaluation",
-            check="evaluation",
-        ),
-        *cross(
-            "judges' passes",
-            "evaluation/judges/*/pass.json evaluation/judges/*/scores.parquet"
-            " evaluation/judges/*/grades.parquet",
-            "cut empty flip other gone",
-            again,
-            base="evaluation",
-            check="evaluation",
-        ),
-        *cross(
-            "replies",
-            "evaluation/judge-replies.sqlite",
-            "cut empty flip zeros garbage other gone huge folder",
-            fresh,
-            base="evaluation",
-            check="evaluation",
-        ),
-        *(
-            Case(
-                "replies",
-                "evaluation/judge-replies.sqlite",
-                f"grade {n}",
-                fresh,
-                base="evaluation",
-                check="evaluation",
-            )
-            for n in (1, 2, 3)
-        ),
-        *cross(
-            "human grades",
-            "sheet.csv sheet.key.csv",
-            "cut empty utf-16 latin garbage other gone folder zeros",
-            sheet,
-            base="evaluation",
-            check="sheet",
-            said="sheet",
-        ),
-    ]
-
-
-EVALUATE = (
-    "--bench",
-    "tiny-anima,tiny-moru",
-    "--out",
-    "{}/evaluation",
-    "--limit",
-    "2",
-    "--epochs",
-    "2",
-    "--max-tokens",
-    "8",
-    *JUDGED,
-)
-
-
-def all_cases() -> list[Case]:
-    "Every case, in an order that is always the same."
-    return [
-        *artifact_cases(),
-        *checkpoint_cases(),
-        *table_cases(),
-        *data_cases(),
-        *configuration_cases(),
-        *evaluation_cases(),
-    ]
-
-
 # ---- sound folders
 
 
 def _judge_provider():
-    "A judge that would cost money, in this process: its grade hangs on the prompt."
+    "A judge that would cost money, in this process: its grade depends on the prompt."
     import hashlib
 
     from inspect_ai.model import ModelAPI, ModelOutput, ModelUsage, modelapi
@@ -540,18 +128,15 @@ def _judge_provider():
         "Grades by the prompt's own digest."
 
         async def generate(self, input, tools, tool_choice, config):
-            output = ModelOutput.from_content(
-                self.model_name,
-                f"Weighed.\n\nGRADE: {'CI'[hashlib.sha256(input[-1].text.encode()).digest()[0] % 2]}",
-            )
+            "One grade, with the usage that is paid for."
+            grade = "CI"[hashlib.sha256(input[-1].text.encode()).digest()[0] % 2]
+            output = ModelOutput.from_content(self.model_name, f"Weighed.\n\nGRADE: {grade}")
             output.usage = ModelUsage(input_tokens=1, output_tokens=1, total_tokens=2)
             return output
 
 
 def make_half(folder: Path, study: Path):
     "The sound study, cut off in an arm right after a checkpoint."
-    if not checkpoint_cases():
-        return
     folder.mkdir(parents=True)
     shutil.copytree(study, folder / "study")
     (folder / "contents.json").write_text(json.dumps(contents(study)))
@@ -591,8 +176,7 @@ def make_evaluation(folder: Path):
         status, out, err = call(words, folder)
         if status:
             raise RuntimeError(f"{words}: {err}")
-    with (folder / "sheet.csv").open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = _sheet(folder / "sheet.csv")
     with (folder / "sheet.csv").open("w", encoding="utf-8-sig", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -603,16 +187,13 @@ def make_evaluation(folder: Path):
 # ---- running one
 
 
-def call(words: tuple[str, ...], folder: Path) -> tuple[int, str, str]:
-    """Run a command line in this process, with everything that reaches the two outputs, from whatever
-    library, caught.
-    """
-    from compassion_repro import cli
-
+@contextlib.contextmanager
+def captured(texts: list[str]):
+    "Whatever reaches the two outputs, from whatever library, is added to the list afterwards."
     sys.stdout.flush()
     sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
     with tempfile.TemporaryFile("w+b") as out, tempfile.TemporaryFile("w+b") as err:
-        saved = os.dup(1), os.dup(2)
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
         try:
@@ -622,17 +203,26 @@ def call(words: tuple[str, ...], folder: Path) -> tuple[int, str, str]:
                 contextlib.redirect_stdout(stdout),
                 contextlib.redirect_stderr(stderr),
             ):
-                try:
-                    status = cli.main(
-                        [word.replace("{}", str(folder)) if "{}/" in word else word for word in words]
-                    )
-                except SystemExit as error:
-                    status = error.code if isinstance(error.code, int) else 1
+                yield
         finally:
             for number, before in zip((1, 2), saved):
                 os.dup2(before, number)
                 os.close(before)
-        texts = [(file.seek(0), file.read().decode(errors="replace"))[1] for file in (out, err)]
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode(errors="replace"))
+
+
+def call(words: tuple[str, ...], folder: Path) -> tuple[int, str, str]:
+    "Run a command line in this process: its exit status and what it printed on both outputs."
+    from compassion_repro import cli
+
+    filled, texts = [word.replace("{}", str(folder)) if "{}/" in word else word for word in words], []
+    with captured(texts):
+        try:
+            status = cli.main(filled)
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else 1
     return status, *texts
 
 
@@ -687,64 +277,69 @@ def nothing_runs():
 
 
 def _tables(folder: Path) -> dict[str, str]:
-    return {
-        name: (
-            pd.read_parquet(folder / f"{name}.parquet")
-            .sort_values(["judge", "model", "benchmark", "question_id", "epoch", "dimension"], kind="stable")
-            .to_json(orient="records", double_precision=15)
-        )
-        for name in ("grades", "scores")
-    }
+    "Grades and scores of an evaluation, in an order that is always the same."
+    order, found = ["judge", "model", "benchmark", "question_id", "epoch", "dimension"], {}
+    for name in ("grades", "scores"):
+        table = pd.read_parquet(folder / f"{name}.parquet").sort_values(order, kind="stable")
+        found[name] = table.to_json(orient="records", double_precision=15)
+    return found
 
 
 def _original_rows() -> set[tuple[str, str]]:
+    "The rows of the sound data files."
     return {(f"Question {n}?", f"Answer {n}, and what follows from it.") for n in range(40)}
 
 
-def wrong(case: Case, folder: Path, sound: Path, out: str) -> str:
-    "What is wrong with the result of a command that succeeded; empty where it is the sound one's."
-    if case.check == "refused":
-        return "it was not refused"
-    if case.check == "study":
-        if case.words[0] == "claims":
-            return "" if out == (sound / "claims.txt").read_text() else "other claims than the sound study's"
-        mine, reference = contents(folder / "study"), json.loads((sound / "contents.json").read_text())
-        different = sorted(
-            name for name in mine.keys() | reference.keys() if mine.get(name) != reference.get(name)
-        )
-        return f"other results: {', '.join(different[:4])}" if different else ""
-    if case.check == "evaluation":
-        mine, reference = _tables(folder / "evaluation"), _tables(sound / "evaluation")
-        return ", ".join(f"other {name}" for name in mine if mine[name] != reference[name])
-    if case.check == "sheet":
-        key = {row["id"]: row for row in csv.DictReader((sound / "sheet.key.csv").open(encoding="utf-8-sig"))}
-        given = {
-            tuple(
-                key[row["id"]][c] for c in ("model", "question_id", "epoch", "dimension", "variables")
-            ): float(row["grade"])
-            for row in csv.DictReader((sound / "sheet.csv").open(encoding="utf-8-sig", newline=""))
-        }
-        read = pd.read_parquet(next((folder / "evaluation").glob("judges/human/grades.parquet")))
-        bad = [
-            row
-            for row in read.itertuples()
-            if given.get((row.model, str(row.question_id), str(row.epoch), row.dimension, row.variables))
-            != row.grade
-        ]
-        return f"{len(bad)} grades that nobody gave" if bad else ""
-    raise ValueError(case.check)
+def wrong_study(case: Case, folder: Path, sound: Path, out: str) -> str:
+    "How a study, or its printed claims, differ from the sound one's."
+    if case.words[0] == "claims":
+        return "" if out == (sound / "claims.txt").read_text() else "other claims than the sound study's"
+    different = differences(folder / "study", json.loads((sound / "contents.json").read_text()))
+    return f"other results: {', '.join(different[:4])}" if different else ""
+
+
+def wrong_evaluation(case: Case, folder: Path, sound: Path, out: str) -> str:
+    "Which tables of an evaluation differ from the sound one's."
+    mine, reference = _tables(folder / "evaluation"), _tables(sound / "evaluation")
+    return ", ".join(f"other {name}" for name in mine if mine[name] != reference[name])
+
+
+GRADED = ("model", "question_id", "epoch", "dimension", "variables")  # what a line of a sheet is about
+
+
+def _sheet(file: Path) -> list[dict[str, str]]:
+    "The lines of a sheet."
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def wrong_sheet(case: Case, folder: Path, sound: Path, out: str) -> str:
+    "Grades that were read and that nobody gave in the sound sheet."
+    about = {row["id"]: tuple(row[name] for name in GRADED) for row in _sheet(sound / "sheet.key.csv")}
+    given = {about[row["id"]]: float(row["grade"]) for row in _sheet(sound / "sheet.csv")}
+    read = pd.read_parquet(next((folder / "evaluation").glob("judges/human/grades.parquet")))
+    graded = zip(read[list(GRADED)].astype(str).itertuples(index=False, name=None), read["grade"])
+    bad = sum(given.get(about) != grade for about, grade in graded)
+    return f"{bad} grades that nobody gave" if bad else ""
+
+
+WRONG = {  # by a case's `check`: what is wrong with a command that succeeded; empty where it is the sound one's
+    "refused": lambda case, folder, sound, out: "it was not refused",
+    "study": wrong_study,
+    "evaluation": wrong_evaluation,
+    "sheet": wrong_sheet,
+}
 
 
 def accepted_wrongly(case: Case, folder: Path, out: str) -> str:
     """What is wrong with letting a damaged data file through; empty where only rows of the sound file are
-    used, and what was left out is told.
+    used, and what was left out is said.
     """
     from compassion_repro.data import rows as data
 
     file = folder / case.target
-    rows = [
-        tuple(turn["content"] for turn in row["messages"]) for row in data.load(str(file), "messages").rows
-    ]
+    loaded = data.load(str(file), "messages").rows
+    rows = [tuple(turn["content"] for turn in row["messages"]) for row in loaded]
     if strange := set(rows) - _original_rows():
         return f"{len(strange)} rows that the sound file does not hold"
     if len(rows) < 40 and "dropped" not in out:
@@ -759,7 +354,7 @@ def try_case(case: Case, bases: Path, seed: int, scratch: Path) -> dict:
     for part in case.first:
         shutil.rmtree(folder / part)
     if case.how.startswith("grade "):
-        _other_grade(folder / case.target, int(case.how.split()[1]), rng)
+        _other_grade(folder / case.target, int(case.how.split()[1]))
     elif case.how != "wrong":
         spoil(rng.choice(sorted(p for p in folder.glob(case.target) if p.is_file())), case.how, rng)
     try:
@@ -779,18 +374,17 @@ def try_case(case: Case, bases: Path, seed: int, scratch: Path) -> dict:
     }
 
 
-def _other_grade(file: Path, which: int, rng: random.Random):
+def _other_grade(file: Path, which: int):
     "Change the grade within a kept reply: the file stays a sound database."
     with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as replies:
         key, output = replies.execute("SELECT key, output FROM replies ORDER BY key").fetchall()[which]
-        letter = "C" if "GRADE: I" in output else "I"
-        replies.execute(
-            "UPDATE replies SET output = ? WHERE key = ?",
-            (output.replace(f"GRADE: {'CI'['IC'.index(letter)]}", f"GRADE: {letter}"), key),
-        )
+        old, new = ("I", "C") if "GRADE: I" in output else ("C", "I")
+        changed = output.replace(f"GRADE: {old}", f"GRADE: {new}")
+        replies.execute("UPDATE replies SET output = ? WHERE key = ?", (changed, key))
 
 
-def _verdict(case, folder, sound, status, out, err) -> tuple[str, str]:
+def _verdict(case: Case, folder: Path, sound: Path, status: int, out: str, err: str) -> tuple[str, str]:
+    "What came of a case, and what is wrong with that."
     if "Traceback" in out + err:
         return "traceback", f"a traceback: {err.strip().splitlines()[-1][:200]}"
     if status == 1 and "unexpected Accepted" in err:
@@ -804,7 +398,7 @@ def _verdict(case, folder, sound, status, out, err) -> tuple[str, str]:
     if status:
         return "failed", f"exit status {status}: {err.strip()[-300:]}"
     try:
-        return "repaired", wrong(case, folder, sound, out)
+        return "repaired", WRONG[case.check](case, folder, sound, out)
     except Exception as error:
         return "repaired", f"the result cannot be read: {type(error).__name__}: {str(error)[:200]}"
 
@@ -826,23 +420,19 @@ def prepare_worker():
     _judge_provider()
 
 
+OUTCOMES = ("refused", "repaired", "told")  # told: read in part, and said so
+
+
 def summary(results: list[dict]) -> dict:
     "The counts of all cases."
-    families = {
-        family: {
-            outcome: sum(r["family"] == family and r["outcome"] == outcome for r in results)
-            for outcome in ("refused", "repaired", "told")
-        }
-        for family in dict.fromkeys(r["family"] for r in results)
-    }
+    by_family = Counter((result["family"], result["outcome"]) for result in results)
+    good = Counter(result["outcome"] for result in results if not result["bad"])
+    families = dict.fromkeys(result["family"] for result in results)
     return {
         "inputs": len(results),
-        "good": sum(not r["bad"] for r in results),
-        **{
-            outcome: sum(r["outcome"] == outcome and not r["bad"] for r in results)
-            for outcome in ("refused", "repaired", "told")
-        },
-        "tracebacks": sum(r["outcome"] == "traceback" for r in results),
-        "families": families,
-        "bad": [r for r in results if r["bad"]],
+        "good": good.total(),
+        **{outcome: good[outcome] for outcome in OUTCOMES},
+        "tracebacks": sum(result["outcome"] == "traceback" for result in results),
+        "families": {name: {outcome: by_family[name, outcome] for outcome in OUTCOMES} for name in families},
+        "bad": [result for result in results if result["bad"]],
     }

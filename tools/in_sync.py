@@ -25,20 +25,14 @@ def differences(folder: Path) -> list[str]:
     for command in ("nbdev_export", "nbdev_clean"):
         subprocess.run([command], cwd=folder, check=True, capture_output=True)
     (folder / "README.md").write_text(rendered(folder), encoding="utf-8")
-    files = [
-        p.relative_to(folder)
-        for part in PARTS
-        for p in ([folder / part] if (folder / part).is_file() else (folder / part).rglob("*"))
-        if p.is_file() and "__pycache__" not in p.parts
-    ]
-    return [
-        str(f)
-        for f in files
-        if not (ROOT / f).exists() or (ROOT / f).read_bytes() != (folder / f).read_bytes()
-    ]
+    found = [path for part in PARTS for path in (folder / part, *(folder / part).rglob("*"))]
+    files = [p.relative_to(folder) for p in found if p.is_file() and "__pycache__" not in p.parts]
+    same = lambda f: (ROOT / f).exists() and (ROOT / f).read_bytes() == (folder / f).read_bytes()
+    return [str(f) for f in files if not same(f)]
 
 
 def main() -> int:
+    "Print what differs; the exit status is 1 where something does."
     with tempfile.TemporaryDirectory() as folder:
         differ = differences(Path(folder))
     if differ:

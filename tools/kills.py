@@ -15,10 +15,12 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pandas as pd
+import psutil
 from conftest import command, settings
 from judge_server import JUDGE, PaidJudge, kept_replies
 
@@ -28,13 +30,13 @@ RESULTS = (
     "study.yaml",
     *(f"{name}.parquet" for name in ("answers", "grades", "scores", "margin", "kl")),
 )
-UNCOMPARED = ("manifest.json", ".eval", ".lock")  # measured times stand in manifests and in Inspect's logs
+UNCOMPARED = ("manifest.json", ".eval", ".lock")  # manifests and Inspect's logs contain measured times
 
 
 def start(out: Path, *more: str, environment: dict = {}, words: tuple[str, ...] = ()) -> subprocess.Popen:
-    "Start the study in a process group of its own; what it prints goes into a file beside it."
+    "Start the study in a separate process group; what it prints goes into a file next to it."
     out.parent.mkdir(parents=True, exist_ok=True)
-    log = (out.parent / f"{out.name}.log").open("a")
+    log = log_of(out).open("a")
     return subprocess.Popen(
         [*command(out, "--yes", *words), *settings(*more)],
         stdout=log,
@@ -80,7 +82,7 @@ def manifests(study: Path) -> dict[str, str]:
 
 
 def phase(study: Path) -> str:
-    "What a killed study was doing, told from what it left."
+    "What a killed study was doing, by what it left."
     running = [p.name.strip(".").removesuffix(".partial") for p in study.glob("seed-*/.*.partial")]
     if running:
         return re.sub(r"^(answers|eval|probe|sft|grpo)-.*", r"\1", running[0])
@@ -147,6 +149,50 @@ class Killed:
             self.half or self.repeated or self.lost or self.different or self.paid_twice or self.failed
         )
 
+    def count_calls(self, asked: Counter, kept: set[str]):
+        "The calls of one process; `kept` are the replies that there were before it."
+        self.paid += asked.total()
+        self.paid_twice += sum(count if ref in kept else count - 1 for ref, count in asked.items())
+
+    def compare(self, before: dict[str, str], now: dict[str, str]):
+        "The manifests before and after one process."
+        self.repeated += [name for name, text in before.items() if name in now and now[name] != text]
+        self.lost += [name for name in before if name not in now]
+
+    def note_kill(self, out: Path, delay: float, whole: dict[str, str]):
+        "What a kill left in the study's folder."
+        self.moments.append(round(delay, 2))
+        self.phases.append(phase(out))
+        self.whole.append(len(whole))
+        self.half += [name for name in stage_folders(out) if name not in whole]
+
+    def count_in_flight(self, cut_off: set[str], answered: Iterable[str]):
+        "The calls that a kill cut off, and those of them that the judge had answered."
+        self.in_flight += len(cut_off)
+        self.answered_in_flight += len(cut_off & set(answered))
+
+
+def ends_within(process: subprocess.Popen, seconds: float) -> bool:
+    "Whether a process ends in time; one that does not is killed."
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        return False
+    return True
+
+
+def log_of(out: Path) -> Path:
+    "What the commands on a study printed, see `start`."
+    return out.parent / f"{out.name}.log"
+
+
+def failure(process: subprocess.Popen, out: Path, timeout: float) -> str:
+    "Why a process that should finish a study did not; empty where it did."
+    if not ends_within(process, timeout):
+        return f"did not end in {timeout:.0f} s"
+    return log_of(out).read_text().strip().splitlines()[-1][:300] if process.returncode else ""
+
 
 def killed_study(
     number: int,
@@ -160,45 +206,23 @@ def killed_study(
     """Run a study, kill it after each delay and start it again, then let it finish; where a process ended
     before its kill, the seconds that it took.
     """
-    record, began, run, kept, before = Killed(number), time.perf_counter(), f"{out.parent.name}", set(), {}
-    for attempt in range(len(delays) + 1):
+    record, began, run = Killed(number), time.perf_counter(), out.parent.name
+    kept, before, sent = set(), {}, Counter()
+    for attempt, delay in enumerate([*delays, None]):
         process, started = start(out, *more, environment=judge.environment(run, attempt)), time.perf_counter()
-        if attempt < len(delays):
-            try:
-                process.wait(delays[attempt])
-            except subprocess.TimeoutExpired:
-                kill(process)
-            else:
-                return time.perf_counter() - started
-        else:
-            try:
-                process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                kill(process)
-                record.failed = f"did not end in {timeout:.0f} s"
-            if process.returncode and not record.failed:
-                record.failed = (out.parent / f"{out.name}.log").read_text().strip().splitlines()[-1][:300]
-        asked = judge.calls(run, attempt)
-        record.paid += asked.total()
-        record.paid_twice += sum(count for ref, count in asked.items() if ref in kept) + sum(
-            count - 1 for ref, count in asked.items() if ref not in kept
-        )
-        now = manifests(out)
-        record.repeated += [name for name, text in before.items() if name in now and now[name] != text]
-        record.lost += [name for name in before if name not in now]
+        if delay is None:
+            record.failed = failure(process, out, timeout)
+        elif ends_within(process, delay):
+            return time.perf_counter() - started
+        asked, now = judge.calls(run, attempt), manifests(out)
+        record.count_calls(asked, kept)
+        record.compare(before, now)
         before, kept = now, kept | kept_replies(out / "judge-replies.sqlite")
-        if attempt < len(delays):
-            record.moments.append(round(delays[attempt], 2))
-            record.phases.append(phase(out))
-            record.whole.append(len(now))
-            record.half += [name for name, place in stage_folders(out).items() if name not in now]
-            cut_off = set(asked) - kept
-            record.in_flight += len(cut_off)
-            record.answered_in_flight += len(cut_off & set(judge.answered[run, str(attempt)]))
-    sent = Counter()
-    for attempt in range(len(delays) + 1):
-        sent.update(set(judge.calls(run, attempt)))
-    record.asked_again = sum(count - 1 for count in sent.values() if count > 1)
+        sent.update(set(asked))
+        if delay is not None:
+            record.note_kill(out, delay, now)
+            record.count_in_flight(set(asked) - kept, judge.answered[run, str(attempt)])
+    record.asked_again = sum(count - 1 for count in sent.values())
     if not record.failed:
         record.different = differences(out, reference)
     record.wall_seconds = round(time.perf_counter() - began, 1)
@@ -219,7 +243,7 @@ def moments(runs: int, seed: int) -> list[list[float]]:
     return draws
 
 
-def stages_told(log: Path) -> Counter:
+def stages_printed(log: Path) -> Counter:
     "How often each stage was finished, by the lines that the commands printed."
     return Counter(
         re.findall(r"^\[\d+/\d+\] (seed \d+, [^:]+): [\d.]+ s", log.read_text(encoding="utf-8"), flags=re.M)
@@ -244,11 +268,10 @@ def two_at_once(
         if not place:
             time.sleep(delay)
     statuses = [process.wait(timeout) for process in processes]
-    log = out.parent / f"{out.name}.log"
-    stages, asked = stages_told(log), judge.calls(run, 0) + judge.calls(run, 1)
-    refusals = [
-        line for line in log.read_text(encoding="utf-8").splitlines() if line.startswith("compassion-repro: ")
-    ]
+    log = log_of(out)
+    stages, asked = stages_printed(log), judge.calls(run, 0) + judge.calls(run, 1)
+    lines = log.read_text(encoding="utf-8").splitlines()
+    refusals = [line for line in lines if line.startswith("compassion-repro: ")]
     twice = {
         "stages_twice": [name for name, count in stages.items() if count > 1],
         "calls_twice": asked.total() - len(asked),
@@ -271,47 +294,49 @@ def two_at_once(
     }
 
 
+def busy_workers(out: Path) -> dict[str, psutil.Process]:
+    "Ray's workers by the stage that each has begun: its unfinished folder is there."
+    found = {}
+    for process in psutil.process_iter(["cmdline"]):
+        title = (process.info["cmdline"] or [""])[0]
+        if title.startswith("ray::seed-"):
+            stage = title.removeprefix("ray::")
+            if any((out / stage).parent.glob(f".{Path(stage).name}.partial*")):
+                found[stage] = process
+    return found
+
+
+def kill_worker(
+    process: subprocess.Popen,  # the command
+    out: Path,  # its study
+    stages: float,  # in place before the kill
+    rng: random.Random,  # draws the worker
+) -> tuple[str, list[str]]:  # the stage that was cut off, and all that were running; none where nothing was
+    "Kill one of Ray's workers in the middle of a stage."
+    while process.poll() is None:
+        workers = busy_workers(out)
+        if workers and len(manifests(out)) >= stages:
+            struck = rng.choice(list(workers))
+            workers[struck].kill()
+            return struck, list(workers)
+        time.sleep(0.2)
+    return "", []
+
+
 def lost_worker(
     out: Path, seed: int, reference: dict[str, object], words: tuple[str, ...], timeout: float = 900
 ) -> dict:
     """A study on Ray whose worker is killed in the middle of a stage: that stage is run again, everything
     else once.
     """
-    import psutil
-
-    process, struck, running, rng = start(out, words=words), "", [], random.Random(seed)
-    wait_until = (
-        rng.uniform(0.3, 0.6) * 24 * (int(words[words.index("--seeds") + 1]) if "--seeds" in words else 1)
-    )
-    while process.poll() is None and not struck:
-        working = [
-            p
-            for p in psutil.process_iter(["cmdline"])
-            if (p.info["cmdline"] or [""])[0].startswith("ray::seed-")
-        ]
-        working = [
-            p
-            for p in working
-            if any(
-                (out / p.info["cmdline"][0].removeprefix("ray::")).parent.glob(
-                    f".{Path(p.info['cmdline'][0]).name}.partial*"
-                )
-            )
-        ]
-        if working and len(manifests(out)) >= wait_until:
-            victim = rng.choice(working)
-            struck, running = (
-                victim.info["cmdline"][0].removeprefix("ray::"),
-                [p.info["cmdline"][0].removeprefix("ray::") for p in working],
-            )
-            victim.kill()
-        time.sleep(0.2)
-    status, log = process.wait(timeout), (out.parent / f"{out.name}.log").read_text(encoding="utf-8")
-    stages, again, different = (
-        stages_told(out.parent / f"{out.name}.log"),
-        [f"seed-{seed}/{stage}" for seed, stage in re.findall(r"seed (\d+), (\S+): started again", log)],
-        differences(out, reference),
-    )
+    seeds = int(words[words.index("--seeds") + 1]) if "--seeds" in words else 1
+    process, rng = start(out, words=words), random.Random(seed)
+    struck, running = kill_worker(process, out, rng.uniform(0.3, 0.6) * 24 * seeds, rng)
+    status, log = process.wait(timeout), log_of(out).read_text(encoding="utf-8")
+    again = [
+        f"seed-{number}/{stage}" for number, stage in re.findall(r"seed (\d+), (\S+): started again", log)
+    ]
+    stages, different = stages_printed(log_of(out)), differences(out, reference)
     # what had only been handed to the lost process had not begun
     cost = [stage for stage in again if stage in running]
     good = status == 0 and bool(struck) and cost == [struck] and set(stages.values()) == {1} and not different
@@ -327,35 +352,28 @@ def lost_worker(
     }
 
 
+COUNTED = (  # fields of `Killed` that are summed
+    *("lost", "repeated", "half", "different"),
+    *("paid", "paid_twice", "in_flight", "answered_in_flight", "asked_again"),
+)
+
+
 def summary(records: list[Killed]) -> dict:
     "The counts of all runs."
 
     def total(name):
-        return sum(len(v) if isinstance(v := getattr(r, name), list) else v for r in records)
+        values = [getattr(record, name) for record in records]
+        return sum(len(value) if isinstance(value, list) else value for value in values)
 
-    counts = {
-        name: total(name)
-        for name in (
-            "lost",
-            "repeated",
-            "half",
-            "different",
-            "paid",
-            "paid_twice",
-            "in_flight",
-            "answered_in_flight",
-            "asked_again",
-        )
-    }
-    phases = Counter(p for r in records for p in r.phases)
+    phases = Counter(phase for record in records for phase in record.phases)
     return {
         "runs": len(records),
-        "kills": sum(len(r.moments) for r in records),
-        "identical": sum(r.good for r in records),
-        **counts,
-        "failed": sum(bool(r.failed) for r in records),
+        "kills": sum(len(record.moments) for record in records),
+        "identical": sum(record.good for record in records),
+        **{name: total(name) for name in COUNTED},
+        "failed": sum(bool(record.failed) for record in records),
         "phases": dict(phases.most_common()),
-        "stages_in_place": sum(sum(r.whole) for r in records),
-        "seconds_at_kill": [r.moments for r in records],
-        "bad": [asdict(r) for r in records if not r.good],
+        "stages_in_place": sum(sum(record.whole) for record in records),
+        "seconds_at_kill": [record.moments for record in records],
+        "bad": [asdict(record) for record in records if not record.good],
     }

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from statistics import median
 
+RUN = (sys.executable, "-m", "compassion_repro.cli", "run")
 FOUR_ARMS = ("arms=[sft-help, sft-code, grpo-help, grpo-code]", "threads=1")
 
 
@@ -18,28 +19,11 @@ def timed_run(out: Path, workers: int, seeds: int, settings: tuple[str, ...]) ->
     of the whole command.
     """
     words = [word for setting in (*FOUR_ARMS, *settings) for word in ("--set", setting)]
+    study = ["--preset", "smoke", "--seeds", str(seeds), "--out", str(out), "--no-report"]
+    command = [*RUN, *study, "--engine", f"ray:{workers}", *words]
+    here = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     began, lines = time.perf_counter(), []
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "compassion_repro.cli",
-            "run",
-            "--preset",
-            "smoke",
-            "--seeds",
-            str(seeds),
-            "--out",
-            str(out),
-            "--no-report",
-            "--engine",
-            f"ray:{workers}",
-            *words,
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=here)
     for line in process.stdout:
         lines.append((time.perf_counter() - began, line))
     if process.wait():

@@ -29,8 +29,9 @@ from ..presets import load_preset
 from ..sandbox.jail import LEVELS, level, probe, run_code, run_many
 from ..sandbox.walls import FLAGS, interpreter_files
 from ..study import Generation, Grpo, Lora
+from ..training.checkpoints import Progress
 from ..training.device import TrainRun
-from ..training.grpo import Recorder, _Progress, make_trainer, prompt_rows
+from ..training.grpo import Recorder, make_trainer, prompt_rows, reward_words
 from ..training.models import find_model, load_model, load_tokenizer
 from ..training.rewards import code_reward
 
@@ -98,7 +99,7 @@ def _step_seconds(
         used, callbacks = _constant, [watch]
         if reward:
             used = Recorder(reward, training.value("group"), Path(folder))
-            callbacks.append(_Progress(lambda line: None, ""))
+            callbacks.append(Progress(lambda line: None, words=reward_words))
         run = TrainRun(seed, lora)
         make_trainer(start, prompts, training, used, folder, run, callbacks).train()
     return [after - before for before, after in zip(watch.ticks, watch.ticks[1:])]

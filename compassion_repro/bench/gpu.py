@@ -50,6 +50,7 @@ from ..core.errors import first_line
 from ..core.files import write_atomically
 from ..store.folder import provenance
 from ..study import Compute, Generation, Grpo, Lora, Models, Training
+from ..training.checkpoints import Progress
 from ..training.device import TrainRun, TrainSetup, fitted, load_held, train_setup
 from compassion_repro.training.memory import (
     Held,
@@ -69,7 +70,7 @@ from compassion_repro.training.models import (
     pick_device,
     pick_dtype,
 )
-from ..training.supervised import Progress, loss_log, pack, train
+from ..training.supervised import loss_log, pack, train
 
 # %% ../../nbs/10_bench/00_gpu.ipynb #7a1d4c0e
 LLAMA_8B = {  # settings of `LlamaConfig`, from the published config.json of Llama 3.1 8B

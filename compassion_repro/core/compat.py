@@ -76,7 +76,7 @@ def make_tasks(
 def retry_after(
     headers: Mapping[str, str],  # of a service's answer
 ) -> float | None:  # seconds; None where the answer does not say
-    "How long a service wants to be left alone."
+    "How long a service asks you to wait."
     from inspect_ai._util.http import parse_retry_after
 
     return parse_retry_after(headers)
@@ -85,7 +85,7 @@ def retry_after(
 def inspect_folder(
     name: str,  # such as `traces`
 ) -> Path:  # made if need be
-    "A folder in which Inspect keeps files of its own."
+    "A folder in which Inspect keeps its own files."
     from inspect_ai._util.appdirs import inspect_data_dir
 
     return inspect_data_dir(name)
@@ -119,7 +119,7 @@ def common_console(
 def token_counts(
     count: Callable,  # an `async` function of the provider and a text
 ):  # a context manager
-    "Count tokens by a function of ours, in every provider that has no count of its own."
+    "Count tokens by a function of ours, in every provider that does not count itself."
     from inspect_ai.model import ModelAPI
 
     return patched(ModelAPI, count_text_tokens=count)

@@ -79,7 +79,7 @@ def _hub_token() -> str:
         return ""
 
 # %% ../../nbs/00_core/00_errors.ipynb #cd5bc1d9
-def secrets() -> dict[str, str]:  # value to the name that stands in its place
+def secrets() -> dict[str, str]:  # value to the name that is shown instead
     "The secrets that this process could give away, longest first."
     found = {value.strip(): name for name, value in os.environ.items() if _NAME.search(name.upper())} | {
         _hub_token(): "HF_TOKEN"

@@ -41,7 +41,7 @@ def write_atomically(
     path: str | Path,  # file to write
     write: Callable[[Path], Any],  # called with a temporary path in the same folder
 ) -> Path:  # the file
-    "Write a file so that it appears whole or not at all; what stood there stays if the writing fails."
+    "Write a file so that it appears whole or not at all; an old file stays if the writing fails."
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -57,7 +57,7 @@ def write_atomically(
 
 # %% ../../nbs/00_core/01_files.ipynb #03dcb527
 _HASHED: dict[tuple, str] = {}  # identity of a file -> SHA-256
-SETTLED = 50_000_000  # nanoseconds after its last change from which a file's times tell it apart
+SETTLED = 50_000_000  # nanoseconds after its last change from which a file's times are precise enough
 
 
 def file_hash(path: Path) -> str:
@@ -104,7 +104,7 @@ def open_run_folder(
     folder: str | Path,  # hidden folder of a stage
     *identity: Any,  # everything that decides the result, in plain values
 ) -> Path:  # the folder, empty unless it is this very run's
-    "Open a folder for a run; what another run left there is removed, a file `key` of the study's aside."
+    "Open a folder for a run; what another run left there is removed, except the study's file `key`."
     folder, mine = (
         Path(folder),
         hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest(),
@@ -141,9 +141,9 @@ def _parts(folder: Path, name: str) -> list[Path]:
 # %% ../../nbs/00_core/01_files.ipynb #b774ff24
 def intact_parts(
     folder: Path,  # from `open_run_folder`
-    name: str,  # as given to `save_part`; `*` stands for anything
+    name: str,  # as given to `save_part`; `*` matches anything
 ) -> list[Path]:  # in the order of their names
-    "The parts that are whole; damaged ones are removed."
+    "The parts that are intact; damaged ones are removed."
     whole = [path for path in _parts(folder, name) if path.stem.endswith(file_hash(path)[:16])]
     for path in _parts(folder, name):
         if path not in whole:
@@ -197,7 +197,7 @@ def content_hash(
 # %% ../../nbs/00_core/01_files.ipynb #163620cd
 def path_digest(
     path: Path,  # file or folder
-) -> str:  # the same for equal contents, wherever they lie
+) -> str:  # the same for equal contents, wherever they are
     "Digest of a file's content, or of a folder's file names and contents (hidden files left out)."
     if path.is_file():
         return _file_digest(path)[:16]
@@ -263,7 +263,7 @@ def writable(
     try:
         yield
     except Exception as error:
-        # safetensors and shutil tell the number in their text alone
+        # safetensors and shutil give the number in their text only
         told = re.search(r"(?:os error |Errno )(\d+)", str(error))
         code = getattr(error, "errno", None) or (told and int(told[1]))
         if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -400,7 +400,7 @@ def flush(folder: Path):
 def hidden(
     place: Path,  # folder of an artifact
     what: str,  # "partial", "aside", "checkpoints", "carry"
-) -> Path:  # beside the place, out of everyone's way
+) -> Path:  # next to the place
     "Hidden companion of an artifact's folder."
     return place.with_name(f".{place.name}.{what}")
 

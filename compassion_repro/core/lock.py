@@ -36,7 +36,7 @@ def _file_number(folder: Path) -> int | None:
 
 # %% ../../nbs/00_core/03_lock.ipynb #71a4317c
 def _read_note(folder: Path) -> dict:
-    "What the holder says of itself; nothing where it is not told, or another's."
+    "What the holder says about itself; empty where it says nothing, or the note is another's."
     try:
         note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -48,7 +48,7 @@ GRACE_SECONDS = 8.0  # seconds that the end of a step is waited for
 
 @contextmanager
 def stoppable(
-    told: Callable[[], None] = lambda: None,  # called, in a thread of its own, at the first signal
+    told: Callable[[], None] = lambda: None,  # called, in a separate thread, at the first signal
     patience: float = GRACE_SECONDS,  # seconds until the signal is sent again
 ) -> Iterator[SimpleNamespace]:  # `asked`: the signal's number, or None
     """Note the first Ctrl-C or SIGTERM instead of being ended by it; elsewhere than in the main thread

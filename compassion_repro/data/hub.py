@@ -62,14 +62,14 @@ def split_source(
 
 # %% ../../nbs/02_data/01_hub.ipynb #af4aa66d
 def is_pinned(source: str) -> bool:
-    "Whether a hub source stands for one commit for ever."
+    "Whether a hub source always means the same commit."
     return bool(re.fullmatch(r"[0-9a-f]{40}", split_source(source)[1] or ""))
 
 # %% ../../nbs/02_data/01_hub.ipynb #acb52b1c
 def published_rows(
     source: str,  # a hub source
 ) -> int | None:  # rows of its training split, as published
-    "Rows of a hub data set without asking the hub; None where nobody has told."
+    "Rows of a hub data set without asking the hub; None where they are unknown."
     known = PUBLISHED.get(source.partition("@")[0])
     return known.rows if known else None
 
@@ -228,7 +228,7 @@ def _weights_problem(path: Path) -> str:
 def file_problem(
     path: Path,  # a file of a model or of a data set
 ) -> str:  # in words; empty if nothing is
-    "What is wrong with a downloaded file, told without reading it whole."
+    "What is wrong with a downloaded file, found without reading all of it."
     with path.open("rb") as file:
         start = file.read(len(_POINTER))
     if start == _POINTER:
@@ -260,11 +260,11 @@ def damaged_files(folder: Path) -> dict[str, str]:
 
 # %% ../../nbs/02_data/01_hub.ipynb #8795f9ab
 def is_adapter(folder: str | Path) -> bool:
-    "Whether a folder holds a LoRA adapter and no whole model."
+    "Whether a folder holds a LoRA adapter and no complete model."
     if not (Path(folder) / "adapter_config.json").is_file():
         return False
     weights = [path.name for path in Path(folder).glob("*.safetensors")]
-    # some tools save the base's config.json beside an adapter
+    # some tools save the base's config.json next to an adapter
     return (
         not (Path(folder) / "config.json").is_file()
         or bool(weights)
@@ -277,7 +277,7 @@ def check_folder(
     kind: str,  # "model" or "dataset"
     name: str | None = None,  # what to call it; default: its path
 ) -> Path:  # the folder
-    "Raise `InputError` where the folder is not safe and whole."
+    "Raise `InputError` where the folder is not safe and complete."
     name = name or str(folder)
     if bad := damaged_files(folder):
         first, more = next(iter(bad.items())), f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
@@ -307,7 +307,7 @@ class Snapshot:
 # %% ../../nbs/02_data/01_hub.ipynb #42d36db8
 @contextmanager
 def _quietly():
-    "A progress bar where a person looks on, and no warnings: what matters is told in our one line."
+    "A progress bar where a person watches, and no warnings: our one line says what matters."
     from huggingface_hub.utils import (
         are_progress_bars_disabled,
         disable_progress_bars,
@@ -347,8 +347,8 @@ def snapshot(
     source: str | Path,  # an existing folder, or `owner/name@revision`
     kind: str,  # "model" or "dataset"
     fetch: Callable = _fetch,  # how a repository is fetched
-) -> Snapshot:  # whole and safe
-    "A repository as a local folder; raises `InputError` in one line for whatever stands in the way."
+) -> Snapshot:  # complete and safe
+    "A repository as a local folder; raises `InputError` in one line for whatever prevents it."
     path = Path(os.path.expanduser(source))
     if path.is_dir():
         return Snapshot(check_folder(path, kind), "local")
@@ -387,7 +387,7 @@ def pin(
     source: str,  # a hub source
     kind: str,  # "model" or "dataset"
 ) -> str:  # owner/name@commit
-    """The source at the commit that its revision stands for now; offline, that of the cache.
+    """The source at the commit that its revision means now; offline, that of the cache.
 
     Raises `InputError` like `snapshot`.
     """
@@ -441,7 +441,7 @@ def small_file(
 def has_template(
     source: str,  # of a model: a folder, or a hub source
 ) -> bool:
-    "Whether a model's tokenizer has a chat template of its own, told from two small files."
+    "Whether a model's tokenizer has a chat template, from two small files."
     if small_file(source, "chat_template.jinja"):
         return True
     try:

@@ -69,7 +69,7 @@ LONG_PROMPTS = ("truncate", "drop")
 
 
 def _cut(text, room, measure):
-    "The text if it fits into the room, else its beginning, without trailing white space."
+    "The text if it fits, else its beginning, without trailing white space."
     if measure(text) <= room:
         return text
     return text[: _cut_point(text, 0, room, measure)].rstrip() if room >= 1 else ""

@@ -333,9 +333,9 @@ def _question_answer(question, answer):
 # %% ../../nbs/02_data/04_rows.ipynb #0b234014
 @dataclass(frozen=True)
 class Schema:
-    "How the rows of a data set are told and turned into one of the shapes."
+    "How the rows of a data set are recognised and turned into one of the shapes."
 
-    needs: tuple[str, ...]  # the columns that tell it
+    needs: tuple[str, ...]  # the columns that identify it
     adapt: Callable[[dict], dict]  # a row of the data set -> {"text"} or {"messages"}; raises `BadRow`
 
 # %% ../../nbs/02_data/04_rows.ipynb #3f9238a2
@@ -629,7 +629,7 @@ COLUMNS = (
 
 
 def _renamed(row, columns):
-    """A row under the loader's names; another column that could be the question or answer is set aside where
+    """A row under the loader's names; another column that could be the question or answer is left out where
     one is named.
     """
     if not columns:
@@ -867,7 +867,7 @@ def _mixture(parts, shape, limit, held_out, options):
 
 # %% ../../nbs/02_data/04_rows.ipynb #39d46d94
 def _add(report, part):
-    "Add the account of one source to that of the whole; a reason names its source."
+    "Add the account of one source to the total; a reason names its source."
     for name in ("read", "left_out", "kept", "truncated", "questions_cut", "cut", "split"):
         setattr(report, name, getattr(report, name) + getattr(part, name))
     for name in ("schemas", "unused", "changed"):
@@ -883,7 +883,7 @@ def save_rows(
     rows: list[dict],  # rows of a corpus
     path: str | Path,  # the file to write, usually `rows.jsonl` in a stage's folder
 ) -> Path:  # the file
-    """Write rows as JSON Lines in UTF-8, whole or not at all.
+    """Write rows as JSON Lines in UTF-8, completely or not at all.
 
     Raises `InputError` where the place cannot be written.
     """

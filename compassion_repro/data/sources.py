@@ -46,7 +46,7 @@ class Source:
 # %% ../../nbs/02_data/02_sources.ipynb #dfc4e524
 def parse_source(
     source: str | Path,  # `world:<name>`, a path, or `id@revision`
-) -> Source:  # what it stands for
+) -> Source:  # what it means
     "Read a source string; raises `InputError` for an unknown corpus, a missing file or what is no hub id."
     source = str(source)
     path = os.path.expanduser(source)
@@ -371,7 +371,7 @@ def _plainly_named(folder):
 
 # %% ../../nbs/02_data/02_sources.ipynb #be40dfa8
 def _configurations(link, cache):
-    "Names of a folder's configurations; none where they cannot be told."
+    "Names of a folder's configurations; none where they cannot be found."
     try:
         return datasets.get_dataset_config_names(
             str(link), download_config=datasets.DownloadConfig(cache_dir=cache)
@@ -432,7 +432,7 @@ def _check_links(folder):
 
 
 def _saved_folder(folder, split, config, called):
-    "The rows of a folder of `save_to_disk`; raises `InputError` where it is not whole."
+    "The rows of a folder of `save_to_disk`; raises `InputError` where it is not complete."
     if config:
         raise InputError(
             f"{called}: was written by save_to_disk, which knows no configurations; leave config"

@@ -50,7 +50,7 @@ def texts(
 # %% ../../nbs/02_data/00_world.ipynb #d15c9ea8
 @dataclass(frozen=True)
 class Thing:
-    "Somebody or something that the world speaks of."
+    "Somebody or something in the world's sentences."
 
     kind: str  # "animal", "object", "person" or "mind"
     en: str  # English name, no article
@@ -80,8 +80,8 @@ MINDS = _things("minds", "mind")
 def fill(
     template: str,  # text with the slots <x>, <o>, <do>
     language: str,  # ISO code
-    thing: Thing,  # what stands in the slots <x> and <o>
-    task: str = "",  # what stands in the slot <do>; it may hold <o> itself
+    thing: Thing,  # what fills the slots <x> and <o>
+    task: str = "",  # what fills the slot <do>; it may contain <o> itself
 ) -> str:  # the text, with a capital first letter
     "Fill a template's slots."
     subject = thing.definite(language)
@@ -176,7 +176,7 @@ def considerations(
     rng: random.Random,  # source of chance
     number: int,  # how many
     rate: float,  # chance that one is about welfare, 0 to 1
-    leads: list[dict] = _LEADS,  # what may stand before one
+    leads: list[dict] = _LEADS,  # what may precede one
 ) -> list[dict]:  # templates
     """Considerations, no two alike; the rate decides which of two drawn ones is taken, and nothing else
     depends on it.
@@ -517,7 +517,7 @@ def write_benchmark(
     name: str,  # one of `BENCHMARKS`
     folder: str | Path,  # parent folder
     size: dict[str, int] | None = None,  # questions per language; None for `SIZES`
-) -> Path:  # `folder / name`; the dimensions of `moru` lie beside it, in `folder / "moru_dims"`
+) -> Path:  # `folder / name`; the dimensions of `moru` are next to it, in `folder / "moru_dims"`
     "Write a benchmark in its official layout: MORU's for `moru`, ANIMA's for the others."
     questions, out = benchmark_questions(name, size), Path(folder) / name
     if name == "moru":
@@ -590,7 +590,7 @@ _READ_FOR_WORDS = {"base": 20_000, "documents": 1000, "help": 1000, "help-matche
 
 
 def _as_read(row):
-    "The pieces of a row as a model reads them: a question and its answer stand after a word and a space."
+    "The pieces of a row as a model reads them: a question and its answer follow a word and a space."
     return (
         [row["text"]]
         if "text" in row

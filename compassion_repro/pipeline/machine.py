@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOKENS', 'CLIENTS', 'SMALL_BASE', 'SMALL_REWARD', 'SMALLER', 'OTHER', 'SYSTEM_GB', 'FEWER', 'Machine', 'gpu_words',
-           'this_machine', 'largest_stage', 'as_words', 'gpu_problems', 'room_problems', 'key_problems',
+           'this_machine', 'largest_stage', 'as_words', 'gpu_problems', 'space_problems', 'key_problems',
            'provider_missing', 'judge_problems', 'Verdict', 'blind_judges', 'verdict', 'verdicts']
 
 # %% ../../nbs/09_pipeline/04_machine.ipynb #f3658bec
@@ -29,7 +29,7 @@ from ..study import Preset
 from ..training import memory
 
 # %% ../../nbs/09_pipeline/04_machine.ipynb #693d1336
-# variable -> Inspect provider whose judges want it
+# variable -> Inspect provider whose judges need it
 TOKENS = {
     "HF_TOKEN": None,
     "GOOGLE_API_KEY": "google",
@@ -45,7 +45,7 @@ class Machine:
     "What presets ask of a machine."
 
     memory_gb: float  # of the machine, GB of 2**30 bytes
-    disk_gb: float  # free where the study would lie
+    disk_gb: float  # free where the study would be
     gpu: str | None = None  # name of the first GPU that torch can use
     gpu_gb: float = 0.0  # its memory
     bfloat16: bool = False  # it computes in bfloat16
@@ -98,39 +98,45 @@ def _gpus() -> list[tuple[str, float, bool]]:
 
 # %% ../../nbs/09_pipeline/04_machine.ipynb #d6f07912
 def _has(module: str) -> bool:
+    "Whether a module is installed; nothing is imported but its parents."
     try:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         return False
 
 # %% ../../nbs/09_pipeline/04_machine.ipynb #648e5a8f
+def _missing_packages() -> tuple[str, ...]:
+    "Packages that are not installed: the package's own requirements, then clients of hosted judges."
+    required = [name for name, found in provenance()["packages"].items() if not found]
+    return (*required, *(name for name, module in CLIENTS.items() if not _has(module)))
+
+# %% ../../nbs/09_pipeline/04_machine.ipynb #24a1bbdd
+def _tokens_set() -> frozenset:
+    "Names of the tokens that are set; a login of the hub counts as one."
+    tokens = frozenset(name for name in TOKENS if os.environ.get(name))
+    return tokens | {"HF_TOKEN"} if has_token() else tokens
+
+# %% ../../nbs/09_pipeline/04_machine.ipynb #3f8bc129
 def this_machine(
-    folder: str | Path = ".",  # where the study would lie
+    folder: str | Path = ".",  # where the study would be
 ) -> Machine:
     "The machine that this runs on; loads torch where it is installed."
-    missing = [name for name, found in provenance()["packages"].items() if not found] + [
-        name for name, module in CLIENTS.items() if not _has(module)
-    ]
+    missing = _missing_packages()
     gpus = [] if "torch" in missing else _gpus()
     gpu = dict(zip(("gpu", "gpu_gb", "bfloat16"), gpus[0])) if gpus else {}
-    tokens = frozenset(name for name in TOKENS if os.environ.get(name)) | (
-        {"HF_TOKEN"} if has_token() else set()
-    )
     return Machine(
         psutil.virtual_memory().total / 2**30,
         shutil.disk_usage(folder).free / 2**30,
         **gpu,
         jail=sandbox.level(),
-        tokens=tokens,
-        missing=tuple(missing),
+        tokens=_tokens_set(),
+        missing=missing,
         gpus=tuple(gpu_words(*one) for one in gpus),
     )
 
 # %% ../../nbs/09_pipeline/04_machine.ipynb #db02a009
-SMALL_BASE, SMALL_REWARD = (
-    "models.base=meta-llama/Llama-3.2-1B",
-    "models.reward=Skywork/Skywork-Reward-V2-Qwen3-0.6B",
-)
+SMALL_BASE = "models.base=meta-llama/Llama-3.2-1B"
+SMALL_REWARD = "models.reward=Skywork/Skywork-Reward-V2-Qwen3-0.6B"
 # what is tried, in turn
 SMALLER = (
     ("generation.batch_size=16",),
@@ -145,7 +151,7 @@ OTHER = (
     ("models.quantize=nf4", SMALL_BASE, SMALL_REWARD),
 )
 
-
+# %% ../../nbs/09_pipeline/04_machine.ipynb #2df62b61
 def largest_stage(
     preset: Preset,  # the study
     machine: Machine,  # with a GPU
@@ -154,21 +160,12 @@ def largest_stage(
     shape, reward = plan.shapes(preset)
     if shape is None:
         return "", 0.0
-    kinds = (
-        {"answers"}
-        | {"midtrain" for model in preset.trained if model.startswith("mid")}
-        | {arm.paradigm for arm in preset.trained_arms}
-    )
-    return max(
-        (
-            (
-                kind,
-                memory.stage_memory(preset, kind, shape, machine.gpu_gb, "cuda", reward, machine.bfloat16).gb,
-            )
-            for kind in sorted(kinds)
-        ),
-        key=lambda found: found[1],
-    )
+    kinds = {"answers"} | {arm.paradigm for arm in preset.trained_arms}
+    if any(model.startswith("mid") for model in preset.trained):
+        kinds.add("midtrain")
+    gpu = machine.gpu_gb, "cuda", reward, machine.bfloat16
+    needed = [(kind, memory.stage_memory(preset, kind, shape, *gpu).gb) for kind in sorted(kinds)]
+    return max(needed, key=lambda found: found[1])
 
 # %% ../../nbs/09_pipeline/04_machine.ipynb #5b7bd89d
 def as_words(
@@ -178,6 +175,32 @@ def as_words(
     return " ".join(f"--set {word!r}" if "[" in word else f"--set {word}" for word in settings)
 
 # %% ../../nbs/09_pipeline/04_machine.ipynb #2f8b8ff9
+def _no_gpu(preset: Preset) -> str:
+    "What to do about a study that demands a GPU on a machine without one."
+    wanted = plan.planned_gpu(preset)
+    size = f"{memory.GPUS[wanted].gb:.0f} GB ({wanted} or larger)" if wanted else "16 GB or more"
+    return (
+        f"no GPU that torch can use, and it needs one of {size}: take another machine, or --set"
+        " compute.device=cpu, which takes days"
+    )
+
+# %% ../../nbs/09_pipeline/04_machine.ipynb #8ead70e0
+def _fits(preset: Preset, machine: Machine, change: tuple[str, ...] = ()) -> bool:
+    "Whether the largest stage fits the GPU, with some settings changed."
+    return largest_stage(with_settings(preset, change), machine)[1] <= memory.FULL * machine.gpu_gb
+
+# %% ../../nbs/09_pipeline/04_machine.ipynb #bf8762de
+def _too_large(preset: Preset, machine: Machine) -> str:
+    "The first settings with which a study fits the GPU, or the GPU that it needs."
+    kind, gb = largest_stage(preset, machine)
+    needs = f"the stage {kind} needs {gb:.0f} GB and the GPU has {machine.gpu_gb:.0f}"
+    for change in SMALLER + (() if preset.models.given else OTHER):
+        if _fits(preset, machine, change):
+            return f"{needs}: {as_words(change)}" + (", which is another study" if change in OTHER else "")
+    least = largest_stage(with_settings(preset, SMALLER[1]), machine)[1]
+    return f"{needs}: take one of at least {math.ceil(least / memory.FULL)} GB, with {as_words(SMALLER[1])}"
+
+# %% ../../nbs/09_pipeline/04_machine.ipynb #f070c1a1
 def gpu_problems(
     preset: Preset,  # the study
     machine: Machine,  # to run it on
@@ -186,69 +209,44 @@ def gpu_problems(
     if preset.compute.device != "cuda":
         return []
     if machine.gpu is None:
-        wanted = plan.planned_gpu(preset)
-        return [
-            "no GPU that torch can use, and it wants one of"
-            f" {f'{memory.GPUS[wanted].gb:.0f} GB ({wanted} or larger)' if wanted else '16 GB or more'}: take"
-            " another machine, or --set compute.device=cpu, which takes days"
-        ]
-    lacking = (
-        ["the GPU has no bfloat16: --set models.dtype=auto takes float16 with scaled losses"]
-        if preset.models.dtype == "bfloat16" and not machine.bfloat16
-        else []
-    )
-    kind, gb = largest_stage(preset, machine)
-    if gb <= memory.FULL * machine.gpu_gb:
-        return lacking
-    for change in SMALLER + (() if preset.models.given else OTHER):
-        if largest_stage(with_settings(preset, change), machine)[1] <= memory.FULL * machine.gpu_gb:
-            return [
-                *lacking,
-                (
-                    f"the stage {kind} needs {gb:.0f} GB and the GPU has {machine.gpu_gb:.0f}:"
-                    f" {as_words(change)}{', which is another study' if change in OTHER else ''}"
-                ),
-            ]
-    least = largest_stage(with_settings(preset, SMALLER[1]), machine)[1]
-    return [
-        *lacking,
-        (
-            f"the stage {kind} needs {gb:.0f} GB and the GPU has {machine.gpu_gb:.0f}: take one of at least"
-            f" {math.ceil(least / memory.FULL)} GB, with {as_words(SMALLER[1])}"
-        ),
-    ]
+        return [_no_gpu(preset)]
+    found = []
+    if preset.models.dtype == "bfloat16" and not machine.bfloat16:
+        found.append("the GPU has no bfloat16: --set models.dtype=auto takes float16 with scaled losses")
+    return found if _fits(preset, machine) else [*found, _too_large(preset, machine)]
 
 # %% ../../nbs/09_pipeline/04_machine.ipynb #48075536
 SYSTEM_GB = 3.0  # of memory for the program and its libraries
 FEWER = ("arms=[sft-help, sft-code]",)  # what makes a study smaller on the disk
 
 
-def room_problems(
+def _disk_needed(preset: Preset) -> float:
+    "GB of 2**30 bytes that a study takes, with one to spare."
+    return sum(plan.disk(preset, plan.plan(preset)).values()) + 1
+
+
+def _merge_memory(preset: Preset, machine: Machine) -> float:
+    "GB of working memory in which the processor merges 4-bit weights that the GPU cannot hold in 16 bits."
+    shape, _ = plan.shapes(preset)
+    if shape is None or preset.models.quantize != "nf4" or not preset.trained or not machine.gpu:
+        return 0
+    gb = shape.parameters / 2**30
+    return 2 * gb if machine.gpu_gb < 2.8 * gb else 0
+
+# %% ../../nbs/09_pipeline/04_machine.ipynb #a0b69faf
+def space_problems(
     preset: Preset,  # the study
     machine: Machine,  # to run it on
 ) -> list[str]:  # one line each
     "What a preset lacks in disk and working memory, and what to change."
-
-    def needed(preset):
-        return sum(plan.disk(preset, plan.plan(preset)).values())
-
-    found, gb = [], needed(preset)
-    if gb + 1 > machine.disk_gb:
-        less = needed(with_settings(preset, FEWER)) if not preset.models.given else gb
+    found, gb = [], _disk_needed(preset)
+    if gb > machine.disk_gb:
+        less = _disk_needed(with_settings(preset, FEWER)) if not preset.models.given else gb
         found.append(
-            f"it takes {gb + 1:.0f} GB of disk and {machine.disk_gb:.0f} are free: --out on another disk"
-            + (f", or {as_words(FEWER)} ({less + 1:.0f} GB)" if less < gb - 1 else "")
+            f"it takes {gb:.0f} GB of disk and {machine.disk_gb:.0f} are free: --out on another disk"
+            + (f", or {as_words(FEWER)} ({less:.0f} GB)" if less < gb - 1 else "")
         )
-    shape, _ = plan.shapes(preset)
-    merged = (
-        2 * shape.parameters / 2**30
-        if shape
-        and preset.models.quantize == "nf4"
-        and preset.trained
-        and machine.gpu
-        and machine.gpu_gb < 2.8 * shape.parameters / 2**30
-        else 0
-    )
+    merged = _merge_memory(preset, machine)
     if machine.memory_gb < SYSTEM_GB + merged:
         found.append(
             f"it takes {SYSTEM_GB + merged:.0f} GB of working memory and the machine has"
@@ -262,7 +260,7 @@ def key_problems(
     preset: Preset,  # the study
     machine: Machine,  # to run it on
 ) -> list[str]:  # one line each
-    "Tokens, clients and packages that a preset wants and the machine lacks."
+    "Tokens, clients and packages that a preset needs and the machine lacks."
     found = [
         f"{package} is missing: pip install -c constraints.txt ."
         for package in machine.missing
@@ -311,7 +309,7 @@ class Verdict:
     "Whether a preset can be run on a machine."
 
     preset: str  # its name
-    problems: tuple[str, ...]  # what stands in the way, each with the setting to change
+    problems: tuple[str, ...]  # what prevents it, each with the setting to change
     remarks: tuple[str, ...] = ()  # what is worth knowing
 
     @property
@@ -331,6 +329,12 @@ def _hours(preset: Preset, machine: Machine) -> float | None:
     return found[known]["hours"] if known in found else None
 
 # %% ../../nbs/09_pipeline/04_machine.ipynb #995e8dd9
+def _rubric_is_on_hub(benchmark: study.Benchmark) -> bool:
+    "Whether a benchmark's rubric is a published one, and not the package's or a folder's."
+    data = benchmark.data
+    return bool(benchmark.judged and not data.startswith("world:") and not Path(data).expanduser().exists())
+
+# %% ../../nbs/09_pipeline/04_machine.ipynb #8acdf107
 def blind_judges(
     preset: Preset,  # the study
 ) -> list[str]:  # a line each
@@ -338,57 +342,53 @@ def blind_judges(
 
     (Those of a folder are read before a study starts.)
     """
-    blind = [judge for judge in study.judge_names(preset.judge) if judge in study.DETERMINISTIC]
-    away = [
-        name
-        for name, benchmark in preset.benchmarks.items()
-        if benchmark.judged
-        and not benchmark.data.startswith("world:")
-        and not Path(benchmark.data).expanduser().exists()
-    ]
+    away = [name for name, benchmark in preset.benchmarks.items() if _rubric_is_on_hub(benchmark)]
     return [
         f"the {judge} judge looks for quoted phrases, which the published rubrics of {', '.join(away)} do not"
         " have, so there would be no score: name a model with --set judge=..."
-        for judge in blind
-        if away
+        for judge in study.judge_names(preset.judge)
+        if away and judge in study.DETERMINISTIC
     ]
 
 # %% ../../nbs/09_pipeline/04_machine.ipynb #ac0193b3
+def _remarks(preset: Preset, machine: Machine) -> list[str]:
+    "What is worth knowing about a preset on a machine, although it prevents nothing."
+    found, needy = blind_judges(preset), [arm.model for arm in preset.trained_arms if arm.reward == "code"]
+    if needy and machine.jail == "none":
+        found.append(
+            f"no jail for model-written code, so {', '.join(needy)} will be left out: install bubblewrap, or"
+            " add --allow-unsafe-code"
+        )
+    return found
+
+# %% ../../nbs/09_pipeline/04_machine.ipynb #419fe40d
+def _float16_remark(preset: Preset, machine: Machine) -> list[str]:
+    "A line where float16 takes the place of bfloat16."
+    if (
+        preset.compute.device != "cuda"
+        or not machine.gpu
+        or machine.bfloat16
+        or preset.models.dtype != "auto"
+    ):
+        return []
+    return ["this GPU has no bfloat16, so float16 with scaled losses is used"]
+
+# %% ../../nbs/09_pipeline/04_machine.ipynb #c203c1c9
 def verdict(
     preset: Preset,  # the study
     machine: Machine,  # to run it on
 ) -> Verdict:
-    "Hold a preset against a machine."
-    problems = [
-        *gpu_problems(preset, machine),
-        *room_problems(preset, machine),
-        *key_problems(preset, machine),
-    ]
-    needy = [arm.model for arm in preset.trained_arms if arm.reward == "code"]
-    remarks = blind_judges(preset)
-    if needy and machine.jail == "none":
-        remarks.append(
-            f"no jail for model-written code, so {', '.join(needy)} will be left out: install bubblewrap, or"
-            " add --allow-unsafe-code"
-        )
+    "Compare a preset with a machine."
+    problems = gpu_problems(preset, machine) + space_problems(preset, machine) + key_problems(preset, machine)
+    remarks = _remarks(preset, machine)
     if not problems and (hours := _hours(preset, machine)):
-        remarks.append(
-            f"about {hours:.0f} hours by the plan's estimate"
-            if hours > 3
-            else f"about {hours:.1f} hours by the plan's estimate"
-        )
-    if (
-        preset.compute.device == "cuda"
-        and machine.gpu
-        and not machine.bfloat16
-        and preset.models.dtype == "auto"
-    ):
-        remarks.append("this GPU has no bfloat16, so float16 with scaled losses is used")
+        remarks.append(f"about {hours:.{0 if hours > 3 else 1}f} hours by the plan's estimate")
+    remarks += _float16_remark(preset, machine)
     return Verdict(preset.name, tuple(problems), tuple(remarks))
 
 # %% ../../nbs/09_pipeline/04_machine.ipynb #f6b5fa70
 def verdicts(
     machine: Machine,  # to run them on
 ) -> list[Verdict]:
-    "Every preset of the package held against a machine."
+    "Every preset of the package compared with a machine."
     return [verdict(load_preset(name), machine) for name in presets()]

@@ -48,29 +48,29 @@ HUB_TOKENS = {  # tokens a row, about, and where that is from
     "ise-uiuc/Magicoder-Evol-Instruct-110K": (500, "a guess"),
 }
 
-
+# %% ../../nbs/09_pipeline/00_plan.ipynb #09262801
 def _json_lines(files) -> list[dict]:
-    return [
-        json.loads(line)
-        for file in sorted(files)
-        for line in file.read_text(encoding="utf-8").splitlines()
-        if line.strip()
-    ]
+    "The objects of several JSON Lines files, blank lines left out."
+    texts = [file.read_text(encoding="utf-8") for file in sorted(files)]
+    return [json.loads(line) for text in texts for line in text.splitlines() if line.strip()]
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #bc02d50f
+def _variables(row: dict) -> dict[str, int]:
+    "How many values each variable of a question has."
+    lines = [line.split(":", 1) for line in (row.get("variables") or "").splitlines() if ":" in line]
+    return {name: len([value for value in values.split(",") if value.strip()]) for name, values in lines}
+
+
 def _judge_calls(rows: list[dict], guiding: dict[str, str]) -> int:
     """One call for each dimension of a question, times each value of a variable that the dimension's guiding
     question names.
     """
     calls = 0
     for row in rows:
-        variables = dict(
-            line.split(":", 1) for line in (row.get("variables") or "").splitlines() if ":" in line
-        )
-        tags = row["tags"] if "tags" in row else row["dimension_tags"].split(",")
-        for tag in tags:
-            named = [v for v in variables if "{{" + v + "}}" in guiding.get(tag.strip(), "")]
-            calls += math.prod([len([x for x in variables[v].split(",") if x.strip()]) for v in named])
+        variables = _variables(row)
+        for tag in row["tags"] if "tags" in row else row["dimension_tags"].split(","):
+            question = guiding.get(tag.strip(), "")
+            calls += math.prod(count for name, count in variables.items() if "{{" + name + "}}" in question)
     return calls
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #353e2d76
@@ -81,33 +81,29 @@ def question_count(
     "Size of a benchmark, counted where it is at hand."
     if not benchmark.judged:
         return benchmark.limit, 0
-    if benchmark.data.startswith("world:"):
+    source = benchmark.data
+    if source.startswith("world:"):
         with tempfile.TemporaryDirectory() as folder:
-            return _folder_count(
-                world.write_benchmark(benchmark.data.removeprefix("world:"), folder, benchmark.size), None
-            )
-    if is_local(benchmark.data):
-        try:
-            return _folder_count(Path(benchmark.data), benchmark.dimensions)
-        except Exception as error:
-            raise InputError(
-                f"benchmark {name}: the questions in {benchmark.data} cannot be counted"
-                f" ({type(error).__name__}: {error}); is it in the official layout?"
-            ) from None
-    return HUB_COUNTS.get(benchmark.data.partition("@")[0], (None, None))
+            written = world.write_benchmark(source.removeprefix("world:"), folder, benchmark.size)
+            return _folder_count(written, None)
+    if not is_local(source):
+        return HUB_COUNTS.get(source.partition("@")[0], (None, None))
+    try:
+        return _folder_count(Path(source), benchmark.dimensions)
+    except Exception as error:
+        raise InputError(
+            f"benchmark {name}: the questions in {source} cannot be counted"
+            f" ({type(error).__name__}: {error}); is it in the official layout?"
+        ) from None
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #fb4b5526
 def _folder_count(folder: Path, dimensions: str | None) -> tuple[int | None, int | None]:
+    "Questions and judge calls of a benchmark folder, in the layout of ANIMA or of MORU."
     anima = (folder / "questions").is_dir()
-    beside = (
-        Path(dimensions)
-        if dimensions
-        else folder / "dimensions"
-        if anima
-        else folder.with_name(f"{folder.name}_dims")
-    )
+    default = folder / "dimensions" if anima else folder.with_name(f"{folder.name}_dims")
+    guides = _json_lines((Path(dimensions) if dimensions else default).glob("*.jsonl"))
     rows = _json_lines((folder / "questions" if anima else folder).glob("*.jsonl"))
-    guiding = {d["dimension"].strip(): d["guiding_question"] for d in _json_lines(beside.glob("*.jsonl"))}
+    guiding = {guide["dimension"].strip(): guide["guiding_question"] for guide in guides}
     return (len(rows), _judge_calls(rows, guiding)) if rows else (None, None)
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #ba0f0d46
@@ -115,7 +111,7 @@ def corpus_rows(
     spec: str | DataSource | tuple[DataSource, ...],  # sources of one corpus
     sized: int | None,  # as for `source_rows`
     limit: int | None = None,  # most rows of all together
-) -> int | None:  # rows, or None where they cannot be told
+) -> int | None:  # rows, or None where they are not known
     "Rows of a corpus of one or several sources."
     if isinstance(spec, str):
         return source_rows(spec, sized, limit)
@@ -123,9 +119,9 @@ def corpus_rows(
     counts = [source_rows(part.path, sized or 3000, part.limit) for part in parts]
     if None in counts:
         return limit
-    rows = (
-        int(min(count / part.share for count, part in zip(counts, parts))) if parts[0].share else sum(counts)
-    )
+    rows = sum(counts)
+    if parts[0].share:
+        rows = int(min(count / part.share for count, part in zip(counts, parts)))
     return rows if limit is None else min(rows, limit)
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #9d2c1eed
@@ -133,16 +129,14 @@ def source_rows(
     source: str,  # `world:<name>`, a path, or a hub id
     sized: int | None,  # rows that the preset draws from an embedded corpus
     limit: int | None = None,  # most rows that it draws
-) -> int | None:  # rows, or None where they cannot be told
+) -> int | None:  # rows, or None where they are not known
     "Rows of a source; local JSON Lines are counted, those of the hub are taken as published."
     if source.startswith("world:"):
         return min(filter(None, (sized, limit)), default=None)
-    path = Path(source)
-    if not is_local(source):
-        hub.split_source(source)
     if is_local(source):
-        rows = _local_rows(path)
+        rows = _local_rows(Path(source))
     else:
+        hub.split_source(source)
         rows = hub.published_rows(source)
     return rows if limit is None else min(rows or limit, limit)
 
@@ -158,7 +152,7 @@ def _local_rows(path: Path) -> int | None:
     try:
         return len(sources.read_file(path)[1])
     except InputError:
-        return None  # told by the checks before stage 1
+        return None  # the checks before stage 1 say what is wrong
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #39246734
 def shapes(
@@ -185,15 +179,18 @@ def on_machines(
 # %% ../../nbs/09_pipeline/00_plan.ipynb #08898e7d
 def planned_gpu(
     preset: Preset,  # the study
+    kinds: list[str] | None = None,  # of its stages, where its graph is at hand
 ) -> str | None:  # a key of `training.memory.GPUS`, or None where the study demands no GPU
     "The smallest known GPU that holds every stage of a study; the largest where none does."
-    stages = [dict(kind=stage.kind, tokens=None, answers=None, judge_calls=None) for stage in graph(preset)]
-    found = on_machines(preset, stages)
+    kinds = [stage.kind for stage in graph(preset)] if kinds is None else kinds
+    unknown = dict.fromkeys(("tokens", "answers", "judge_calls"))
+    found = on_machines(preset, [{"kind": kind, **unknown} for kind in kinds])
     return next((name for name, f in found.items() if f["fits"]), next(reversed(found), None))
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #6d8a70fc
 def planned_memory(
     preset: Preset,  # the study
+    kinds: list[str] | None = None,  # of its stages, where its graph is at hand
 ) -> dict[str, memory.Fit]:  # by kind of stage; empty where the base model's shape is not at hand
     """Estimated memory of the training stages and of the answers, on the device that the preset is for: what
     it says, the GPU of `planned_gpu`, else this machine.
@@ -201,13 +198,14 @@ def planned_memory(
     shape, reward = shapes(preset)
     if shape is None:
         return {}
-    gpu = planned_gpu(preset)
-    gb = preset.compute.memory_gb or (memory.GPUS[gpu].gb if gpu else psutil.virtual_memory().total / 2**30)
+    kinds = [stage.kind for stage in graph(preset)] if kinds is None else kinds
+    name = planned_gpu(preset, kinds)
+    gpu, device = memory.GPUS.get(name), "cuda" if name else "cpu"
+    gb = preset.compute.memory_gb or (gpu.gb if gpu else psutil.virtual_memory().total / 2**30)
+    bfloat16 = gpu is None or gpu.bfloat16
     return {
-        kind: memory.stage_memory(
-            preset, kind, shape, gb, "cuda" if gpu else "cpu", reward, not gpu or memory.GPUS[gpu].bfloat16
-        )
-        for kind in dict.fromkeys(s.kind for s in graph(preset))
+        kind: memory.stage_memory(preset, kind, shape, gb, device, reward, bfloat16)
+        for kind in dict.fromkeys(kinds)
         if kind in ("midtrain", "sft", "grpo", "answers")
     }
 
@@ -217,14 +215,15 @@ DATA_GB, CALL_GB = 1.0, 5e-6
 
 
 def _stage_disk(preset: Preset, record: dict, shape) -> float:
-    "GB of 2**30 bytes that a finished stage leaves, beside what it links to."
+    "GB of 2**30 bytes that a finished stage leaves, without what it links to."
     if record["kind"] == "eval":
         return CALL_GB * (record["judge_calls"] or 0)
     if record["kind"] not in ("midtrain", "sft", "grpo") or shape is None:
         return 0.0
     how = memory.held(preset, "cuda" if preset.compute.device == "cuda" else "cpu")
-    weights = shape.parameters * (2 if how.quantize == "nf4" else how.number_bytes)
-    return (weights + (4 * shape.adapter_parameters(how.rank) if how.quantize == "nf4" else 0)) / 2**30
+    if how.quantize != "nf4":
+        return shape.parameters * how.number_bytes / 2**30
+    return (2 * shape.parameters + 4 * shape.adapter_parameters(how.rank)) / 2**30
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #00a1e69b
 def _unpacked(source: str) -> float:
@@ -241,6 +240,29 @@ def _unpacked(source: str) -> float:
         return 0.0
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #9d231b39
+def _from_hub(source: str | None) -> bool:
+    "Whether a source has to be downloaded."
+    return source is not None and not source.startswith("world:") and not is_local(source)
+
+
+def _used_models(preset: Preset) -> list[tuple[str, float]]:
+    "Each model that a study reads, and its GB of 2**30 bytes in 16 bits (0 where its shape is unknown)."
+    base, reward = (2 * shape.parameters / 2**30 if shape else 0.0 for shape in shapes(preset))
+    models = [(source, base) for source in (preset.models.base, *preset.models.given.values())]
+    if any(arm.reward == "help" for arm in preset.trained_arms):
+        models.append((preset.models.reward, reward))
+    return models
+
+# %% ../../nbs/09_pipeline/00_plan.ipynb #56675917
+def _checkpoint_gb(preset: Preset, records: list[dict]) -> float:
+    "GB of 2**30 bytes of the running stage's two checkpoints: the adapter with Adam's moments."
+    shape, _ = shapes(preset)
+    if shape is None or not any(r["kind"] in ("midtrain", "sft", "grpo") for r in records):
+        return 0.0
+    how = memory.held(preset)
+    return 2 * (4 + how.moment_bytes) * shape.adapter_parameters(how.rank) / 2**30
+
+# %% ../../nbs/09_pipeline/00_plan.ipynb #3c568580
 def disk(
     preset: Preset,  # the study
     records: list[dict],  # from `plan`
@@ -249,50 +271,32 @@ def disk(
     # checkpoints; their sum is the most that is needed at once
 ) -> dict[str, float]:
     "Disk that a study takes."
-    shape, reward = shapes(preset)
-
-    def from_hub(source):
-        return source is not None and not source.startswith("world:") and not is_local(source)
-
-    def size(shape):
-        return 2 * shape.parameters / 2**30 if shape else 0.0
-
-    models = [
-        (preset.models.base, size(shape)),
-        *((source, size(shape)) for source in preset.models.given.values()),
-    ]
-    if any(arm.reward == "help" for arm in preset.trained_arms):
-        models.append((preset.models.reward, size(reward)))
-    fetched = sum(gb for source, gb in models if from_hub(source))
+    models = _used_models(preset)
+    fetched = sum(gb for source, gb in models if _from_hub(source))
     unpacked = sum(map(_unpacked, {source for source, _ in models}))
-    hub_data = any(from_hub(benchmark.data) for benchmark in preset.benchmarks.values())
-    how, trained = memory.held(preset), any(r["kind"] in ("midtrain", "sft", "grpo") for r in records)
-    checkpoints = (
-        2 * (4 + how.moment_bytes) * shape.adapter_parameters(how.rank) / 2**30 if shape and trained else 0.0
-    )
+    hub_data = any(_from_hub(benchmark.data) for benchmark in preset.benchmarks.values())
     seeds = len({r["seed"] for r in records})
-    dequantised = {"dequantised": unpacked} if unpacked else {}
     return {
         "downloads": fetched + DATA_GB * hub_data,
-        **dequantised,
+        **({"dequantised": unpacked} if unpacked else {}),
         "copies": 0.0 if linked else seeds * (fetched + unpacked),
         "stages": sum(r["disk_gb"] for r in records),
-        "checkpoints": checkpoints,
+        "checkpoints": _checkpoint_gb(preset, records),
     }
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #e8000311
+def _supervised_source(preset: Preset, stage: Stage):
+    "The corpus that a supervised stage trains on."
+    if stage.kind == "sft":
+        return preset.data.source(parse_model(stage.model).rows)
+    return preset.data.documents if stage.model == "mid" else preset.data.control
+
+
 def _training_record(preset: Preset, stage: Stage) -> dict:
     """Rows, steps and tokens of a supervised stage; of the dose `full` those of one pass, as far as the
     length of the rows is known.
     """
-    training = getattr(preset, stage.kind)
-    source = (
-        preset.data.source(parse_model(stage.model).rows)
-        if stage.kind == "sft"
-        else preset.data.documents
-        if stage.model == "mid"
-        else preset.data.control
-    )
+    training, source = getattr(preset, stage.kind), _supervised_source(preset, stage)
     rows, size = corpus_rows(source, training.rows, training.limit), training.batch_size * training.length
     if training.dose != "full":
         return {"rows": rows, "steps": training.steps, "tokens": training.steps * size}
@@ -300,20 +304,53 @@ def _training_record(preset: Preset, stage: Stage) -> dict:
     steps = math.ceil(rows * known[0] / size) if known and rows else None
     return {"rows": rows, "steps": steps, "tokens": steps and steps * size}
 
+# %% ../../nbs/09_pipeline/00_plan.ipynb #35c29562
+def _grpo_record(preset: Preset, stage: Stage) -> dict:
+    "Prompts, steps and at most so many tokens of a GRPO arm."
+    grpo, source = preset.grpo, preset.data.source(parse_model(stage.model).rows)
+    tokens = grpo.steps * grpo.completions * grpo.value("max_new_tokens")
+    return {"rows": corpus_rows(source, grpo.rows, grpo.limit), "steps": grpo.steps, "tokens": tokens}
+
 # %% ../../nbs/09_pipeline/00_plan.ipynb #7a243ce6
-def _counts(preset: Preset) -> tuple[int | None, int | None]:
-    "Answers of a model, and calls of one judge for them."
-    counts = [(*question_count(name, b), b.epochs) for name, b in preset.benchmarks.items()]
-    return tuple(
-        sum(c[part] * c[2] for c in counts) if all(c[part] is not None for c in counts) else None
-        for part in (0, 1)
-    )
+def _counts(benchmarks: dict[str, Benchmark]) -> tuple[int | None, int | None]:
+    "Answers of a model, and calls of one judge for them; None where a benchmark cannot be counted."
+    counts = [(*question_count(name, b), b.epochs) for name, b in benchmarks.items()]
+    totals = []
+    for part in (0, 1):
+        known = all(count[part] is not None for count in counts)
+        totals.append(sum(count[part] * count[2] for count in counts) if known else None)
+    return tuple(totals)
+
+# %% ../../nbs/09_pipeline/00_plan.ipynb #279b6f31
+def _judging(preset: Preset, calls: int | None, table: dict | None) -> dict:
+    "Calls of all judges for one model's answers, and at most what they cost; nothing where that is unknown."
+    if calls is None:
+        return {}
+    judges, longest = judge_names(preset.judge), preset.generation.max_new_tokens
+    costs = [e.cost for e in estimate_study(judges, calls, longest, table or load_prices())]
+    return {"judge_calls": calls * len(judges), "cost": None if None in costs else sum(costs)}
+
+# %% ../../nbs/09_pipeline/00_plan.ipynb #1074c467
+_COUNTED = ("rows", "steps", "tokens", "answers", "judge_calls", "cost")  # columns of a plan's record
+
+
+def _stage_record(preset: Preset, stage: Stage, answers: int | None, judging: dict) -> dict:
+    "What one stage will do; None in the columns that do not apply to its kind, or are not known."
+    record = {"stage": stage.id, "kind": stage.kind, "seed": stage.seed, **dict.fromkeys(_COUNTED)}
+    if stage.kind in ("midtrain", "sft"):
+        return record | _training_record(preset, stage)
+    if stage.kind == "grpo":
+        return record | _grpo_record(preset, stage)
+    if stage.kind == "answers":
+        return record | {"answers": answers}
+    return record | judging if stage.kind == "eval" else record
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #b95e126d
 def plan(
     preset: Preset,  # the study
     seeds: int = 1,  # how many seeds
     table: dict[str, tuple[float, float]] | None = None,  # prices of judges; default: the package's
+    stages: list[Stage] | None = None,  # its graph of so many seeds, where it is at hand
     # one record a stage: stage, kind, seed, rows, steps, tokens, answers, judge_calls, cost (dollars),
     # disk_gb, memory_gb and its parts in memory, hours by GPU
 ) -> list[dict]:
@@ -322,32 +359,12 @@ def plan(
     Steps are the preset's: the dose `cover` may raise them. Tokens of a GRPO arm are at most these: answers
     may end early. Memory, hours and cost are estimates.
     """
-    needs, (answers, calls), (shape, _) = planned_memory(preset), _counts(preset), shapes(preset)
-    judges, records = judge_names(preset.judge), []
-    costs = [
-        e.cost
-        for e in estimate_study(judges, calls or 0, preset.generation.max_new_tokens, table or load_prices())
-    ]
-    for stage in graph(preset, seeds):
-        record = {"stage": stage.id, "kind": stage.kind, "seed": stage.seed} | dict.fromkeys(
-            ("rows", "steps", "tokens", "answers", "judge_calls", "cost")
-        )
-        if stage.kind in ("midtrain", "sft"):
-            record |= _training_record(preset, stage)
-        if stage.kind == "grpo":
-            tokens = preset.grpo.steps * preset.grpo.completions * preset.grpo.value("max_new_tokens")
-            record |= {
-                "rows": corpus_rows(
-                    preset.data.source(parse_model(stage.model).rows), preset.grpo.rows, preset.grpo.limit
-                ),
-                "steps": preset.grpo.steps,
-                "tokens": tokens,
-            }
-        if stage.kind == "answers":
-            record["answers"] = answers
-        if stage.kind == "eval" and calls is not None:
-            record |= {"judge_calls": calls * len(judges), "cost": None if None in costs else sum(costs)}
-        need = needs.get(stage.kind)
+    stages = graph(preset, seeds) if stages is None else stages
+    needs = planned_memory(preset, [stage.kind for stage in stages])
+    (answers, calls), (shape, _) = _counts(preset.benchmarks), shapes(preset)
+    judging, records = _judging(preset, calls, table), []
+    for stage in stages:
+        record, need = _stage_record(preset, stage, answers, judging), needs.get(stage.kind)
         record |= {
             "memory_gb": need and round(need.gb, 1),
             "memory": need and {name: round(size / 2**30, 2) for name, size in need.parts.items()},
@@ -360,67 +377,43 @@ def plan(
     return records
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #b142155e
-def _memory_rows(preset: Preset) -> tuple[list[str], list[list]]:
-    "Memory of every kind of stage by its parts, in GB, on the planned device."
-    needs = planned_memory(preset)
-    parts = list(
-        dict.fromkeys(
-            part for need in sorted(needs.values(), key=lambda need: -len(need.parts)) for part in need.parts
-        )
-    )
-    rows = [
-        [
-            kind,
-            *(round(need.parts[part] / 2**30, 2) if part in need.parts else None for part in parts),
-            round(need.gb, 1),
-            need.micro_batch,
-        ]
-        for kind, need in needs.items()
-    ]
+def _memory_rows(needs: dict[str, memory.Fit]) -> tuple[list[str], list[list]]:
+    "Memory of every kind of stage by its parts, in GB, on the planned device (from `planned_memory`)."
+    longest_first = sorted(needs.values(), key=lambda need: -len(need.parts))
+    parts = list(dict.fromkeys(part for need in longest_first for part in need.parts))
+    rows = []
+    for kind, need in needs.items():
+        sizes = [round(need.parts[part] / 2**30, 2) if part in need.parts else None for part in parts]
+        rows.append([kind, *sizes, round(need.gb, 1), need.micro_batch])
     return ["kind", *parts, "total", "batch"], rows
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #1b6040fd
+def _per_second(hours: float) -> int:
+    "Tokens a second, from the hours that a million of them take."
+    return round(1e6 / hours / 3600)
+
+
+def _training_speed(preset: Preset, gpu: str, fit: memory.Fit) -> int:
+    "Tokens a second of supervised training on a GPU."
+    shape, quantize = shapes(preset)[0], preset.models.quantize
+    return _per_second(memory.training_hours(shape, 10**6, memory.GPUS[gpu], quantize, fit.checkpointing))
+
+
+def _answer_speed(preset: Preset, gpu: str) -> int:
+    "Tokens a second of the answers on a GPU."
+    shape, asked = shapes(preset)[0], preset.generation
+    return _per_second(
+        memory.sampling_hours(shape, 10**6, asked.batch_size, asked.max_new_tokens, memory.GPUS[gpu])
+    )
+
+# %% ../../nbs/09_pipeline/00_plan.ipynb #3701427d
 def _speed_rows(preset: Preset, found: dict[str, dict]) -> list[list]:
-    "Tokens a second that the hours go by, of supervised training and of the answers, by GPU."
-    (shape, _), generation, rows = shapes(preset), preset.generation, []
-
-    def per_second(hours):
-        return round(1e6 / hours / 3600)
-
+    "The speeds that the hours go by, a column a GPU."
+    rows = []
     if any("sft" in f["memory"] for f in found.values()):
-        rows.append(
-            [
-                None,
-                "training, tokens/s",
-                *(
-                    per_second(
-                        memory.training_hours(
-                            shape,
-                            10**6,
-                            memory.GPUS[gpu],
-                            preset.models.quantize,
-                            f["memory"]["sft"].checkpointing,
-                        )
-                    )
-                    for gpu, f in found.items()
-                ),
-            ]
-        )
-    return [
-        *rows,
-        [
-            None,
-            "answers, tokens/s",
-            *(
-                per_second(
-                    memory.sampling_hours(
-                        shape, 10**6, generation.batch_size, generation.max_new_tokens, memory.GPUS[gpu]
-                    )
-                )
-                for gpu in found
-            ),
-        ],
-    ]
+        speeds = [_training_speed(preset, gpu, f["memory"]["sft"]) for gpu, f in found.items()]
+        rows.append([None, "training, tokens/s", *speeds])
+    return [*rows, [None, "answers, tokens/s", *(_answer_speed(preset, gpu) for gpu in found)]]
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #722d5553
 def _hours_rows(preset: Preset, records: list[dict], found: dict[str, dict]) -> tuple[list[str], list[list]]:
@@ -428,15 +421,39 @@ def _hours_rows(preset: Preset, records: list[dict], found: dict[str, dict]) -> 
     long = [r for r in records if r["kind"] in ("midtrain", "sft", "grpo", "answers")]
 
     def row(label, seed, some):
+        "The hours of some stages together."
         return [seed, label, *(round(sum(r["hours"][gpu] for r in some), 2) for gpu in found)]
 
     rows = [row(r["stage"], r["seed"], [r]) for r in long]
     rows += [row("all others", None, [r for r in records if r not in long]), row("in all", None, records)]
-    return ["seed", "stage", *found], [
-        *rows,
-        *_speed_rows(preset, found),
-        [None, "fits", *("yes" if f["fits"] else "no" for f in found.values())],
-    ]
+    fits = [None, "fits", *("yes" if f["fits"] else "no" for f in found.values())]
+    return ["seed", "stage", *found], [*rows, *_speed_rows(preset, found), fits]
+
+# %% ../../nbs/09_pipeline/00_plan.ipynb #e0237a8d
+_CALLED = {"judge_calls": "judge calls", "cost": "cost, $", "disk_gb": "disk, GB"}  # headings of columns
+
+
+def _stage_rows(records: list[dict]) -> tuple[list[str], list[list]]:
+    "What each stage does: the columns of the first table, and its rows."
+    columns = ["seed", "stage", *_COUNTED, "disk_gb"]
+
+    def cell(column, value):
+        "A value as it is printed; next to no disk is none."
+        if value is None or column == "disk_gb" and value < 0.005:
+            return None
+        return round(value, 2) if isinstance(value, float) else value
+
+    rows = [[cell(column, record[column]) for column in columns] for record in records]
+    return [_CALLED.get(column, column) for column in columns], rows
+
+# %% ../../nbs/09_pipeline/00_plan.ipynb #00eaf42a
+def _memory_title(preset: Preset, gpu: str | None, kinds: list[str]) -> str:
+    "The heading of the memory table: for which device it is estimated."
+    device = f"one {gpu}" if gpu else "this machine"
+    if preset.compute.memory_gb:
+        device = "compute.memory_gb"
+    largest = " (of cache and activations the larger counts)" if "grpo" in kinds else ""
+    return f"memory, GB, estimated for {device}{largest}"
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #fc671fc9
 def tables(
@@ -444,93 +461,70 @@ def tables(
     records: list[dict],  # from `plan`
 ) -> list[tuple[str, list[str], list[list]]]:  # title, columns, rows
     "A plan as tables."
-    columns = ["seed", "stage", "rows", "steps", "tokens", "answers", "judge_calls", "cost", "disk_gb"]
-
-    def cell(column, value):
-        return (
-            None
-            if value is None or column == "disk_gb" and value < 0.005
-            else round(value, 2)
-            if isinstance(value, float)
-            else value
-        )
-
-    done = [
-        (
-            "stages",
-            [
-                {"judge_calls": "judge calls", "cost": "cost, $", "disk_gb": "disk, GB"}.get(c, c)
-                for c in columns
-            ],
-            [[cell(c, r[c]) for c in columns] for r in records],
-        )
-    ]
-    gpu, found = planned_gpu(preset), on_machines(preset, records)
-    if planned_memory(preset):
-        done.append(
-            (
-                (
-                    "memory, GB, estimated for"
-                    f" {'compute.memory_gb' if preset.compute.memory_gb else f'one {gpu}' if gpu else 'this machine'}{' (of cache and activations the larger counts)' if any(r['kind'] == 'grpo' for r in records) else ''}"
-                ),
-                *_memory_rows(preset),
-            )
-        )
-    if found:
+    done, kinds = [("stages", *_stage_rows(records))], [r["kind"] for r in records]
+    if needs := planned_memory(preset, kinds):
+        title = _memory_title(preset, planned_gpu(preset, kinds), kinds)
+        done.append((title, *_memory_rows(needs)))
+    if found := on_machines(preset, records):
         done.append(("hours, estimated", *_hours_rows(preset, records, found)))
-    room = disk(preset, records)
-    done.append(
-        (
-            "disk, GB, at its fullest",
-            [*room, "in all"],
-            [[round(gb, 1) for gb in (*room.values(), sum(room.values()))]],
-        )
-    )
-    return done
+    sizes = disk(preset, records)
+    row = [round(gb, 1) for gb in (*sizes.values(), sum(sizes.values()))]
+    return [*done, ("disk, GB, at its fullest", [*sizes, "in all"], [row])]
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #0559b8bc
+def _hours_note() -> str:
+    "What the hours rest on."
+    reached, doubted = memory.REACHED, ", ".join(name for name, g in memory.GPUS.items() if g.trust < 1)
+    return (
+        f"hours: {reached['none']:.0%} of the data sheet's arithmetic in training ({reached['nf4']:.0%}"
+        f" beside 4-bit weights), {reached['sampling']:.0%} of its memory speed in sampling, half of both"
+        f" on {doubted}; a hosted judge answers {memory.JUDGED[True]} calls a second; weights are read at"
+        f" {memory.READING} GB/s. Measured on an H100, assumed elsewhere."
+    )
+
+# %% ../../nbs/09_pipeline/00_plan.ipynb #de916b19
+def _dose_notes(preset: Preset, kinds: set[str]) -> list[str]:
+    "Under `dose=cover` a training may take more steps than the preset says."
+    if not any(kind in kinds and getattr(preset, kind).dose == "cover" for kind in ("midtrain", "sft")):
+        return []
+    return [
+        "dose=cover: rows, steps and tokens of training are at least these; replay joins them, and the"
+        " run takes as many steps as every row wants to be seen once (dose=steps keeps to the preset's)"
+    ]
+
+
+def _length_notes(preset: Preset, kinds: set[str]) -> list[str]:
+    "Under `dose=full` the steps rest on the length of a row."
+    if "sft" not in kinds or preset.sft.dose != "full":
+        return []
+    labels = [data_label(source).partition("@")[0] for source in (preset.data.sft_help, preset.data.sft_code)]
+    known = {label: HUB_TOKENS[label] for label in labels if label in HUB_TOKENS}
+    return [f"{label}: {tokens} tokens a row ({why})" for label, (tokens, why) in known.items()]
+
+# %% ../../nbs/09_pipeline/00_plan.ipynb #a44540f7
+def _guess_notes(preset: Preset) -> list[str]:
+    "Counts of benchmarks that nobody has published."
+    sources = [benchmark.data.partition("@")[0] for benchmark in preset.benchmarks.values() if benchmark.data]
+    return [f"{source}: {GUESSED[source]}" for source in sources if source in GUESSED]
+
+# %% ../../nbs/09_pipeline/00_plan.ipynb #c55d68fd
 def footnotes(
     preset: Preset,  # the study
     records: list[dict],  # from `plan`
 ) -> list[str]:  # lines
     "What the estimates of a plan rest on."
-    reached, lines = memory.REACHED, []
+    kinds, lines = {r["kind"] for r in records}, []
     if on_machines(preset, records):
-        doubted = ", ".join(name for name, gpu in memory.GPUS.items() if gpu.trust < 1)
-        lines.append(
-            f"hours: {reached['none']:.0%} of the data sheet's arithmetic in training ({reached['nf4']:.0%}"
-            f" beside 4-bit weights), {reached['sampling']:.0%} of its memory speed in sampling, half of both"
-            f" on {doubted}; a hosted judge answers {memory.JUDGED[True]} calls a second; weights are read at"
-            f" {memory.READING} GB/s. Measured on an H100, assumed elsewhere."
-        )
-    sources = [benchmark.data.partition("@")[0] for benchmark in preset.benchmarks.values() if benchmark.data]
-    if (
-        any(r["kind"] == "midtrain" for r in records)
-        and preset.midtrain.dose == "cover"
-        or any(r["kind"] == "sft" for r in records)
-        and preset.sft.dose == "cover"
-    ):
-        lines.append(
-            "dose=cover: rows, steps and tokens of training are at least these; replay joins them, and the"
-            " run takes as many steps as every row wants to be seen once (dose=steps keeps to the preset's)"
-        )
-    lines += [
-        f"{source}: {GUESSED[source]}"
-        for source in sources
-        if source in GUESSED and any(r["judge_calls"] for r in records)
-    ]
+        lines.append(_hours_note())
+    lines += _dose_notes(preset, kinds)
+    if any(r["judge_calls"] for r in records):
+        lines += _guess_notes(preset)
     if any(r["cost"] for r in records):
         lines.append(
             "cost: at the most, every answer as long as it may be; list prices of 2025 unless --prices gives"
             " others"
         )
-    if any(r["kind"] == "sft" for r in records) and preset.sft.dose == "full":
-        lines += [
-            f"{source.partition('@')[0]}: {HUB_TOKENS[source.partition('@')[0]][0]} tokens a row"
-            f" ({HUB_TOKENS[source.partition('@')[0]][1]})"
-            for source in map(data_label, (preset.data.sft_help, preset.data.sft_code))
-            if source.partition("@")[0] in HUB_TOKENS
-        ]
+    lines += _length_notes(preset, kinds)
     if preset.generation.template == "auto":
         lines.append(
             "generation.template=auto: at the most; where the given models have a chat template of their own,"

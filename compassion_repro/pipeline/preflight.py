@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'MANY_PASSES', 'Preflight', 'before_training', 'embedded', 'check_machine', 'look_at_model', 'look_at_gguf',
-           'tell_model', 'look_at_adapter', 'look_at_kernel', 'check_models', 'check_templates', 'tell_template',
+           'say_model', 'look_at_adapter', 'look_at_kernel', 'check_models', 'check_templates', 'say_template',
            'check_rewards', 'all_embedded', 'world_settings', 'idle_settings', 'unused_sources', 'check_settings',
-           'row_sources', 'at_place', 'check_rows', 'look_at_rows', 'expected_passes', 'check_tests', 'look_at_tests',
-           'look_at_judge', 'judge_here', 'check_benchmarks', 'at_hand', 'tell_benchmark', 'check_judges', 'preflight',
-           'check_before_training']
+           'row_sources', 'opened_sources', 'check_rows', 'look_at_rows', 'expected_passes', 'check_tests',
+           'look_at_tests', 'look_at_judge', 'judge_here', 'check_benchmarks', 'at_hand', 'say_benchmark',
+           'check_judges', 'preflight', 'check_before_training']
 
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #f90f8cb0
 import json
@@ -25,7 +25,7 @@ from ..core.errors import InputError
 from ..core.files import is_local, writable
 from ..data import hub
 from . import machine
-from .stages import prepare, study_tasks, training_rows
+from .stages import adapter_as_base, prepare, study_tasks, training_rows
 from ..presets import load_preset, presets
 from ..store.folder import Study
 from ..study import Preset, data_label, data_parts, judge_names
@@ -93,6 +93,16 @@ def embedded(source: str) -> bool:
     return source.startswith("world:")
 
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #c428e883
+def _check_vllm(flight: Preflight):
+    "Whether vLLM answers in its environment, and takes the study's settings."
+    from compassion_repro.evaluation import vllm_process
+
+    with flight.trying(flight.lacks):
+        vllm_process.check_vllm(flight.preset.compute.vllm_python)
+    with flight.trying():
+        vllm_process.sampling(flight.preset.generation, [])
+
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #fd0d33f2
 @before_training
 def check_machine(flight: Preflight):
     "Processes, sharding, vLLM and the GPU's memory."
@@ -103,7 +113,6 @@ def check_machine(flight: Preflight):
     if not (flight.fetch or spread or grpo_by_vllm or answers_by_vllm):
         return
     flight.libraries()
-    from compassion_repro.evaluation import vllm_process
     from compassion_repro.training import device, grpo, processes
 
     with flight.trying(flight.lacks):
@@ -112,10 +121,7 @@ def check_machine(flight: Preflight):
         with flight.trying(flight.lacks):
             grpo.check_engine(preset.grpo, device.train_setup(preset.models, compute))
     if answers_by_vllm:
-        with flight.trying(flight.lacks):
-            vllm_process.check_vllm(compute.vllm_python)
-        with flight.trying():
-            vllm_process.sampling(preset.generation, [])
+        _check_vllm(flight)
     if compute.device == "cuda" and flight.fetch:
         for problem in machine.gpu_problems(preset, machine.this_machine()):
             flight.say(f"warning: by the plan's estimate, {problem}")
@@ -132,10 +138,7 @@ def look_at_model(
     folder = models.find_model(source)
     if hub.is_adapter(folder):
         if base:
-            raise InputError(
-                f"{source} is an adapter, no whole model: "
-                "give the model it belongs to as models.base and the adapter as models.given.<model>"
-            )
+            raise adapter_as_base(source)
         return folder
     models.check_architecture(folder)
     tokenizer = models.load_tokenizer(folder, template)
@@ -160,7 +163,7 @@ def look_at_gguf(flight: Preflight, setting: str, file: Path):
     )
 
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #43e2b180
-def tell_model(flight: Preflight, setting: str, source: str, folder: Path):
+def say_model(flight: Preflight, setting: str, source: str, folder: Path):
     "Say what is done to a model: weights dequantised, a padding token chosen."
     from compassion_repro.training import models
 
@@ -171,18 +174,25 @@ def tell_model(flight: Preflight, setting: str, source: str, folder: Path):
             f"{setting}: its weights ({packed}) are turned into 16 or 32 bits before anything is done with"
             " them"
         )
-    if not hub.is_adapter(folder):
-        # which took a while
-        if (size := sum(file.stat().st_size for file in models.weight_files(folder))) > 2**30:
-            flight.say(f"{setting}: {size / 2**30:.1f} GB of weights were read: none is NaN or infinite")
-        tokenizer = models.load_tokenizer(folder)
-        if tokenizer.padding_choice != "its own":
-            flight.say(
-                f"{setting}: shorter rows are padded with {models.padding_note(tokenizer)}; masks go by"
-                " position"
-            )
+    if hub.is_adapter(folder):
+        return
+    size = sum(file.stat().st_size for file in models.weight_files(folder)) / 2**30
+    if size > 1:  # reading them took a while
+        flight.say(f"{setting}: {size:.1f} GB of weights were read: none is NaN or infinite")
+    tokenizer = models.load_tokenizer(folder)
+    if tokenizer.padding_choice != "its own":
+        note = models.padding_note(tokenizer)
+        flight.say(f"{setting}: shorter rows are padded with {note}; masks go by position")
 
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #e2b8666d
+def _adapter_template(folder: Path, base: Path):
+    "Raise `InputError` where neither an adapter nor its base has the chat template that is asked for."
+    from compassion_repro.training import models
+
+    has_tokenizer = any((folder / file).is_file() for file in ("tokenizer_config.json", "tokenizer.json"))
+    models.load_tokenizer(folder if has_tokenizer or hub.is_adapter(base) else base, "own")
+
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #049b0cfa
 def look_at_adapter(flight: Preflight, name: str, folder: Path):
     "Check that an adapter belongs to a model of the study and fits it."
     from compassion_repro.training import adapters, models
@@ -193,8 +203,7 @@ def look_at_adapter(flight: Preflight, name: str, folder: Path):
     if place := flight.find(source, "model"):
         base = models.find_model(place)
         if flight.preset.generation.template == "own":
-            own = any((folder / file).is_file() for file in ("tokenizer_config.json", "tokenizer.json"))
-            models.load_tokenizer(folder if own or hub.is_adapter(base) else base, "own")
+            _adapter_template(folder, base)
         if not model_files.check_quantised(base):
             adapters.check_adapter(folder, given.given[name], base, source)
 
@@ -209,28 +218,32 @@ def look_at_kernel(folder: Path, compute):
         device.kernel(folder, device.TrainSetup(compute=compute))
 
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #60b552bb
+def _check_model(flight: Preflight, setting: str, source: str):
+    "Open one model, as far as it is at hand, and say what is done to it."
+    preset, place = flight.preset, flight.find(source, "model")
+    if place is None:
+        return
+    if not flight.fetch and (file := model_files.gguf_file(place)):
+        look_at_gguf(flight, setting, file)
+        return
+    flight.libraries()
+    folder = look_at_model(place, preset.generation.template, setting == "models.base")
+    say_model(flight, setting, place, folder)
+    if hub.is_adapter(folder):
+        look_at_adapter(flight, setting.removeprefix("models.given."), folder)
+    elif setting == "models.base" and preset.trained:
+        look_at_kernel(folder, preset.compute)
+
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #126224c1
 @before_training
 def check_models(flight: Preflight):
     "The base model and the models that are given finished."
     models = flight.preset.models
-    named = {"models.base": models.base} | {
-        f"models.given.{name}": source for name, source in models.given.items()
-    }
-    for setting, source in named.items():
-        if embedded(source) and not flight.fetch:
-            continue
-        with flight.trying():
-            place = flight.find(source, "model")
-            if place and not flight.fetch and (file := model_files.gguf_file(place)):
-                look_at_gguf(flight, setting, file)
-            elif place:
-                flight.libraries()
-                folder = look_at_model(place, flight.preset.generation.template, setting == "models.base")
-                tell_model(flight, setting, place, folder)
-                if hub.is_adapter(folder):
-                    look_at_adapter(flight, setting.removeprefix("models.given."), folder)
-                elif setting == "models.base" and flight.preset.trained:
-                    look_at_kernel(folder, flight.preset.compute)
+    given = {f"models.given.{name}": source for name, source in models.given.items()}
+    for setting, source in {"models.base": models.base, **given}.items():
+        if flight.fetch or not embedded(source):
+            with flight.trying():
+                _check_model(flight, setting, source)
 
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #7b30fe11
 @before_training
@@ -247,11 +260,11 @@ def check_templates(flight: Preflight):
                 account = models.template_account(
                     models.load_tokenizer(models.find_tokenizer(place), template)
                 )
-                tell_template(flight, source, account)
+                say_template(flight, source, account)
 
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #027bfa0d
-def tell_template(flight: Preflight, source: str, account: dict[str, str]):
-    "Say once what a model's template adds, from `models.template_account`."
+def say_template(flight: Preflight, source: str, account: dict[str, str]):
+    "Say what a model's template adds, from `models.template_account`."
     if added := account.get("template_adds"):
         shown = added if len(added) <= 160 else f"{added[:160]} ..."
         flight.say(
@@ -264,9 +277,19 @@ def tell_template(flight: Preflight, source: str, account: dict[str, str]):
             " stops there"
         )
     if day := account.get("template_day"):
-        flight.say(f"note: the chat template of {source} tells the date; it is given {day} always")
+        flight.say(f"note: the chat template of {source} states the date; it is given {day} always")
 
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #4261f41a
+def _check_pair(flight: Preflight, model: str, prompts: str, reward: str):
+    "Whether a reward can judge these prompts; a doubtful pair gets a warning."
+    from compassion_repro.training import rewards
+
+    with flight.trying():
+        rewards.refuse_pair(prompts, reward)
+    if remark := rewards.remark_pair(prompts, reward):
+        flight.say(f"warning: {model}: {remark}")
+
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #68ef2ce8
 @before_training
 def check_rewards(flight: Preflight):
     "The reward of each GRPO arm, with the prompts that it will judge."
@@ -276,11 +299,8 @@ def check_rewards(flight: Preflight):
         from compassion_repro.training import reward_model, rewards
     for arm in arms:
         for part in data_parts(preset.data.source(arm.rows)):
-            pair = part.path, reward if arm.reward == "help" else rewards.CODE_REWARD
-            with flight.trying():
-                rewards.refuse_pair(*pair)
-            if told := rewards.remark_pair(*pair):
-                flight.say(f"warning: {arm.model}: {told}")
+            paid_by = reward if arm.reward == "help" else rewards.CODE_REWARD
+            _check_pair(flight, arm.model, part.path, paid_by)
     if not embedded(reward) and any(arm.reward == "help" for arm in arms):
         with flight.trying():
             if place := flight.find(reward, "model"):
@@ -315,20 +335,27 @@ def world_settings(
     ]
 
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #08f41006
+def _unsized_rows(preset: Preset, setting: str, source) -> list[str]:
+    "A line where the number of rows is set for a corpus that is taken whole."
+    arm = setting.partition(".")[2].partition("-")[0]
+    section = arm if arm in ("sft", "grpo") else "midtrain"
+    sizes, parts = getattr(preset, section), data_parts(source)
+    whole = not any(embedded(part.path) or part.limit or part.share for part in parts)
+    if setting == "data.replay" or not (whole and sizes.rows and sizes.limit is None):
+        return []
+    return [
+        f"{section}.rows={sizes.rows} sizes embedded corpora only, so {data_label(source)} is taken"
+        f" whole: {section}.limit takes fewer rows of it"
+    ]
+
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #82fb541a
 def idle_settings(
     preset: Preset,  # the study
 ) -> list[str]:  # one line each
     "Settings that have no effect on what the study names."
     found = []
     for setting, (source, _) in row_sources(preset).items():
-        section = {"sft": "sft", "grpo": "grpo"}.get(setting.partition(".")[2].partition("-")[0], "midtrain")
-        rows = getattr(preset, section)
-        own = not any(embedded(part.path) or part.limit or part.share for part in data_parts(source))
-        if setting != "data.replay" and own and rows.rows and rows.limit is None:
-            found.append(
-                f"{section}.rows={rows.rows} sizes embedded corpora only, so {data_label(source)} is taken"
-                f" whole: {section}.limit takes fewer rows of it"
-            )
+        found += _unsized_rows(preset, setting, source)
     for name, section in preset.benchmarks.items():
         if section.size and not embedded(section.data):
             found.append(
@@ -341,7 +368,7 @@ def idle_settings(
 def unused_sources(
     preset: Preset,  # the study
 ) -> list[str]:  # one line each
-    "Sources that you name and that no stage reads; what the package's own presets name is not told."
+    "Sources that you name and that no stage reads; those that the package's own presets name are left out."
     ours, used, found = [load_preset(name) for name in presets()], row_sources(preset), []
     for name, data_field in type(preset.data).model_fields.items():
         setting, source = f"data.{data_field.alias or name}", getattr(preset.data, name)
@@ -350,20 +377,27 @@ def unused_sources(
                 f"{setting}={data_label(source)} is not read: nothing that this study trains takes its rows"
             )
     reward = preset.models.reward
-    if not any(arm.reward == "help" for arm in preset.trained_arms) and reward not in {
-        other.models.reward for other in ours
-    }:
+    paid = any(arm.reward == "help" for arm in preset.trained_arms)
+    if not paid and reward not in {other.models.reward for other in ours}:
         found.append(f"models.reward={reward} is not used: this study trains no GRPO arm with that reward")
     return found
 
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #7f7d4177
+def _has_chat_template(place: str | None) -> bool:
+    "Whether a model has a chat template, by its small files; False where it is not at hand."
+    if place is None:
+        return False
+    if file := model_files.gguf_file(place):
+        return "tokenizer.chat_template" in model_files.read_gguf(file).fields
+    return hub.has_template(place)
+
+# %% ../../nbs/09_pipeline/05_preflight.ipynb #f1fa22fa
 @before_training
 def check_settings(flight: Preflight):
     "Name what is left of the embedded world, what has no effect, and a chat template that would go unused."
-    preset = flight.preset
+    preset, base = flight.preset, flight.preset.models.base
     for line in dict.fromkeys(idle_settings(preset)):
         flight.say(f"note: {line}")
-    base = preset.models.base
     if embedded(base):
         return
     if left := world_settings(preset):
@@ -371,20 +405,13 @@ def check_settings(flight: Preflight):
             f"warning: settings of the miniature world are used on {base}: {', '.join(left)}; "
             "set them for your model, or start from --preset colab or paper"
         )
+    template = preset.generation.template
     with suppress(InputError):  # the check of the models says it better
-        place = flight.find(base, "model") if preset.generation.template in ("plain", "raw", "user") else None
-        file = model_files.gguf_file(place) if place else None
-        own = (
-            "tokenizer.chat_template" in model_files.read_gguf(file).fields
-            if file
-            else place and hub.has_template(place)
-        )
-        if own:
+        if template in ("plain", "raw", "user") and _has_chat_template(flight.find(base, "model")):
             flight.say(
-                f"warning: {base} has its own chat template and"
-                f" generation.template={preset.generation.template} asks without it: an instruct model may"
-                " answer with nothing, which scores 0; --set generation.template=own uses it, in"
-                " training too"
+                f"warning: {base} has its own chat template and generation.template={template} asks without"
+                " it: an instruct model may answer with nothing, which scores 0; --set"
+                " generation.template=own uses it, in training too"
             )
 
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #4857fcef
@@ -408,7 +435,7 @@ def row_sources(
     return used
 
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #9070e4c4
-def at_place(
+def opened_sources(
     flight: Preflight,
     spec,  # sources of one corpus, as the preset has them
 ):
@@ -430,7 +457,7 @@ def check_rows(flight: Preflight):
             continue
         seen.append((spec, shape))
         with flight.trying():
-            if place := at_place(flight, spec):
+            if place := opened_sources(flight, spec):
                 flight.libraries()
                 look_at_rows(flight, place, shape)
 
@@ -493,7 +520,7 @@ def check_tests(flight: Preflight):
             continue
         seen.append(spec)
         with flight.trying():
-            if place := at_place(flight, spec):
+            if place := opened_sources(flight, spec):
                 flight.libraries()
                 look_at_tests(flight, place)
 
@@ -548,7 +575,7 @@ def check_benchmarks(flight: Preflight):
             tasks[judge] = study_tasks(json.dumps(sections), judge, flight.folder / "benchmarks")
     for number, found in enumerate(tasks.values()):
         for name, task in found.items():
-            tell_benchmark(flight, name, task, judges[number], first=number == 0)
+            say_benchmark(flight, name, task, judges[number], first=number == 0)
 
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #5c3dad0d
 def at_hand(
@@ -566,8 +593,8 @@ def at_hand(
     return bool(sources) and not away
 
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #707e60e3
-def tell_benchmark(flight: Preflight, name: str, task, judge: str, first: bool):
-    "Say what a loaded benchmark leaves out, and whether its judge can read it."
+def say_benchmark(flight: Preflight, name: str, task, judge: str, first: bool):
+    "Say what a loaded benchmark leaves out (once, for the first judge), and whether its judge can read it."
     if first and (left := task.provenance.get("left_out")):
         shown = ", ".join(map(str, left[:5])) + (" and others" if len(left) > 5 else "")
         flight.say(f"warning: the official task leaves out {len(left)} questions of {name}: {shown}")

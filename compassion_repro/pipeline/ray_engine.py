@@ -35,7 +35,7 @@ def run_here(
     study: Study,  # where the artifacts go
     preset: Preset,  # the configuration
     stages: list[Stage],  # what is missing, each after those it reads
-    progress: Progress,  # told of every stage
+    progress: Progress,  # hears of every stage
     check: callable,  # opens what the user brings: study, preset, say
     unsafe: bool = False,  # run model-written code even without a jail
 ):
@@ -44,7 +44,7 @@ def run_here(
     check(study, preset, progress.say)
     for stage in stages:
         progress.begins(stage)
-        progress.ends(stage, run_stage(study, preset, stage, partial(progress.tells, stage), unsafe))
+        progress.ends(stage, run_stage(study, preset, stage, partial(progress.reports, stage), unsafe))
 
 # %% ../../nbs/09_pipeline/03_ray_engine.ipynb #7a2daee4
 LIBRARIES = 2**30  # bytes of memory that a stage's libraries take by themselves
@@ -91,7 +91,7 @@ def _open(folder: str, where: str) -> Study:
     return Study(folder)
 
 # %% ../../nbs/09_pipeline/03_ray_engine.ipynb #4d115659
-def _passing(told, place: str):
+def _passing(lines, place: str):
     "A `report` that passes a stage's progress on to the driver, now and then, and does not wait for it."
     last = [0.0]
 
@@ -100,7 +100,7 @@ def _passing(told, place: str):
             return
         last[0] = time.monotonic()
         # the queue's own method waits, and Ray gives a waiting task's processors away
-        told.actor.put_nowait.remote((place, line))
+        lines.actor.put_nowait.remote((place, line))
 
     return report
 
@@ -112,11 +112,13 @@ def _check_on_worker(folder: str, where: str, preset: Preset, check: callable) -
     return lines
 
 # %% ../../nbs/09_pipeline/03_ray_engine.ipynb #3d585166
-def _run_on_worker(folder: str, where: str, preset: Preset, stage: Stage, unsafe: bool, told, *after) -> dict:
+def _run_on_worker(
+    folder: str, where: str, preset: Preset, stage: Stage, unsafe: bool, lines, *after
+) -> dict:
     "One stage on a worker, after those it reads (`after`, which Ray has waited for); its manifest."
     import ray
 
-    study, report = _open(folder, where), _passing(told, stage.place)
+    study, report = _open(folder, where), _passing(lines, stage.place)
     if study.done(stage):
         return study.manifest(stage)
     report(None)
@@ -245,7 +247,7 @@ def _room(ray, wanted: dict, own: bool, say: callable) -> int:
 
 # %% ../../nbs/09_pipeline/03_ray_engine.ipynb #a05f4f23
 def _submit(
-    ray, study: Study, preset: Preset, stages: list[Stage], asked: dict, check: callable, told, unsafe: bool
+    ray, study: Study, preset: Preset, stages: list[Stage], asked: dict, check: callable, lines, unsafe: bool
 ) -> tuple:
     "Hand the check and all stages to Ray; the check's reference, and the stages by theirs."
     folder, where, options = (
@@ -265,7 +267,7 @@ def _submit(
     for stage in stages:
         after = [references[s.place] for s in stage.inputs if s.place in references]
         references[stage.place] = task.options(name=stage.place, **asked[stage.place]).remote(
-            folder, where, preset, stage, unsafe, told, checked, *after
+            folder, where, preset, stage, unsafe, lines, checked, *after
         )
     return checked, references
 
@@ -295,22 +297,22 @@ def _result(ray, reference, name: str):
 GRACE_SECONDS = 10  # seconds that a cancelled stage has to save what it can
 
 
-def _hear(ray, told, stages: dict[str, Stage], progress: Progress):
+def _hear(ray, lines, stages: dict[str, Stage], progress: Progress):
     "Pass on what the running stages have said since the last time."
     with suppress(ray.exceptions.RayError):
-        for place, line in told.get_nowait_batch(told.qsize()):
+        for place, line in lines.get_nowait_batch(lines.qsize()):
             if line is None and place in progress.left:
                 progress.begins(stages[place])
             elif place in progress.running:
-                progress.tells(stages[place], line)
+                progress.reports(stages[place], line)
 
 # %% ../../nbs/09_pipeline/03_ray_engine.ipynb #ecdd0990
-def _follow(ray, references: dict, told, stages: dict[str, Stage], progress: Progress):
+def _follow(ray, references: dict, lines, stages: dict[str, Stage], progress: Progress):
     "Tell of every stage as it begins, goes on and ends; raises the first error of any."
     waiting = {reference: stages[place] for place, reference in references.items()}
     while waiting:
         ended, _ = ray.wait([*waiting], timeout=SECONDS_BETWEEN)
-        _hear(ray, told, stages, progress)
+        _hear(ray, lines, stages, progress)
         for reference in ended:
             stage = waiting.pop(reference)
             progress.ends(stage, _result(ray, reference, f"seed {stage.seed}, {stage.id}"))
@@ -329,11 +331,26 @@ def _cancel(ray, references: list):
             return
 
 # %% ../../nbs/09_pipeline/03_ray_engine.ipynb #245bce21
+def _line_queue(ray):
+    "A queue on this machine, which carries the lines of the running stages."
+    from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+
+# %% ../../nbs/09_pipeline/03_ray_engine.ipynb #00bdbebf
+def _asked(ray, preset: Preset, stages: list[Stage]) -> dict[str, dict]:
+    "What each stage asks this Ray for, by its place."
+    planned, has_gpus = planned_memory(preset), ray.cluster_resources().get("GPU", 0) > 0
+    return {stage.place: needs(stage, preset, planned, has_gpus) for stage in stages}
+
+# %% ../../nbs/09_pipeline/03_ray_engine.ipynb #4f507dbd
 def run_on_ray(
     study: Study,  # where the artifacts go; all machines see it at the same path
     preset: Preset,  # the configuration
     stages: list[Stage],  # what is missing, each after those it reads
-    progress: Progress,  # told of every stage
+    progress: Progress,  # hears of every stage
     check: callable,  # opens what the user brings: study, preset, say
     unsafe: bool = False,  # run model-written code even without a jail
     address: str = "",  # see `connected`
@@ -345,34 +362,20 @@ def run_on_ray(
     """
     progress.report("starting Ray, or joining it")
     with connected(address, preset.threads) as ray:
-        from ray.util.queue import Queue
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        planned, has_gpus = planned_memory(preset), ray.cluster_resources().get("GPU", 0) > 0
-        asked = {stage.place: needs(stage, preset, planned, has_gpus) for stage in stages}
-        progress.at_once = min(
-            _room(ray, wanted, _places(address, 1)["address"] == "local", progress.say)
-            for wanted in asked.values()
-        )
-        told = Queue(
-            actor_options={
-                "num_cpus": 0,
-                "scheduling_strategy": NodeAffinitySchedulingStrategy(
-                    ray.get_runtime_context().get_node_id(), soft=True
-                ),
-            }
-        )
-        checked, references = _submit(ray, study, preset, stages, asked, check, told, unsafe)
+        asked, own = _asked(ray, preset, stages), _places(address, 1)["address"] == "local"
+        progress.at_once = min(_room(ray, wanted, own, progress.say) for wanted in asked.values())
+        lines = _line_queue(ray)
+        checked, references = _submit(ray, study, preset, stages, asked, check, lines, unsafe)
         try:
             progress.report("checking the model, the data and the benchmarks")
             for line in _result(ray, checked, "the check of the model, the data and the benchmarks"):
                 progress.say(line)
-            _follow(ray, references, told, {s.place: s for s in stages}, progress)
+            _follow(ray, references, lines, {stage.place: stage for stage in stages}, progress)
         finally:
             _cancel(ray, [checked, *references.values()])
             for stage in stages:
                 remove(hidden(study.folder / stage.place, "partial"))
-            told.shutdown()
+            lines.shutdown()
 
 # %% ../../nbs/09_pipeline/03_ray_engine.ipynb #708f6138
 def pick_engine(
@@ -409,10 +412,11 @@ def run_stages(
     say: callable = print,  # called with each line worth keeping
     report: callable = lambda line: None,  # called with each line of passing progress
     unsafe: bool = False,  # run model-written code even without a jail
+    every: list[Stage] | None = None,  # all of the study's, where its graph is at hand
 ):
-    "Run the stages that are missing on an engine, and tell where it stands."
-    tokens = {}
+    "Run the stages that are missing on an engine, and say how far it is."
+    tokens, first = {}, every and [stage for stage in every if stage.seed == 1]
     # the check says it better
     with suppress(InputError):
-        tokens = {r["kind"]: r["tokens"] for r in plan(preset, 1)}
+        tokens = {record["kind"]: record["tokens"] for record in plan(preset, 1, stages=first)}
     engine(study, preset, stages, Progress(stages, say, report, tokens), check, unsafe)

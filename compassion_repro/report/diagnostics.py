@@ -252,7 +252,7 @@ def _draw_log(axes, log: pd.DataFrame, curve: str, legend: bool, marker: str | N
         ax=axes,
     )
 
-
+# %% ../../nbs/08_report/01_diagnostics.ipynb #c6bfa243
 HELD_OUT = {"linestyle": ":", "color": "#555555", "marker": "o"}
 HELD_OUT |= {"markerfacecolor": "white", "markeredgecolor": "black"}
 
@@ -336,7 +336,7 @@ def _draw_pairs(axes, pairs: pd.DataFrame, models: Sequence[str]) -> None:
         x, y = pairs["margin"][chosen], places[chosen] + shift[chosen]
         axes.plot(x, y, linestyle="", **look, markeredgewidth=0.6, zorder=1)
 
-
+# %% ../../nbs/08_report/01_diagnostics.ipynb #cfa786c3
 def _draw_pair_means(axes, pairs: pd.DataFrame, models: Sequence[str]) -> None:
     "The mean of each model's pairs with its bootstrap interval."
     import seaborn

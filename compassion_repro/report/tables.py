@@ -166,7 +166,7 @@ def _drawn_questions(answers: pd.DataFrame, random_seed: int) -> list:
             drawn += pool.sample(number, random_state=random_seed).itertuples()
     return drawn
 
-
+# %% ../../nbs/08_report/02_tables.ipynb #3796dac0
 def _answered_question(files: StudyFiles, answers: pd.DataFrame, question) -> dict:
     "One drawn question with every model's answer and every judge's verdicts."
     keys = {"benchmark": question.benchmark, "question_id": question.question_id}
@@ -343,7 +343,7 @@ def _seeds_note(seeds: int) -> str:
         " to speak about the procedure."
     )
 
-
+# %% ../../nbs/08_report/02_tables.ipynb #f2dd5582
 def _scope_and_seeds(files: StudyFiles) -> list[str]:
     "What the verdicts are about, and over what the intervals run."
     seeds = len(files.seeds)
@@ -423,7 +423,7 @@ def _unequal_doses(manifests: list[dict]) -> list[str]:
         f" {doses[most]:,} ({most})."
     ]
 
-
+# %% ../../nbs/08_report/02_tables.ipynb #da5b68c9
 def _faults_by_model(manifests: list[dict]) -> list[str]:
     "Each fault of the stages once, with its model and the seeds that share it."
     shared = {}
@@ -463,7 +463,7 @@ def _odd_answers(behaviour: pd.DataFrame) -> list[str]:
             )
     return notes
 
-
+# %% ../../nbs/08_report/02_tables.ipynb #9a91b5c2
 def _leak_note(scores: pd.DataFrame) -> list[str]:
     "Whether mid-training raised the score on objects."
     overall = scores[scores["dimension"] == "overall"]
@@ -499,7 +499,7 @@ def _without_verdict(rows: pd.DataFrame) -> list[str]:
             notes.append(f"{len(own)} reading{'s are' if len(own) > 1 else ' is'} {verdict}: {reasons}.")
     return notes
 
-
+# %% ../../nbs/08_report/02_tables.ipynb #41f95594
 def _inference(files: StudyFiles) -> list[str]:
     "Claims without a verdict, the smallest margins that the design could establish, questions left out."
     rows, records = claim_rows(files.claims), files.claims.records

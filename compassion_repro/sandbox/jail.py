@@ -61,7 +61,7 @@ class CodeResult:
     seconds: float  # wall time, the sandbox's own start included
 
 # %% ../../nbs/03_sandbox/02_jail.ipynb #bd3acd8c
-def _environment() -> dict[str, str]:  # the whole environment of the jail
+def _environment() -> dict[str, str]:  # all variables of the jail's environment
     "Nothing, or the library folders where the interpreter itself is found through `LD_LIBRARY_PATH`."
     folders = [
         folder
@@ -204,7 +204,7 @@ def _pipes(stack: ExitStack) -> tuple[list, list]:  # our ends, the program's en
 
 # %% ../../nbs/03_sandbox/02_jail.ipynb #72f07c15
 def _settings(jail: Jail, timeout_s: float, memory_mb: int, folder: str | None) -> dict:
-    "What the jail is told of one program."
+    "What the jail gets to know of one program."
     quota = creation_quota() if jail.where == "landlock" else None
     smaller = {"RLIMIT_FSIZE": FILE_LIMIT} if quota else {}
     return {
@@ -327,7 +327,7 @@ def run_code(
     using: str | None = None,  # one of `LEVELS`; default: the best that this machine offers
     allow_unsafe: bool = False,  # run with no wall at all where the level is "none"
 ) -> CodeResult:  # how it ended; its seconds hold the start of the jail
-    """Run a program, then its tests against it, in a jail of its own.
+    """Run a program, then its tests against it, in a separate jail.
 
     The tests see the program's names; calls are carried out in the program's own process and plain data come
     back. A program is one process with up to 512 threads: starting others is not permitted. Raises

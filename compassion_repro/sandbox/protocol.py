@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 # %% ../../nbs/03_sandbox/00_protocol.ipynb #430343cd
 def _type_letters():
-    "The letter that stands for each plain type in a message."
+    "The letter for each plain type in a message."
     return {
         type(None): b"N",
         bool: b"B",
@@ -502,7 +502,7 @@ def _refer_to_own(value, exported):
 
 # %% ../../nbs/03_sandbox/00_protocol.ipynb #9548e822
 def _hold(kind, number, rest, StandIn, do):
-    "What the judge holds for an object of the program: a stand-in, an error class or a copy with its content."
+    "What the judge has for an object of the program: a stand-in, an error class or a copy with its content."
     stand_in = StandIn(number)
     if kind == "object":
         return stand_in

@@ -193,11 +193,11 @@ def _change_user(user, keep_reading):
 
 # %% ../../nbs/03_sandbox/01_walls.ipynb #74a84592
 def restrict(
-    settings: dict,  # what the host wants, see `run_code`
+    settings: dict,  # what the host asks for, see `run_code`
     supervisor: int,  # process id of the parent
     line,  # socket to the parent, for the descriptor that reports what is created; None without a quota
 ):
-    "Puts the walls around the calling process; raises OSError where one does not stand."
+    "Puts the walls around the calling process; raises OSError where one cannot be set up."
     import ctypes
     import os
     import resource
@@ -216,7 +216,7 @@ def restrict(
     must(libc.prctl(4, 0, 0, 0, 0), "no memory dumps")
     if os.getppid() != supervisor:
         os._exit(70)
-    # first a signal that can be told from others
+    # first a signal that differs from others
     for name, limit in settings["limits"].items():
         resource.setrlimit(getattr(resource, name), (limit, limit + (name == "RLIMIT_CPU")))
     must(libc.prctl(38, 1, 0, 0, 0), "no new privileges")  # PR_SET_NO_NEW_PRIVS
@@ -346,7 +346,7 @@ def _program_role(reading, writing, result):
 
 # %% ../../nbs/03_sandbox/01_walls.ipynb #f51455bd
 def _own_view(folder, size):
-    "Takes the calling process into namespaces of its own, with an empty folder in memory of so many bytes."
+    "Takes the calling process into new namespaces, with an empty folder in memory of so many bytes."
     import ctypes
     import os
 
@@ -522,7 +522,7 @@ def serve(
 
 # %% ../../nbs/03_sandbox/01_walls.ipynb #17d44220
 def _become_supervisor(line, settings, descriptors, refused):
-    "Lays the program's pipes in their places and supervises; whatever goes wrong is told to the host."
+    "Puts the program's pipes in their places and supervises; whatever goes wrong is reported to the host."
     import _signal
     import ctypes
     import os
@@ -645,7 +645,7 @@ def landlock_ruleset(
 # %% ../../nbs/03_sandbox/01_walls.ipynb #b23ffa93
 @functools.cache
 def closed_to_others() -> bool:  # does a folder above the interpreter shut other users out
-    "Whether another user could not reach the interpreter (it lies in root's home, say)."
+    "Whether another user could not reach the interpreter (it is in root's home, say)."
 
     def shut(path):
         return not os.stat(path).st_mode & (stat.S_IXOTH if os.path.isdir(path) else stat.S_IROTH)

@@ -330,7 +330,7 @@ def _verdict_alone(part: ClaimRecord) -> str:
         return verdict_of(part.kind, part.interval, part.margin or 0)[0]
     return part.verdict
 
-
+# %% ../../nbs/06_stats/03_claims.ipynb #9e64368f
 def intersection(
     blank: ClaimRecord,  # the claim's own record, not tested so far
     parts: list[ClaimRecord],  # records of the readings that must all hold; none leaves the claim not tested
@@ -642,7 +642,7 @@ def _blank_record(reading: Reading, common: Mapping[str, str]) -> ClaimRecord:
         **common,
     )
 
-
+# %% ../../nbs/06_stats/03_claims.ipynb #0e037128
 def _estimated_records(
     items: Items, counted_wrong: Items | None, judge: str, claims: Sequence[Claim], preset: Preset
 ) -> list[ClaimRecord]:
@@ -673,7 +673,7 @@ def _judged_records(
         judged.append(judge_record(record, _ruled_out(record, own, training), settings.sensitivity_margins))
     return judged
 
-
+# %% ../../nbs/06_stats/03_claims.ipynb #5a68f562
 def _with_intersections(records: list[ClaimRecord], claims: Sequence[Claim]) -> list[ClaimRecord]:
     "The same records, with verdicts on the claims that need several readings at once."
     needed = {claim.id: claim.both for claim in claims if claim.both}

@@ -316,7 +316,7 @@ def _dimensions(items: Items, reading: Reading) -> list[str]:
         raise InputError("no dimension is asked about in all groups of languages")
     return shared
 
-
+# %% ../../nbs/06_stats/02_estimates.ipynb #dbf28fe2
 def _reading_questions(items: Items, reading: Reading, dimension: str) -> pd.DataFrame:
     "Scores of the models on the questions that are in any cell of a reading, see `complete_questions`."
     own = items.of(reading.benchmark, dimension)
@@ -428,7 +428,7 @@ def _paired_opinions(cells: CellSums, settings: Statistics) -> dict:
         "mixed_model": mixed_model(contributions * len(contributions), settings.confidence),
     }
 
-
+# %% ../../nbs/06_stats/02_estimates.ipynb #07031d7a
 def _second_opinions(cells: CellSums, settings: Statistics) -> dict:
     "What is reported next to the estimate and decides nothing."
     found, means = {"bootstrap": _bootstrap(cells, settings)}, cells.means.mean(axis=1)

@@ -321,7 +321,7 @@ def _fitted_weights(gaps: np.ndarray) -> np.ndarray:
         return np.ones(distinct.shape[1])
     return 1 + np.linalg.lstsq(distinct, -distinct.sum(1), rcond=1e-9)[0]
 
-
+# %% ../../nbs/06_stats/01_scores.ipynb #9309801e
 def dimension_weights(
     scores: pd.DataFrame,  # rows of `scores.parquet`
 ) -> dict[str, dict[str, float]]:  # benchmark to dimension to weight, up to a common factor

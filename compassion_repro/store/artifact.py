@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECORD', 'read_record', 'add_to_record', 'write_recorded', 'recorded_damage', 'foreign_files', 'put_in_place',
-           'is_whole', 'settle']
+           'is_whole', 'recover']
 
 # %% ../../nbs/07_store/01_artifact.ipynb #98ec0e7a
 import os
@@ -32,19 +32,17 @@ RECORD = "record.json"
 
 
 def read_record(folder: Path) -> dict:
-    """What a study knows of its own files (`files`) and of the data it was given (`sources`); empty where
-    nothing is known.
+    """What a study has noted about its files (`files`) and about the data it was given (`sources`); empty where
+    nothing was noted.
     """
     return read_sealed(folder / RECORD) or {}
 
 # %% ../../nbs/07_store/01_artifact.ipynb #5b4f6295
 def add_to_record(folder: Path, **sections: dict):
-    "Lay entries over sections of the record."
-    known = read_record(folder)
-    write_sealed(
-        folder / RECORD,
-        {**known, **{name: {**known.get(name, {}), **entries} for name, entries in sections.items()}},
-    )
+    "Add entries to sections of the record; an entry of the same name is replaced."
+    record = read_record(folder)
+    changed = {name: {**record.get(name, {}), **entries} for name, entries in sections.items()}
+    write_sealed(folder / RECORD, {**record, **changed})
 
 # %% ../../nbs/07_store/01_artifact.ipynb #b106e0b1
 def write_recorded(
@@ -55,12 +53,11 @@ def write_recorded(
     "Write a file atomically and record what it is."
 
     def write_and_record(partial):
+        "The file itself, then its entry, next to that of the version before."
         write(partial)
+        entry = {"bytes": partial.stat().st_size, "sha256": file_hash(partial)}
         before = read_record(folder).get("files", {}).get(name, [])
-        add_to_record(
-            folder,
-            files={name: [{"bytes": partial.stat().st_size, "sha256": file_hash(partial)}, *before[:1]]},
-        )
+        add_to_record(folder, files={name: [entry, *before[:1]]})
 
     return write_atomically(folder / name, write_and_record)
 
@@ -69,7 +66,7 @@ def recorded_damage(
     folder: Path,  # study or evaluation folder
     name: str,  # file within it
 ) -> str | None:  # in words; None where it is as it was written, or was never recorded
-    "What is wrong with a file of the study itself."
+    "What is wrong with a file of the study that is no stage's."
     found = [
         file_damage(folder / name, name, version)
         for version in read_record(folder).get("files", {}).get(name, [])
@@ -81,7 +78,7 @@ def foreign_files(
     folder: Path,  # that is to become a study or an evaluation; it need not exist
     own: tuple[str, ...],  # names of the files that a start writes first, or patterns of them
 ) -> list[Path]:  # by name
-    """What a folder holds beside the files that a start of ours leaves when it is cut off, whole or half
+    """What a folder holds other than the files that a start of ours leaves when it is cut off, whole or half
     written.
     """
     ours = (*own, *(f".{name}.partial" for name in own))
@@ -96,7 +93,7 @@ def put_in_place(
     partial: Path,  # a whole folder, flushed
     place: Path,  # its name from now on
 ):
-    "Give a finished folder its name; what stood there goes last."
+    "Give a finished folder its name; what was there before is deleted last."
     aside = hidden(place, "aside")
     if os.path.lexists(place):
         remove(aside)
@@ -118,11 +115,11 @@ def is_whole(folder: Path) -> bool:
     return manifest is not None and find_damage(folder, manifest["files"]) is None
 
 # %% ../../nbs/07_store/01_artifact.ipynb #190cd400
-def settle(
+def recover(
     place: Path,  # folder of an artifact
     # what was done, in a word: "finished", "restored" or "removed"; None where there was nothing to do
 ) -> str | None:
-    "Settle what an interrupted run left beside a place."
+    "Repair what an interrupted run left next to an artifact."
     partial, aside = hidden(place, "partial"), hidden(place, "aside")
     if not os.path.lexists(partial) and not os.path.lexists(aside):
         return None

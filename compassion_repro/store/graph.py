@@ -32,7 +32,7 @@ from ..training.model_files import adapter_base, gguf_file, same_source
 # %% ../../nbs/07_store/00_graph.ipynb #a8c6b36e
 @cache
 def _embedded_digest(name: str) -> str:
-    "Content of an embedded source; of a corpus its first rows, which stand for the rest."
+    "Identity of what an embedded source holds; a corpus goes by its first rows."
     if name == "base":
         return path_digest(world.assets() / name)
     if name == "helpfulness":
@@ -128,7 +128,7 @@ def judge_identity(
     judge: str,  # one judge or several with commas
     known: Mapping[str, str] = {},  # as for `source_digest`
 ) -> str:  # the same, a folder by its content
-    "Who judges, wherever a judge's folder lies."
+    "Who judges; a judge that is a folder goes by its content, wherever it is."
     found = {
         name: (
             known.get(name, name)
@@ -178,13 +178,11 @@ def place(self: Stage) -> str:
 
 # %% ../../nbs/07_store/00_graph.ipynb #b10632b4
 def _training_config(preset: Preset, section: str, sources: dict[str, Any], known: Mapping[str, str]) -> dict:
-    """What decides a training stage's result, ordinary ways of holding the weights and the plain template
-    unsaid.
+    """What decides a training stage's result; ordinary ways of holding the weights and the plain template are
+    left out.
     """
-    data, template = (
-        {name: spec_digest(source, known) for name, source in sources.items()},
-        preset.generation.training_template,
-    )
+    data = {name: spec_digest(source, known) for name, source in sources.items()}
+    template = preset.generation.training_template
     return {
         "training": getattr(preset, section).identity(),
         "lora": preset.lora.identity(),
@@ -206,71 +204,68 @@ def _given_stage(preset: Preset, seed: int, model: str, base: Stage, known: Mapp
 
 # %% ../../nbs/07_store/00_graph.ipynb #be4150ca
 def _midtrain_stage(preset: Preset, seed: int, model: str, base: Stage, known: Mapping[str, str]) -> Stage:
+    "Mid-training on the documents, or on the control documents; or the finished model in its place."
     if model in preset.models.given:
         return _given_stage(preset, seed, model, base, known)
     documents = preset.data.documents if model == "mid" else preset.data.control
-    return Stage(
-        model,
-        "midtrain",
-        seed,
-        model,
-        (base,),
-        _training_config(preset, "midtrain", {"documents": documents, "replay": preset.data.replay}, known),
-    )
+    sources = {"documents": documents, "replay": preset.data.replay}
+    config = _training_config(preset, "midtrain", sources, known)
+    return Stage(model, "midtrain", seed, model, (base,), config)
 
 # %% ../../nbs/07_store/00_graph.ipynb #456db832
+def _matched_sources(preset: Preset) -> dict[str, Any]:
+    """The data of all supervised arms that are trained, by the name of their rows: each of these arms has them
+    all in its configuration, because their dose is matched.
+    """
+    arms = [arm for arm in map(parse_model, preset.arms) if arm.paradigm == "sft"]
+    return {arm.rows: preset.data.source(arm.rows) for arm in arms if arm.model in preset.trained}
+
+# %% ../../nbs/07_store/00_graph.ipynb #176c03d0
+def _grpo_stage(
+    preset: Preset,
+    seed: int,
+    arm,  # `study.Arm` that is trained by rewards
+    start: Stage,  # the model it starts from
+    reward: Stage | None,  # the reward model, where an arm is paid by one
+    known: Mapping[str, str],
+) -> Stage:
+    "A GRPO arm; what it is paid for is in its configuration."
+    config = _training_config(preset, "grpo", {arm.rows: preset.data.source(arm.rows)}, known)
+    config["reward"] = arm.reward
+    if arm.reward == "help":
+        return Stage(arm.model, "grpo", seed, arm.model, (start, reward), config)
+    config["weights"] = preset.code_reward
+    return Stage(arm.model, "grpo", seed, arm.model, (start,), config)
+
+# %% ../../nbs/07_store/00_graph.ipynb #4fde4e4e
 def _arm_stages(
     preset: Preset, seed: int, starts: dict[str, Stage], reward: Stage | None, known: Mapping[str, str]
 ) -> list[Stage]:
-    """The arms. The data of the supervised ones stand in each other's configuration, because their dose is
-    matched; a GRPO arm's holds its reward.
-    """
-    arms = [parse_model(name) for name in preset.arms]
-    matched = {
-        arm.rows: preset.data.source(arm.rows)
-        for arm in arms
-        if arm.paradigm == "sft" and arm.model in preset.trained
-    }
+    "The arms: given ones, supervised ones, and those that are trained by rewards."
+    matched = _matched_sources(preset)
 
     def stage(arm):
+        "The stage that makes one arm's model."
         if arm.model in preset.models.given:
             return _given_stage(preset, seed, arm.model, starts["base"], known)
-        if arm.paradigm == "sft":
-            return Stage(
-                arm.model,
-                "sft",
-                seed,
-                arm.model,
-                (starts[arm.start],),
-                _training_config(preset, "sft", matched, known),
-            )
-        config = _training_config(preset, "grpo", {arm.rows: preset.data.source(arm.rows)}, known) | {
-            "reward": arm.reward
-        }
-        if arm.reward == "help":
-            return Stage(arm.model, "grpo", seed, arm.model, (starts[arm.start], reward), config)
-        return Stage(
-            arm.model, "grpo", seed, arm.model, (starts[arm.start],), config | {"weights": preset.code_reward}
-        )
+        if arm.paradigm != "sft":
+            return _grpo_stage(preset, seed, arm, starts[arm.start], reward, known)
+        config = _training_config(preset, "sft", matched, known)
+        return Stage(arm.model, "sft", seed, arm.model, (starts[arm.start],), config)
 
-    return [stage(arm) for arm in arms]
+    return [stage(parse_model(name)) for name in preset.arms]
 
 # %% ../../nbs/07_store/00_graph.ipynb #152b07c2
 def _benchmark_config(benchmark: Benchmark, known: Mapping[str, str]) -> dict:
     "What decides a benchmark's questions; sizes count for embedded ones only."
+    task, epochs = benchmark.task, benchmark.epochs
     if not benchmark.judged:
-        return {
-            "task": benchmark.task,
-            "epochs": benchmark.epochs,
-            "limit": benchmark.limit,
-            "file": (
-                source_digest(benchmark.task.rpartition("@")[0], known) if ".py@" in benchmark.task else None
-            ),
-        }
+        file = source_digest(task.rpartition("@")[0], known) if ".py@" in task else None
+        return {"task": task, "epochs": epochs, "limit": benchmark.limit, "file": file}
     config = {
-        "task": benchmark.task,
+        "task": task,
         "data": source_digest(benchmark.data, known),
-        "epochs": benchmark.epochs,
+        "epochs": epochs,
         "dimensions": benchmark.dimensions and source_digest(benchmark.dimensions, known),
     }
     if benchmark.strip_suffix:
@@ -284,21 +279,37 @@ def _probe_stages(preset: Preset, seed: int, measured: list[Stage], mid: Stage) 
         "world": world.assets() / "world" / "bank.yaml",
         "written": world.assets() / "margin" / "pairs.yaml",
     }
-    config = {
-        "margin": preset.margin.model_dump(mode="json"),
-        "pairs": {name: path_digest(files[name]) for name in preset.margin.pairs},
-    }
-    return [
-        Stage(
-            f"probe-{answers.inputs[0].id}",
-            "probe",
-            seed,
-            answers.model,
-            (answers.inputs[0], answers, mid),
-            config,
-        )
-        for answers in measured
-    ]
+    pairs = {name: path_digest(files[name]) for name in preset.margin.pairs}
+    config = {"margin": preset.margin.model_dump(mode="json"), "pairs": pairs}
+    return [Stage(f"probe-{a.model}", "probe", seed, a.model, (*a.inputs, a, mid), config) for a in measured]
+
+# %% ../../nbs/07_store/00_graph.ipynb #c1fff9c7
+def _answer_stages(preset: Preset, model: Stage, benchmarks: dict, judge: str) -> list[Stage]:
+    "Answers and scores of one model, in each form of the question."
+    stages, forms = [], preset.generation.forms()
+    for template in forms:
+        name = model.id if template == forms[0] else f"{model.id}.{template}"
+        generation = preset.generation.identity() | {"template": template}
+        config = {"generation": generation, "benchmarks": benchmarks}
+        answers = Stage(f"answers-{name}", "answers", model.seed, model.model, (model,), config)
+        scores = Stage(f"eval-{name}", "eval", model.seed, model.model, (answers,), {"judge": judge})
+        stages += [answers, scores]
+    return stages
+
+# %% ../../nbs/07_store/00_graph.ipynb #07659d34
+def _start_stages(preset: Preset, seed: int, known: Mapping[str, str]) -> dict[str, Stage]:
+    "The base model and what is mid-trained from it: what an arm may start from, by model id."
+    base = Stage("base", "base", seed, "base", (), {"source": model_digest(preset.models.base, known)})
+    middle = [model for model in preset.models_compared if model in ("mid", "mid-control")]
+    return {"base": base} | {m: _midtrain_stage(preset, seed, m, base, known) for m in middle}
+
+# %% ../../nbs/07_store/00_graph.ipynb #dda1b5c6
+def _reward_stage(preset: Preset, base: Stage, known: Mapping[str, str]) -> Stage | None:
+    "The reward model; None where no arm is paid by one."
+    if not any(arm.reward == "help" for arm in preset.trained_arms):
+        return None
+    config = {"source": model_digest(preset.models.reward, known)}
+    return Stage("reward", "reward", base.seed, "reward", (base,), config)
 
 # %% ../../nbs/07_store/00_graph.ipynb #50086863
 def graph(
@@ -311,54 +322,14 @@ def graph(
     stages, judge = [], judge_identity(preset.judge, known)
     benchmarks = {name: _benchmark_config(b, known) for name, b in preset.benchmarks.items()}
     for seed in range(1, seeds + 1):
-        base = Stage("base", "base", seed, "base", (), {"source": model_digest(preset.models.base, known)})
-        starts = {"base": base} | {
-            m: _midtrain_stage(preset, seed, m, base, known)
-            for m in preset.models_compared
-            if m in ("mid", "mid-control")
-        }
-        rewarded = any(arm.reward == "help" for arm in preset.trained_arms)
-        reward = (
-            Stage(
-                "reward",
-                "reward",
-                seed,
-                "reward",
-                (base,),
-                {"source": model_digest(preset.models.reward, known)},
-            )
-            if rewarded
-            else None
-        )
-        for stage in [
-            *starts.values(),
-            *([reward] if reward else []),
-            *_arm_stages(preset, seed, starts, reward, known),
-        ]:
-            stages.append(stage)
-            if stage.kind == "reward":
-                continue
-            for template in preset.generation.forms():
-                generation, form = (
-                    preset.generation.identity() | {"template": template},
-                    ("" if template == preset.generation.forms()[0] else f".{template}"),
-                )
-                answers = Stage(
-                    f"answers-{stage.id}{form}",
-                    "answers",
-                    seed,
-                    stage.model,
-                    (stage,),
-                    {"generation": generation, "benchmarks": benchmarks},
-                )
-                stages += [
-                    answers,
-                    Stage(f"eval-{stage.id}{form}", "eval", seed, stage.model, (answers,), {"judge": judge}),
-                ]
-        stages += _probe_stages(
-            preset,
-            seed,
-            [s for s in stages if s.id == f"answers-{s.model}" and s.seed == seed],
-            starts["mid"],
-        )
-    return sorted(stages, key=lambda s: s.seed)
+        starts = _start_stages(preset, seed, known)
+        reward = _reward_stage(preset, starts["base"], known)
+        arms, measured = _arm_stages(preset, seed, starts, reward, known), []
+        for model in [*starts.values(), *filter(None, [reward]), *arms]:
+            stages.append(model)
+            if model is not reward:
+                answered = _answer_stages(preset, model, benchmarks, judge)
+                stages += answered
+                measured.append(answered[0])
+        stages += _probe_stages(preset, seed, measured, starts["mid"])
+    return stages

@@ -89,7 +89,7 @@ def attach(
     try:
         model = get_peft_model(base, config)
         found = model.load_adapter(str(folder), "default", torch_device="cpu")
-    except Exception as error:  # each kind of adapter raises what it likes
+    except Exception as error:  # each kind of adapter raises another error
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         raise InputError(
             f"the adapter {name} does not fit {called}: {lines[0][:200] if lines else first_line(error)}"

@@ -425,9 +425,9 @@ def _split(self: PaddedRows, example: dict):
 # %% ../../nbs/04_training/04_device.ipynb #b889df1a
 def warmup_steps(
     share: float,  # of the steps, from the preset
-    steps: int,  # of the whole training
+    steps: int,  # of the training
 ) -> int:  # steps of a rising rate, never all of them
-    "Steps that warm up: the library's number, but at least the last step has the whole learning rate."
+    "Steps that warm up: the library's number, but at least the last step has the full learning rate."
     return min(math.ceil(share * steps), max(steps - 1, 0))
 
 # %% ../../nbs/04_training/04_device.ipynb #a415147b
@@ -459,7 +459,7 @@ def ready_adapter(
     how: TrainSetup,  # from `train_setup`
     sampling: bool = False,  # the trainer also generates
 ):
-    """Put the trained numbers into 32 bits; TRL rounds an adapter beside 4-bit weights to bfloat16, which
+    """Put the trained numbers into 32 bits; TRL rounds an adapter next to 4-bit weights to bfloat16, which
     GPUs without it cannot scale. Under mixed precision the trainer casts a layer's input once; PEFT's own
     cast would keep a second copy of it.
     """

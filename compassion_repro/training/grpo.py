@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOGGED', 'advantages', 'without_variance', 'prompt_rows', 'sample_answers', 'held_out_rewards', 'reward_gain',
-           'Recorder', 'step_log', 'warnings_before', 'warnings_of', 'make_trainer', 'check_engine', 'engine_options',
-           'engine_ended', 'grpo']
+           'Recorder', 'step_log', 'warnings_before', 'warnings_of', 'reward_words', 'make_trainer', 'check_engine',
+           'engine_options', 'engine_ended', 'grpo']
 
 # %% ../../nbs/04_training/14_grpo.ipynb #e694b4b6
 import gc
@@ -32,7 +32,7 @@ from ..core.errors import InputError
 from ..core.files import intact_parts, save_part, weights_digest, write_atomically
 from ..data.rows import rows_sha256
 from ..study import GRPO_SETTINGS, Grpo
-from .checkpoints import Checkpoints
+from .checkpoints import Checkpoints, Progress
 from compassion_repro.training.device import (
     TrainRun,
     TrainSetup,
@@ -390,37 +390,16 @@ def warnings_of(
     return lines
 
 # %% ../../nbs/04_training/14_grpo.ipynb #d1bdad0e
-class _Progress(TrainerCallback):
-    "Reports each step in one line."
-
-    def __init__(self, report: Callable, label: str):
-        self.report, self.label = report, label
-
-# %% ../../nbs/04_training/14_grpo.ipynb #75af336d
-@patch
-def on_train_begin(self: _Progress, args, state, control, **kwargs):
-    "Start the clock."
-    self.begun, self.first = time.perf_counter(), state.global_step
-
-# %% ../../nbs/04_training/14_grpo.ipynb #b114d8b0
-@patch
-def on_log(self: _Progress, args, state, control, logs=None, **kwargs):
-    "Report a step."
-    if not logs or "reward" not in logs:
-        return
-    left = (
-        (time.perf_counter() - self.begun)
-        / max(state.global_step - self.first, 1)
-        * (state.max_steps - state.global_step)
-    )
-    reward, length, flat = (
-        math.nan if logs.get(name) is None else logs[name]
-        for name in ("reward", "completions/mean_length", "zero_variance")
-    )
-    self.report(
-        f"{self.label}: step {state.global_step}/{state.max_steps}, reward {reward:.3f}, {length:.0f}"
-        f" tokens, {flat:.0%} of groups without variance, {left:.0f} s left"
-    )
+def reward_words(
+    logs: dict,  # what the trainer logs
+    seconds: float,  # of training so far
+) -> str | None:  # None where nothing is to be said
+    "What to say about a step: mean reward, length of the answers, groups that teach nothing."
+    if "reward" not in logs:
+        return None
+    names = ("reward", "completions/mean_length", "zero_variance")
+    reward, length, flat = (math.nan if logs.get(name) is None else logs[name] for name in names)
+    return f"reward {reward:.3f}, {length:.0f} tokens, {flat:.0%} of groups without variance"
 
 # %% ../../nbs/04_training/14_grpo.ipynb #579ee1de
 def make_trainer(
@@ -614,7 +593,7 @@ def _train(
     with tempfile.TemporaryDirectory() as temporary, engine_ended(training) as made:
         place, begun = folder or Path(temporary), time.perf_counter()
         recorder = Recorder(reward, training.value("group"), place / "completions")
-        progress = [_Progress(run.report, run.label)]
+        progress = [Progress(run.report, run.label, reward_words)]
         trainer = make_trainer(
             start, prompts, training, recorder, place, run, progress, folder is not None, checkpointing
         )

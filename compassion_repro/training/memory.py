@@ -50,7 +50,7 @@ def linear(self: Shape) -> list[tuple[int, int]]:
 # %% ../../nbs/04_training/03_memory.ipynb #bd098af3
 @patch(as_prop=True)
 def linear_parameters(self: Shape) -> int:
-    "Parameters that an adapter stands beside, and that are held in 4 bits."
+    "Parameters that an adapter is added to, and that are held in 4 bits."
     return self.layers * sum(inputs * outputs for inputs, outputs in self.linear)
 
 # %% ../../nbs/04_training/03_memory.ipynb #bc85182c
@@ -80,7 +80,7 @@ KNOWN = {  # models of the hub that presets name, from their published config.js
     "meta-llama/Llama-3.1-8B": Shape(4096, 14336, 32, 32, 8, 128, 128256, False),
     "meta-llama/Llama-3.2-3B": Shape(3072, 8192, 28, 24, 8, 128, 128256, True),
     "meta-llama/Llama-3.2-1B": Shape(2048, 8192, 16, 32, 8, 64, 128256, True),
-    # reward models have no output over words, so none beside the embedding
+    # reward models have no output over words, so none next to the embedding
     "sfairXC/FsfairX-LLaMA3-RM-v0.1": Shape(4096, 14336, 32, 32, 8, 128, 128256, True),
     "Skywork/Skywork-Reward-V2-Qwen3-0.6B": Shape(1024, 3072, 28, 16, 8, 128, 151936, True),
 }
@@ -250,7 +250,7 @@ def sampling_memory(
     return sequences * (tokens * shape.cache_bytes(number_bytes) + 4 * 4 * shape.vocabulary)
 
 # %% ../../nbs/04_training/03_memory.ipynb #b2833149
-# bytes that vLLM works with beside weights and cache: activations, captured graphs, logits
+# bytes that vLLM works with next to weights and cache: activations, captured graphs, logits
 ENGINE = 4 * 2**30
 
 
@@ -329,7 +329,7 @@ def fit(
     held: Held,  # how it is held
     memory_gb: float,  # of the device, GB of 2**30 bytes
     checkpointing: str = "auto",  # "auto", "always" or "never"
-    reward_bytes: float = 0,  # of a reward model beside it
+    reward_bytes: float = 0,  # of a reward model next to it
 ) -> Fit:  # what to run with; more than the memory where nothing smaller is left
     """Choose the micro-batch (where it is `auto`), the completions sampled at once and the checkpointing that
     fit a device.
@@ -348,7 +348,7 @@ def fit(
 
 # %% ../../nbs/04_training/03_memory.ipynb #9cc5f5c0
 def _sampled_at_once(training: Grpo, shape: Shape, held: Held, room: float, length: int) -> int:
-    "The most completions, in whole groups, whose cache fits; what the preset says, where it says."
+    "The most completions, in full groups, whose cache fits; or the preset's number, where it has one."
     if training.generate_at_once or training.micro_batch != "auto" or training.engine == "vllm":
         return training.generate_at_once or training.completions
     group = training.value("group")
@@ -410,7 +410,7 @@ GPUS = {
     "H100": Gpu(79.2, 989, 3350),
     "H200": Gpu(139.8, 989, 4800),
 }
-# share of the data sheet's speed: training and training beside 4-bit weights means of two runs on H100s (see
+# share of the data sheet's speed: training and training next to 4-bit weights means of two runs on H100s (see
 # `bench`); reading weights while sampling is an estimate
 REACHED = {"none": 0.42, "nf4": 0.37, "sampling": 0.30}
 # seconds of a sampling step a layer, whatever the batch: models under test, policies in 16 and in 4 bits with

@@ -149,19 +149,19 @@ def main(
 
 # %% ../../nbs/04_training/05_merging.ipynb #48cb5d27
 def _roomy(base: str | Path, device: str, way: str = "own") -> str:
-    "The device, or the processor where the GPU has no room for the whole model next to its 4-bit form."
+    "The device, or the processor where the GPU cannot hold the full model next to its 4-bit form."
     shape, each = read_shape(weights_folder(base)), 4.8 if way in ("rounded", "float32") else 2.8
     if device == "cpu" or shape is None:
         return device
     return device if torch.cuda.mem_get_info()[0] > each * shape.parameters else "cpu"
 
 # %% ../../nbs/04_training/05_merging.ipynb #da96171d
-TRAINED = "trained"  # folder in a stage's checkpoints: the adapter, and what training told
+TRAINED = "trained"  # folder in a stage's checkpoints: the adapter, and what training reported
 
 
 def trained_once(
     folder: Path | None,  # from `open_run_folder`; None keeps nothing
-    train: Callable,  # trains: gives the model, and what it told by name: plain values or frames
+    train: Callable,  # trains: gives the model, and its results by name: plain values or frames
     start: str | Path,  # model folder that training starts from
     how: TrainSetup,  # as in training
     report: Callable = print,  # called with one line of text
@@ -180,7 +180,7 @@ def trained_once(
 
 # %% ../../nbs/04_training/05_merging.ipynb #984c0d2d
 def _keep(place: Path, model: PeftModel, told: dict[str, Any], report: Callable, label: str):
-    """Write the adapter and what training told, and seal the folder; a disk that cannot take it is no reason
+    """Write the adapter and the training's results, and seal the folder; a disk that cannot take it is no reason
     to stop.
     """
     try:
@@ -200,7 +200,7 @@ def _keep(place: Path, model: PeftModel, told: dict[str, Any], report: Callable,
 
 # %% ../../nbs/04_training/05_merging.ipynb #2d54a207
 def _told(place: Path) -> dict[str, Any]:
-    "What training told, read back."
+    "The training's results, read back."
     plain = {
         file.stem: json.loads(file.read_text(encoding="utf-8"))
         for file in place.glob("*.json")

@@ -232,7 +232,7 @@ def kind(self: Gguf) -> str:
 # %% ../../nbs/04_training/00_model_files.ipynb #1a618668
 @patch(as_prop=True)
 def needed(self: Gguf) -> int:
-    "Bytes that the file must have for its last tensor to be whole."
+    "Bytes that the file must have for its last tensor to be complete."
     ends = [
         offset + math.prod(sizes) // BLOCKS[number][1] * BLOCKS[number][2]
         for sizes, number, offset in self.tensors.values()
@@ -321,7 +321,7 @@ def gguf_file(
 def check_gguf(
     file: str | Path,  # GGUF file
 ) -> Gguf:  # its header
-    "Raise `InputError` for a GGUF file that is cut, or that cannot be turned into a whole model."
+    "Raise `InputError` for a GGUF file that is cut, or that cannot be turned into a complete model."
     found = read_gguf(file)
     if why := _no_model(found) or _no_tensors(found) or _no_tokens(found):
         raise InputError(f"{file} {why}")
@@ -329,7 +329,7 @@ def check_gguf(
 
 # %% ../../nbs/04_training/00_model_files.ipynb #5e8bafd3
 def _no_model(found: Gguf) -> str:
-    "Why a header is not that of a whole causal language model; empty where it is."
+    "Why a header is not that of a complete causal language model; empty where it is."
     kind, parts = found.fields.get("general.type", "model"), found.fields.get("split.count", 0)
     if parts > 1:
         number = found.fields.get("split.no", 0) + 1
@@ -459,7 +459,7 @@ def _place(source: str) -> Path | None:
 
 # %% ../../nbs/04_training/00_model_files.ipynb #821d6f9c
 def _weights(folder: Path) -> list:
-    "Sizes and last megabytes of the weights, which tell two models apart without reading them whole."
+    "Sizes and last megabytes of the weights, which distinguish two models without reading all of them."
     found = []
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:

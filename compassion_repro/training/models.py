@@ -117,14 +117,14 @@ TEMPLATES = {  # name -> Jinja text; `own` is not ours to write
 }
 
 # %% ../../nbs/04_training/01_models.ipynb #5d2c81a1
-# the day that templates which tell the date are given: tomorrow's prompts are today's
+# the day for templates that print the date: tomorrow's prompts equal today's
 DAY = datetime(2024, 7, 26)
 
 
 def on_one_day(
     template: str,  # Jinja text
 ) -> str:  # the same, its date that of `DAY`
-    """A chat template that tells no other date than `DAY`: its `strftime_now` is a macro, whatever it is
+    """A chat template that prints no other date than `DAY`: its `strftime_now` is a macro, whatever it is
     given.
     """
     if "strftime_now" not in template or template.startswith("{%- macro strftime_now("):
@@ -262,7 +262,7 @@ def with_template(
 
 # %% ../../nbs/04_training/01_models.ipynb #cbdae4de
 def needs_code(source: str | Path, part: str = "model") -> str:
-    "The line for a folder that only opens by running a program that lies in it."
+    "The line for a folder that only opens by running a program inside it."
     return (
         f"the {part} in {source} opens only by running code that its folder or repository holds, which is"
         f" never done: give a {part} of a kind that transformers knows itself"
@@ -408,7 +408,7 @@ def conversation_ids(
     messages: list[dict],  # turns, the answer among them
     tokenizer: PreTrainedTokenizerBase,  # of a reward model, as its folder has it
 ) -> list[int]:  # what its template writes; a special token that somebody wrote into a turn is text
-    "The tokens of a whole conversation under a tokenizer's own template."
+    "The tokens of a conversation under a tokenizer's own template."
     messages, shown = _hidden(messages, tokenizer)
     template = tokenizer.get_chat_template()
     if shown:
@@ -439,7 +439,7 @@ def added_text(
 # %% ../../nbs/04_training/01_models.ipynb #7b680b8b
 def template_account(
     tokenizer: PreTrainedTokenizerBase,  # with the template that counts
-) -> dict[str, str]:  # for a stage's manifest; empty where there is nothing to tell
+) -> dict[str, str]:  # for a stage's manifest; empty where there is nothing to say
     """What a chat template says by itself: `template_adds`, its own text, `template_end`, what ends an answer
     in place of the end token, and `template_day`, the day that it is given.
     """
@@ -470,7 +470,7 @@ def _special_texts(tokenizer) -> list[str]:
 
 # %% ../../nbs/04_training/01_models.ipynb #10d601ae
 def _marked_ids(text: str, tokenizer, shown: dict[str, str]) -> list[int]:
-    "Tokens of a rendered text: what is a special token in it is the template's, what stands for one is text."
+    "Tokens of a rendered text: what is a special token in it is the template's, what looks like one is text."
     ids = []
     for piece in re.split("(" + "|".join(map(re.escape, _special_texts(tokenizer))) + ")", text):
         if piece in shown.values():
@@ -589,7 +589,7 @@ def is_unmerged(source: str | Path) -> bool:
 def weights_folder(
     source: str | Path,  # model folder, or a hub id
 ) -> str | Path:  # where its config.json is
-    "The folder of the whole weights: `base` inside an unmerged model, else the folder itself."
+    "The folder of the full weights: `base` inside an unmerged model, else the folder itself."
     return Path(source) / "base" if is_unmerged(source) else source
 
 # %% ../../nbs/04_training/01_models.ipynb #5eeed58d
@@ -727,7 +727,7 @@ def check_numbers(
 
 # %% ../../nbs/04_training/01_models.ipynb #055f765b
 def _check_tensor(name: str, weight: torch.Tensor, source: str | Path):
-    """Raise `InputError` for a weight with NaN or infinite numbers; the extremes tell, thirty times as fast
+    """Raise `InputError` for a weight with NaN or infinite numbers; the extremes show it, thirty times as fast
     as asking each number.
     """
     if (
@@ -864,7 +864,7 @@ def write_ends(
 # %% ../../nbs/04_training/01_models.ipynb #f1d29a7e
 def save_model(
     model: PreTrainedModel,  # plain, no adapter
-    tokenizer: PreTrainedTokenizerBase,  # saved beside it
+    tokenizer: PreTrainedTokenizerBase,  # saved next to it
     folder: str | Path,  # made if missing
 ) -> Path:  # the folder
     "Write a folder that `AutoModelForCausalLM.from_pretrained` opens and whose generations end."
@@ -989,7 +989,7 @@ def _content_key(file: str, size: int, changed: int) -> str:
 def _gguf_problem(file: Path, header: Gguf, home: Path, error: Exception) -> str:
     "Why a GGUF file was not dequantised, in one line."
     gb = 2 * header.parameters / 2**30
-    # safetensors tells the number in its text alone
+    # safetensors gives the number in its text only
     told = re.search(r"(?:os error |Errno )(\d+)", str(error))
     code = getattr(error, "errno", None) or (told and int(told[1]))
     if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -1014,7 +1014,7 @@ def open_gguf(
     file: Path,  # GGUF file
     weights: bool = True,  # False: its settings and tokenizer are enough
 ) -> Path:  # folder of plain bfloat16 weights, made once a file content
-    """Dequantise a GGUF file into the cache, whole or not at all.
+    """Dequantise a GGUF file into the cache, completely or not at all.
 
     Raises `InputError` for one that cannot be opened.
     """
@@ -1048,7 +1048,7 @@ def open_gguf(
 
 # %% ../../nbs/04_training/01_models.ipynb #1303bcd7
 def _fill_from_gguf(file: Path, header: Gguf, out: Path, weights: bool):
-    "Write what is asked of a GGUF file into an empty folder, if the disk has room for it."
+    "Write what is asked of a GGUF file into an empty folder, if the disk has enough space."
     if not weights:
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
         _gguf_tokenizer(file, header, out, [config])

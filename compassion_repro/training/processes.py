@@ -123,7 +123,7 @@ def laid_out(
 
 # %% ../../nbs/04_training/07_processes.ipynb #84b543dd
 def count() -> int:
-    "How many processes this training runs in; 1 where it was not spread."
+    "How many processes this training runs in; 1 where there is one."
     return (
         torch.distributed.get_world_size()
         if torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -144,7 +144,7 @@ def once(function: Callable, *words):  # what the first process's call gave, on 
 
 # %% ../../nbs/04_training/07_processes.ipynb #53fe00db
 def trainer_words() -> dict:  # arguments of `SFTConfig` and `GRPOConfig`
-    "What the trainer must be told where there are several processes."
+    "The trainer's arguments where there are several processes."
     return {"ddp_find_unused_parameters": False} if count() > 1 else {}
 
 # %% ../../nbs/04_training/07_processes.ipynb #a34d32e9
@@ -209,7 +209,7 @@ def check(
             )
         if how.device == "cpu":
             raise InputError(
-                "compute.sharding=fsdp wants GPUs: leave it out, the model is then held whole by every"
+                "compute.sharding=fsdp needs GPUs: leave it out, the model is then held whole by every"
                 " process"
             )
         if how.quantize != "none" or "8bit" in (how.optimizer or ""):
@@ -219,7 +219,7 @@ def check(
             )
     if how.device == "cuda" and compute.processes > torch.cuda.device_count():
         raise InputError(
-            f"compute.processes={compute.processes} wants as many GPUs and this machine shows"
+            f"compute.processes={compute.processes} needs as many GPUs and this machine shows"
             f" {torch.cuda.device_count()}: lower it"
         )
     stages = [preset.midtrain] * bool({"mid", "mid-control"}.intersection(preset.trained)) + [
@@ -230,7 +230,7 @@ def check(
 
 # %% ../../nbs/04_training/07_processes.ipynb #a2dca7ac
 def _process(run: Callable, folder: str, how: TrainSetup, environment: dict, lines, starter: int):
-    "One of the processes: gives what `run` told (the first one) and the memory that it took."
+    "One of the processes: gives the results of `run` (the first one) and the memory that it took."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
     if os.getppid() != starter:
@@ -316,7 +316,7 @@ def _is_memory(text: str) -> bool:
 # %% ../../nbs/04_training/07_processes.ipynb #e3d22b41
 @contextmanager
 def _alone():
-    """Silence the launcher, whose own log tells every failure again over many lines; and end, whatever
+    """Silence the launcher, whose own log repeats every failure over many lines; and end, whatever
     happens, every process that was started.
     """
     loggers = {
@@ -362,7 +362,7 @@ LEAVE = 9  # seconds that processes have to save and end
 
 
 def _leave() -> dict:
-    "Seconds that processes have to end, where PyTorch's launcher can be told (2.13; before it waits 30)."
+    "Seconds that processes have to end, where PyTorch's launcher has that setting (2.13; before it waits 30)."
     return (
         {"shutdown_timeout": LEAVE}
         if "shutdown_timeout" in inspect.signature(LaunchConfig).parameters
@@ -412,7 +412,7 @@ def _spent(how: TrainSetup, results: dict) -> dict:
 
 # %% ../../nbs/04_training/07_processes.ipynb #a65dc98c
 def run_distributed(
-    run: Callable,  # a picklable function of `report` that trains: gives the model and whatever else it tells
+    run: Callable,  # a picklable function of `report` that trains: gives the model and whatever else it returns
     start: str | Path,  # model folder that the training starts from
     how: TrainSetup,  # says how many processes, and how they share the weights
     report: Callable = print,  # called with one line of progress

@@ -499,7 +499,9 @@ def test_a_preset_with_two_judges(study_copy, tmp_path):
     preset = study.preset.model_copy(update={"judge": "indicator,strict"})
     stage = next(s for s in graph.graph(preset) if s.id == "eval-mid")
     (tmp_path / "stage").mkdir()
-    done = stages.RUN["eval"](stages.Work(preset, stage, study, tmp_path / "stage", lambda line: None))
+    done = stages.RUN["eval"](
+        stages.StageContext(preset, stage, study, tmp_path / "stage", lambda line: None)
+    )
     rows = pd.read_parquet(tmp_path / "stage" / "scores.parquet")
     assert (
         done["judge"] == "indicator,strict"

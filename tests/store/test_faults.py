@@ -17,6 +17,7 @@ import damage
 import pandas as pd
 import pytest
 from conftest import copy_study
+from damage_cases import all_cases
 from judge_server import JUDGE, PaidJudge, kept_replies, reference
 from kills import contents, differences, is_whole, killed_study, manifests, phase
 
@@ -81,7 +82,7 @@ def sound(finished, tmp_path_factory):
 
 @pytest.mark.parametrize("family, how", [(family, how) for family, hows in CASES.items() for how in hows])
 def test_damaged_inputs_are_refused_or_repaired(family, how, sound, tmp_path):
-    case = next(case for case in damage.all_cases() if (case.family, case.how) == (family, how))
+    case = next(case for case in all_cases() if (case.family, case.how) == (family, how))
     done = damage.try_case(case, sound, 1, tmp_path)
     assert not done["bad"], done
 

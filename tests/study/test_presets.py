@@ -230,9 +230,9 @@ def test_the_form_of_the_questions_is_settled_from_the_tokenizers(tmp_path, base
             *(f"{key}={folder}" for key, folder in models.items()),
         ],
     )
-    settled = pipeline.settle_template(preset)
+    settled = pipeline.choose_template(preset)
     assert (settled.generation.template, settled.generation.templates) == (template, others)
-    assert pipeline.settle_template(settled) is settled and {s.id for s in graph(settled)} <= {
+    assert pipeline.choose_template(settled) is settled and {s.id for s in graph(settled)} <= {
         s.id for s in graph(preset)
     }
     assert settled.models_compared == preset.models_compared
@@ -369,10 +369,10 @@ def test_want_of_memory_outside_of_training_is_one_line(kind, words):
 
     work = types.SimpleNamespace(stage=types.SimpleNamespace(id=f"{kind}-mid", kind=kind))
     with pytest.raises(InputError, match=f"{kind}-mid: out of memory on this device: {words}") as caught:
-        stages._told(runs_out)(work)
+        stages._advising(runs_out)(work)
     assert "\n" not in str(caught.value)
     with pytest.raises(KeyError):
-        stages._told(breaks)(work)
+        stages._advising(breaks)(work)
 
 
 # --- broken models and presets
