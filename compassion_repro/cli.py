@@ -39,6 +39,7 @@ def _answer(handler: dict):
 
 # %% ../nbs/99_cli.ipynb #0eb62028
 def _leave_at_once(number, frame):
+    "Say how to carry on, and end without waiting for the imports."
     os.write(2, f"\n{INTERRUPTED}\n".encode())
     os._exit(128 + number)
 
@@ -116,11 +117,12 @@ def _table(columns: list[str], rows: list[list], title: str = ""):
 
 # %% ../nbs/99_cli.ipynb #afb53523
 def _print(*things):
+    "Print tables and plain words; 160 columns wide where the output is not a terminal."
     from rich.text import Text
 
-    _console(width=None if sys.stdout and sys.stdout.isatty() else 160, markup=True).print(
-        *(Text(thing) if isinstance(thing, str) else thing for thing in things)
-    )
+    width = None if sys.stdout and sys.stdout.isatty() else 160
+    shown = (Text(thing) if isinstance(thing, str) else thing for thing in things)
+    _console(width=width, markup=True).print(*shown)
 
 # %% ../nbs/99_cli.ipynb #485dbd6f
 class _Command(NamedTuple):
@@ -215,6 +217,7 @@ def _asking(report=None):
         return None
 
     def answer(question):
+        "What the person types; the progress line is put away meanwhile."
         status = getattr(report, "status", None)
         if status:
             status.stop()
@@ -263,6 +266,7 @@ def _agree_to_judges(args, preset, folder: Path):
 
 # %% ../nbs/99_cli.ipynb #9a7f4c73
 def _run_options(parser: argparse.ArgumentParser):
+    "Which study, where and how its stages run, and what its judges cost."
     _study_options(parser)
     unsafe = "run model-written code even where this machine has no jail for it; warns each run"
     parser.add_argument("--allow-unsafe-code", action="store_true", help=unsafe)
@@ -302,6 +306,7 @@ def run(args) -> int:
 
 # %% ../nbs/99_cli.ipynb #f070848b
 def _plan_options(parser: argparse.ArgumentParser):
+    "Which study, and what its judges cost."
     _study_options(parser)
     _prices_option(parser)
 
@@ -416,6 +421,7 @@ def claims(args) -> int:
 
 # %% ../nbs/99_cli.ipynb #b8e3b15f
 def _push_options(parser: argparse.ArgumentParser):
+    "Which model goes where."
     _study_argument(parser)
     parser.add_argument("model", metavar="MODEL", help="model id: mid, sft-help, sft-help@base, ...")
     hub = "repository on the hub; made if it is not there"
@@ -623,6 +629,7 @@ def _answer_settings(args):
 
 # %% ../nbs/99_cli.ipynb #8bc145e4
 def _eval_options(parser: argparse.ArgumentParser):
+    "Models, benchmarks, judges, and how questions are answered."
     models = "model folder, adapter folder, hub id, or Inspect model id"
     parser.add_argument("models", nargs="+", metavar="MODEL", help=models)
     benchmarks = (
@@ -667,6 +674,7 @@ def _split(names: str) -> list[str]:
 
 # %% ../nbs/99_cli.ipynb #5e8a0437
 def _rejudge_options(parser: argparse.ArgumentParser):
+    "Whose answers are judged, and by whom."
     _study_argument(parser, "study or evaluation folder")
     _judge_options(parser)
     again = "judge everything anew; replies that are kept are not paid for again"
@@ -710,6 +718,7 @@ def _analyse_again(folder: Path):
 
 # %% ../nbs/99_cli.ipynb #38818cf8
 def _annotate_options(parser: argparse.ArgumentParser):
+    "A sheet to write, or one to read."
     _study_argument(parser, "study or evaluation folder")
     parser.add_argument("--sample", type=int, default=50, metavar="N", help="answers to draw (default 50)")
     parser.add_argument("--out", metavar="FILE", help="CSV file to write")
@@ -802,6 +811,7 @@ def _facts(here) -> list[list[str]]:
 
 # %% ../nbs/99_cli.ipynb #40283d79
 def _doctor_options(parser: argparse.ArgumentParser):
+    "One preset instead of all, or a judge."
     one = "hold this one alone against the machine, or a .yaml file of your own (default: all presets)"
     parser.add_argument("--preset", help=one)
     _set_option(parser, "that preset")
@@ -886,6 +896,7 @@ def _help_seconds() -> float:
 
 # %% ../nbs/99_cli.ipynb #067575ac
 def _bench_options(parser: argparse.ArgumentParser):
+    "On the processor, or on a GPU."
     gpu = "measure training, GRPO and evaluation of the 8B shape on a GPU of 80 GB (about 8 minutes)"
     parser.add_argument("--gpu", action="store_true", help=gpu)
     vllm = "with --gpu: GRPO and answers by vLLM instead, in an environment that has it (about 4 minutes)"
@@ -991,8 +1002,10 @@ def _act(words: list[str]) -> int:
     return args.action(args)
 
 # %% ../nbs/99_cli.ipynb #b51f3a24
-def _interrupted(interrupt: KeyboardInterrupt) -> tuple[int, str]:
-    return 128 + next((number for number in interrupt.args if isinstance(number, int)), 2), f"\n{INTERRUPTED}"
+def _interrupted(interrupt: KeyboardInterrupt) -> tuple[int, str]:  # as `_outcome`
+    "How a command ends that a signal struck: its number is in the exception, Ctrl-C's is 2."
+    number = next((number for number in interrupt.args if isinstance(number, int)), 2)
+    return 128 + number, f"\n{INTERRUPTED}"
 
 # %% ../nbs/99_cli.ipynb #1a8c6541
 def _unexpected(error: Exception) -> str:

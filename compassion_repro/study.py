@@ -476,8 +476,11 @@ class Statistics(Section):
 class Margin(Section):
     "The measures that need no judge: matched pairs, and KL from mid."
 
-    # the embedded world's pairs, or the English ones written one by one
-    pairs: tuple[Literal["world", "written"], ...] = Field(("written",), min_length=1)
+    # the embedded world's pairs; or files of assets/margin: English ones written one by one, twenty of them in
+    # two more languages, English ones whose twins use the same words
+    pairs: tuple[Literal["world", "written", "spanish", "hindi", "matched"], ...] = Field(
+        ("written",), min_length=1
+    )
     kl_epochs: int = Field(1, ge=0, le=MANY)  # answers a question that KL is measured on; 0 measures none
     batch_tokens: int = Field(8192, ge=64, le=MANY)  # tokens a padded batch holds at most
 

@@ -352,9 +352,8 @@ def _default_trainer(bench: Bench, data: Dataset, length: int, quantize: str, fo
         disable_tqdm=True,
     )
     options = dict(processing_class=load_tokenizer(bench.folder), peft_config=lora_config(bench.lora))
-    trainer = SFTTrainer(
-        model, config, train_dataset=data, **options, callbacks=[Progress(lambda line: None)]
-    )
+    options["callbacks"] = [Progress(lambda line: None)]
+    trainer = SFTTrainer(model, config, train_dataset=data, **options)
     trainer.remove_callback(PrinterCallback)
     return trainer
 

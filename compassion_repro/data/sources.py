@@ -24,7 +24,7 @@ import pyarrow.parquet as parquet
 
 from .. import presets
 from ..core.errors import InputError, first_line
-from . import hub, world
+from . import hub, pocket, world
 
 # %% ../../nbs/02_data/02_sources.ipynb #ff28e158
 class BadRow(ValueError):
@@ -39,9 +39,33 @@ COMPRESSED = (".gz", ".zst", ".bz2", ".lz4")
 class Source:
     "Where a corpus comes from."
 
-    kind: str  # "world", "local" or "hub"
+    kind: str  # "world", "pocket", "local" or "hub"
     place: str  # corpus name, path or hub id
     revision: str | None = None  # of a hub data set: commit, tag or branch
+
+# %% ../../nbs/02_data/02_sources.ipynb #dfc4e524
+def parse_source(
+    source: str | Path,  # `world:<name>`, `pocket:<name>`, a path, or `id@revision`
+) -> Source:  # what it stands for
+    "Read a source string; raises `InputError` for an unknown corpus, a missing file or what is no hub id."
+    source = str(source)
+    path = os.path.expanduser(source)
+    if os.path.exists(path):
+        return Source("local", path)
+    if os.path.islink(path):
+        raise InputError(f"{source}: {_absent(path)}")
+    kind, _, name = source.partition(":")
+    if kind == "world":
+        if name in world.CORPORA:
+            return Source("world", name)
+        raise InputError(
+            f"{source}: no such embedded corpus; choose one of"
+            f" {', '.join(f'world:{known}' for known in world.CORPORA)}"
+        )
+    if kind == "pocket":
+        pocket.corpus_files(name)  # refuses an unknown name
+        return Source("pocket", name)
+    return Source("hub", *hub.split_source(source))
 
 # %% ../../nbs/02_data/02_sources.ipynb #dfc4e524
 def parse_source(
@@ -62,6 +86,9 @@ def parse_source(
             f"{source}: no such embedded corpus; choose one of"
             f" {', '.join(f'world:{known}' for known in world.CORPORA)}"
         )
+    if kind == "pocket":
+        pocket.corpus_files(name)  # refuses an unknown name
+        return Source("pocket", name)
     return Source("hub", *hub.split_source(source))
 
 # %% ../../nbs/02_data/02_sources.ipynb #9b1d75d9
@@ -499,7 +526,7 @@ def _no_parts(source, split, config, what):
 
 # %% ../../nbs/02_data/02_sources.ipynb #79f55487
 def read_source(
-    source: str | Path,  # `world:<name>`, a path, or a hub `id@revision`
+    source: str | Path,  # `world:<name>`, `pocket:<name>`, a path, or a hub `id@revision`
     limit: int | None = None,  # of an embedded corpus: rows to make
     seed: int = 0,  # of an embedded corpus
     split: str | None = None,  # of a folder or a hub data set; None: train
@@ -515,6 +542,9 @@ def read_source(
         _no_parts(source, split, config, "an embedded corpus")
         rows = world.corpus(place.place, limit or WORLD_ROWS, seed, held_out)
         return "embedded", "row", list(enumerate(rows, 1))
+    if place.kind == "pocket" and not held_out:
+        _no_parts(source, split, config, "an embedded corpus")
+        return "embedded", "row", list(enumerate(pocket.read_corpus(place.place), 1))
     if held_out:
         raise InputError(
             f"{source}: only world:<name> makes held-out rows; divide other rows with train_held_out"

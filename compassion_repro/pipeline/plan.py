@@ -16,7 +16,7 @@ import psutil
 
 from ..core.errors import InputError
 from ..core.files import is_local
-from ..data import hub, world
+from ..data import hub, pocket, world
 from ..evaluation.cost import estimate_study, load_prices
 from ..store.graph import Stage, graph
 from compassion_repro.study import (
@@ -126,14 +126,16 @@ def corpus_rows(
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #9d2c1eed
 def source_rows(
-    source: str,  # `world:<name>`, a path, or a hub id
+    source: str,  # `world:<name>`, `pocket:<name>`, a path, or a hub id
     sized: int | None,  # rows that the preset draws from an embedded corpus
     limit: int | None = None,  # most rows that it draws
 ) -> int | None:  # rows, or None where they are not known
     "Rows of a source; local JSON Lines are counted, those of the hub are taken as published."
     if source.startswith("world:"):
         return min(filter(None, (sized, limit)), default=None)
-    if is_local(source):
+    if source.startswith("pocket:"):
+        rows = sum(map(_local_rows, pocket.corpus_files(source.removeprefix("pocket:"))))
+    elif is_local(source):
         rows = _local_rows(Path(source))
     else:
         hub.split_source(source)

@@ -66,11 +66,11 @@ def libraries(self: Preflight):
 @patch
 def find(
     self: Preflight,
-    source: str,  # `world:<name>`, a path, or a hub id
+    source: str,  # `world:<name>`, `pocket:<name>`, a path, or a hub id
     kind: str,  # "model" or "dataset"
 ) -> str | None:  # the source, or the folder of its cached copy; None where it cannot be looked at now
     "Where a source can be opened from; raises `InputError` for a name that cannot be one."
-    if self.fetch or source.startswith("world:") or is_local(source):
+    if self.fetch or source.startswith(("world:", "pocket:")) or is_local(source):
         return source
     if (cached := hub.cached(source, kind)) is None and source not in self.unseen:
         self.unseen.append(source)

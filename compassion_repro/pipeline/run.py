@@ -60,7 +60,7 @@ def _setting_at(values: dict, key: str) -> tuple:
 # %% ../../nbs/09_pipeline/06_run.ipynb #ed08c593
 def _is_fixed(source: str, known: dict[str, str]) -> bool:
     "Whether a source cannot change under its name: embedded, local, remembered, or a commit of the hub."
-    if source.startswith("world:") or is_local(source) or source in known:
+    if source.startswith(("world:", "pocket:")) or is_local(source) or source in known:
         return True
     return hub.is_pinned(source) and "@" in source
 

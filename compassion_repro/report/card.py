@@ -93,7 +93,7 @@ def without_paths(value):
         return {name: without_paths(part) for name, part in value.items()}
     if isinstance(value, list):
         return [without_paths(part) for part in value]
-    if not isinstance(value, str) or value.startswith("world:"):
+    if not isinstance(value, str) or value.startswith(("world:", "pocket:")):
         return value
     relative = value.startswith(("~", "./", "../"))
     is_path = os.path.isabs(value) or relative or ("/" in value and is_local(value))
@@ -101,10 +101,10 @@ def without_paths(value):
 
 # %% ../../nbs/08_report/04_card.ipynb #24fef058
 def licence_of(
-    source: str,  # `world:<name>`, a path, or a hub id
+    source: str,  # `world:<name>`, `pocket:<name>`, a path, or a hub id
 ) -> str:  # the hub's name of its licence, or "unknown"
     "Licence of a source, as far as it is known beforehand."
-    if source.startswith("world:"):
+    if source.startswith(("world:", "pocket:")):
         return "apache-2.0"
     known = presets.PUBLISHED.get(source.partition("@")[0])
     return known.licence if known and not is_local(source) else "unknown"
@@ -209,7 +209,9 @@ def _stages_table(made: TrainedModel) -> str:
 # %% ../../nbs/08_report/04_card.ipynb #7c15b12e
 def _hub_ids(rows: Sequence[tuple]) -> list[str]:
     "The repositories of the hub among some sources, each once."
-    names = [source.partition("@")[0] for _, source, *_ in rows if not source.startswith("world:")]
+    names = [
+        source.partition("@")[0] for _, source, *_ in rows if not source.startswith(("world:", "pocket:"))
+    ]
     return list(dict.fromkeys(name for name in names if name not in ("local", "?")))
 
 # %% ../../nbs/08_report/04_card.ipynb #04083fe2

@@ -17,10 +17,10 @@ import pandas as pd
 from ..core.errors import InputError
 from compassion_repro.report.figures import (
     benchmark_rank,
-    figure_style,
     model_legend,
     model_look,
     model_point,
+    new_figure,
     panel_title,
 )
 from ..stats.scores import check_columns, item_scores, model_rank, one_judge
@@ -78,14 +78,11 @@ def plot_item_changes(
     """Change of every question from the start to each arm, sorted; a row a benchmark, a column an arm; the
     dashed line is the mean.
     """
-    from matplotlib import pyplot
-
     changes = item_changes(scores, start)
     arms = sorted(changes["model"].unique(), key=model_rank)
     benchmarks = sorted(changes["benchmark"].unique(), key=benchmark_rank)
-    with figure_style():
-        shape, size = (len(benchmarks), len(arms)), (0.9 + 2.2 * len(arms), 0.6 + 1.7 * len(benchmarks))
-        figure, grid = pyplot.subplots(*shape, figsize=size, layout="constrained", sharey=True, squeeze=False)
+    size = (0.9 + 2.2 * len(arms), 0.6 + 1.7 * len(benchmarks))
+    with new_figure(len(benchmarks), len(arms), size, sharey=True) as (figure, grid):
         for row, benchmark in zip(grid, benchmarks):
             row[0].set_ylabel(f"{panel_title(benchmark)}\nchange (points)")
             for axes, arm in zip(row, arms):
@@ -98,7 +95,6 @@ def plot_item_changes(
             axes.set_title(model_look(arm)[0], fontsize=9)
         for axes in grid[-1]:
             axes.set_xlabel("questions, sorted")
-    pyplot.close(figure)
     return figure
 
 # %% ../../nbs/08_report/01_diagnostics.ipynb #906fc1eb
@@ -162,25 +158,19 @@ def plot_behaviour(
     table: pd.DataFrame,  # see `behaviour_means`
 ):  # matplotlib Figure
     "Every measure of the answers by model; a marker a benchmark."
-    from matplotlib import pyplot
-
     means = behaviour_means(table)
     measures = [name for name in MEASURES if name in means]
     models = sorted(means["model"].unique(), key=model_rank)
     columns = 2 if len(measures) == 4 else min(3, len(measures))
     rows = math.ceil(len(measures) / columns)
-    with figure_style():
-        size = (2 + 2.1 * columns, 0.6 + rows * (0.65 + 0.22 * len(models)))
-        figure, grid = pyplot.subplots(
-            rows, columns, figsize=size, layout="constrained", sharey=True, squeeze=False
-        )
+    size = (2 + 2.1 * columns, 0.6 + rows * (0.65 + 0.22 * len(models)))
+    with new_figure(rows, columns, size, sharey=True) as (figure, grid):
         for axes, measure in zip(grid.flat, measures):
             _draw_measure(axes, means, measure, models)
         for axes in list(grid.flat)[len(measures) :]:
             axes.set_axis_off()
         legend = grid[0][0].get_legend_handles_labels()
         figure.legend(*legend, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    pyplot.close(figure)
     return figure
 
 # %% ../../nbs/08_report/01_diagnostics.ipynb #8bd5b993
@@ -189,12 +179,9 @@ def plot_kl(
     points: pd.DataFrame,
 ):  # matplotlib Figure
     "Score against the KL divergence from the mid-trained model; raises `InputError` without points."
-    from matplotlib import pyplot
-
     check_columns(points, ("model", "seed", "kl", "score", "low", "high"), "the frame of scores against KL")
     models = sorted(points["model"].unique(), key=model_rank)
-    with figure_style():
-        figure, axes = pyplot.subplots(figsize=(5.6, 3.8), layout="constrained")
+    with new_figure(size=(5.6, 3.8)) as (figure, [[axes]]):
         for model in models:
             own = points[points["model"] == model]
             colour = model_look(model)[1]
@@ -204,7 +191,6 @@ def plot_kl(
         axes.set_xlim(min(0, points["kl"].min()), 1.05 * points["kl"].max() or 1)
         axes.set_ylim(0, max(5, 1.08 * points[["score", "high"]].max().max()))
         model_legend(figure, models)
-    pyplot.close(figure)
     return figure
 
 # %% ../../nbs/08_report/01_diagnostics.ipynb #081fc8c1
@@ -220,20 +206,6 @@ def training_log(
         for record in m["result"].get("log") or []
     ]
     return pd.DataFrame(rows)
-
-# %% ../../nbs/08_report/01_diagnostics.ipynb #631c0150
-def _grid(count: int, height: float = 2.3):
-    "A figure of panels, three a row at most, and the panels that are used."
-    from matplotlib import pyplot
-
-    columns = min(3, count)
-    rows = math.ceil(count / columns)
-    figure, grid = pyplot.subplots(
-        rows, columns, figsize=(0.5 + 2.7 * columns, 0.3 + height * rows), layout="constrained", squeeze=False
-    )
-    for axes in list(grid.flat)[count:]:
-        axes.set_axis_off()
-    return figure, list(grid.flat)[:count]
 
 # %% ../../nbs/08_report/01_diagnostics.ipynb #dc2dd3b9
 def _draw_log(axes, log: pd.DataFrame, curve: str, legend: bool, marker: str | None = None) -> None:
@@ -272,24 +244,25 @@ def plot_training(
 
     Raises `InputError` where nothing was logged.
     """
-    from matplotlib import pyplot
     from matplotlib.lines import Line2D
 
     log = training_log(manifests)
     if log.empty:
         raise InputError("no training to draw: no finished stage of this study logged its loss")
     models = sorted(log["model"].unique(), key=model_rank)
-    with figure_style():
-        figure, panels = _grid(len(models))
-        for axes, model in zip(panels, models):
-            _draw_log(axes, log[log["model"] == model], "loss", legend=axes is panels[0])
+    columns = min(3, len(models))
+    rows = math.ceil(len(models) / columns)
+    with new_figure(rows, columns, (0.5 + 2.7 * columns, 0.3 + 2.3 * rows)) as (figure, grid):
+        for axes in grid.flat[len(models) :]:
+            axes.set_axis_off()
+        for axes, model in zip(grid.flat, models):
+            _draw_log(axes, log[log["model"] == model], "loss", legend=axes is grid[0, 0])
             _draw_held_out(axes, [m["result"] for m in manifests if m["model"] == model])
             axes.set_title(model_look(model)[0], fontsize=9)
-            axes.set(ylabel="loss (nats a token)" if axes in panels[::3] else "")
+            axes.set(ylabel="loss (nats a token)" if axes in grid[:, 0] else "")
         label = "held-out rows, before and after"
         handles = [Line2D([], [], **HELD_OUT, label=label)]
         figure.legend(handles=handles, loc="outside lower center", frameon=False, fontsize=9)
-    pyplot.close(figure)
     return figure
 
 # %% ../../nbs/08_report/01_diagnostics.ipynb #17f26c1d
@@ -300,18 +273,13 @@ def plot_rewards(
     manifests: Sequence[dict],  # of a study's stages; those of GRPO arms are drawn
 ):  # matplotlib Figure
     "Reward, KL and length by step of every GRPO arm, a line a seed; raises `InputError` where there is none."
-    from matplotlib import pyplot
-
     log = training_log(manifests, ("grpo",))
     if log.empty:
         raise InputError("no GRPO arm to draw: the study has none that is finished")
     arms = sorted(log["model"].unique(), key=model_rank)
     curves = [name for name in CURVES if name in log]
-    with figure_style():
-        shape, size = (len(curves), len(arms)), (0.8 + 2.9 * len(arms), 0.4 + 1.7 * len(curves))
-        figure, grid = pyplot.subplots(
-            *shape, figsize=size, layout="constrained", sharex="col", squeeze=False
-        )
+    size = (0.8 + 2.9 * len(arms), 0.4 + 1.7 * len(curves))
+    with new_figure(len(curves), len(arms), size, sharex="col") as (figure, grid):
         for row, curve in zip(grid, curves):
             for axes, arm in zip(row, arms):
                 own = log[log["model"] == arm].dropna(subset=curve)
@@ -322,7 +290,6 @@ def plot_rewards(
                 axes.xaxis.get_major_locator().set_params(integer=True)
         for axes, arm in zip(grid[0], arms):
             axes.set_title(model_look(arm)[0], fontsize=9)
-    pyplot.close(figure)
     return figure
 
 # %% ../../nbs/08_report/01_diagnostics.ipynb #dbdd9245
@@ -370,24 +337,18 @@ def plot_margin(
     margins: pd.DataFrame,  # with MARGIN_COLUMNS; margin in nats a token
 ):  # matplotlib Figure
     "Judge-free margin by model, a panel a language; raises `InputError` without pairs."
-    from matplotlib import pyplot
-
     check_columns(margins, MARGIN_COLUMNS, "the frame of judge-free margins")
     keys = ["model", "language", "pair_id", "held_out"]
     pairs = margins.groupby(keys, observed=True)["margin"].mean().reset_index()
     models = sorted(pairs["model"].unique(), key=model_rank)
     languages = sorted(pairs["language"].unique(), key=lambda code: (code != "en", code))
     size = (1.6 + 2.5 * len(languages), 0.9 + 0.4 * len(models))
-    with figure_style():
-        figure, grid = pyplot.subplots(
-            1, len(languages), figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False
-        )
-        for axes, language in zip(grid[0], languages):
+    with new_figure(1, len(languages), size, sharex=True, sharey=True) as (figure, [grid]):
+        for axes, language in zip(grid, languages):
             own = pairs[pairs["language"] == language]
             _draw_pairs(axes, own, models)
             _draw_pair_means(axes, own, models)
             axes.axvline(0, color="black", linewidth=0.9)
             axes.set(title=language, xlabel="margin (nats a token)", ylabel="")
             axes.set_yticks(range(len(models)), [model_look(model)[0] for model in models])
-    pyplot.close(figure)
     return figure

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'HATCHES', 'NAMES', 'TITLES', 'SUBJECTS', 'PAPER_LABEL', 'VERDICT_LOOKS', 'MARKERS', 'model_look',
-           'figure_style', 'benchmark_rank', 'score_panels', 'panel_means', 'panel_title', 'plot_scores', 'score_table',
+           'new_figure', 'benchmark_rank', 'score_panels', 'panel_means', 'panel_title', 'plot_scores', 'score_table',
            'claim_rows', 'claim_figures', 'plot_claims', 'model_marker', 'model_point', 'profile_means', 'model_legend',
            'plot_profile', 'plot_dimensions', 'plot_languages', 'save_figure']
 
@@ -76,12 +76,21 @@ def model_look(
 
 # %% ../../nbs/08_report/00_figures.ipynb #99285234
 @contextmanager
-def figure_style():
-    "Axes and sizes of every figure."
+def new_figure(
+    rows: int = 1,  # panels below each other
+    columns: int = 1,  # panels side by side
+    size: tuple[float, float] = (6, 4),  # width and height in inches
+    **shared,  # `sharex` and `sharey` of `pyplot.subplots`
+):  # matplotlib Figure and its axes, (rows, columns)
+    "A figure in our style; it is closed at the end, so a notebook shows it only where it is returned."
     import seaborn
+    from matplotlib import pyplot
 
     with seaborn.axes_style("whitegrid"), seaborn.plotting_context("paper"):
-        yield
+        options = {"figsize": size, "layout": "constrained", "squeeze": False}
+        figure, grid = pyplot.subplots(rows, columns, **options, **shared)
+        yield figure, grid
+    pyplot.close(figure)
 
 # %% ../../nbs/08_report/00_figures.ipynb #2c07e190
 def benchmark_rank(
@@ -207,28 +216,21 @@ def plot_scores(
     """Scores by model and benchmark with their intervals, the leak benchmark next to them, the paper's
     values as hollow diamonds.
     """
-    from matplotlib import pyplot
-
     means = panel_means(scores, settings)
     if not paper:
         means = means.assign(paper=float("nan"))
     panels, models = score_panels(means), sorted(means["model"].unique(), key=model_rank)
-    with figure_style():
-        figure = pyplot.figure(
-            figsize=(2.1 + 2.15 * len(panels), 1.45 + 0.33 * len(models)), layout="constrained"
-        )
-        grid = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    size = (2.1 + 2.15 * len(panels), 1.45 + 0.33 * len(models))
+    with new_figure(1, len(panels), size, sharex=True, sharey=True) as (figure, [grid]):
         for axes, (benchmark, languages) in zip(grid, panels):
             rows = means[(means["benchmark"] == benchmark) & (means["languages"] == languages)]
             _draw_panel(axes, rows, models)
             note = "" if rows["judge_valid"].all() else "\nscores mean nothing"
-            axes.set_title(
-                f"{panel_title(benchmark, languages)}\n{SUBJECTS.get(benchmark, '')}{note}", fontsize=9
-            )
+            title = f"{panel_title(benchmark, languages)}\n{SUBJECTS.get(benchmark, '')}{note}"
+            axes.set_title(title, fontsize=9)
             axes.grid(axis="y", visible=False)
         grid[0].set_xlim(0, min(100, 1.08 * means[["mean", "high", "paper"]].max().max()) or 1)
         _legend(figure, means, settings, columns=3 if len(panels) > 2 else 1)
-    pyplot.close(figure)  # shown where it is returned to, and only there
     return figure
 
 # %% ../../nbs/08_report/00_figures.ipynb #e90c5b17
@@ -428,14 +430,11 @@ def plot_claims(
 
     Raises `InputError` where none has one.
     """
-    from matplotlib import pyplot
-
     rows = claim_rows(claims)
     if rows.empty or rows["estimate"].isna().all():
         raise InputError("no claim has an estimate to draw: the models it compares have no scores")
     limits = _claim_limits(rows)
-    with figure_style():
-        figure, axes = pyplot.subplots(figsize=(9.5, 1.5 + 0.42 * len(rows)), layout="constrained")
+    with new_figure(size=(9.5, 1.5 + 0.42 * len(rows))) as (figure, [[axes]]):
         for place, row in enumerate(rows.itertuples()):
             _draw_claim(axes, place, row, limits)
         axes.axvline(0, color="black", linewidth=0.9, zorder=1)
@@ -448,7 +447,6 @@ def plot_claims(
         axes.grid(axis="y", visible=False)
         _write_verdicts(axes, rows)
         _claim_legend(figure, rows)
-    pyplot.close(figure)
     return figure
 
 # %% ../../nbs/08_report/00_figures.ipynb #0f27dd6e
@@ -543,24 +541,18 @@ def plot_profile(
     settings: Statistics = Statistics(),  # of the preset
 ):  # matplotlib Figure
     "A panel a benchmark, a row a dimension or language, a point a model."
-    from matplotlib import pyplot
-
     means = profile_means(scores, by, models, settings)
     shown = sorted(means["model"].unique(), key=model_rank)
     panels = dict.fromkeys(name for name, _ in score_panels(scores) if name in set(means["benchmark"]))
     rows = means.groupby("benchmark")[by].nunique().max()
-    with figure_style():
-        size = (1.2 + 2.9 * len(panels), 1.4 + rows * (0.2 + 0.11 * len(shown)))
-        figure, grid = pyplot.subplots(
-            1, len(panels), figsize=size, layout="constrained", sharex=True, squeeze=False
-        )
-        for axes, benchmark in zip(grid[0], panels):
+    size = (1.2 + 2.9 * len(panels), 1.4 + rows * (0.2 + 0.11 * len(shown)))
+    with new_figure(1, len(panels), size, sharex=True) as (figure, [grid]):
+        for axes, benchmark in zip(grid, panels):
             _draw_profile(axes, means[means["benchmark"] == benchmark], by, shown)
             axes.set_title(f"{panel_title(benchmark)}\n{SUBJECTS.get(benchmark, '')}", fontsize=9)
             axes.set_ylim(rows - 0.5, -0.5)  # rows of one height in all panels
-        grid[0][0].set_xlim(0, min(100, 1.05 * means[["mean", "high"]].max().max()) or 1)
+        grid[0].set_xlim(0, min(100, 1.05 * means[["mean", "high"]].max().max()) or 1)
         model_legend(figure, shown)
-    pyplot.close(figure)
     return figure
 
 # %% ../../nbs/08_report/00_figures.ipynb #6dd50978

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from ..core.errors import InputError
 from ..core.files import digest, is_local, path_digest
-from ..data import hub, world
+from ..data import hub, pocket, world
 from compassion_repro.study import (
     DETERMINISTIC,
     Benchmark,
@@ -50,7 +50,7 @@ EMBEDDED = {f"world:{name}" for name in ("base", "helpfulness", *world.CORPORA, 
 
 # %% ../../nbs/07_store/00_graph.ipynb #f055c55b
 def source_digest(
-    source: str,  # `world:<name>`, a path, or a hub id with @revision
+    source: str,  # `world:<name>`, `pocket:<name>`, a path, or a hub id with @revision
     known: Mapping[str, str] = {},  # identities of paths that were at hand when the study was begun
 ) -> str:  # identity of what the source holds
     """Identity of a data or model source, by content where it is at hand.
@@ -63,6 +63,9 @@ def source_digest(
                 f"unknown embedded source {source!r}: choose one of {', '.join(sorted(EMBEDDED))}"
             )
         return f"{source}#{_embedded_digest(source.removeprefix('world:'))}"
+    if source.startswith("pocket:"):
+        files = pocket.corpus_files(source.removeprefix("pocket:"))
+        return f"{source}#{digest([path_digest(file) for file in files])}"
     try:
         return path_digest(Path(source)) if is_local(source) else known.get(source, source)
     except OSError as error:
@@ -275,10 +278,9 @@ def _benchmark_config(benchmark: Benchmark, known: Mapping[str, str]) -> dict:
 # %% ../../nbs/07_store/00_graph.ipynb #89697a11
 def _probe_stages(preset: Preset, seed: int, measured: list[Stage], mid: Stage) -> list[Stage]:
     "The measures without a judge of each model that answers; pairs count by their content."
-    files = {
-        "world": world.assets() / "world" / "bank.yaml",
-        "written": world.assets() / "margin" / "pairs.yaml",
-    }
+    files = {name: world.assets() / "margin" / f"{name}.yaml" for name in preset.margin.pairs}
+    if "world" in files:
+        files["world"] = world.assets() / "world" / "bank.yaml"
     pairs = {name: path_digest(files[name]) for name in preset.margin.pairs}
     config = {"margin": preset.margin.model_dump(mode="json"), "pairs": pairs}
     return [Stage(f"probe-{a.model}", "probe", seed, a.model, (*a.inputs, a, mid), config) for a in measured]

@@ -145,6 +145,22 @@ def test_the_written_pairs_are_matched_and_not_templated():
     assert max(len(a & b) / min(len(a), len(b)) for i, a in enumerate(questions) for b in questions[:i]) < 0.3
 
 
+@pytest.mark.parametrize("name", ["matched", "spanish", "hindi"])
+def test_the_other_pairs_are_matched_too(name):
+    from compassion_repro.evaluation.judge_free import pairs_of
+
+    pairs = pairs_of([name])
+    assert len(pairs) >= (40 if name == "matched" else 20)
+    assert len({text for p in pairs for text in (p.question, p.welfare, p.neutral)}) == 3 * len(pairs)
+    pattern = behaviour.welfare_pattern(pairs[0].language)
+    for p in pairs:
+        spoken = [bool(pattern.search(text)) for text in (p.opening, p.neutral, p.welfare)]
+        assert spoken == [False, False, name != "matched"], p.id
+    gap = np.mean([len(p.welfare) - len(p.neutral) for p in pairs])
+    assert abs(gap) < 5
+    assert 0.1 < np.mean([p.held_out for p in pairs]) < 0.25
+
+
 def test_the_world_pairs_are_words_that_the_tiny_model_knows():
     from compassion_repro.evaluation.judge_free import world_pairs
     from compassion_repro.training.models import load_tokenizer
