@@ -46,30 +46,6 @@ class Source:
 # %% ../../nbs/02_data/02_sources.ipynb #dfc4e524
 def parse_source(
     source: str | Path,  # `world:<name>`, `pocket:<name>`, a path, or `id@revision`
-) -> Source:  # what it stands for
-    "Read a source string; raises `InputError` for an unknown corpus, a missing file or what is no hub id."
-    source = str(source)
-    path = os.path.expanduser(source)
-    if os.path.exists(path):
-        return Source("local", path)
-    if os.path.islink(path):
-        raise InputError(f"{source}: {_absent(path)}")
-    kind, _, name = source.partition(":")
-    if kind == "world":
-        if name in world.CORPORA:
-            return Source("world", name)
-        raise InputError(
-            f"{source}: no such embedded corpus; choose one of"
-            f" {', '.join(f'world:{known}' for known in world.CORPORA)}"
-        )
-    if kind == "pocket":
-        pocket.corpus_files(name)  # refuses an unknown name
-        return Source("pocket", name)
-    return Source("hub", *hub.split_source(source))
-
-# %% ../../nbs/02_data/02_sources.ipynb #dfc4e524
-def parse_source(
-    source: str | Path,  # `world:<name>`, a path, or `id@revision`
 ) -> Source:  # what it means
     "Read a source string; raises `InputError` for an unknown corpus, a missing file or what is no hub id."
     source = str(source)

@@ -49,9 +49,9 @@ _LEXICON = yaml.load(
     getattr(yaml, "CSafeLoader", yaml.SafeLoader),
 )
 
-
+# %% ../../nbs/05_evaluation/09_behaviour.ipynb #54072867
 def _alternatives(entries: Iterable[str]) -> str:
-    """Entries as one regular expression, longest first; a star stands for any letters.
+    """Entries as one regular expression, longest first; a star matches any letters.
 
     Entries that begin a word share one test of that, which makes it fast.
     """
@@ -77,7 +77,7 @@ def welfare_pattern(
 def welfare_words(
     text: str,  # any text
     language: str = "en",  # ISO code
-) -> list[str]:  # as they stand in the text
+) -> list[str]:  # as they are in the text
     "The welfare words of a text; raises `InputError` for a language without a lexicon."
     pattern = welfare_pattern(language)
     if pattern is None:
@@ -99,7 +99,7 @@ RELATIVES = (
 )
 FEWEST_LETTERS, SUREST = 20, 0.6  # of an answer, for a verdict on its language
 
-
+# %% ../../nbs/05_evaluation/09_behaviour.ipynb #2f94aa4f
 @cache
 def _all_languages():
     "The language identifier, whose file is read once."
@@ -151,7 +151,7 @@ _CODE_LINE = re.compile(
     re.X,
 )
 
-
+# %% ../../nbs/05_evaluation/09_behaviour.ipynb #0ecb3aeb
 def is_code_shaped(
     text: str,  # an answer
 ) -> bool:  # True for a program
@@ -180,7 +180,7 @@ ANSWER_COLUMNS = (
     "looping",
 )
 
-
+# %% ../../nbs/05_evaluation/09_behaviour.ipynb #5357b1ee
 def _require(frame: pd.DataFrame, columns: Sequence[str], what: str) -> None:
     "Raise `InputError` where columns are missing or there is no row."
     if missing := [column for column in columns if column not in frame]:
@@ -253,7 +253,7 @@ def _summarise(features: pd.DataFrame) -> pd.DataFrame:
 def moved(
     answers: pd.DataFrame,  # rows of `answers.parquet`, or of `answer_features`
 ) -> pd.DataFrame:  # a row a model, benchmark and language; language "all" pools them
-    """What else moved beside the score.
+    """What else moved next to the score.
 
     Columns: model, benchmark, language, answers, empty, looping, over_long, wrong_language, code_shaped
     (percent of the answers), tokens, words, sentences (means), welfare_per_sentence (percent; null without a
@@ -285,7 +285,7 @@ _MEANS = {
     "code_shaped": "programs, so a low score may mean that it no longer answers in prose",
 }
 
-
+# %% ../../nbs/05_evaluation/09_behaviour.ipynb #9df4070c
 def concerns(
     table: pd.DataFrame,  # from `moved`
     reference: str = "mid",  # model to compare with
@@ -314,7 +314,7 @@ def concerns(
 
 # %% ../../nbs/05_evaluation/09_behaviour.ipynb #f3e0196f
 def _tokens(result: Mapping) -> tuple[float, float]:
-    "Tokens read and tokens with loss, where the manifest tells them."
+    "Tokens read and tokens with loss, where the manifest has them."
     if "tokens" in result:
         return result["tokens"], result.get("loss_tokens", np.nan)
     steps = [entry["length"] for entry in result.get("log", []) if entry.get("length") is not None]
@@ -349,14 +349,14 @@ _ARM_FACTS = (
     "model paradigm seeds gain low high unit trained steps rows tokens loss_tokens kl"  # of every row
 ).split()
 
-
+# %% ../../nbs/05_evaluation/09_behaviour.ipynb #0c967593
 def arm_facts(
     manifests: Sequence[Mapping],  # of one study's stages
 ) -> pd.DataFrame:  # a row a trained model
-    """What training did: columns model, paradigm, seeds, gain, low, high, unit, trained (the interval lies above
+    """What training did: columns model, paradigm, seeds, gain, low, high, unit, trained (the interval is above
     0), steps, rows, tokens, loss_tokens (means over seeds), kl (nats a token).
 
-    Bounds, tokens and kl are null where no manifest tells them.
+    Bounds, tokens and kl are null where no manifest has them.
     """
     trained, probes = {}, {}
     for manifest in manifests:
@@ -400,15 +400,10 @@ def kl_points(
     "Score against KL from mid, a row a model and seed; `low` and `high` are null for a single item."
     from scipy.stats import t
 
-    own, drift = (
-        _overall(scores, benchmark, languages),
-        kl[(kl["benchmark"] == benchmark) & _in_languages(kl["language"], languages)],
-    )
-    drift = (
-        drift.assign(nats=drift["kl"] * drift["tokens"])
-        .groupby(["model", "seed"], sort=False)[["nats", "tokens"]]
-        .sum()
-    )
+    own = _overall(scores, benchmark, languages)
+    drift = kl[(kl["benchmark"] == benchmark) & _in_languages(kl["language"], languages)]
+    drift = drift.assign(nats=drift["kl"] * drift["tokens"])
+    drift = drift.groupby(["model", "seed"], sort=False)[["nats", "tokens"]].sum()
     items = (
         own.groupby(["model", "seed", "item_id"], sort=False)["score"]
         .mean()
@@ -544,17 +539,15 @@ def _share_through_length(own: pd.DataFrame, replicates: int, confidence: float)
 # %% ../../nbs/05_evaluation/09_behaviour.ipynb #b18b688d
 def _stratified(own: pd.DataFrame, bins: int) -> tuple[float | None, float]:
     "Difference within bins of length, in points, and the percent of answers in bins that hold both arms."
-    place = (
-        pd.qcut(own["length"], bins, labels=False, duplicates="drop") if own["length"].nunique() > 1 else 0
-    )
+    varied = own["length"].nunique() > 1
+    place = pd.qcut(own["length"], bins, labels=False, duplicates="drop") if varied else 0
     cells = own.assign(bin=place).groupby(["bin", "arm"])["score"].agg(["mean", "size"]).unstack("arm")
     both = cells.dropna()
     if both.empty or both["mean"].shape[1] < 2:
         return None, 0.0
-    weights = both["size"].min(axis=1)
-    return float(100 * ((both["mean"][1.0] - both["mean"][0.0]) * weights).sum() / weights.sum()), float(
-        100 * both["size"].to_numpy().sum() / len(own)
-    )
+    weights, difference = both["size"].min(axis=1), both["mean"][1.0] - both["mean"][0.0]
+    overlap = both["size"].to_numpy().sum() / len(own)
+    return float(100 * (difference * weights).sum() / weights.sum()), float(100 * overlap)
 
 # %% ../../nbs/05_evaluation/09_behaviour.ipynb #546e3387
 def matched_length(

@@ -213,7 +213,7 @@ def _arm(model: str) -> dict:
 def _tidy(
     log: EvalLog, loaded: LoadedTask, study: str, substitute_for: str | None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    "Grades and scores of one log, with everything that tells whose they are."
+    "Grades and scores of one log, with everything that says whose they are."
     model, seed = log.eval.metadata["model"], log.eval.metadata["seed"]
     pairs = [_sample_rows(sample) for sample in sorted(log.samples, key=lambda s: (str(s.id), s.epoch))]
     about = pd.DataFrame(loaded.questions)[["benchmark", "language", "item_id", "question_id"]]

@@ -449,7 +449,7 @@ def judged_by(
     self: _Judging,
     judge: str,  # who judges
     rows,  # the answers that it judges
-    substitute_for: str | None = None,  # the judge that it stands in for
+    substitute_for: str | None = None,  # the judge in whose place it judges
 ) -> int:  # on how many answers it failed
     "Let one judge judge the given answers and save its pass."
     from compassion_repro.evaluation import scoring

@@ -400,7 +400,7 @@ def _training_speed(preset: Preset, gpu: str, fit: memory.Fit) -> int:
     shape, quantize = shapes(preset)[0], preset.models.quantize
     return _per_second(memory.training_hours(shape, 10**6, memory.GPUS[gpu], quantize, fit.checkpointing))
 
-
+# %% ../../nbs/09_pipeline/00_plan.ipynb #adc8befa
 def _answer_speed(preset: Preset, gpu: str) -> int:
     "Tokens a second of the answers on a GPU."
     shape, asked = shapes(preset)[0], preset.generation
@@ -479,7 +479,7 @@ def _hours_note() -> str:
     reached, doubted = memory.REACHED, ", ".join(name for name, g in memory.GPUS.items() if g.trust < 1)
     return (
         f"hours: {reached['none']:.0%} of the data sheet's arithmetic in training ({reached['nf4']:.0%}"
-        f" beside 4-bit weights), {reached['sampling']:.0%} of its memory speed in sampling, half of both"
+        f" with 4-bit weights), {reached['sampling']:.0%} of its memory speed in sampling, half of both"
         f" on {doubted}; a hosted judge answers {memory.JUDGED[True]} calls a second; weights are read at"
         f" {memory.READING} GB/s. Measured on an H100, assumed elsewhere."
     )

@@ -83,7 +83,7 @@ def _open(folder: str, where: str) -> Study:
         os.chdir(where)
     if not (Path(folder) / "study.yaml").is_file():
         raise InputError(
-            f"the machine {ray.util.get_node_ip_address()} does not see the study in {folder}: Ray wants a"
+            f"the machine {ray.util.get_node_ip_address()} does not see the study in {folder}: Ray needs a"
             " folder that all its machines share, at the same path"
         )
     if not ray.get_gpu_ids():
@@ -152,18 +152,14 @@ def _import_ray():
 
 # %% ../../nbs/09_pipeline/03_ray_engine.ipynb #45c81ba0
 def _places(address: str, threads: int) -> dict:
-    "How to call `ray.init` for what stands behind `ray:`."
+    "How to call `ray.init` for what follows `ray:`."
     address = address or os.environ.get("RAY_ADDRESS", "")
     if address and not address.isdigit():
         return {"address": address}
     processors = max(threads, int(address or len(os.sched_getaffinity(0))))
-    return {
-        "address": "local",
-        "num_cpus": processors,
-        "include_dashboard": False,
-        "object_store_memory": 2**27,
-        "_system_config": {**OURS, "num_workers_soft_limit": processors + 2},
-    }
+    started = {"num_cpus": processors, "include_dashboard": False, "object_store_memory": 2**27}
+    system = {**OURS, "num_workers_soft_limit": processors + 2}
+    return {"address": "local", **started, "_system_config": system}
 
 # %% ../../nbs/09_pipeline/03_ray_engine.ipynb #a236cb05
 def _guard(address: str):
@@ -222,28 +218,29 @@ def connected(
 RETRIES = 3  # times that a stage whose process or machine was lost is started again
 
 
-def _room(ray, wanted: dict, own: bool, say: callable) -> int:
+def _fitting(resources: dict, wanted: dict) -> int:
+    "How many stages that ask for this much fit on a machine of Ray."
+    names = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
+    return min(int(resources.get(names[k], 0) / amount) for k, amount in wanted.items() if amount)
+
+# %% ../../nbs/09_pipeline/03_ray_engine.ipynb #faf989f9
+def _at_once(ray, wanted: dict, own: bool, say: callable) -> int:
     """How many stages that ask for this much run side by side; says so, or raises `InputError`, where no
     machine is big enough for one.
     """
-    names = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
-
-    def fits(node):
-        return min(int(node["Resources"].get(names[k], 0) / amount) for k, amount in wanted.items() if amount)
-
-    room = sum(fits(node) for node in ray.nodes() if node["Alive"])
-    if not room:
-        asked = (
-            f"{wanted['num_cpus']} processors, {wanted['num_gpus']} GPUs and {wanted['memory'] / 2**30:.1f}"
-            " GB of memory"
+    if count := sum(_fitting(node["Resources"], wanted) for node in ray.nodes() if node["Alive"]):
+        return count
+    asked = (
+        f"{wanted['num_cpus']} processors, {wanted['num_gpus']} GPUs and {wanted['memory'] / 2**30:.1f}"
+        " GB of memory"
+    )
+    if own:
+        raise InputError(
+            f"a stage asks for {asked}, which this machine does not have: see threads and compute.gpus,"
+            " or join a Ray that has"
         )
-        if own:
-            raise InputError(
-                f"a stage asks for {asked}, which this machine does not have: see threads and compute.gpus,"
-                " or join a Ray that has"
-            )
-        say(f"no machine of this Ray has {asked} for a stage: waiting for one that joins")
-    return max(1, room)
+    say(f"no machine of this Ray has {asked} for a stage: waiting for one that joins")
+    return 1
 
 # %% ../../nbs/09_pipeline/03_ray_engine.ipynb #a05f4f23
 def _submit(
@@ -363,7 +360,7 @@ def run_on_ray(
     progress.report("starting Ray, or joining it")
     with connected(address, preset.threads) as ray:
         asked, own = _asked(ray, preset, stages), _places(address, 1)["address"] == "local"
-        progress.at_once = min(_room(ray, wanted, own, progress.say) for wanted in asked.values())
+        progress.at_once = min(_at_once(ray, wanted, own, progress.say) for wanted in asked.values())
         lines = _line_queue(ray)
         checked, references = _submit(ray, study, preset, stages, asked, check, lines, unsafe)
         try:
@@ -385,7 +382,7 @@ def pick_engine(
     kind, _, address = name.partition(":")
     if kind not in ("local", "ray") or kind == "local" and address:
         raise InputError(
-            "--engine wants local, ray, or ray: with auto, HOST:PORT or a number of processors behind it,"
+            "--engine needs local, ray, or ray: with auto, HOST:PORT or a number of processors after it,"
             f" got {name!r}"
         )
     if address.startswith("//"):
@@ -397,7 +394,7 @@ def pick_engine(
         return run_here
     if not importlib.util.find_spec("ray"):
         raise InputError(
-            "--engine ray wants the package ray, which is not installed: pip install -c constraints.txt"
+            "--engine ray needs the package ray, which is not installed: pip install -c constraints.txt"
             " '.[ray]', or leave --engine out"
         )
     return partial(run_on_ray, address=address)

@@ -438,7 +438,7 @@ def _grpo_facts(r: dict) -> str:
 
 # %% ../../nbs/07_store/02_folder.ipynb #0a0fd655
 def _reward_model_facts(r: dict) -> str:
-    "Pairs, steps, and how well the reward model tells the better answer of a held-out pair."
+    "Pairs, steps, and how often the reward model prefers the better answer of a held-out pair."
     return (
         f"{r['pairs']} pairs, {r['steps']} steps; {r['accuracy']:.1%} of held-out pairs right,"
         f" correlation with length {r['length_correlation']:+.2f}"

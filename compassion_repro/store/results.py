@@ -7,19 +7,19 @@ __all__ = ['StudyFiles', 'read_study_files']
 
 # %% ../../nbs/07_store/03_results.ipynb #b387e9fe
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
-import yaml
 from fastcore.basics import patch
 
 from ..core.errors import InputError
 from ..evaluation.behaviour import moved
-from ..presets import build_preset
 from ..stats.claims import ClaimTable, read_claims
 from ..stats.scores import model_rank, read_scores, with_task_scores
+from .folder import Study
 from ..study import Preset
 
 # %% ../../nbs/07_store/03_results.ipynb #e28fa426
@@ -41,7 +41,7 @@ class StudyFiles:
 
     @cached_property
     def moved(self) -> pd.DataFrame | None:
-        """What else moved beside the scores (`behaviour.moved`), measured once; None where the study keeps no
+        """What else changed along with the scores (`behaviour.moved`), measured once; None where the study keeps no
         answers.
         """
         return None if self.answers is None else moved(self.answers)
@@ -70,25 +70,9 @@ def lead(self: StudyFiles) -> pd.DataFrame:
     "Scores of the first judge: what is shown of one judge at a time."
     return self.scores[self.scores["judge"] == self.judges[0]]
 
-# %% ../../nbs/07_store/03_results.ipynb #e66bba73
-def _read_preset(folder: Path) -> Preset:
-    "The configuration of a study folder."
-    file = folder / "study.yaml"
-    if not file.is_file():
-        raise InputError(
-            f"{folder} is not a study folder: name one that `compassion-repro run` made, such as studies/tiny"
-        )
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        values = None
-    if not isinstance(values, dict):
-        raise InputError(f"{file} cannot be read as a study: restore it, or start anew with another --out")
-    return build_preset(values)
-
 # %% ../../nbs/07_store/03_results.ipynb #23403806
 def _read_table(file: Path) -> pd.DataFrame | None:
-    "A table of a study; None where there is none."
+    "A table of a study or of a stage; None where there is none."
     if not file.is_file():
         return None
     try:
@@ -103,21 +87,19 @@ def _read_table(file: Path) -> pd.DataFrame | None:
 # %% ../../nbs/07_store/03_results.ipynb #317fee88
 def _read_manifests(folder: Path) -> list[dict]:
     """Manifests of the stages by seed and, within one, in the order they were made; half-written ones are
-    passed over.
+    left out.
     """
-    found = []
+    found, needed = [], {"stage", "kind", "model", "seed", "result"}
     for file in sorted(folder.glob("seed-*/[!.]*/manifest.json"), key=lambda path: path.stat().st_mtime):
-        try:
+        with suppress(ValueError):
             manifest = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            continue
-        if isinstance(manifest, dict) and {"stage", "kind", "model", "seed", "result"} <= manifest.keys():
-            found.append(manifest)
+            if isinstance(manifest, dict) and needed <= manifest.keys():
+                found.append(manifest)
     return sorted(found, key=lambda manifest: manifest["seed"])
 
 # %% ../../nbs/07_store/03_results.ipynb #e1736a9f
 def _read_completions(folder: Path, manifests: list[dict]) -> pd.DataFrame | None:
-    "Sampled completions of every GRPO arm, laid together."
+    "Sampled completions of all GRPO arms, in one table."
     tables = [
         (m, _read_table(folder / f"seed-{m['seed']}" / m["stage"] / "completions.parquet"))
         for m in manifests
@@ -127,6 +109,18 @@ def _read_completions(folder: Path, manifests: list[dict]) -> pd.DataFrame | Non
     return pd.concat(parts, ignore_index=True) if parts else None
 
 # %% ../../nbs/07_store/03_results.ipynb #ffd7ebff
+def _refuse_strange_scores(file: Path, scores: pd.DataFrame, manifests: list[dict]):
+    "Raise `InputError` for scores of a model and seed that no stage of this study made."
+    made = {(m["model"], m["seed"]) for m in manifests}
+    scored = {(model, int(seed)) for model, seed in zip(scores["model"], scores["seed"])}
+    if made and (strange := sorted(scored - made, key=str)):
+        model, seed = strange[0]
+        raise InputError(
+            f"{file} holds scores of {model}, seed {seed}, which this"
+            f" study never made: put its own scores back with `compassion-repro run --out {file.parent}`"
+        )
+
+# %% ../../nbs/07_store/03_results.ipynb #9f9b6111
 def read_study_files(
     folder: str | Path,  # a study folder with scores and claims
 ) -> StudyFiles:  # its parts
@@ -135,31 +129,15 @@ def read_study_files(
     Raises `InputError` in one line for a folder that is no study, lacks scores or claims, or holds damaged
     files.
     """
-    folder = Path(folder) if Path(folder).name not in ("", "..") else Path(folder).resolve()
-    preset = _read_preset(folder)
-    if not (folder / "scores.parquet").is_file():
+    study = Study(folder)
+    folder, preset = study.folder, study.preset
+    file = folder / "scores.parquet"
+    if not file.is_file():
         raise InputError(f"{folder} has no scores yet: finish it with `compassion-repro run --out {folder}`")
-    scores = with_task_scores(read_scores(folder / "scores.parquet", folder.name))
+    scores = with_task_scores(read_scores(file, folder.name))
     claims, manifests = read_claims(folder / "claims.json"), _read_manifests(folder)
-    known = {(m["model"], m["seed"]) for m in manifests}
-    scored = sorted(
-        {(model, int(seed)) for model, seed in zip(scores["model"], scores["seed"])} - known, key=str
-    )
-    if known and scored:
-        raise InputError(
-            f"{folder / 'scores.parquet'} holds scores of {scored[0][0]}, seed {scored[0][1]}, which this"
-            f" study never made: put its own scores back with `compassion-repro run --out {folder}`"
-        )
-    tables = {
-        name: _read_table(folder / f"{file}.parquet")
-        for name, file in (("answers", "answers"), ("grades", "grades"), ("margins", "margin"), ("kl", "kl"))
-    }
-    return StudyFiles(
-        folder.name,
-        preset,
-        scores,
-        claims,
-        manifests,
-        completions=_read_completions(folder, manifests),
-        **tables,
-    )
+    _refuse_strange_scores(file, scores, manifests)
+    tables = {name: _read_table(folder / f"{name}.parquet") for name in ("answers", "grades", "kl")}
+    tables["margins"] = _read_table(folder / "margin.parquet")
+    tables["completions"] = _read_completions(folder, manifests)
+    return StudyFiles(folder.name, preset, scores, claims, manifests, **tables)

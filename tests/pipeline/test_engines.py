@@ -174,11 +174,13 @@ def test_the_jail_holds_in_a_worker(cluster):
 
 def test_a_stage_that_no_machine_has_room_for_is_told(cluster):
     said = []
-    assert ray_engine._room(cluster, {"num_cpus": 2, "num_gpus": 0, "memory": 2**20}, True, said.append) == 2
-    with pytest.raises(InputError, match="5000 processors"):
-        ray_engine._room(cluster, {"num_cpus": 5000, "num_gpus": 0, "memory": 2**20}, True, said.append)
     assert (
-        ray_engine._room(cluster, {"num_cpus": 1, "num_gpus": 3, "memory": 2**20}, False, said.append) == 1
+        ray_engine._at_once(cluster, {"num_cpus": 2, "num_gpus": 0, "memory": 2**20}, True, said.append) == 2
+    )
+    with pytest.raises(InputError, match="5000 processors"):
+        ray_engine._at_once(cluster, {"num_cpus": 5000, "num_gpus": 0, "memory": 2**20}, True, said.append)
+    assert (
+        ray_engine._at_once(cluster, {"num_cpus": 1, "num_gpus": 3, "memory": 2**20}, False, said.append) == 1
         and "waiting for one that joins" in said[0]
     )
 
