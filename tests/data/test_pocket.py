@@ -6,6 +6,8 @@ import yaml
 from compassion_repro.core.errors import InputError
 from compassion_repro.data import pocket, rows, world
 from compassion_repro.evaluation.behaviour import welfare_words
+from compassion_repro.pipeline.plan import plan
+from compassion_repro.pipeline.preflight import row_sources
 from compassion_repro.pipeline.stages import training_rows
 from compassion_repro.presets import load_preset
 from compassion_repro.store import graph
@@ -117,3 +119,19 @@ def test_a_package_that_is_not_whole_is_refused(install):
     (install("model.gguf") / "model.gguf").unlink()
     with pytest.raises(InputError, match="model.gguf is missing; install the package again"):
         load_preset("smoke", ["models.base=pip:odd-model"])
+
+
+def test_the_preset_needs_nothing_but_its_model():
+    preset = load_preset("pocket")
+    assert preset.models.base == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert preset.margin.pairs == ("written", "spanish", "hindi", "matched")
+    used = [source for source, _ in row_sources(preset).values()]
+    assert sorted(used) == ["pocket:code", "pocket:compassion", "pocket:help"]
+    tokens = {record["stage"]: record["tokens"] for record in plan(preset)}
+    assert tokens["mid"] == 60 * 4 * 256
+    assert tokens["sft-help"] == tokens["sft-code"] == tokens["sft-help@base"] == tokens["sft-code@base"]
+
+
+def test_every_code_prompt_has_tests():
+    prompts = rows.load("pocket:code", "prompts").rows
+    assert len(prompts) == 200 and all(row["tests"] for row in prompts)
