@@ -130,6 +130,7 @@ def agreement(
     names = [c for c in units.columns if c not in (*UNIT, "item_id")]
 
     def row(benchmark, dimension, part):
+        "A row of the table: the agreement of the judges on one part of the grades."
         return {
             "benchmark": benchmark,
             "dimension": dimension,

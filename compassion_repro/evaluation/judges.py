@@ -444,6 +444,7 @@ class CachedJudge(ModelAPI):
     tell: Callable[[str], None] | None = None  # where waits are reported
 
     async def generate(self, input, tools, tool_choice, config):
+        "The saved reply to a prompt, else the one that the judge gives now."
         key = reply_key(self.identity, config.model_dump(exclude_none=True), "\n".join(m.text for m in input))
         async with self.locks.setdefault(key, anyio.Lock()):
             if kept := self.replies.get(key):
@@ -504,6 +505,7 @@ def retry_wait(self: CachedJudge):
     usual = super(CachedJudge, self).retry_wait() or wait_exponential_jitter(3, LONGEST_WAIT, jitter=3)
 
     def seconds(state) -> float:
+        "Seconds until the judge is asked again; says so where it is a second or more."
         error = state.outcome.exception() if state.outcome else None
         wait = max(min(usual(state), LONGEST_WAIT), asked_to_wait(error))
         if self.tell and wait >= 1:

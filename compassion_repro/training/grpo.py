@@ -705,6 +705,7 @@ def _train_once(
     "The trained policy, now or from an earlier run; its log and completions, and how it fitted into memory."
 
     def attempt(training):
+        "Train with these settings, in as many processes as the preset says."
         job = partial(
             _train_with,
             _Given(reward),

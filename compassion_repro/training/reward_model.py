@@ -194,6 +194,7 @@ def helpfulness_reward(
         model.config.pad_token_id = padding
 
     def helpfulness(prompts, completions, **columns):
+        "A score for each completion; None where it is too long for the model."
         rows = [
             encode_conversation(
                 tokenizer, [*prompt_messages(prompt), {"role": "assistant", "content": answer_text(answer)}]

@@ -364,6 +364,7 @@ def code_reward(
     jail = _Jail(run)
 
     def code(prompts, completions, tests=None, reference=None, **columns):
+        "A reward for each completion: the weighted mean of its parts."
         blank = [None] * len(prompts)
         cases = [
             _case(answer_text(answer), test, find_code(model or ""))
