@@ -709,6 +709,7 @@ def value_sources_markdown() -> str:
     values = {name: set_values(name) for name in SCALE}
 
     def cell(name, key):
+        "A value as the table shows it; empty where it is the paper's own."
         value = values[name].get(key)
         if value is None or name != "paper" and value == values["paper"].get(key):
             return ""

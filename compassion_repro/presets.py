@@ -294,6 +294,7 @@ def _set(
     path, value = _override(setting)
 
     def lay(low, keys, done):
+        "Values with one setting laid over them, level by level."
         key = _key(done, keys[0])
         if len(keys) == 1:
             return (

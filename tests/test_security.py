@@ -191,6 +191,7 @@ def test_pickled_weights_are_refused(tmp_path, mark):
         tmp_path,
         "safetensors",
     )
+    assert not mark.exists()
 
 
 def test_code_beside_safetensors_is_not_run(tmp_path, mark):
@@ -247,6 +248,7 @@ def test_a_data_folder_with_a_script_or_a_pickle_is_only_data(tmp_path, mark):
         tmp_path,
         "unknown kind of file",
     )
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize(

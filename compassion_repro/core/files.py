@@ -265,6 +265,7 @@ def disk_usage(
     from huggingface_hub import constants
 
     def gb(places):
+        "Gigabytes that files under these places take, links left out."
         return (
             sum(
                 f.stat().st_size

@@ -62,6 +62,7 @@ def stoppable(
             send_again(number)
 
     def ask(number, frame):
+        "Note the first signal; give the handlers back at the second."
         if stop.asked is None:
             stop.asked = number
             return threading.Thread(target=watch, args=(number,), daemon=True).start()
@@ -120,6 +121,7 @@ def raise_on_signal():
             send_again(number)
 
     def note(number, frame):
+        "Interrupt the work, and see to it that the interrupt is not swallowed."
         if not seen:
             logging.getLogger("asyncio").addFilter(_worth_logging)
             threading.Thread(target=insist, args=(number,), daemon=True).start()

@@ -673,6 +673,7 @@ def _marks(rows, shape):
     found = {name for row in rows for name in row if name in (*GOOD, *BAD)}
 
     def telling(name):
+        "Whether every value of a column can be read as a verdict."
         return all(
             _verdict(row.get(name)) is not None
             for row in rows

@@ -130,6 +130,7 @@ def agreement(
     names = [c for c in units.columns if c not in (*UNIT, "item_id")]
 
     def row(benchmark, dimension, part):
+        "A row of the table: the agreement of the judges on one part of the grades."
         return {
             "benchmark": benchmark,
             "dimension": dimension,
@@ -153,7 +154,7 @@ _GRADE_WORDS = {
     **dict.fromkeys(("0", "0.0", "i", "no", "n"), 0.0),
 }
 
-
+# %% ../../nbs/05_evaluation/08_agreement.ipynb #19aad644
 def sample_units(
     grades: pd.DataFrame,  # rows of `grades.parquet`
     size: int,  # how many to draw
@@ -164,7 +165,7 @@ def sample_units(
     """
     units = grades.drop_duplicates(UNIT)[[*UNIT, "item_id", "language"]].sort_values(UNIT, ignore_index=True)
     if size < 1:
-        raise InputError(f"--sample wants a number of at least 1, got {size}")
+        raise InputError(f"--sample needs a number of at least 1, got {size}")
     rng = np.random.default_rng(seed)
     units = units.iloc[rng.permutation(len(units))]
     turn = units.groupby(["model", "benchmark"], sort=False).cumcount()

@@ -57,7 +57,7 @@ _LANGUAGE_NAMES |= {
     "kiswahili": "sw",
 }
 
-
+# %% ../../nbs/05_evaluation/02_benchmarks.ipynb #a2ab79ca
 def language_code(
     name: str | None,  # language name, code with or without a region, or None for English
 ) -> str:  # ISO 639 code such as "en"
@@ -73,7 +73,7 @@ _PINS = {  # revisions that `inspect_evals` pins its data sets to
     moru_data.DIMENSIONS_REPO_ID: moru_data.DIMENSIONS_DEFAULT_REVISION,
 }
 
-
+# %% ../../nbs/05_evaluation/02_benchmarks.ipynb #eab182b1
 def _hub_snapshot(source: str) -> tuple[Path, str]:
     "Folder and revision of a data set of the hub; raises `InputError` when it cannot be had."
     name, _, revision = source.partition("@")
@@ -119,16 +119,17 @@ def _locate(
     folder, revision = _place(data)
     if benchmark.task == "anima":
         return [(folder, revision)]
-    beside = folder.parent / f"{folder.resolve().name}_dims"
-    if not benchmark.dimensions and revision == "local" and not beside.is_dir():
+    dimensions_folder = folder.parent / f"{folder.resolve().name}_dims"
+    if not benchmark.dimensions and revision == "local" and not dimensions_folder.is_dir():
         raise InputError(
             f"benchmark {name}: MORU's dimensions are in a separate folder; set"
-            f" benchmarks.{name}.dimensions, or put {beside.name} next to {folder.name}"
+            f" benchmarks.{name}.dimensions, or put {dimensions_folder.name} next to {folder.name}"
         )
     return [
         (folder, revision),
         _place(
-            benchmark.dimensions or (str(beside) if revision == "local" else moru_data.DIMENSIONS_REPO_ID)
+            benchmark.dimensions
+            or (str(dimensions_folder) if revision == "local" else moru_data.DIMENSIONS_REPO_ID)
         ),
     ]
 
@@ -141,7 +142,7 @@ _COLUMNS = {  # what the official loaders read of each file
 }
 _TYPES = {"id": (str, int), "tags": (list, np.ndarray, type(None))}  # any other column: text, or null
 
-
+# %% ../../nbs/05_evaluation/02_benchmarks.ipynb #41657e94
 def _problem(row: dict, kind: str) -> str:
     "What is wrong with a row of a table; empty if nothing is."
     for column in _COLUMNS[kind]:
@@ -310,7 +311,7 @@ def _own_copy(folder: Path, cache: Path) -> Path:
         shutil.rmtree(part, ignore_errors=True)
         if not target.exists():
             raise InputError(
-                f"benchmark cache {cache} cannot be written ({error.strerror}): make room or choose another"
+                f"benchmark cache {cache} cannot be written ({error.strerror}): free some space or choose another"
                 " folder"
             ) from None
     return target
@@ -332,7 +333,7 @@ class LoadedTask:
     judge: str = ""  # judge that the task's scorer asks, as the preset names it; "" for none
     judge_valid: bool = True  # False where a deterministic judge meets indicators that it cannot read
     settings: dict = field(default_factory=dict)  # judge's generation settings
-    own: bool = False  # the task scores by rules of its own and needs no judge
+    own: bool = False  # the task scores by separate rules and needs no judge
     remarks: list[str] = field(default_factory=list)  # what the user should know of the rows, a sentence each
 
 # %% ../../nbs/05_evaluation/02_benchmarks.ipynb #52504922
@@ -395,7 +396,7 @@ def _hub_questions(task_name: str, folder: Path) -> dict[str, str]:
 # %% ../../nbs/05_evaluation/02_benchmarks.ipynb #403a73f2
 @contextlib.contextmanager
 def _quiet_loading(cache: Path):
-    """Data loaded into caches of its own (of `datasets`, and of Inspect, which follows XDG), without bars or
+    """Data loaded into separate caches (of `datasets`, and of Inspect, which follows XDG), without bars or
     chatter.
     """
     shown = datasets.is_progress_bar_enabled()
@@ -464,7 +465,7 @@ def _provenance(benchmark: Benchmark, places, task: Task, records: list[dict], l
         task_version=task.version,
     )
 
-
+# %% ../../nbs/05_evaluation/02_benchmarks.ipynb #ac87ae01
 def _left_out_remark(left_out: list[str]) -> list[str]:
     "What to say of the questions that the official task leaves out; nothing where it leaves none out."
     if not left_out:
@@ -515,7 +516,7 @@ def load_benchmark(
 OFFICIAL = {"anima": anima_data.DATASET_REPO_ID, "moru": moru_data.DATASET_REPO_ID}
 OLD_NAMES = {"ahb": "anima"}  # what a benchmark was called once
 
-
+# %% ../../nbs/05_evaluation/02_benchmarks.ipynb #75748c64
 def named_benchmark(
     word: str,  # what a user calls a benchmark: anima, ahb, moru, world:<name>, tiny-<name>, <name>=FOLDER
     epochs: int | None = None,  # answers a question; default: the official 5

@@ -66,7 +66,7 @@ CHARACTERS_A_TOKEN = 4  # of a prompt, about
 REPLY_TOKENS = 150  # of a judge's reply, about
 BESIDE_ANSWER = 400  # tokens of a judge's prompt without the answer, about
 
-
+# %% ../../nbs/05_evaluation/00_cost.ipynb #1bfc2aaf
 @dataclass(frozen=True)
 class Estimate:
     "What a pass of one judge will take."
@@ -118,12 +118,8 @@ def estimate_study(
     prices: dict[str, tuple[float, float]],  # from `load_prices`
 ) -> list[Estimate]:  # one a judge
     "What judging a study will take at the most, before there is an answer."
-    return [
-        Estimate(
-            judge, calls, 0, calls * CHARACTERS_A_TOKEN * (BESIDE_ANSWER + answer_tokens), prices.get(judge)
-        )
-        for judge in judges
-    ]
+    characters = calls * CHARACTERS_A_TOKEN * (BESIDE_ANSWER + answer_tokens)
+    return [Estimate(judge, calls, 0, characters, prices.get(judge)) for judge in judges]
 
 # %% ../../nbs/05_evaluation/00_cost.ipynb #f69514be
 def ask(

@@ -268,10 +268,7 @@ def _answer_rows(
     numbers = np.stack([draws(generation.max_new_tokens, *key) for key in keys])
     uniforms = torch.from_numpy(numbers).to(network.device)
     answers = _answer_batch(
-        network,
-        [r["ids"] for r in batch],
-        settings,
-        lambda width: _processors(generation, uniforms, width),
+        network, [r["ids"] for r in batch], settings, lambda width: _processors(generation, uniforms, width)
     )
     spent = time.perf_counter() - began
     ends = settings.eos_token_id
@@ -414,10 +411,10 @@ def generate_answers(
     report: Callable[[str], None] = print,  # called with one line of progress
     # folder of finished batches, for a run that is cut off; None keeps none
     checkpoints: str | Path | None = None,
-    # interpreter of vLLM's environment, for `generation.engine` vllm; it wants a folder or a hub id
+    # interpreter of vLLM's environment, for `generation.engine` vllm; it needs a folder or a hub id
     python: str | None = None,
 ) -> pd.DataFrame:  # one row a question and epoch, sorted by benchmark, question, epoch
-    """Answer every question as often as its benchmark wants.
+    """Answer every question as often as its benchmark asks for.
 
     Columns: model, seed, benchmark, language, item_id, question_id, epoch, prompt, text, tokens (end token
     not counted), stop_reason ("stop" or "length"), empty, looping. Seconds inside generation and samples a

@@ -303,7 +303,7 @@ MARGIN_COLUMNS = tuple(
     "model seed language dimension pair_id source held_out margin welfare_logprob neutral_logprob tokens".split()
 )
 
-
+# %% ../../nbs/05_evaluation/10_judge_free.ipynb #53732b71
 def measure_margins(
     network: PreTrainedModel,  # in evaluation mode
     tokenizer: PreTrainedTokenizerBase,  # from `load_tokenizer`
@@ -334,7 +334,7 @@ def measure_margins(
 # %% ../../nbs/05_evaluation/10_judge_free.ipynb #368d11b8
 KL_COLUMNS = ("model", "seed", "benchmark", "language", "question_id", "kl", "tokens")
 
-
+# %% ../../nbs/05_evaluation/10_judge_free.ipynb #141f23cc
 def encode_answer(
     prompt: str,  # as saved: the text that the model was given
     text: str,  # its answer

@@ -50,7 +50,7 @@ _JUDGE_PROMPT = re.compile(
     re.S,
 )
 
-
+# %% ../../nbs/05_evaluation/06_judges.ipynb #47ffca7d
 def read_judge_prompt(
     prompt: str,  # a prompt of the official ANIMA or MORU scorer
 ) -> dict[str, str]:  # task (the question), submission, dimension, guide (guiding question), indicators
@@ -100,7 +100,7 @@ _NEGATION = re.compile(
     r"\b(?:not|no|never|nor|without|cannot|hardly|\w+n't|sin|nunca|jamás|ni|tampoco|tidak|bukan|tanpa|jangan|tak)\b"
 )
 
-
+# %% ../../nbs/05_evaluation/06_judges.ipynb #e511bf17
 def prominent_phrases(
     text: str,  # an answer
     phrases: list[str],  # lower case
@@ -198,7 +198,7 @@ _PATIENCE = {
     "fail_on_refusal",
 }
 
-
+# %% ../../nbs/05_evaluation/06_judges.ipynb #9281cf93
 def reply_key(
     judge: str,  # identity of the judge
     settings: dict,  # its generation settings
@@ -239,7 +239,7 @@ def _store_advice(file: Path, error: Exception) -> str:
     ):
         return f"make the file and its folder {file.parent} writable; what it holds is good"
     if "full" in words or isinstance(error, OSError):
-        return "make room, or make its folder writable"
+        return "free some space on the disk, or make its folder writable"
     return (
         "it holds no replies that can be read: put a copy back that is whole, or rename it, and its replies"
         " will be paid for again"
@@ -361,16 +361,12 @@ def put(self: Replies, key: str, judge: str, output: ModelOutput):
 @patch
 def missing(self: Replies, keys: list[str]) -> list[int]:
     "Positions of the keys without a reply, each key once."
-    known = (
-        {
-            row[0]
-            for row in self.connection.execute("SELECT key, output, seal FROM replies")
-            if _is_sealed(*row)
-        }
-        if keys
-        else set()
-    )
-    return sorted(i for k, i in {k: i for i, k in reversed(list(enumerate(keys)))}.items() if k not in known)
+    if not keys:
+        return []
+    rows = self.connection.execute("SELECT key, output, seal FROM replies")
+    known = {row[0] for row in rows if _is_sealed(*row)}
+    first = {key: position for position, key in reversed(list(enumerate(keys)))}
+    return sorted(position for key, position in first.items() if key not in known)
 
 # %% ../../nbs/05_evaluation/06_judges.ipynb #8f660bdb
 @patch
@@ -448,6 +444,7 @@ class CachedJudge(ModelAPI):
     tell: Callable[[str], None] | None = None  # where waits are reported
 
     async def generate(self, input, tools, tool_choice, config):
+        "The saved reply to a prompt, else the one that the judge gives now."
         key = reply_key(self.identity, config.model_dump(exclude_none=True), "\n".join(m.text for m in input))
         async with self.locks.setdefault(key, anyio.Lock()):
             if kept := self.replies.get(key):
@@ -508,6 +505,7 @@ def retry_wait(self: CachedJudge):
     usual = super(CachedJudge, self).retry_wait() or wait_exponential_jitter(3, LONGEST_WAIT, jitter=3)
 
     def seconds(state) -> float:
+        "Seconds until the judge is asked again; says so where it is a second or more."
         error = state.outcome.exception() if state.outcome else None
         wait = max(min(usual(state), LONGEST_WAIT), asked_to_wait(error))
         if self.tell and wait >= 1:
@@ -604,7 +602,7 @@ _ASTRAY = re.compile(
     re.I,
 )
 
-
+# %% ../../nbs/05_evaluation/06_judges.ipynb #0bd9b78c
 def advice(
     message: str,  # of an error
 ) -> str:

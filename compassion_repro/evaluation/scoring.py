@@ -109,6 +109,8 @@ def saved_answers(
 
     @solver(name="saved_answers")
     def hand_out() -> Solver:
+        "A solver that gives the saved answer in place of a generated one."
+
         async def solve(state, generate):
             state.output = ModelOutput.from_content(model, texts[str(state.sample_id), state.epoch])
             return state
@@ -123,6 +125,7 @@ def mean_where_graded():
     "Mean over epochs of each dimension, over the epochs that were graded on it."
 
     def reduce(scores: list[Score]) -> Score:
+        "The mean of each dimension over the epochs that have it."
         values = [s.value for s in scores if isinstance(s.value, dict)]
         if not values:
             return mean_score()(scores)
@@ -213,7 +216,7 @@ def _arm(model: str) -> dict:
 def _tidy(
     log: EvalLog, loaded: LoadedTask, study: str, substitute_for: str | None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    "Grades and scores of one log, with everything that tells whose they are."
+    "Grades and scores of one log, with everything that says whose they are."
     model, seed = log.eval.metadata["model"], log.eval.metadata["seed"]
     pairs = [_sample_rows(sample) for sample in sorted(log.samples, key=lambda s: (str(s.id), s.epoch))]
     about = pd.DataFrame(loaded.questions)[["benchmark", "language", "item_id", "question_id"]]

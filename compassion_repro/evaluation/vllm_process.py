@@ -154,7 +154,7 @@ QUIET = {
 }
 _RUN = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='vllm_process')['serve']()"
 
-
+# %% ../../nbs/05_evaluation/04_vllm_process.ipynb #90ad284f
 def _cause(log: str) -> str:
     "What a log of vLLM says went wrong: the last error that does not only point at another."
     errors = re.findall(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception): \S.*)", log)

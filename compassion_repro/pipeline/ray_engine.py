@@ -96,6 +96,7 @@ def _passing(lines, place: str):
     last = [0.0]
 
     def report(line: str | None):
+        "Send a line of progress to the driver, not more often than it is shown."
         if line is not None and not isinstance(line, Notice) and time.monotonic() - last[0] < SECONDS_BETWEEN:
             return
         last[0] = time.monotonic()

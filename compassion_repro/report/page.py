@@ -112,7 +112,7 @@ def _behaviour_pictures() -> dict[str, Picture]:
             "Rows whose shares of empty, looping or cut-off answers are high are scored low for that reason;"
             " equal lengths make scores comparable.",
             "Shares of odd answers and their length by model and benchmark.",
-            lambda f: diagnostics.plot_behaviour(_need(f.moved, "answers")),
+            lambda f: diagnostics.plot_behaviour(_need(f.behaviour, "answers")),
         ),
         "kl": Picture(
             "Score against distance",

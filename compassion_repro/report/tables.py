@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..core.errors import InputError
 from ..evaluation.agreement import agreement
-from ..evaluation.behaviour import concerns, kl_points, matched_length
+from ..evaluation.behaviour import kl_points, matched_length, score_warnings
 from ..paper import FIDELITY
 from .figures import benchmark_rank, claim_figures, claim_rows, model_look, panel_title
 from ..stats.claims import VERDICTS, ClaimTable
@@ -483,7 +483,7 @@ def _leak_note(scores: pd.DataFrame) -> list[str]:
 # %% ../../nbs/08_report/02_tables.ipynb #22589a5b
 def _answers(files: StudyFiles) -> list[str]:
     "Answers that are cut off, empty or looping, and talk of welfare where there is none to have."
-    notes = [] if files.moved is None else concerns(files.moved) + _odd_answers(files.moved)
+    notes = [] if files.behaviour is None else score_warnings(files.behaviour) + _odd_answers(files.behaviour)
     return notes + _leak_note(files.lead)
 
 # %% ../../nbs/08_report/02_tables.ipynb #05b6c984

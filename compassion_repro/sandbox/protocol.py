@@ -92,6 +92,7 @@ def codec(
     spell, read = _scalar_writers(), _scalar_readers()
 
     def pack(value):
+        "A value as bytes: a letter for its type, the length, the body."
         letter = letters.get(type(value), b"@")
         if letter in split:
             body = b"".join([pack(part) for part in split[letter](value)])
@@ -100,6 +101,7 @@ def codec(
         return letter + len(body).to_bytes(8, "big") + body
 
     def unpack(data):
+        "The values that bytes hold, one after the other."
         values = []
         while data:
             letter, size = bytes(data[:1]), int.from_bytes(data[1:9], "big")
@@ -124,6 +126,7 @@ def channel(
     pack, unpack = codec(refer, resolve)
 
     def exactly(size):
+        "Read so many bytes; raises EOFError where the other side has gone."
         parts = []
         while size:
             parts.append(os.read(reading, min(size, 1 << 20)))
@@ -133,6 +136,7 @@ def channel(
         return b"".join(parts)
 
     def send(*message):
+        "Write a message with its length in front."
         data = pack(list(message))
         left = memoryview(len(data).to_bytes(8, "big") + data)
         try:
@@ -248,6 +252,7 @@ def _own_operations(module):
         return module.__dict__[name]
 
     def plain_copy(value):
+        "The plain list, dict or set in a value of a subclass."
         return [
             dict(dict.items(value)) if base is dict else base(base.__iter__(value))
             for base in (list, dict, set)
@@ -316,6 +321,7 @@ def run_program(
     objects, number = _numbering()
 
     def resolve(kind, name, *rest):
+        "The object that a reference names."
         if kind == "made":
             return _made(name, *rest)
         if kind == "object":
@@ -323,6 +329,7 @@ def run_program(
         return _resolve_for_program(kind, name, objects, sys.modules, builtins)
 
     def ask(number, parts, named):
+        "Have the other side call a function of its own, and wait for what it gives."
         send("call", number, parts, named)
         while True:
             kind, *rest = receive()
@@ -398,7 +405,10 @@ def _add_operations(stand_in_class, do):
         return lambda self, *parts: do(operation, self, *parts)
 
     def between(operation, turned, compares=False):
+        "A binary operator of a stand-in."
+
         def method(self, other):
+            "Ask the program; other types have their own turn."
             both = type(other) is stand_in_class
             if compares and not both:
                 return NotImplemented
@@ -532,6 +542,7 @@ def _correspondent(reading, writing, tests):
     written = set("".join(letter if letter.isalnum() or letter == "_" else " " for letter in tests).split())
 
     def refer(value):
+        "A reference to an object on this side."
         if type(value) is StandIn:
             return "mine", object.__getattribute__(value, "number")
         if id(value) in marks:
@@ -539,6 +550,7 @@ def _correspondent(reading, writing, tests):
         return _refer_to_own(value, exported)
 
     def resolve(kind, name, *rest):
+        "The object that a reference names."
         if kind == "mine":
             return exported[name]
         if kind == "made":
@@ -553,6 +565,7 @@ def _correspondent(reading, writing, tests):
         return known[name]
 
     def do(operation, *parts, **named):
+        "Have the program do an operation, and answer its calls until it is done."
         looked_up[0] = parts[0] if operation == "name" else None
         send("do", operation, list(parts), named)
         while True:
@@ -576,6 +589,7 @@ def _names_under_test(tests, program):
     import builtins
 
     def global_names(part):
+        "Names that a part of the code reads as globals, inner functions included."
         own = {
             name
             for name, flags in part.symbols.items()

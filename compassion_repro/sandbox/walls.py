@@ -315,6 +315,7 @@ def _read_frame(descriptor):
     import os
 
     def exactly(size):
+        "Read so many bytes, or end this process."
         data = []
         while size:
             data.append(os.read(descriptor, min(size, 1 << 20)))

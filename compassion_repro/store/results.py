@@ -16,7 +16,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core.errors import InputError
-from ..evaluation.behaviour import moved
+from ..evaluation.behaviour import behaviour_table
 from ..stats.claims import ClaimTable, read_claims
 from ..stats.scores import model_rank, read_scores, with_task_scores
 from .folder import Study
@@ -40,11 +40,11 @@ class StudyFiles:
     completions: pd.DataFrame | None = None
 
     @cached_property
-    def moved(self) -> pd.DataFrame | None:
+    def behaviour(self) -> pd.DataFrame | None:
         """What else changed along with the scores (`behaviour.moved`), measured once; None where the study keeps no
         answers.
         """
-        return None if self.answers is None else moved(self.answers)
+        return None if self.answers is None else behaviour_table(self.answers)
 
 # %% ../../nbs/07_store/03_results.ipynb #6ed4f432
 @patch(as_prop=True)

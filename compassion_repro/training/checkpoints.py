@@ -118,6 +118,7 @@ class Progress(TrainerCallback):
 # %% ../../nbs/04_training/06_checkpoints.ipynb #6d263f80
 @patch
 def on_log(self: Progress, args, state, control, logs=None, **kwargs):
+    "Report a step with its figures and the time that is left."
     seconds = time.perf_counter() - self.start
     words = self.words(logs or {}, seconds)
     if words is None:

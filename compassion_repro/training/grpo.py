@@ -126,7 +126,7 @@ def prompt_rows(
 
 # %% ../../nbs/04_training/14_grpo.ipynb #7f80ca9b
 def _as_dataset(rows: list[dict]) -> Dataset:
-    "The rows as TRL wants them: `prompt`, and the columns a reward may read."
+    "The rows as TRL reads them: `prompt`, and the columns a reward may read."
     names = sorted({name for row in rows for name in row} - {"messages", "id"})
     return Dataset.from_list(
         [{"prompt": row["messages"], **{name: row.get(name) for name in names}} for row in rows]
@@ -212,7 +212,7 @@ def reward_gain(
     after: list[float],  # the same prompts after training
 ) -> dict:  # means, gain with its 95 % interval, and `trained`; None for what too few prompts leave open
     """Mean rise of the reward on held-out prompts, paired by prompt; `trained` says that its whole interval
-    lies above 0.
+    is above 0.
     """
     pairs = torch.tensor(
         [(a, b) for a, b in zip(before, after) if math.isfinite(a + b)], dtype=torch.float64
@@ -320,7 +320,7 @@ LOGGED = {
     "step_time": "seconds",
 }
 
-
+# %% ../../nbs/04_training/14_grpo.ipynb #3482f02b
 def step_log(
     history: list[dict],  # the trainer's `log_history`
     # one record a step: `step`, the values of LOGGED, and each reward part and measure of another engine's
@@ -467,7 +467,7 @@ def _loss_settings(training: Grpo) -> dict:
 def _config(
     start, training: Grpo, run: TrainRun, folder, save: bool, checkpointing: bool, ends: list[int]
 ) -> GRPOConfig:
-    "What the trainer is told; `ends`: tokens that end an answer, which vLLM has to be given."
+    "The trainer's settings; `ends`: tokens that end an answer, which vLLM has to be given."
     engine = engine_options(training, start, run.setup)
     if engine:
         engine["generation_kwargs"] = {"stop_token_ids": ends}
@@ -502,15 +502,15 @@ def check_engine(
     if training.engine == "transformers":
         return
     if how.device == "cpu":
-        raise InputError("grpo.engine=vllm wants a GPU: set grpo.engine=transformers")
+        raise InputError("grpo.engine=vllm needs a GPU: set grpo.engine=transformers")
     if how.quantize != "none":
         raise InputError(
-            f"grpo.engine=vllm wants the policy in 16 bits, and models.quantize={how.quantize} holds it in 4:"
+            f"grpo.engine=vllm needs the policy in 16 bits, and models.quantize={how.quantize} holds it in 4:"
             " set models.quantize=none or grpo.engine=transformers"
         )
     if not importlib.util.find_spec("vllm"):
         raise InputError(
-            "grpo.engine=vllm wants vLLM in this environment: pip install vllm==0.31.0, or set"
+            "grpo.engine=vllm needs vLLM in this environment: pip install vllm==0.31.0, or set"
             " grpo.engine=transformers"
         )
 
@@ -557,7 +557,7 @@ def engine_ended(
     training: Grpo,  # what samples
 ):  # gives a function to call with the trainer
     """Afterwards the trainer's vLLM is stopped and its memory given back, and the process has its own
-    environment again, in which TRL tells vLLM that it is one of several.
+    environment again; TRL sets variables in it that make vLLM one of several processes.
     """
     trainers, environment = [], dict(os.environ)
     try:
@@ -684,7 +684,7 @@ def _check_start(answers: pd.DataFrame, reward: Callable, prompts: list[dict], r
         )
     return _say(warnings_before(answers, getattr(reward, "remark", lambda rows: "")(prompts)), run)
 
-
+# %% ../../nbs/04_training/14_grpo.ipynb #5f3fe67e
 def _say(lines: list[str], run: TrainRun) -> list[str]:  # the same lines
     "Report warnings as they come up."
     for line in lines:
@@ -705,6 +705,7 @@ def _train_once(
     "The trained policy, now or from an earlier run; its log and completions, and how it fitted into memory."
 
     def attempt(training):
+        "Train with these settings, in as many processes as the preset says."
         job = partial(
             _train_with,
             _Given(reward),
@@ -768,7 +769,7 @@ def _summary(prompts: list[dict], training: Grpo, reward: Callable, log: list[di
         "abstained": sum(record["abstained"] for record in log) / len(log) if log else 0.0,
     }
 
-
+# %% ../../nbs/04_training/14_grpo.ipynb #0754b701
 def _settings(training: Grpo, run: TrainRun, checkpointing: bool) -> dict:
     "How it was done, for the manifest; the engine is named where it was not the library's own `generate`."
     vllm = training.engine == "vllm"

@@ -52,7 +52,7 @@ BASE_TRAINING = Training(
     warmup=0.05,
 )
 
-
+# %% ../../nbs/04_training/09_midtrain.ipynb #f70c35ee
 def _as_text(row: dict) -> dict:
     "Pre-training reads a conversation as it reads a document: the loss covers the question too."
     return {"text": row["text"] if "text" in row else "".join(render(row["messages"])).removesuffix(END)}

@@ -24,7 +24,7 @@ from .rewards import answer_text, prompt_messages
 # %% ../../nbs/04_training/13_reward_model.ipynb #ced9a54a
 _STATEMENTS = world.texts("statements")
 
-
+# %% ../../nbs/04_training/13_reward_model.ipynb #0bba90ed
 def _another_thing(rng, scene, plan):
     "One sentence or more speaks of another thing."
     other = world.Scene(
@@ -194,6 +194,7 @@ def helpfulness_reward(
         model.config.pad_token_id = padding
 
     def helpfulness(prompts, completions, **columns):
+        "A score for each completion; None where it is too long for the model."
         rows = [
             encode_conversation(
                 tokenizer, [*prompt_messages(prompt), {"role": "assistant", "content": answer_text(answer)}]
@@ -203,10 +204,8 @@ def helpfulness_reward(
         values = _scores(model, rows, padding, batch_size)
         return [value if value is not None and math.isfinite(value) else None for value in values]
 
-    helpfulness.source, helpfulness.recipe = (
-        str(source),
-        functools.partial(helpfulness_reward, source, device, batch_size),
-    )
+    helpfulness.source = str(source)
+    helpfulness.recipe = functools.partial(helpfulness_reward, source, device, batch_size)
     return helpfulness
 
 # %% ../../nbs/04_training/13_reward_model.ipynb #ae9709e1
@@ -280,7 +279,7 @@ def train_reward_model(
 def _reward_config(
     folder: str, batch_size: int, learning_rate: float, steps: int, seed: int, on_cpu: bool
 ):  # TRL's `RewardConfig`
-    "What the trainer is told: a cosine with a tenth of warm-up, scores kept near zero, no files."
+    "The trainer's settings: a cosine with a tenth of warm-up, scores kept near zero, no files."
     from trl import RewardConfig
 
     from compassion_repro.training.device import warmup_steps

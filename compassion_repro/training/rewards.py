@@ -51,11 +51,11 @@ def finite(
     count: int,  # completions it was asked about
 ) -> list[float | None]:  # as floats, None for what is no finite number
     "What a reward said, in one form; raises `InputError` where it did not answer for every completion."
-    if values is None or len(values) != count:
+    given = 0 if values is None else len(values)
+    if given != count:
         raise InputError(
-            f"the reward {getattr(reward, '__name__', type(reward).__name__)} gave"
-            f" {len(values if values is not None else [])} values for {count} completions: it must give one"
-            " each, None where it cannot judge"
+            f"the reward {getattr(reward, '__name__', type(reward).__name__)} gave {given} values for {count}"
+            " completions: it must give one each, None where it cannot judge"
         )
     return [float(value) if value is not None and math.isfinite(value) else None for value in values]
 
@@ -364,6 +364,7 @@ def code_reward(
     jail = _Jail(run)
 
     def code(prompts, completions, tests=None, reference=None, **columns):
+        "A reward for each completion: the weighted mean of its parts."
         blank = [None] * len(prompts)
         cases = [
             _case(answer_text(answer), test, find_code(model or ""))
@@ -419,7 +420,7 @@ def _remark_code(rows: list[dict]) -> str:
     silent = sum(not row.get("tests") and not find_code(row.get("reference") or "").text for row in rows)
     return (
         f"{silent} of {len(rows)} prompts bring neither unit tests nor a reference answer with code, and"
-        " there only an answer that holds code of its own earns anything"
+        " there only an answer that contains code earns anything"
         if silent
         else ""
     )
@@ -625,7 +626,7 @@ def leave_out_tests(
 WORLD_REWARD = "world:helpfulness"  # the embedded reward model, trained on the spot
 CODE_REWARD = "code"
 
-
+# %% ../../nbs/04_training/12_rewards.ipynb #daa759bf
 def refuse_pair(
     prompts: str,  # source of the prompts: `world:<name>`, a path, or a hub id
     reward: str,  # `code`, `world:helpfulness`, a folder, or a hub id
@@ -649,7 +650,8 @@ def remark_pair(
     """
     if reward != CODE_REWARD or not prompts.startswith("world:"):
         return ""
-    return (
-        _remark_code(world.corpus(prompts.removeprefix("world:"), 8))
-        and "these prompts ask for no code and bring no tests, so answers without any all earn the same: expect groups without variance and an arm that is not trained"
+    silent = _remark_code(world.corpus(prompts.removeprefix("world:"), 8))
+    return silent and (
+        "these prompts ask for no code and bring no tests, so answers without any all earn the same: expect"
+        " groups without variance and an arm that is not trained"
     )

@@ -158,7 +158,7 @@ def _make_trainer(
 def _config(
     training: Training, steps: int, run: TrainRun, checkpointing: bool, folder: str, packed: bool
 ) -> SFTConfig:
-    "What the trainer is told."
+    "The trainer's settings."
     return on_one_gpu(
         SFTConfig(
             folder,

@@ -8,7 +8,7 @@ import json
 import os
 
 import pytest
-from cases import Case, check, table
+from cases import Case, problem, table
 
 from compassion_repro.data.rows import load
 
@@ -527,4 +527,4 @@ CASES = [
 
 @pytest.mark.parametrize(**table(CASES))
 def test_case(case, tmp_path):
-    check(case, tmp_path)
+    assert not (wrong := problem(case, tmp_path)), wrong

@@ -1,4 +1,4 @@
-"""The judge-free measures and what else moved: agreement with plain loops on other architectures, the pairs,
+"""The judge-free measures and what else changed: agreement with plain loops on other architectures, the pairs,
 the probe stage in a study, real texts of many languages.
 """
 
@@ -347,8 +347,8 @@ def test_the_manifest_tells_the_means(finished):
 
 def test_one_line_tables_of_a_study(finished):
     answers, scores = table(finished, "answers"), table(finished, "scores")
-    moved = behaviour.moved(answers)
-    assert list(moved) == [
+    measures = behaviour.behaviour_table(answers)
+    assert list(measures) == [
         "model",
         "benchmark",
         "language",
@@ -363,12 +363,12 @@ def test_one_line_tables_of_a_study(finished):
         "sentences",
         "welfare_per_sentence",
     ]
-    pooled, parts = moved[moved.language == "all"], moved[moved.language != "all"]
+    pooled, parts = measures[measures.language == "all"], measures[measures.language != "all"]
     assert pooled.answers.sum() == parts.answers.sum() == len(answers)
     assert pooled.set_index(["model", "benchmark"]).tokens.to_dict() == pytest.approx(
         answers.groupby(["model", "benchmark"]).tokens.mean().to_dict()
     )
-    assert moved[list(behaviour.SHARES)].stack().between(0, 100).all()
+    assert measures[list(behaviour.SHARES)].stack().between(0, 100).all()
     points = behaviour.kl_points(scores, table(finished, "kl"))
     assert (
         list(points) == ["model", "seed", "kl", "score", "low", "high"]
@@ -384,7 +384,7 @@ def test_one_line_tables_of_a_study(finished):
     )
 
 
-# What else moved
+# What else changed
 
 
 def test_light():

@@ -14,7 +14,7 @@ from unittest import mock
 
 import pandas as pd
 import pytest
-from cases import Case, check, table
+from cases import Case, problem, table
 from judge_server import JUDGE, PaidJudge
 
 from compassion_repro import cli
@@ -402,7 +402,7 @@ CASES = [
 
 @pytest.mark.parametrize(**table(CASES))
 def test_real_judging(case, tmp_path):
-    check(case, tmp_path)
+    assert not (wrong := problem(case, tmp_path)), wrong
 
 
 # ---- scores that mean nothing

@@ -6,7 +6,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from cases import Case, check, table
+from cases import Case, problem, table
 
 from compassion_repro.pipeline import preflight, stages
 from compassion_repro.presets import load_preset
@@ -251,7 +251,7 @@ CASES = [
 @pytest.mark.skipif(NONE, reason="this machine offers no jail (install bubblewrap)")
 @pytest.mark.parametrize(**table(CASES))
 def test_case(case, tmp_path):
-    check(case, tmp_path)
+    assert not (wrong := problem(case, tmp_path)), wrong
 
 
 @pytest.mark.skipif(NONE, reason="this machine offers no jail (install bubblewrap)")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cases import Case, check, table
+from cases import Case, problem, table
 
 from compassion_repro import cli, presets, study
 from compassion_repro.core import errors
@@ -232,7 +232,7 @@ CASES = [
 
 @pytest.mark.parametrize(**table(CASES))
 def test_real_preset(case, tmp_path):
-    check(case, tmp_path)
+    assert not (wrong := problem(case, tmp_path)), wrong
 
 
 def test_every_setting_is_read_somewhere():

@@ -594,7 +594,7 @@ def tried(family, folder):
 
 @pytest.mark.parametrize("family", [*FAMILIES, *REAL], ids=lambda family: family.name.replace(" ", "-"))
 def test_family_from_folder_to_margin(family, tmp_path):
-    tried(family, tmp_path)
+    assert tried(family, tmp_path)["family"] == family.name
 
 
 def family(name):

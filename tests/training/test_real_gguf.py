@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from cases import Case, check, table
+from cases import Case, problem, table
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -275,7 +275,7 @@ CASES = [
 
 @pytest.mark.parametrize(**table(CASES))
 def test_case(case, tmp_path):
-    check(case, tmp_path)
+    assert not (wrong := problem(case, tmp_path)), wrong
 
 
 def test_a_gguf_file_becomes_the_model_it_was_made_from(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from cases import Case, check, table
+from cases import Case, problem, table
 from conftest import CRASH_SIZE, run_study
 
 from compassion_repro.core.errors import InputError
@@ -157,4 +157,4 @@ CASES = [
 
 @pytest.mark.parametrize(**table(CASES))
 def test_real(case, tmp_path):
-    check(case, tmp_path)
+    assert not (wrong := problem(case, tmp_path)), wrong

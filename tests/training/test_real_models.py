@@ -8,7 +8,7 @@ import bitsandbytes as bnb
 import peft
 import pytest
 import torch
-from cases import Case, check, table
+from cases import Case, problem, table
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
@@ -420,4 +420,4 @@ def _more_tokens(place):
 
 @pytest.mark.parametrize(**table(CASES))
 def test_case(case, tmp_path):
-    check(case, tmp_path)
+    assert not (wrong := problem(case, tmp_path)), wrong
