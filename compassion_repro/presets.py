@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from .core.errors import InputError, shorten
+from .core.files import packaged_model
 from .study import Benchmark, Preset
 
 # %% ../nbs/01_study/01_presets.ipynb #a722efb7
@@ -463,6 +464,14 @@ def _own_scope(values: dict, low: dict, own: dict) -> dict:
     path = len(base) > 60 or base.startswith(("/", "~", ".")) or base.lower().endswith(".gguf")
     return {**values, "scope": f"about {Path(base).name if path else base} as trained here"}
 
+# %% ../nbs/01_study/01_presets.ipynb #86edfdbc
+def _with_packaged_models(values: dict) -> dict:
+    "The same values, with the file in the place of a base that is `pip:<package>`."
+    models = values.get("models")
+    if not isinstance(models, dict) or not str(models.get("base", "")).startswith("pip:"):
+        return values
+    return {**values, "models": {**models, "base": packaged_model(models["base"])}}
+
 # %% ../nbs/01_study/01_presets.ipynb #5d3fe4d9
 def load_preset(
     name: str = "tiny",  # a preset of the package, or a YAML file of one's own
@@ -477,6 +486,7 @@ def load_preset(
     values = {"name": re.sub(r"[^\w.-]", "-", Path(name).stem) if _is_user_file(name) else name, **values}
     for setting in overrides:
         values = _set(values, setting)
+    values = _with_packaged_models(values)
     said = {_override(setting)[0][0] for setting in overrides}
     return build_preset(
         _own_scope(values, low, {**own, **dict.fromkeys(said)}), name if _is_user_file(name) else None
@@ -502,4 +512,4 @@ def with_settings(
     values = preset.resolved()
     for setting in overrides:
         values = _set(values, setting)
-    return build_preset(values)
+    return build_preset(_with_packaged_models(values))

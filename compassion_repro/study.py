@@ -348,7 +348,8 @@ def accumulation(self: Grpo) -> int:
 class Models(Section):
     "Where models come from, and how their weights are held in training."
 
-    base: Source  # `world:base`, a folder, or a hub id with @revision
+    # `world:base`, a folder, a .gguf file, or a hub id with @revision; `pip:<package>` when a preset is loaded
+    base: Source
     # helpfulness reward: trained from the world's preference pairs, or a sequence-classification model
     reward: Source = "world:helpfulness"
     # frozen weights in training: as they are, or 4-bit NormalFloat with double quantisation

