@@ -129,12 +129,12 @@ def ask(
     answer: Callable[[str], str] | None = None,  # asks a person; None where there is none
 ):
     "Ask the user whether to pay; raises `InputError` where it is not agreed to."
-    dear = [e for e in estimates if e.calls and not is_free(e.judge)]
-    if dear and not yes and answer is None:
-        raise InputError(f"judging would cost money ({'; '.join(map(str, dear))}): add --yes to agree")
-    for estimate in dear:
+    paid = [e for e in estimates if e.calls and not is_free(e.judge)]
+    if paid and not yes and answer is None:
+        raise InputError(f"judging would cost money ({'; '.join(map(str, paid))}): add --yes to agree")
+    for estimate in paid:
         say(str(estimate))
-    if not dear or yes:
+    if not paid or yes:
         return
     if answer("Ask the judge? [y/N] ").strip().lower() not in ("y", "yes"):
         raise InputError(

@@ -390,7 +390,7 @@ class NoReply(ValueError):
 def asked_to_wait(
     error: BaseException | None,  # of a call
 ) -> float:  # 0 where it does not say
-    "Seconds that a service wants to be left alone, from the Retry-After of its answer."
+    "Seconds that a service asks to be left alone, from the Retry-After of its answer."
     headers = getattr(getattr(error, "response", None), "headers", None)
     try:
         return float(retry_after(headers) or 0) if headers else 0.0

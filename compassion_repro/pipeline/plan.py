@@ -491,7 +491,7 @@ def _dose_notes(preset: Preset, kinds: set[str]) -> list[str]:
         return []
     return [
         "dose=cover: rows, steps and tokens of training are at least these; replay joins them, and the"
-        " run takes as many steps as every row wants to be seen once (dose=steps keeps to the preset's)"
+        " run takes as many steps as every row needs to be seen once (dose=steps keeps to the preset's)"
     ]
 
 

@@ -297,7 +297,7 @@ def run_many(
         raise InputError(f"unknown sandbox level {where!r}: use one of {', '.join(LEVELS)}")
     if not 0 < timeout_s < 10**6 or not 32 <= memory_mb < 10**9:
         raise InputError(
-            "the sandbox wants timeout_s above 0 and memory_mb of at least 32, and numbers a kernel knows,"
+            "the sandbox needs timeout_s above 0 and memory_mb of at least 32, and numbers a kernel knows,"
             f" got {timeout_s} and {memory_mb}"
         )
     if where == "none" and not allow_unsafe:

@@ -121,20 +121,20 @@ def _check_numbers(device: str, dtype: torch.dtype):
             " takes float16 with scaled losses here"
         )
     if device == "cpu" and dtype == torch.float16:
-        raise InputError("float16 (models.dtype) wants a GPU: set models.dtype=auto")
+        raise InputError("float16 (models.dtype) needs a GPU: set models.dtype=auto")
 
 
 def _check_kernels(device: str, dtype: torch.dtype, compute: Compute):
     "Raise `InputError` where the optimiser or the attention that the preset asks for needs another machine."
     if device == "cpu" and "8bit" in compute.optimizer:
-        raise InputError(f"{compute.optimizer} (compute.optimizer) wants a GPU: set compute.optimizer=auto")
+        raise InputError(f"{compute.optimizer} (compute.optimizer) needs a GPU: set compute.optimizer=auto")
     if device == "cpu" and compute.attention in ("varlen", "flash_attention_2"):
-        raise InputError(f"{compute.attention} (compute.attention) wants a GPU: set compute.attention=auto")
+        raise InputError(f"{compute.attention} (compute.attention) needs a GPU: set compute.attention=auto")
     if compute.attention != "varlen":
         return
     if dtype == torch.float32 or torch.cuda.get_device_capability()[0] < 8:
         raise InputError(
-            "varlen (compute.attention) wants a GPU of compute capability 8 or more and 16-bit numbers: set"
+            "varlen (compute.attention) needs a GPU of compute capability 8 or more and 16-bit numbers: set"
             " compute.attention=auto"
         )
 
@@ -147,7 +147,7 @@ def _check_packages(compute: Compute):
     ):
         if wanted and not importlib.util.find_spec(package):
             raise InputError(
-                f"{setting} wants the package {package}, which is not installed: install it, or leave"
+                f"{setting} needs the package {package}, which is not installed: install it, or leave"
                 f" {setting} out"
             )
 

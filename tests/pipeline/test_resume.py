@@ -197,13 +197,13 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_training(cut, finished):
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)  # room again
 
     try:
-        with at_step(2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))):
+        with at_step(1, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))):
             run(*EACH_STEP, report=report)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     [line] = [line for line in told if "could not be written" in line]
     assert (
-        "the checkpoint of step 2" in line
+        "the checkpoint of step 1" in line
         and "training goes on without it" in line
         and isinstance(line, Notice)
     )

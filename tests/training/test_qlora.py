@@ -260,8 +260,8 @@ def test_training_grpo_and_evaluation_see_the_same_bytes(template, tmp_path):
     [
         (["models.quantize=int3"], "nf4"),
         (["compute.device=cuda"], "this machine has none"),
-        (["models.dtype=float16"], "wants a GPU"),
-        (["compute.optimizer=paged_adamw_8bit"], "wants a GPU"),
+        (["models.dtype=float16"], "needs a GPU"),
+        (["compute.optimizer=paged_adamw_8bit"], "needs a GPU"),
         (["compute.liger=true"], "liger_kernel"),
         (["sft.micro_batch=some"], "or auto"),
         (["generation.template=own"], "no chat template of its own"),
@@ -269,7 +269,7 @@ def test_training_grpo_and_evaluation_see_the_same_bytes(template, tmp_path):
     ],
 )
 def test_what_the_machine_or_the_model_lacks_is_told_in_one_line(words, said, capsys, tmp_path):
-    if torch.cuda.is_available() and said in ("this machine has none", "wants a GPU"):
+    if torch.cuda.is_available() and said in ("this machine has none", "needs a GPU"):
         pytest.skip("this machine has a GPU")
     if said == "liger_kernel" and importlib.util.find_spec(said):
         pytest.skip("liger_kernel is installed")
@@ -343,7 +343,7 @@ def test_the_fresh_process_tells_its_fault_in_one_line(tmp_path):
 
 
 def test_packed_rows_reach_the_varlen_kernel_through_the_trainer(monkeypatch):
-    """The kernel wants a GPU; a slow loop in its place shows that the trainer hands over where rows begin and
+    """The kernel needs a GPU; a slow loop in its place shows that the trainer hands over where rows begin and
     end, with checkpointing too, and that the losses are those of the masked attention.
     """
     calls = []
