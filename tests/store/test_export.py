@@ -9,8 +9,10 @@ import pytest
 import yaml
 
 from compassion_repro import cli
+from compassion_repro.pipeline.evaluate import Setup
 from compassion_repro.presets import load_preset
 from compassion_repro.store.results import ANSWER, EXPORT_COLUMNS, WRITERS
+from compassion_repro.study import Generation
 
 TEXTS = ['He said "no",\nthen left', "", "=1+1", "一只猫"]
 READERS = {
@@ -123,3 +125,12 @@ def test_export_needs_no_torch(folder):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "0 []", done.stderr
+
+
+def test_an_evaluation_is_exported_like_a_study(folder, capsys):
+    (folder / "study.yaml").unlink()
+    setup = Setup({"anima": None, "logic": None}, {"anima": "anima", "logic": "logic"}, Generation())
+    (folder / "eval.yaml").write_text(yaml.safe_dump(setup.plain()))
+    assert cli.main(["export", "study", "--to", "parquet"]) == 0
+    assert capsys.readouterr().out == "4 answers in 19 columns: study-answers.parquet\n"
+    assert pd.read_parquet("study-answers.parquet")["answer"].tolist() == TEXTS
