@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIGNALS', 'INTERRUPTED', 'COMMANDS', 'JUDGE_SETTINGS', 'ANSWER_OPTIONS', 'EPILOG', 'LEAVE', 'COUNTS', 'print',
-           'talking', 'run', 'plan', 'print_claims', 'claims', 'push', 'report', 'evaluate', 'judge', 'annotate',
-           'doctor', 'bench', 'build_parser', 'main']
+           'talking', 'run', 'plan', 'new', 'print_claims', 'claims', 'push', 'report', 'export', 'evaluate', 'judge',
+           'annotate', 'doctor', 'bench', 'build_parser', 'main']
 
 # %% ../nbs/99_cli.ipynb #43132abc
 import argparse
@@ -387,6 +387,26 @@ def _print_preflight(preset, refused: list[str]) -> int:
         print("checked: everything that can be opened here is in order")
     return 2 if problems else 0
 
+# %% ../nbs/99_cli.ipynb #e1a7c3d2
+def _new_options(parser: argparse.ArgumentParser):
+    "The file to write."
+    text = "file to write, a name that ends in .yaml; one that is there is not touched"
+    parser.add_argument("file", metavar="FILE", help=text)
+
+
+@_command(
+    "write a preset of your own to edit: it extends tiny, and every setting is in it as a comment",
+    "new my_study.yaml",
+    options=_new_options,
+)
+def new(args) -> int:
+    "Write a preset that you can edit, and say what to do with it."
+    from compassion_repro.presets import write_preset
+
+    file = write_preset(args.file)
+    _print(f"{file}: edit it, then  compassion-repro plan --preset {file}")
+    return 0
+
 # %% ../nbs/99_cli.ipynb #a5f1d7c8
 def print_claims(folder: Path):
     "The claim table of a study, in the terminal."
@@ -468,6 +488,34 @@ def report(args) -> int:
         pipeline.analyse(study, progress)
     print_claims(study.folder)
     _print(f"\nreport: {study.folder / 'report.html'}")
+    return 0
+
+# %% ../nbs/99_cli.ipynb #e1a7c1d2
+def _export_options(parser: argparse.ArgumentParser):
+    "Whose answers go into which file."
+    _study_argument(parser, "study or evaluation folder")
+    parser.add_argument("--to", required=True, choices=("csv", "jsonl", "parquet"), help="form of the file")
+    out = "file to write (default <name of STUDY>-answers.<form>, in the current folder)"
+    parser.add_argument("--out", metavar="FILE", help=out)
+    parser.add_argument("--force", action="store_true", help="overwrite the file if it is there")
+
+
+@_command(
+    "write a row for each answer with its scores by dimension and judge, as CSV, JSON Lines or Parquet",
+    "export studies/tiny --to csv",
+    "export evals/mine --to parquet --out mine.parquet --force",
+    options=_export_options,
+)
+def export(args) -> int:
+    "Write the answers of a study or an evaluation with their scores into one file."
+    from compassion_repro.pipeline.evaluate import setup_of
+    from compassion_repro.store.results import export_answers
+
+    folder = Path(args.study)
+    setup_of(folder)
+    out = args.out or f"{folder.resolve().name}-answers.{args.to}"
+    rows, columns = export_answers(folder, out, args.to, args.force).shape
+    _print(f"{rows:,} answers in {columns} columns: {out}")
     return 0
 
 # %% ../nbs/99_cli.ipynb #23072133
@@ -949,10 +997,12 @@ EPILOG = """examples:
   compassion-repro run --set data.sft-help=rows.jsonl      your own helpfulness rows
   compassion-repro run --seeds 3 --engine ray              arms and seeds side by side, on this machine or on a cluster
   compassion-repro plan --preset tiny                      what a run would do
+  compassion-repro new my_study.yaml                       a preset of your own to edit, every setting explained
   compassion-repro claims studies/tiny                     the verdict on each claim
   compassion-repro report studies/tiny                     claims, figures and report.html again, from the scores
   compassion-repro eval MODEL --bench tiny-anima --judge indicator --out evals/mine
   compassion-repro judge studies/tiny --judge strict       the same answers under another judge
+  compassion-repro export studies/tiny --to csv            a row for each answer with its scores
   compassion-repro push studies/tiny mid --to me/mid       publish a model with its card (--dry-run shows it first)
 """
 

@@ -7,8 +7,10 @@ import re
 import subprocess
 import sys
 import zipfile
+from configparser import ConfigParser
 
 import pytest
+import yaml
 from conftest import ROOT
 
 HEAVY_LIBRARIES = ["torch", "transformers", "trl", "datasets", "inspect_ai"]
@@ -258,3 +260,22 @@ def test_colab_check_names_what_would_be_replaced(asked, needs, wrong):
         wanted, there, lambda name: [tool.Requirement(line) for line in needs.get(name, [])]
     )
     assert tool.faults(found, there) == [wrong] * bool(wrong)
+
+
+def test_the_citation_says_what_the_settings_say():
+    settings = ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    own, cited = settings["DEFAULT"], yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited.pop("cff-version") == "1.2.0" and cited.pop("message")
+    # as setup.py names it
+    licence = re.search(r'license="(.+?)"', (ROOT / "setup.py").read_text(encoding="utf-8"))[1]
+    assert cited == {
+        "type": "software",
+        "title": own["title"],
+        "abstract": own["description"],
+        "version": own["version"],
+        "license": licence,
+        "authors": [{"name": own["author"]}],
+        "repository-code": own["git_url"],
+        "keywords": own["keywords"].split(),
+    }

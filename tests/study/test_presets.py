@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import assert_one_line, settings
 
-from compassion_repro import cli
+from compassion_repro import cli, presets
 from compassion_repro.core.errors import InputError
 from compassion_repro.data import world
 from compassion_repro.evaluation import cost
@@ -447,3 +447,58 @@ def test_a_preset_of_ones_own_is_planned_and_held_against_the_machine(tmp_path, 
     )
     assert capsys.readouterr().out.splitlines()[-1].startswith("mine      yes")
     assert build_preset(load_preset("colab").resolved()) == load_preset("colab")
+
+
+# --- a preset to start from
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def uncommented(text: str, *settings: str) -> str:
+    "A written preset with the `# ` taken off the lines of some settings and of sections."
+    return "".join(
+        line.removeprefix("# ") if line.lstrip("# ").startswith(settings) and line.startswith("# ") else line
+        for line in text.splitlines(keepends=True)
+    )
+
+
+def test_a_new_preset_is_the_same_study_as_tiny(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["new", "my_study.yaml"]) == 0
+    assert "compassion-repro plan --preset my_study.yaml" in capsys.readouterr().out
+    keys = lambda name: {stage.id: stage.key for stage in graph(load_preset(name), 2)}
+    assert keys("my_study.yaml") == keys("tiny")
+    text = (tmp_path / "my_study.yaml").read_text()
+    (tmp_path / "all.yaml").write_text(re.sub("^# ", "", text, flags=re.MULTILINE))
+    assert keys("all.yaml") == keys("tiny")
+
+
+def test_a_new_preset_lists_and_explains_every_setting(tmp_path):
+    text = presets.preset_template()
+    assert len(text.splitlines()) < 250 and max(map(len, text.splitlines())) <= 110
+    assert "# dropout: 0.0  # dropout on the adapter's input" in text.replace("#   ", "# ")
+    sections = [line.removeprefix("# ") for line in text.splitlines() if re.match(r"# \S+:$", line)]
+    assert sections == [
+        f"{name}:"
+        for name in ("models", "data", "compute", "lora", "midtrain", "sft", "grpo", "generation")
+        + ("benchmarks", "margin", "statistics")
+    ]
+    (tmp_path / "mine.yaml").write_text(uncommented(text, "lora:", "rank:").replace("rank: 16", "rank: 8"))
+    assert load_preset(str(tmp_path / "mine.yaml")).lora == load_preset("tiny", ["lora.rank=8"]).lora
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("mine.yaml", "is there already"),
+        ("mine.json", "cannot be the name of a preset"),
+        (".yaml", "cannot be the name of a preset"),
+        ("nowhere/mine.yaml", "nowhere is no folder"),
+    ],
+)
+def test_a_new_preset_overwrites_nothing(name, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("extends: paper\n")
+    assert words in refused(capsys, "new", name)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [
+        ("mine.yaml", "extends: paper\n")
+    ]
