@@ -132,7 +132,13 @@ def test_the_preset_needs_nothing_but_its_model():
     assert sorted(used) == ["pocket:code", "pocket:compassion", "pocket:help"]
     tokens = {record["stage"]: record["tokens"] for record in plan(preset)}
     assert tokens["mid"] == 60 * 4 * 256
-    assert tokens["sft-help"] == tokens["sft-code"] == tokens["sft-help@base"] == tokens["sft-code@base"]
+    assert (
+        tokens["sft-help"]
+        == tokens["sft-code"]
+        == tokens["sft-help@base"]
+        == tokens["sft-code@base"]
+        == 30 * 1024
+    )
 
 
 def test_every_code_prompt_has_tests():
@@ -149,9 +155,9 @@ def test_the_work_of_a_seed_is_that_of_its_tokens_rows_and_pairs():
         {"kind": "eval", "tokens": None},
     ]
     work = minutes["operations"](preset, training, parameters)
-    assert work == (4 * 150 + 2 * 2 * 2 * 20 * 256) * parameters
+    assert work == (4 * 150 + 2 * 2 * 20 * (256 + 512)) * parameters
     read = [
         minutes["operations"](preset, training + n * [{"kind": "probe", "tokens": None}], parameters)
         for n in (1, 2)
     ]
-    assert read[0] > work and read[1] - work == 2 * (read[0] - work)
+    assert read[0] > work and read[1] - work == pytest.approx(2 * (read[0] - work))
