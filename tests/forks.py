@@ -130,7 +130,11 @@ class Job:
 class Forks:
     "The process that forks; it is started by the first job."
 
-    def __init__(self):
+    def __init__(
+        self,
+        **environment: str,  # variables that the libraries read when they are imported
+    ):
+        self.environment = environment
         self.owner, self.process, self.count = os.getpid(), None, 0
         self.folder = Path(tempfile.mkdtemp(prefix="forks-"))
 
@@ -140,7 +144,7 @@ class Forks:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=(self.folder / "log").open("w"),
-            env={"OMP_NUM_THREADS": "2", **os.environ, "HF_HUB_OFFLINE": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env={"OMP_NUM_THREADS": "2", **os.environ, **self.environment, "OPENBLAS_NUM_THREADS": "1"},
         )
 
     def start(

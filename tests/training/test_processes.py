@@ -16,6 +16,7 @@ import torch
 from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
+from conftest import FORKS
 from trl import GRPOTrainer, SFTTrainer
 
 from compassion_repro.core.errors import InputError
@@ -188,7 +189,12 @@ def test_grpo_in_two_processes_has_the_same_rewards_and_losses(one_and_two):
 
 
 def no_process_left() -> bool:
-    return all("resource_tracker" in " ".join(child.cmdline()) for child in psutil.Process().children())
+    "Whether this process has no child but those that were there before: the tracker, the one that forks."
+    forks = FORKS.process.pid if FORKS.process else None
+    return all(
+        child.pid == forks or "resource_tracker" in " ".join(child.cmdline())
+        for child in psutil.Process().children()
+    )
 
 
 def told_to_be_gpus(*words):
