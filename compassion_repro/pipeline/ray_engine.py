@@ -20,6 +20,8 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+import psutil
+
 from ..core.errors import InputError, Notice, first_line
 from ..core.files import hidden, remove
 from ..evaluation.cost import is_free
@@ -180,6 +182,27 @@ def _listens(address: str):
     host, _, port = address.rpartition(":")
     socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
+# %% ../../nbs/09_pipeline/03_ray_engine.ipynb #4c8e01a1
+def _start(
+    ray,  # the module
+    places: dict,  # from `_places`
+):
+    "Start or join a Ray; one of our own that did not come up in time is started again, once."
+    others = psutil.Process().children(recursive=True)
+    options = places | {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        ray.init(**options)
+    except Exception as error:
+        if places["address"] != "local" or "timed out during startup" not in str(error):
+            raise
+        ray.shutdown()
+        left = [p for p in psutil.Process().children(recursive=True) if p not in others]
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=10)
+        ray.init(**options)
+
 # %% ../../nbs/09_pipeline/03_ray_engine.ipynb #b38dc887
 @contextmanager
 def connected(
@@ -200,10 +223,10 @@ def connected(
     try:
         try:
             _listens(places["address"])
-            ray.init(**places, log_to_driver=False, logging_level=logging.ERROR)
+            _start(ray, places)
         except SystemExit:
             raise KeyboardInterrupt(signal.SIGTERM) from None  # Ray's own answer to a SIGTERM
-        except (OSError, OverflowError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        except Exception as error:  # Ray raises plain ones too
             raise InputError(
                 f"no Ray could be had at {places['address']} ({first_line(error)}): start one with `ray start"
                 " --head`, or use --engine ray without an address and without RAY_ADDRESS"
