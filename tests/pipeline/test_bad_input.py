@@ -167,14 +167,15 @@ def test_a_users_own_benchmark_is_run_whole_under_a_size_that_would_cut_it(tmp_p
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the sample rows are not beside this checkout")
 def test_real_rows_are_trained_on_and_none_is_lost(tmp_path):
     out = tmp_path / "study"
-    rows = [
-        f"data.sft-help={SHARED_DATA / 'dolly_rows.jsonl'}",
-        f"data.sft-code={SHARED_DATA / 'code_rows.jsonl'}",
-    ]
-    done = run_study(out, *rows, "arms=[sft-help, sft-code]", "sft.held_out=30")
+    counts = {"sft-help": ("dolly_rows.jsonl", 40), "sft-code": ("code_rows.jsonl", 60)}
+    for name, count in counts.values():
+        lines = (SHARED_DATA / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        (tmp_path / name).write_text("".join(lines[:count]), encoding="utf-8")
+    rows = [f"data.{arm}={tmp_path / name}" for arm, (name, _) in counts.items()]
+    done = run_study(out, *rows, "arms=[sft-help, sft-code]", "sft.held_out=12")
     assert done.returncode == 0, done.stderr[-3000:]
     manifests = {m["stage"]: m["result"] for m in Study(out).manifests()}
-    for arm, count in (("sft-help", 75), ("sft-code", 300)):
+    for arm, (_, count) in counts.items():
         place = out / "seed-1" / arm
         trained, held_out = (
             [json.loads(line) for line in (place / f"{name}.jsonl").open(encoding="utf-8")]
