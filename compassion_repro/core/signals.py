@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 # %% ../../nbs/00_core/02_signals.ipynb #ac5f1e85
@@ -131,9 +131,9 @@ def raise_on_signal():
     main = threading.current_thread() is threading.main_thread()
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
     try:
-        with _uncaught_unreported():
+        with _uncaught_unreported() if main else nullcontext():
             yield
-    except (Exception, KeyboardInterrupt):
+    except (Exception, KeyboardInterrupt, BaseExceptionGroup):
         if not seen:
             raise
     finally:
