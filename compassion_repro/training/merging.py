@@ -43,6 +43,7 @@ from compassion_repro.training.models import (
     merge,
     row_losses,
     save_model,
+    save_tokenizer,
     weights_folder,
     write_ends,
 )
@@ -351,7 +352,7 @@ def _write(way, model, tokenizer, adapter, start, out, how):
     _release(model)
     if adapter and (way != "own" or how.quantize == "nf4"):
         _write_from_disk(way, adapter, start, out, how)
-    tokenizer.save_pretrained(out)
+    save_tokenizer(tokenizer, out)
     for folder in (out, out / "base"):
         write_ends(folder, tokenizer)
     # where every weight was trained this is all: they are saved in 32 bits

@@ -9,8 +9,8 @@ __all__ = ['BEGIN', 'END', 'PAD', 'QUESTION', 'ANSWER', 'CHAT_TEMPLATE', 'TEMPLA
            'conversation_ids', 'added_text', 'template_account', 'text_ids', 'encode_prompt', 'encode_row', 'check_row',
            'merge_note', 'is_unmerged', 'weights_folder', 'keeps_float32', 'pick_device', 'pick_dtype', 'load_model',
            'check_numbers', 'weight_files', 'check_weights', 'check_architecture', 'check_fits', 'as_shipped',
-           'write_ends', 'save_model', 'attention_extras', 'open_gguf', 'find_tokenizer', 'find_model', 'lora_config',
-           'merge', 'row_losses']
+           'write_ends', 'save_tokenizer', 'save_model', 'attention_extras', 'open_gguf', 'find_tokenizer',
+           'find_model', 'lora_config', 'merge', 'row_losses']
 
 # %% ../../nbs/04_training/01_models.ipynb #e235851a
 import logging
@@ -861,6 +861,16 @@ def write_ends(
         file, lambda partial: partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     )
 
+# %% ../../nbs/04_training/01_models.ipynb #bb81a34a
+def save_tokenizer(
+    tokenizer: PreTrainedTokenizerBase,  # its notes of how it was opened are removed
+    folder: str | Path,  # made if missing
+):
+    "Write a tokenizer's files, the same ones whether it was opened with `HF_HUB_OFFLINE` or without."
+    for name in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(name, None)
+    tokenizer.save_pretrained(folder)
+
 # %% ../../nbs/04_training/01_models.ipynb #f1d29a7e
 def save_model(
     model: PreTrainedModel,  # plain, no adapter
@@ -872,7 +882,7 @@ def save_model(
     model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     return Path(folder)
 
 # %% ../../nbs/04_training/01_models.ipynb #265be583
@@ -956,7 +966,7 @@ def _gguf_tokenizer(file: Path, header: Gguf, out: Path, configs: list):
     "Write the tokenizer of a GGUF file into a folder."
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     _gguf_ids(tokenizer, configs, header.fields)
-    tokenizer.save_pretrained(out)
+    save_tokenizer(tokenizer, out)
 
 # %% ../../nbs/04_training/01_models.ipynb #7d7cca8e
 def _convert_gguf(file: Path, header: Gguf, out: Path):

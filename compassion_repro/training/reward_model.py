@@ -256,7 +256,7 @@ def train_reward_model(
     "Train the embedded study's reward model in one pass over its pairs, and measure the saved model."
     from transformers import AutoModelForSequenceClassification, set_seed
 
-    from compassion_repro.training.models import load_tokenizer, pick_device
+    from compassion_repro.training.models import load_tokenizer, pick_device, save_tokenizer
 
     start = start or world.assets() / "base"
     tokenizer = load_tokenizer(start)
@@ -267,7 +267,7 @@ def train_reward_model(
         ).to(pick_device())
     steps = _train_on_pairs(model, tokenizer, preference_pairs(pairs, seed), batch_size, learning_rate, seed)
     model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save_tokenizer(tokenizer, out)
     measured = measure_reward_model(helpfulness_reward(out), preference_pairs(held_out, seed, held_out=True))
     report(
         f"reward model: {pairs} pairs, {measured['accuracy']:.1%} of {held_out} held-out pairs right,"
