@@ -65,7 +65,7 @@ from compassion_repro.training.memory import (
 )
 from ..training.models import load_model, pick_device, pick_dtype
 from ..training.supervised import loss_log, pack, train
-from ..training.templates import load_tokenizer
+from ..training.templates import load_tokenizer, save_tokenizer
 
 # %% ../../nbs/10_bench/00_gpu.ipynb #7a1d4c0e
 LLAMA_8B = {  # settings of `LlamaConfig`, from the published config.json of Llama 3.1 8B
@@ -124,7 +124,7 @@ def random_model(
     with torch.device(device):
         network = AutoModelForCausalLM.from_config(LlamaConfig(**model, **ids), dtype=pick_dtype(device))
     network.save_pretrained(folder, max_shard_size="1GB")
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     return Path(folder)
 
 # %% ../../nbs/10_bench/00_gpu.ipynb #b3f0ed5a

@@ -29,6 +29,7 @@ from transformers import (
 
 from ..core.errors import InputError, first_line
 from .gguf import Gguf, check_gguf
+from .templates import save_tokenizer
 
 # %% ../../nbs/04_training/04_dequantise.ipynb #7be1a0c4
 def _gguf_ids(tokenizer: PreTrainedTokenizerBase, configs: list, fields: dict):
@@ -80,7 +81,7 @@ def _gguf_tokenizer(file: Path, header: Gguf, out: Path, configs: list):
     "Write the tokenizer of a GGUF file into a folder."
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     _gguf_ids(tokenizer, configs, header.fields)
-    tokenizer.save_pretrained(out)
+    save_tokenizer(tokenizer, out)
 
 # %% ../../nbs/04_training/04_dequantise.ipynb #7d7cca8e
 def _convert_gguf(file: Path, header: Gguf, out: Path):

@@ -38,7 +38,7 @@ from .checkpoints import is_whole, seal
 from .memory import read_shape
 from .model_files import MERGE, is_unmerged, weights_folder
 from .models import save_model, write_ends
-from .templates import load_tokenizer
+from .templates import load_tokenizer, save_tokenizer
 
 # %% ../../nbs/04_training/13_merging.ipynb #29a6f1cc
 from ..core.files import write_atomically
@@ -344,7 +344,7 @@ def _write(way, model, tokenizer, adapter, start, out, how):
     _release(model)
     if adapter and (way != "own" or how.quantize == "nf4"):
         _write_from_disk(way, adapter, start, out, how)
-    tokenizer.save_pretrained(out)
+    save_tokenizer(tokenizer, out)
     for folder in (out, out / "base"):
         write_ends(folder, tokenizer)
     # where every weight was trained this is all: they are saved in 32 bits

@@ -40,6 +40,7 @@ from compassion_repro.training.model_files import (
     needs_code,
     read_json,
 )
+from .templates import save_tokenizer
 
 # %% ../../nbs/04_training/06_models.ipynb #d7597fdd
 from ..core.files import write_atomically
@@ -181,7 +182,7 @@ def save_model(
     model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     return Path(folder)
 
 # %% ../../nbs/04_training/06_models.ipynb #265be583

@@ -258,7 +258,7 @@ def train_reward_model(
     from transformers import AutoModelForSequenceClassification, set_seed
 
     from compassion_repro.training.models import pick_device
-    from compassion_repro.training.templates import load_tokenizer
+    from compassion_repro.training.templates import load_tokenizer, save_tokenizer
 
     start = start or world.assets() / "base"
     tokenizer = load_tokenizer(start)
@@ -269,7 +269,7 @@ def train_reward_model(
         ).to(pick_device())
     steps = _train_on_pairs(model, tokenizer, preference_pairs(pairs, seed), batch_size, learning_rate, seed)
     model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save_tokenizer(tokenizer, out)
     measured = measure_reward_model(helpfulness_reward(out), preference_pairs(held_out, seed, held_out=True))
     report(
         f"reward model: {pairs} pairs, {measured['accuracy']:.1%} of {held_out} held-out pairs right,"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BEGIN', 'END', 'PAD', 'QUESTION', 'ANSWER', 'CHAT_TEMPLATE', 'TEMPLATES', 'DAY', 'render', 'on_one_day',
-           'check_template', 'pick_padding', 'padding_note', 'load_tokenizer', 'with_template']
+           'check_template', 'pick_padding', 'padding_note', 'load_tokenizer', 'with_template', 'save_tokenizer']
 
 # %% ../../nbs/04_training/02_templates.ipynb #07e71353
 import json
@@ -196,3 +196,13 @@ def with_template(
     tokenizer.chat_template = TEMPLATES.get(template, own)
     check_template(tokenizer)
     return tokenizer
+
+# %% ../../nbs/04_training/02_templates.ipynb #bb81a34a
+def save_tokenizer(
+    tokenizer: PreTrainedTokenizerBase,  # its notes of how it was opened are removed
+    folder: str | Path,  # made if missing
+):
+    "Write a tokenizer's files, the same ones whether it was opened with `HF_HUB_OFFLINE` or without."
+    for name in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(name, None)
+    tokenizer.save_pretrained(folder)
