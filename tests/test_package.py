@@ -29,11 +29,13 @@ HEAVY = {
     "evaluation.judges",
     "evaluation.scoring",
     "training.adapters",
+    "training.advantages",
     "training.checkpoints",
     "training.dequantise",
     "training.device",
     "training.encoding",
     "training.grpo",
+    "training.held_out",
     "training.merging",
     "training.midtrain",
     "training.model_checks",
@@ -43,6 +45,7 @@ HEAVY = {
     "training.supervised",
     "training.templates",
     "training.tokens",
+    "training.vllm_sampler",
 }
 
 

@@ -42,7 +42,8 @@ from trl import SFTConfig, SFTTrainer
 
 from ..data import world
 from ..evaluation.generate import generate_answers
-from ..training.grpo import engine_ended, make_trainer, prompt_rows
+from ..training.grpo import make_trainer, prompt_rows
+from ..training.vllm_sampler import engine_ended
 
 # %% ../../nbs/10_bench/00_gpu.ipynb #1d1204e9
 from ..core.compat import GRPO_PARTS
