@@ -632,7 +632,7 @@ class Preset(Section):
     midtrain: Training = Training()
     sft: Training = Training()
     grpo: Grpo = Grpo()
-    # weights of the code reward's parts, in place of `rewards.WEIGHTS`
+    # weights of the code reward's parts, in place of `code_reward.WEIGHTS`
     code_reward: dict[Literal["tested", "graded"], dict[str, float]] = {}
     generation: Generation = Generation()
     # by the name of a folder: no path leads out of the study

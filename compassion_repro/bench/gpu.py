@@ -53,8 +53,9 @@ from ..store.folder import provenance
 from ..study import Compute, Generation, Grpo, Lora, Models, Training
 from ..training.adapters import lora_config
 from ..training.checkpoints import Progress
-from ..training.device import TrainRun, TrainSetup, fitted, load_held, train_setup
+from ..training.device import TrainRun, TrainSetup, load_held, train_setup
 from ..training.encoding import encode_prompt, encode_row
+from ..training.fitting import fitted
 from compassion_repro.training.memory import (
     Held,
     Shape,
