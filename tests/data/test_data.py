@@ -17,7 +17,8 @@ import pytest
 from compassion_repro.core.errors import InputError
 from compassion_repro.data import world
 from compassion_repro.data.lengths import split_text
-from compassion_repro.data.rows import chat_row, load, read_rows, save_rows, train_held_out
+from compassion_repro.data.rows import load, read_rows, save_rows, train_held_out
+from compassion_repro.data.turns import chat_row
 
 SHARED = Path(
     os.environ.get("COMPASSION_SHARED_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data"
