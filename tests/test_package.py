@@ -30,14 +30,18 @@ HEAVY = {
     "evaluation.scoring",
     "training.adapters",
     "training.checkpoints",
+    "training.dequantise",
     "training.device",
+    "training.encoding",
     "training.grpo",
     "training.merging",
     "training.midtrain",
+    "training.model_checks",
     "training.models",
     "training.processes",
     "training.sft",
     "training.supervised",
+    "training.templates",
     "training.tokens",
 }
 

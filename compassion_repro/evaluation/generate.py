@@ -51,23 +51,19 @@ from compassion_repro.evaluation.vllm_process import (
 # %% ../../nbs/05_evaluation/07_generate.ipynb #933e6a09
 from ..study import Generation
 from ..training.adapters import open_adapter
-from ..training.model_files import check_quantised, gguf_file
+from ..training.encoding import encode_prompt, end_ids
+from ..training.gguf import gguf_file
+from ..training.model_checks import check_fits, check_numbers
+from ..training.model_files import check_quantised, is_unmerged, keeps_float32
 from compassion_repro.training.models import (
     as_shipped,
-    check_fits,
-    check_numbers,
-    encode_prompt,
-    end_ids,
     find_model,
-    is_unmerged,
-    keeps_float32,
     load_model,
-    load_tokenizer,
     pick_device,
     pick_dtype,
     save_model,
-    with_template,
 )
+from ..training.templates import load_tokenizer, with_template
 
 # %% ../../nbs/05_evaluation/07_generate.ipynb #4b1ae05e
 def draws(
