@@ -65,53 +65,6 @@ class ClaimTable(BaseModel):
             raise InputError("there are no claim records here: compute them again from the scores")
         return table
 
-# %% ../../nbs/06_stats/04_claim_table.ipynb #87145b1a
-# of verdicts in a terminal; others are dim
-COLOURS = {
-    "supported": "green",
-    "contradicted": "red",
-    "holds for these checkpoints": "cyan",
-    "fails for these checkpoints": "magenta",
-    "inconclusive": "yellow",
-}
-
-
-class ClaimTable(BaseModel):
-    "Claim records that show themselves in a notebook (Markdown) and a terminal (rich)."
-
-    model_config = ConfigDict(extra="forbid")
-    records: list[ClaimRecord]
-
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, reading: str | tuple[str, str]) -> ClaimRecord:
-        "The first record of a reading, or that of (reading, judge); raises `KeyError` where there is none."
-        name, judge = reading if isinstance(reading, tuple) else (reading, None)
-        found = next(
-            (record for record in self.records if record.reading == name and judge in (None, record.judge)),
-            None,
-        )
-        if found is None:
-            raise KeyError(reading)
-        return found
-
-    @classmethod
-    def from_json(cls, text: str) -> "ClaimTable":
-        """Records from the text of `claims.json`.
-
-        Raises `InputError` for anything else, an empty list included.
-        """
-        try:
-            table = cls(records=json.loads(text))
-        except (ValueError, ValidationError):
-            raise InputError(
-                "these are no claim records of this version (cut short?): compute them again from the scores"
-            ) from None
-        if not table.records:
-            raise InputError("there are no claim records here: compute them again from the scores")
-        return table
-
 # %% ../../nbs/06_stats/04_claim_table.ipynb #3b73047d
 @patch
 def frame(self: ClaimTable) -> pd.DataFrame:
