@@ -22,7 +22,7 @@ from compassion_repro.data import hub, world
 from compassion_repro.evaluation import benchmarks, judges, scoring
 from compassion_repro.evaluation import generate as evaluate
 from compassion_repro.study import Benchmark, Generation
-from compassion_repro.training import models
+from compassion_repro.training import templates
 
 SIZE = {"en": 3, "es": 2}
 QUIET = {"report": lambda line: None}
@@ -715,7 +715,7 @@ def test_settings_beside_the_model_do_not_count(tmp_path):
         == plain.text.tolist()
     )
     assert plain.text.nunique() == 3
-    first = models.load_tokenizer(tmp_path / "base")(" " + plain.text[0], add_special_tokens=False)[
+    first = templates.load_tokenizer(tmp_path / "base")(" " + plain.text[0], add_special_tokens=False)[
         "input_ids"
     ][2]
     file.write_text(json.dumps({**settings, "eos_token_id": [settings["eos_token_id"], first]}))
@@ -734,7 +734,7 @@ def test_silence_and_length_are_flagged(tmp_path, monkeypatch):
     questions = [
         dict(benchmark="mine", language="en", item_id="1", question_id="1", question="Why?", epochs=1)
     ]
-    end = models.load_tokenizer(world.assets() / "base").eos_token_id
+    end = templates.load_tokenizer(world.assets() / "base").eos_token_id
     for token, wanted in ((end, ("stop", True, False, 0)), (end + 300, ("length", False, True, 20))):
         monkeypatch.setattr(
             evaluate,
