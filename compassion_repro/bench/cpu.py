@@ -28,7 +28,8 @@ from ..evaluation.generate import _answer_batch, _generate, _settings, _work
 from ..evaluation.inspect_runner import run_inspect
 from ..presets import load_preset
 from ..sandbox.jail import LEVELS, level, probe, run_code, run_many
-from ..sandbox.walls import FLAGS, interpreter_files
+from ..sandbox.supervisor import FLAGS
+from ..sandbox.walls import interpreter_files
 from ..study import Generation, Grpo, Lora
 from ..training.checkpoints import Progress
 from ..training.device import TrainRun
