@@ -558,8 +558,11 @@ def test_suffix_variants_of_c5(scores):
 def test_retention_is_a_share_or_says_why_not(scores):
     kept = estimates.retention(frame(seeds=3)).set_index(["benchmark", "model"])
     assert set(model for _, model in kept.index) == {"sft-help", "sft-code"}  # only arms that start from mid
-    assert kept.loc[("anima", "sft-help"), "low"] < 0.15 / 0.45 < kept.loc[("anima", "sft-help"), "high"]
-    assert kept.loc[("anima", "sft-code"), "retention"] == pytest.approx(0.95, abs=0.15)
+    row, odds = kept.loc[("anima", "sft-help")], {p: np.log(p / (1 - p)) for p in LEVELS.values()}
+    assert row["points_low"] < 0.15 / 0.45 < row["points_high"]
+    assert row["low"] < (odds[0.2] - odds[0.05]) / (odds[0.5] - odds[0.05]) < row["high"]
+    assert row["level"] == "the procedure" and row["retention"] > row["points"]
+    assert kept.loc[("anima", "sft-code"), "points"] == pytest.approx(0.95, abs=0.15)
     headless = estimates.retention(scores[scores["model"] != "base"])
     assert headless["retention"].isna().all() and set(headless["note"]) == {"no scores of base"}
 
