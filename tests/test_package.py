@@ -16,7 +16,12 @@ from conftest import ROOT
 HEAVY_LIBRARIES = ["torch", "transformers", "trl", "datasets", "inspect_ai"]
 HEAVY = {
     "bench.cpu",
+    "bench.answers",
+    "bench.clocks",
     "bench.gpu",
+    "bench.grpo_steps",
+    "bench.model",
+    "bench.training_runs",
     "data.lengths",
     "data.rows",
     "data.schemas",
@@ -61,7 +66,7 @@ def exporting() -> list[str]:
     return [found[1] for _, source in cells if (found := re.match(r"#\s*\|\s*default_exp ([\w.]+)", source))]
 
 
-ORDER = [*(room for room in exporting() if room != "cli"), "cli"]  # the command line stands above all
+ORDER = exporting()
 LIGHT = [room for room in ORDER if room not in HEAVY]
 
 

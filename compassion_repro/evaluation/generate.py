@@ -183,6 +183,7 @@ def _record(
         model=model,
         seed=seed,
         **{k: row[k] for k in keys},
+        cluster=row.get("cluster"),
         prompt=tokenizer.decode(row["ids"]),
         text=text,
         tokens=len(tokens),
@@ -412,8 +413,8 @@ def generate_answers(
 ) -> pd.DataFrame:  # one row a question and epoch, sorted by benchmark, question, epoch
     """Answer every question as often as its benchmark asks for.
 
-    Columns: model, seed, benchmark, language, item_id, question_id, epoch, prompt, text, tokens (end token
-    not counted), stop_reason ("stop" or "length"), empty, looping. Seconds inside generation and samples a
+    Columns: model, seed, benchmark, language, item_id, question_id, epoch, cluster (of the question, None
+    for none), prompt, text, tokens (end token not counted), stop_reason ("stop" or "length"), empty, looping. Seconds inside generation and samples a
     second are in `.attrs`. Raises `InputError` where the folder holds no model.
     """
     if generation.engine == "vllm":
@@ -469,6 +470,7 @@ def _hosted_record(name: str, model: str, seed: int, question: dict, sample) -> 
         model=model,
         seed=seed,
         **keys,
+        cluster=question.get("cluster"),
         epoch=sample.epoch,
         prompt=prompt,
         text=text,
