@@ -19,7 +19,8 @@ from ..core.errors import InputError
 from ..evaluation.agreement import agreement
 from ..evaluation.behaviour import kl_points, matched_length, score_warnings
 from ..paper import FIDELITY
-from .figures import benchmark_rank, claim_figures, claim_rows, model_look, panel_title
+from .figures import claim_figures, claim_rows
+from .looks import benchmark_rank, model_look, panel_title
 from ..stats.claims import VERDICTS, ClaimTable
 from ..stats.scores import model_rank
 from ..store.results import StudyFiles
