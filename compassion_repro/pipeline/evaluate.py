@@ -677,7 +677,7 @@ def evaluate_models(
 
     Raises `InputError` in one line for anything wrong.
     """
-    from compassion_repro.evaluation.benchmarks import language_code
+    from compassion_repro.evaluation.benchmark_data import language_code
     from compassion_repro.pipeline.preflight import look_at_judge
 
     folder, named = Path(out), [*judge_names(judges), *filter(None, [judging.get("substitute")])]
