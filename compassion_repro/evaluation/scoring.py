@@ -26,16 +26,9 @@ from inspect_ai.scorer import Score, Target, mean_score, score_reducer, value_to
 from inspect_ai.solver import Solver, TaskState, solver
 
 from .benchmarks import LoadedTask, load_benchmark, load_named_task
-from compassion_repro.evaluation.judges import (
-    GIVE_UP,
-    CachedJudge,
-    Replies,
-    advice,
-    indicator_phrases,
-    open_judge,
-    read_judge_prompt,
-    reply_key,
-)
+from .indicators import indicator_phrases, read_judge_prompt
+from .judges import GIVE_UP, CachedJudge, advice, open_judge
+from .replies import Replies, reply_key
 from ..study import DETERMINISTIC
 
 # %% ../../nbs/05_evaluation/12_scoring.ipynb #bf67f001

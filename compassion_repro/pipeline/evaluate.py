@@ -432,7 +432,7 @@ class _Judging:
     tasks: dict  # LoadedTask by benchmark id
     answers: object  # frame of the answers that a judge judges
     settings: dict  # the judges' settings
-    replies: object  # `evaluation.judges.Replies`: what was paid for already
+    replies: object  # `evaluation.replies.Replies`: what was paid for already
     prices: dict  # from `load_prices`
     agree: Callable  # asks before money is spent; called with `Estimate`s
     report: Callable[[str], None]  # called with each line of passing progress
@@ -527,7 +527,7 @@ def _start_judging(
     setup: Setup,  # from `setup_of`
     answers,  # frame of all its answers
     settings: dict,  # the judges' settings
-    replies,  # `evaluation.judges.Replies`
+    replies,  # `evaluation.replies.Replies`
     prices: dict,  # from `load_prices`
     agree: Callable,  # asks before money is spent
     report: Callable[[str], None],  # called with each line of passing progress
@@ -585,7 +585,7 @@ def judge_folder(
 
     Raises `InputError` in one line for anything wrong, and before anything is spent without consent.
     """
-    from compassion_repro.evaluation.judges import REPLIES, Replies
+    from compassion_repro.evaluation.replies import REPLIES, Replies
 
     folder, settings, names = Path(folder), settings or {}, judge_names(judges)
     if substitute is not None and check_judge(substitute) in names:
@@ -784,7 +784,7 @@ def _shown_to_judges(
     "What the judges were shown of each drawn answer; variables' combinations are in the scorer's order."
     import pandas as pd
 
-    from compassion_repro.evaluation.judges import read_judge_prompt
+    from compassion_repro.evaluation.indicators import read_judge_prompt
     from compassion_repro.evaluation.scoring import judge_prompts
 
     prompts = judge_prompts(answers, tasks)

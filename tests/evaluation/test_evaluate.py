@@ -19,7 +19,7 @@ from inspect_evals.anima import dataset as anima_data
 
 from compassion_repro.core.errors import InputError
 from compassion_repro.data import hub, world
-from compassion_repro.evaluation import benchmarks, judges, scoring
+from compassion_repro.evaluation import benchmarks, indicators, scoring
 from compassion_repro.evaluation import generate as evaluate
 from compassion_repro.study import Benchmark, Generation
 from compassion_repro.training import models
@@ -33,7 +33,7 @@ class FickleJudge(ModelAPI):
     "A judge whose model name says what it does, and when."
 
     async def generate(self, input, tools, tool_choice, config):
-        parts = judges.read_judge_prompt(input[-1].text)
+        parts = indicators.read_judge_prompt(input[-1].text)
         if self.model_name == "down" or self.model_name == "sometimes" and "epoch 1" in parts["submission"]:
             raise RuntimeError("401 no such key")
         if self.model_name == "interrupts":
@@ -443,7 +443,7 @@ def test_a_users_benchmark_is_run_whole_and_parquet_works(folder, tmp_path):
 
 
 def test_scores_equal_the_official_metrics(folder, minds, tmp_path):
-    phrase = judges.indicator_phrases(world.rubric("anima")[0]["observable_indicators"])[0]
+    phrase = indicators.indicator_phrases(world.rubric("anima")[0]["observable_indicators"])[0]
     for task, place in (("anima", folder), ("moru", minds)):
         loaded = load(place, tmp_path / "cache", task, epochs=3)
         answers = answered(loaded)
