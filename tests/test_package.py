@@ -23,6 +23,7 @@ HEAVY = {
     "evaluation.benchmark_data",
     "evaluation.benchmarks",
     "evaluation.generate",
+    "evaluation.grades",
     "evaluation.indicators",
     "evaluation.inspect_runner",
     "evaluation.inspect_tasks",

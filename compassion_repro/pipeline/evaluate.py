@@ -752,7 +752,7 @@ def without_scores(
     judges: str | None = None,  # only these, with commas; None: all
 ) -> list[str]:  # a line each
     "Judges that gave no usable score on a benchmark: why, and what to do."
-    from compassion_repro.evaluation.scoring import no_grade_line
+    from compassion_repro.evaluation.grades import no_grade_line
 
     study, lines = Study(folder), []
     scores, names = study.table("scores"), judges and judge_names(judges)

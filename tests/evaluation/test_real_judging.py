@@ -22,6 +22,7 @@ from compassion_repro.core import errors
 from compassion_repro.data import world
 from compassion_repro.evaluation import agreement, benchmarks, indicators, inspect_runner
 from compassion_repro.evaluation import scoring as judging
+from compassion_repro.evaluation.grades import no_grade_line
 from compassion_repro.evaluation.replies import REPLIES, Replies
 from compassion_repro.pipeline import evaluate, run
 from compassion_repro.stats.claims import read_claims
@@ -134,9 +135,7 @@ def judged(judge: str = JUDGE, data: str = "world:anima", **server):
                 pd.DataFrame(rows), {"anima": loaded}, judge, folder / "logs", report=said.append
             )
         told = [line for line in said if "asking again" in line][:1]
-        return (
-            f"{grades.grade.notna().sum()} of {len(grades)} graded; {judging.no_grade_line(grades)}; {told}"
-        )
+        return f"{grades.grade.notna().sum()} of {len(grades)} graded; {no_grade_line(grades)}; {told}"
 
     return act
 
