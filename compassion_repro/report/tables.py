@@ -17,7 +17,8 @@ import pandas as pd
 
 from ..core.errors import InputError
 from ..evaluation.agreement import agreement
-from ..evaluation.behaviour import kl_points, matched_length, score_warnings
+from ..evaluation.behaviour import kl_points, score_warnings
+from ..evaluation.matched_length import matched_length
 from ..paper import FIDELITY
 from .figures import claim_figures, claim_rows
 from .looks import benchmark_rank, model_look, panel_title
