@@ -18,6 +18,7 @@ import yaml
 from ..core.errors import InputError
 from ..core.files import write_atomically
 from . import diagnostics, figures, tables
+from .limitations import limitations
 from .looks import save_figure
 from ..store.results import StudyFiles, read_study_files
 
@@ -278,7 +279,7 @@ def render(
         several=len(files.judges) > 1,
         headline=tables.headline(files),
         counts=tables.verdict_counts(files.claims),
-        limitations=tables.limitations(files),
+        limitations=limitations(files),
         samples=tables.sample_answers(files),
         matched=tables.at_matched_length(files),
         completions=tables.sample_completions(files.completions),
