@@ -32,6 +32,7 @@ from compassion_repro.evaluation.benchmark_data import (
     PINS,
     language_code,
     locate,
+    question_groups,
     read_benchmark,
     safe_copies,
 )
@@ -45,7 +46,9 @@ class LoadedTask:
 
     name: str  # benchmark id, as in the preset
     task: Task  # the official Inspect task
-    questions: list[dict]  # benchmark, language, item_id, question_id, question, epochs: a record a question
+    # a record a question: benchmark, language, item_id, cluster (None where the data name none), question_id,
+    # question, epochs
+    questions: list[dict]
     folder: Path | None = None  # what the official loader opened: for local data a copy
     # source, revision, rows, left_out (ids), content hash, task version
     provenance: dict = field(default_factory=dict)
@@ -60,7 +63,12 @@ class LoadedTask:
 
 # %% ../../nbs/05_evaluation/04_benchmarks.ipynb #52504922
 def _question_records(
-    name: str, task_name: str, task: Task, epochs: int, strip_suffix: str = ""
+    name: str,  # benchmark id
+    task_name: str,  # "anima" or "moru"
+    task: Task,
+    epochs: int,  # answers a question
+    groups: dict[str, dict],  # from `question_groups`
+    strip_suffix: str = "",  # left out of what a model reads
 ) -> list[dict]:
     """One record a question, in the shape that every benchmark shares; `asked` where the model reads less
     than the judge.
@@ -70,11 +78,13 @@ def _question_records(
         language = (sample.metadata or {}).get("language")
         question_id = str(sample.id)
         item = question_id.removesuffix(f"_{language}") if task_name == "moru" else question_id
+        belongs = groups.get(question_id, {})
         rows.append(
             dict(
                 benchmark=name,
                 language=language_code(language),
-                item_id=item,
+                item_id=belongs.get("item_id", item),
+                cluster=belongs.get("cluster"),
                 question_id=question_id,
                 question=sample.input,
                 epochs=epochs,
@@ -104,16 +114,14 @@ def _left_out(name: str, folder: Path, questions: list[dict], expected: dict[str
     return left_out
 
 # %% ../../nbs/05_evaluation/04_benchmarks.ipynb #c169d863
-def _hub_questions(task_name: str, folder: Path) -> dict[str, str]:
+def _hub_questions(task_name: str, folder: Path) -> tuple[dict[str, str], dict[str, dict]]:
     """Question by id of ANIMA's data of the hub, as they are before the task leaves any out (MORU's task
-    leaves none out).
+    leaves none out), and what belongs together in either.
     """
-    if task_name == "moru":
-        return {}
-    return {
-        str(row["id"]): row["question"]
-        for row in datasets.load_dataset(str(folder), data_dir="questions", split="train")
-    }
+    part = {"data_dir": "questions"} if task_name == "anima" else {}
+    rows = datasets.load_dataset(str(folder), split="train", **part).to_list()
+    expected = {str(row["id"]): row["question"] for row in rows} if task_name == "anima" else {}
+    return expected, question_groups(task_name, rows)
 
 # %% ../../nbs/05_evaluation/04_benchmarks.ipynb #403a73f2
 @contextlib.contextmanager
@@ -150,11 +158,13 @@ def _official_task(
     name: str,
     benchmark: Benchmark,
     places: list[tuple[Path, str]],
-    expected: dict[str, str],
+    local: tuple[dict[str, str], dict[str, dict]],
     cache: Path,
     grader: str | Model,
-) -> tuple[Task, dict[str, str]]:
-    "The official task on this data, and the questions that should be in it."
+) -> tuple[Task, dict[str, str], dict[str, dict]]:
+    """The official task on this data, the questions that should be in it, and what belongs together; both are
+    known already (`local`) where the data are a folder.
+    """
     where = {
         f"{kind}_{key}": str(value)
         for kind, place in zip(("dataset", "dimensions"), places)
@@ -165,7 +175,7 @@ def _official_task(
     def load():
         with _quiet_loading(cache):
             task = make(**where, grader_models=[grader])
-            return task, expected or _hub_questions(benchmark.task, places[0][0])
+            return task, *(local if local[0] else _hub_questions(benchmark.task, places[0][0]))
 
     try:
         return _load_twice(load, cache / "arrow")
@@ -212,10 +222,10 @@ def load_benchmark(
     if not benchmark.judged:
         return _own_task(name, benchmark)
     places = locate(name, benchmark, Path(cache))
-    expected, indicators, remarks = read_benchmark(benchmark.task, places)
+    *local, indicators, remarks = read_benchmark(benchmark.task, places)
     places, cache = safe_copies(places, Path(cache))
-    task, expected = _official_task(name, benchmark, places, expected, cache, grader)
-    records = _question_records(name, benchmark.task, task, benchmark.epochs, benchmark.strip_suffix)
+    task, expected, groups = _official_task(name, benchmark, places, local, cache, grader)
+    records = _question_records(name, benchmark.task, task, benchmark.epochs, groups, benchmark.strip_suffix)
     left_out = _left_out(name, places[0][0], records, expected) if expected else []
     used = {tag.strip().lower() for sample in task.dataset for tag in json.loads(sample.target)["tags"]}
     return LoadedTask(

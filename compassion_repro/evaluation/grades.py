@@ -98,7 +98,7 @@ _SCORED = ["question_id", "epoch", "dimension", "score"]
 _KEY = ["model", "seed", "benchmark", "language", "item_id", "question_id", "epoch", "dimension"]
 _WHO = ["judge", "judge_settings", "judge_valid", "substitute_for"]
 GRADE_COLUMNS = [*_KEY, "variables", *_WHO, "grade", "attempted", "reply"]
-SCORE_COLUMNS = ["study", "model", "arm", "start", "paradigm", "domain", *_KEY[1:], "score", *_WHO]
+SCORE_COLUMNS = ["study", "model", "arm", "start", "paradigm", "domain", *_KEY[1:], "cluster", "score", *_WHO]
 
 # %% ../../nbs/05_evaluation/11_grades.ipynb #de8e7354
 def tidy_log(
@@ -110,7 +110,7 @@ def tidy_log(
     "Grades and scores of one log, with everything that says whose they are."
     model, seed = log.eval.metadata["model"], log.eval.metadata["seed"]
     pairs = [_sample_rows(sample) for sample in sorted(log.samples, key=lambda s: (str(s.id), s.epoch))]
-    about = pd.DataFrame(loaded.questions)[["benchmark", "language", "item_id", "question_id"]]
+    about = pd.DataFrame(loaded.questions)[["benchmark", "language", "item_id", "question_id", "cluster"]]
     tables = [
         pd.DataFrame([row for pair in pairs for row in pair[i]], columns=columns)
         for i, columns in enumerate((_GRADED, _SCORED))

@@ -133,7 +133,9 @@ def task_records(
         sample.id = number if sample.id is None else sample.id
         text = sample.input if isinstance(sample.input, str) else sample.input[-1].text
         keys = dict(item_id=str(sample.id), question_id=str(sample.id))
-        records.append(dict(benchmark=name, language="en", **keys, question=text, epochs=epochs))
+        records.append(
+            dict(benchmark=name, language="en", cluster=None, **keys, question=text, epochs=epochs)
+        )
     if not records:
         raise InputError(f"benchmark {name} has no questions")
     counts = Counter(record["question_id"] for record in records)

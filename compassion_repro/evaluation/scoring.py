@@ -360,7 +360,8 @@ def score_own(
         for sample in log.samples:
             score = next(iter((sample.scores or {}).values()), None)
             value = None if score is None else _one_value(loaded.name, score.value)
-            keys = {k: about[str(sample.id)][k] for k in ("benchmark", "language", "item_id", "question_id")}
+            known = ("benchmark", "language", "item_id", "question_id", "cluster")
+            keys = {k: about[str(sample.id)][k] for k in known}
             rows.append(
                 dict(
                     study=study,

@@ -27,7 +27,8 @@ from compassion_repro.study import (
     judge_names,
     parse_model,
 )
-from ..training.model_files import adapter_base, gguf_file, same_source
+from ..training.gguf import gguf_file
+from ..training.model_files import adapter_base, same_source
 
 # %% ../../nbs/07_store/00_graph.ipynb #a8c6b36e
 @cache

@@ -615,7 +615,7 @@ def test_a_stripped_question_reaches_the_model_but_not_the_judge(tmp_path):
     from compassion_repro.data.world import assets
     from compassion_repro.evaluation.benchmarks import load_benchmark
     from compassion_repro.study import Benchmark
-    from compassion_repro.training.models import load_tokenizer
+    from compassion_repro.training.templates import load_tokenizer
 
     plain = Benchmark(task="anima", data="world:anima", epochs=1, size={"en": 3, "es": 2})
     words = load_benchmark("anima", plain, tmp_path).questions[0]["question"].split()[-1]
