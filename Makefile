@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help repro pocket test notebooks tests check export clean-notebooks readme figures base install bench faults audit clean
+.PHONY: help repro pocket test notebooks tests check export readme figures base install bench faults audit clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -58,7 +58,7 @@ readme: $(READY)  ## render README.md from nbs/index.ipynb
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/readme.py
 
 figures: $(READY)  ## redraw the repository's figures from studies/tiny
-	$(BIN)/compassion-repro run --preset tiny --seeds 3
+	$(BIN)/compassion-repro run --preset tiny --seeds 5
 	cp studies/tiny/figures/scores.png studies/tiny/figures/scores.svg figures/
 	$(BIN)/python tools/browser.py studies/tiny/report.html figures/report.png
 
