@@ -39,11 +39,13 @@ HEAVY = {
     "evaluation.replies",
     "evaluation.scoring",
     "training.adapters",
+    "training.advantages",
     "training.checkpoints",
     "training.dequantise",
     "training.device",
     "training.encoding",
     "training.grpo",
+    "training.held_out",
     "training.merging",
     "training.midtrain",
     "training.model_checks",
@@ -53,6 +55,7 @@ HEAVY = {
     "training.supervised",
     "training.templates",
     "training.tokens",
+    "training.vllm_sampler",
 }
 
 
