@@ -69,6 +69,7 @@ from compassion_repro.training.models import (
     lora_config,
     pick_device,
     pick_dtype,
+    save_tokenizer,
 )
 from ..training.supervised import loss_log, pack, train
 
@@ -129,7 +130,7 @@ def random_model(
     with torch.device(device):
         network = AutoModelForCausalLM.from_config(LlamaConfig(**model, **ids), dtype=pick_dtype(device))
     network.save_pretrained(folder, max_shard_size="1GB")
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     return Path(folder)
 
 # %% ../../nbs/10_bench/00_gpu.ipynb #b3f0ed5a
