@@ -14,30 +14,14 @@ from typing import Annotated, Any, ClassVar, Literal
 from fastcore.basics import patch
 from pydantic import Field, field_serializer, field_validator, model_validator
 
-from compassion_repro.arms import (
-    ARMS,
-    CROSSED,
-    DOMAINS,
-    PARADIGMS,
-    STARTS,
-    Arm,
-    ArmsByModel,
-    find_arm,
-    parse_model,
-    plain_arms,
-)
+from .arms import STARTS, Arm, ArmsByModel, find_arm, parse_model, plain_arms
 from .core.errors import InputError
-from compassion_repro.sections import (
-    EMBEDDED_ROWS,
-    MANY,
-    Count,
-    DataSource,
-    DataSpec,
-    Section,
-    Source,
-    data_label,
-    data_parts,
-)
+from .sections import EMBEDDED_ROWS, MANY, Count, DataSource, DataSpec, Section, Source
+
+# %% ../nbs/01_study/00_study.ipynb #5a10d00a
+# the whole schema can be imported from here
+from .arms import ARMS, CROSSED, DOMAINS, PARADIGMS  # noqa: F401
+from .sections import data_label, data_parts  # noqa: F401
 
 # %% ../nbs/01_study/00_study.ipynb #8994cebe
 class Lora(Section):

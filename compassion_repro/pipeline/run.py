@@ -12,7 +12,7 @@ import math
 from contextlib import suppress
 from pathlib import Path
 
-from ..arms import REWARD_MODEL
+from ..arms import REWARD_MODEL, measured
 from ..core.errors import InputError
 from ..core.files import is_local, writable
 from ..core.lock import locked
@@ -238,8 +238,8 @@ def _was_trained(results: list[dict]) -> dict:
     seeds, mean = len(results), sum(r["gain"] for r in results) / len(results)
     widths = [r["gain_high"] - r["gain"] if r["gain_high"] is not None else math.inf for r in results]
     half = math.sqrt(sum(width**2 for width in widths)) / seeds
-    rewarded = "reward_after" in results[0]
-    unit = "of reward on held-out prompts" if rewarded else "nats a token on held-out rows"
+    by = measured(results[0])
+    unit = f"{'of ' if by.gain == by.measure else ''}{by.gain} on {by.measured_on}"
     reason = (
         f"gain {mean:.4f} [{mean - half:.4f}, {mean + half:.4f}] {unit} over {seeds}"
         f" seed{'s' if seeds > 1 else ''}"

@@ -15,10 +15,10 @@ from typing import Any
 
 from fastcore.basics import patch
 
+from ..arms import PARADIGMS, REWARD_MODEL, Arm
 from ..core.errors import InputError
 from ..core.files import digest, is_local, path_digest
 from ..data import hub, pocket, world
-from ..arms import PARADIGMS, REWARD_MODEL, Arm
 from compassion_repro.study import (
     DETERMINISTIC,
     Benchmark,
