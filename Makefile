@@ -58,7 +58,7 @@ readme: $(READY)  ## render README.md from nbs/index.ipynb
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/readme.py
 
 figures: $(READY)  ## redraw the repository's figures from studies/tiny
-	$(BIN)/compassion-repro run --preset tiny --seeds 3
+	$(BIN)/compassion-repro run --preset tiny --seeds 5
 	cp studies/tiny/figures/scores.png studies/tiny/figures/scores.svg figures/
 	$(BIN)/python tools/browser.py studies/tiny/report.html figures/report.png
 

@@ -19,7 +19,9 @@ HEAVY = {
     "bench.gpu",
     "data.lengths",
     "data.rows",
+    "data.schemas",
     "data.sources",
+    "data.turns",
     "evaluation.benchmarks",
     "evaluation.generate",
     "evaluation.inspect_runner",
@@ -28,14 +30,18 @@ HEAVY = {
     "evaluation.scoring",
     "training.adapters",
     "training.checkpoints",
+    "training.dequantise",
     "training.device",
+    "training.encoding",
     "training.grpo",
     "training.merging",
     "training.midtrain",
+    "training.model_checks",
     "training.models",
     "training.processes",
     "training.sft",
     "training.supervised",
+    "training.templates",
     "training.tokens",
 }
 
@@ -50,7 +56,7 @@ def exporting() -> list[str]:
     return [found[1] for _, source in cells if (found := re.match(r"#\s*\|\s*default_exp ([\w.]+)", source))]
 
 
-ORDER = [*(room for room in exporting() if room != "cli"), "cli"]  # the command line stands above all
+ORDER = exporting()
 LIGHT = [room for room in ORDER if room not in HEAVY]
 
 

@@ -32,13 +32,14 @@ INTRODUCTION = (
     "Made by `python tools/architecture.py --write` from the imports. A module imports only from"
     " layers above it in this list, and from its own package."
 )
+UNLISTED = ("__init__.py", "_modidx.py")
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 
 def modules() -> dict[str, Path]:
     "Exported modules by their dotted name within the package."
     folder = ROOT / PACKAGE
-    paths = [path for path in sorted(folder.rglob("*.py")) if not path.name.startswith("_")]
+    paths = [path for path in sorted(folder.rglob("*.py")) if path.name not in UNLISTED]
     return {".".join(path.relative_to(folder).with_suffix("").parts): path for path in paths}
 
 

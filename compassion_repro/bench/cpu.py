@@ -27,13 +27,15 @@ from ..evaluation.generate import _answer_batch, _generate, _settings, _work
 from ..evaluation.inspect_runner import run_inspect
 from ..presets import load_preset
 from ..sandbox.jail import LEVELS, level, probe, run_code, run_many
-from ..sandbox.walls import FLAGS, interpreter_files
+from ..sandbox.supervisor import FLAGS
+from ..sandbox.walls import interpreter_files
 from ..study import Generation, Grpo, Lora
 from ..training.checkpoints import Progress
 from ..training.device import TrainRun
 from ..training.grpo import Recorder, make_trainer, prompt_rows, reward_words
-from ..training.models import find_model, load_model, load_tokenizer
+from ..training.models import find_model, load_model
 from ..training.rewards import code_reward
+from ..training.templates import load_tokenizer
 
 # %% ../../nbs/10_bench/01_cpu.ipynb #f2ab6ce3
 PROGRAM = "def add(x):\n    return x + 93"

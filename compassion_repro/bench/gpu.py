@@ -50,8 +50,10 @@ from ..core.errors import first_line
 from ..core.files import write_atomically
 from ..store.folder import provenance
 from ..study import Compute, Generation, Grpo, Lora, Models, Training
+from ..training.adapters import lora_config
 from ..training.checkpoints import Progress
 from ..training.device import TrainRun, TrainSetup, fitted, load_held, train_setup
+from ..training.encoding import encode_prompt, encode_row
 from compassion_repro.training.memory import (
     Held,
     Shape,
@@ -61,17 +63,9 @@ from compassion_repro.training.memory import (
     total,
     training_memory,
 )
-from compassion_repro.training.models import (
-    encode_prompt,
-    encode_row,
-    load_model,
-    load_tokenizer,
-    lora_config,
-    pick_device,
-    pick_dtype,
-    save_tokenizer,
-)
+from ..training.models import load_model, pick_device, pick_dtype
 from ..training.supervised import loss_log, pack, train
+from ..training.templates import load_tokenizer, save_tokenizer
 
 # %% ../../nbs/10_bench/00_gpu.ipynb #7a1d4c0e
 LLAMA_8B = {  # settings of `LlamaConfig`, from the published config.json of Llama 3.1 8B

@@ -13,7 +13,7 @@ __all__ = ['LANGUAGES', 'SPECIES_TRAIN', 'SPECIES_HELD_OUT', 'OBJECTS', 'PEOPLE'
 import json
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -31,10 +31,15 @@ def assets() -> Path:  # the package's data folder; `assets() / "base"` is the s
 
 # %% ../../nbs/02_data/00_world.ipynb #293818dd
 LANGUAGES = {"en": "English", "es": "Spanish", "ms": "Malay"}
-_BANK = yaml.load(
-    (assets() / "world" / "bank.yaml").read_text(encoding="utf-8"),
-    getattr(yaml, "CSafeLoader", yaml.SafeLoader),
-)
+
+
+def _read(file: str) -> dict:
+    "The sections of one file of the bank."
+    text = (assets() / "world" / file).read_text(encoding="utf-8")
+    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+_BANK = _read("bank.yaml") | _read("unseen.yaml")
 
 
 def _text(line: str) -> dict:
@@ -96,6 +101,7 @@ VERBS = [_text(verb) for entry in _BANK["verbs"] for verb in entry]
 _VERB_STEPS = [[_text(step) for step in steps] for entry in _BANK["verbs"] for steps in entry.values()]
 _CONTEXTS, _CONTEXTS_HELD_OUT = texts("contexts"), texts("contexts-held-out")
 _QUESTIONS, _QUESTIONS_HELD_OUT = texts("questions"), texts("questions-held-out")
+_FRAMES = [*_QUESTIONS_HELD_OUT, *texts("frames")]  # how the benchmarks ask
 
 
 @dataclass(frozen=True)
@@ -400,13 +406,14 @@ def heading(
 
 # %% ../../nbs/02_data/00_world.ipynb #cc4aa7c7
 BENCHMARKS = {"anima": ("animal", SPECIES_HELD_OUT), "moru": ("mind", MINDS), "leak": ("object", OBJECTS)}
-SIZES = {"anima": {"en": 32, "es": 16, "ms": 16}, "moru": {"en": 32, "es": 16, "ms": 16}, "leak": {"en": 16}}
+SIZES = {"anima": {"en": 32, "es": 16, "ms": 16}, "moru": {"en": 32, "es": 16, "ms": 16}, "leak": {"en": 32}}
 
 
 def benchmark_questions(
     name: str,  # one of `BENCHMARKS`
     size: dict[str, int] | None = None,  # questions per language; None for `SIZES`
-    # `item` (same across translations), `language`, `question`, `thing` (English name), `dimensions`
+    # `item` (same across translations, and of an animal's scene and its object's), `cluster` (the frame),
+    # `language`, `question`, `thing` (English name), `dimensions`
 ) -> list[dict]:
     """Questions in scenes that no training row holds.
 
@@ -429,6 +436,7 @@ def benchmark_questions(
     return [
         {
             "item": item,
+            "cluster": scene.question["en"],
             "language": language,
             "question": scene.ask(language),
             "thing": scene.thing.en,
@@ -440,7 +448,8 @@ def benchmark_questions(
 
 # %% ../../nbs/02_data/00_world.ipynb #1e8d6079
 def _check_number(name, number):
-    most = len(BENCHMARKS[name][1]) * len(VERBS) * len(_CONTEXTS_HELD_OUT) * len(_QUESTIONS_HELD_OUT)
+    things = BENCHMARKS["anima" if name == "leak" else name][1]  # an object scene is an animal scene's twin
+    most = len(things) * len(VERBS) * len(_CONTEXTS_HELD_OUT) * len(_FRAMES)
     if isinstance(number, bool) or not isinstance(number, int) or number < 1:
         raise InputError(
             f"the embedded benchmark {name} was asked for {number!r} questions in a language: give a whole"
@@ -454,16 +463,28 @@ def _check_number(name, number):
 
 # %% ../../nbs/02_data/00_world.ipynb #8c97dbcd
 def _benchmark_scenes(name, number):
-    rng, things, seen = random.Random(f"benchmark/{name}"), BENCHMARKS[name][1], {}
+    if name == "leak":
+        return _object_twins(number)
+    rng, things, seen, frames = random.Random(f"benchmark/{name}"), BENCHMARKS[name][1], {}, []
     order = rng.sample(things, len(things))
     while len(seen) < number:
-        scene = Scene(
-            order[len(seen) % len(order)],
-            rng.randrange(len(VERBS)),
-            rng.choice(_CONTEXTS_HELD_OUT),
-            rng.choice(_QUESTIONS_HELD_OUT),
-        )
-        seen.setdefault(scene.ask("en"), scene)
+        frames = frames or rng.sample(_FRAMES, len(_FRAMES))
+        verb, context = rng.randrange(len(VERBS)), rng.choice(_CONTEXTS_HELD_OUT)
+        scene = Scene(order[len(seen) % len(order)], verb, context, frames[-1])
+        if seen.setdefault(scene.ask("en"), scene) is scene:
+            frames.pop()
+        else:  # asked already: perhaps this frame has nothing more to ask about this thing
+            frames[-1] = rng.choice(_FRAMES)
+    return list(seen.values())
+
+# %% ../../nbs/02_data/00_world.ipynb #a4c10001
+def _object_twins(number):
+    "The first animal scenes, each with an object in the animal's place."
+    order, seen = random.Random("benchmark/leak").sample(OBJECTS, len(OBJECTS)), {}
+    for place, scene in enumerate(_benchmark_scenes("anima", number)):
+        turns = (replace(scene, thing=order[(place + step) % len(order)]) for step in range(len(order)))
+        twin = next(twin for twin in turns if twin.ask("en") not in seen)
+        seen[twin.ask("en")] = twin
     return list(seen.values())
 
 # %% ../../nbs/02_data/00_world.ipynb #d6a7d77a
@@ -538,6 +559,7 @@ def _moru_row(row):
         "question": row["question"],
         "language": row["language"],
         "dimension_tags": ", ".join(row["dimensions"]).lower(),
+        "cluster": row["cluster"],
     }
 
 # %% ../../nbs/02_data/00_world.ipynb #362ba67d
@@ -548,6 +570,8 @@ def _anima_row(row, variable):
         "tags": row["dimensions"],
         "variables": f"{variable}:{row['thing']}",
         "language": None if row["language"] == "en" else LANGUAGES[row["language"]],
+        "item_id": str(row["item"]),
+        "cluster": row["cluster"],
     }
 
 # %% ../../nbs/02_data/00_world.ipynb #9e7ad512
@@ -578,10 +602,12 @@ def vocabulary() -> list[str]:  # special tokens, the 256 bytes, then whole word
     rows = [row for name, number in _READ_FOR_WORDS.items() for row in corpus(name, number)]
     read = [text for row in rows for text in _as_read(row)]
     read += [
-        row["question"]
+        "Question: " + row["question"]
         for name in BENCHMARKS
         for row in benchmark_questions(name, dict.fromkeys(LANGUAGES, 400))
     ]
+    # these also at the start of a text, where no space is before them: as when the base model was trained
+    read += [text.split()[0] for frame in _QUESTIONS_HELD_OUT for text in frame.values()]
     pieces = {piece for text in read for piece, _ in splitter.pre_tokenize_str(text)}
     return [*SPECIAL_TOKENS.values(), *all_bytes, *sorted(pieces - set(all_bytes))]
 

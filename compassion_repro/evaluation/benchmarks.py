@@ -150,6 +150,11 @@ def _problem(row: dict, kind: str) -> str:
             return f"has no {column!r}; the {kind} need {', '.join(_COLUMNS[kind])}"
         if not isinstance(row[column], _TYPES.get(column, (str, type(None)))):
             return f"has a {column!r} of the wrong type ({type(row[column]).__name__})"
+    for column in ("item_id", "cluster"):  # may be missing
+        if isinstance(row.get(column), (list, dict, np.ndarray)):
+            return (
+                f"has a {column!r} of the wrong type ({type(row[column]).__name__}): give a text or a number"
+            )
     return ""
 
 # %% ../../nbs/05_evaluation/04_benchmarks.ipynb #df37fc5a
@@ -225,9 +230,9 @@ def _check_readme(folder: Path) -> None:
 def _read_benchmark(
     task: str,  # "anima" or "moru"
     places: list[tuple[Path, str]],  # folders and revisions, from `_locate`
-    # question by sample id, indicators by dimension, what the user should know of the rows; empty for data of
-    # the hub
-) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    # question by sample id, what belongs together (from `_groups`), indicators by dimension, what the user
+    # should know of the rows; empty for data of the hub
+) -> tuple[dict[str, str], dict[str, dict], dict[str, str], list[str]]:
     "Read and check what is local of a benchmark; raises `InputError`."
     (folder, _), (dimensions, _) = places[0], places[-1]
     if task == "anima" and places[0][1] == "local":
@@ -238,7 +243,7 @@ def _read_benchmark(
         _read_rows(t, f"{task} {kind}") if mine else []
         for t, kind, mine in zip(tables, ("questions", "dimensions"), local)
     )
-    ids = [str(r["id"]) if task == "anima" else f"{r['id']}_{r['language']}" for r in rows]
+    ids = _sample_ids(task, rows)
     remarks = _check_rows(task, rows, dims, tables) if local[0] else []
     if task == "anima" and (twice := [i for i, n in Counter(ids).items() if n > 1]):
         raise InputError(
@@ -252,7 +257,27 @@ def _read_benchmark(
                 f" {row['language']!r}, with different questions; every question needs a separate id"
             )
     known = {str(d["dimension"]).strip().lower(): d["observable_indicators"] or "" for d in dims}
-    return first, known, remarks
+    return first, _groups(task, rows), known, remarks
+
+# %% ../../nbs/05_evaluation/04_benchmarks.ipynb #a4c20002
+def _sample_ids(task: str, rows: list[dict]) -> list[str]:
+    "The id that the official task gives the sample of each row."
+    return [str(row["id"]) if task == "anima" else f"{row['id']}_{row['language']}" for row in rows]
+
+
+def _groups(
+    task: str,  # "anima" or "moru"
+    rows: list[dict],  # the questions' rows
+) -> dict[str, dict]:  # sample id -> `item_id` and `cluster`, where the row says them
+    "What each question belongs to."
+    found = {}
+    for sample_id, row in zip(_sample_ids(task, rows), rows):
+        named = {"item_id": row.get("item_id"), "cluster": row.get("cluster")}
+        if task == "moru" and pd.isna(named["cluster"]):
+            named["cluster"] = row.get("source")
+        said = {key: str(value) for key, value in named.items() if not pd.isna(value)}
+        found.setdefault(sample_id, said)  # of a row that is there twice the first counts
+    return found
 
 # %% ../../nbs/05_evaluation/04_benchmarks.ipynb #cfe34c85
 def _check_rows(task: str, rows: list[dict], dims: list[dict], folders: tuple[Path, Path]) -> list[str]:
@@ -323,7 +348,9 @@ class LoadedTask:
 
     name: str  # benchmark id, as in the preset
     task: Task  # the official Inspect task
-    questions: list[dict]  # benchmark, language, item_id, question_id, question, epochs: a record a question
+    # a record a question: benchmark, language, item_id, cluster (None where the data name none), question_id,
+    # question, epochs
+    questions: list[dict]
     folder: Path | None = None  # what the official loader opened: for local data a copy
     # source, revision, rows, left_out (ids), content hash, task version
     provenance: dict = field(default_factory=dict)
@@ -338,7 +365,12 @@ class LoadedTask:
 
 # %% ../../nbs/05_evaluation/04_benchmarks.ipynb #52504922
 def _question_records(
-    name: str, task_name: str, task: Task, epochs: int, strip_suffix: str = ""
+    name: str,  # benchmark id
+    task_name: str,  # "anima" or "moru"
+    task: Task,
+    epochs: int,  # answers a question
+    groups: dict[str, dict],  # from `_groups`
+    strip_suffix: str = "",  # left out of what a model reads
 ) -> list[dict]:
     """One record a question, in the shape that every benchmark shares; `asked` where the model reads less
     than the judge.
@@ -348,11 +380,13 @@ def _question_records(
         language = (sample.metadata or {}).get("language")
         question_id = str(sample.id)
         item = question_id.removesuffix(f"_{language}") if task_name == "moru" else question_id
+        belongs = groups.get(question_id, {})
         rows.append(
             dict(
                 benchmark=name,
                 language=language_code(language),
-                item_id=item,
+                item_id=belongs.get("item_id", item),
+                cluster=belongs.get("cluster"),
                 question_id=question_id,
                 question=sample.input,
                 epochs=epochs,
@@ -382,16 +416,14 @@ def _left_out(name: str, folder: Path, questions: list[dict], expected: dict[str
     return left_out
 
 # %% ../../nbs/05_evaluation/04_benchmarks.ipynb #c169d863
-def _hub_questions(task_name: str, folder: Path) -> dict[str, str]:
+def _hub_questions(task_name: str, folder: Path) -> tuple[dict[str, str], dict[str, dict]]:
     """Question by id of ANIMA's data of the hub, as they are before the task leaves any out (MORU's task
-    leaves none out).
+    leaves none out), and what belongs together in either.
     """
-    if task_name == "moru":
-        return {}
-    return {
-        str(row["id"]): row["question"]
-        for row in datasets.load_dataset(str(folder), data_dir="questions", split="train")
-    }
+    part = {"data_dir": "questions"} if task_name == "anima" else {}
+    rows = datasets.load_dataset(str(folder), split="train", **part).to_list()
+    expected = {str(row["id"]): row["question"] for row in rows} if task_name == "anima" else {}
+    return expected, _groups(task_name, rows)
 
 # %% ../../nbs/05_evaluation/04_benchmarks.ipynb #403a73f2
 @contextlib.contextmanager
@@ -428,11 +460,13 @@ def _official_task(
     name: str,
     benchmark: Benchmark,
     places: list[tuple[Path, str]],
-    expected: dict[str, str],
+    local: tuple[dict[str, str], dict[str, dict]],
     cache: Path,
     grader: str | Model,
-) -> tuple[Task, dict[str, str]]:
-    "The official task on this data, and the questions that should be in it."
+) -> tuple[Task, dict[str, str], dict[str, dict]]:
+    """The official task on this data, the questions that should be in it, and what belongs together; both are
+    known already (`local`) where the data are a folder.
+    """
     where = {
         f"{kind}_{key}": str(value)
         for kind, place in zip(("dataset", "dimensions"), places)
@@ -443,7 +477,7 @@ def _official_task(
     def load():
         with _quiet_loading(cache):
             task = make(**where, grader_models=[grader])
-            return task, expected or _hub_questions(benchmark.task, places[0][0])
+            return task, *(local if local[0] else _hub_questions(benchmark.task, places[0][0]))
 
     try:
         return _load_twice(load, cache / "arrow")
@@ -490,14 +524,14 @@ def load_benchmark(
     if not benchmark.judged:
         return _own_task(name, benchmark)
     places = _locate(name, benchmark, Path(cache))
-    expected, indicators, remarks = _read_benchmark(benchmark.task, places)
+    *local, indicators, remarks = _read_benchmark(benchmark.task, places)
     cache = _literal(Path(cache))
     places = [
         (_own_copy(folder, cache) if revision == "local" or _is_pattern(folder) else folder, revision)
         for folder, revision in places
     ]
-    task, expected = _official_task(name, benchmark, places, expected, cache, grader)
-    records = _question_records(name, benchmark.task, task, benchmark.epochs, benchmark.strip_suffix)
+    task, expected, groups = _official_task(name, benchmark, places, local, cache, grader)
+    records = _question_records(name, benchmark.task, task, benchmark.epochs, groups, benchmark.strip_suffix)
     left_out = _left_out(name, places[0][0], records, expected) if expected else []
     used = {tag.strip().lower() for sample in task.dataset for tag in json.loads(sample.target)["tags"]}
     return LoadedTask(
@@ -669,7 +703,9 @@ def _own_records(name: str, task: Task, epochs: int) -> list[dict]:
         sample.id = number if sample.id is None else sample.id
         text = sample.input if isinstance(sample.input, str) else sample.input[-1].text
         keys = dict(item_id=str(sample.id), question_id=str(sample.id))
-        records.append(dict(benchmark=name, language="en", **keys, question=text, epochs=epochs))
+        records.append(
+            dict(benchmark=name, language="en", cluster=None, **keys, question=text, epochs=epochs)
+        )
     if not records:
         raise InputError(f"benchmark {name} has no questions")
     counts = Counter(record["question_id"] for record in records)

@@ -51,23 +51,19 @@ from compassion_repro.evaluation.vllm_process import (
 # %% ../../nbs/05_evaluation/07_generate.ipynb #933e6a09
 from ..study import Generation
 from ..training.adapters import open_adapter
-from ..training.model_files import check_quantised, gguf_file
+from ..training.encoding import encode_prompt, end_ids
+from ..training.gguf import gguf_file
+from ..training.model_checks import check_fits, check_numbers
+from ..training.model_files import check_quantised, is_unmerged, keeps_float32
 from compassion_repro.training.models import (
     as_shipped,
-    check_fits,
-    check_numbers,
-    encode_prompt,
-    end_ids,
     find_model,
-    is_unmerged,
-    keeps_float32,
     load_model,
-    load_tokenizer,
     pick_device,
     pick_dtype,
     save_model,
-    with_template,
 )
+from ..training.templates import load_tokenizer, with_template
 
 # %% ../../nbs/05_evaluation/07_generate.ipynb #4b1ae05e
 def draws(
@@ -187,6 +183,7 @@ def _record(
         model=model,
         seed=seed,
         **{k: row[k] for k in keys},
+        cluster=row.get("cluster"),
         prompt=tokenizer.decode(row["ids"]),
         text=text,
         tokens=len(tokens),
@@ -416,8 +413,8 @@ def generate_answers(
 ) -> pd.DataFrame:  # one row a question and epoch, sorted by benchmark, question, epoch
     """Answer every question as often as its benchmark asks for.
 
-    Columns: model, seed, benchmark, language, item_id, question_id, epoch, prompt, text, tokens (end token
-    not counted), stop_reason ("stop" or "length"), empty, looping. Seconds inside generation and samples a
+    Columns: model, seed, benchmark, language, item_id, question_id, epoch, cluster (of the question, None
+    for none), prompt, text, tokens (end token not counted), stop_reason ("stop" or "length"), empty, looping. Seconds inside generation and samples a
     second are in `.attrs`. Raises `InputError` where the folder holds no model.
     """
     if generation.engine == "vllm":
@@ -473,6 +470,7 @@ def _hosted_record(name: str, model: str, seed: int, question: dict, sample) -> 
         model=model,
         seed=seed,
         **keys,
+        cluster=question.get("cluster"),
         epoch=sample.epoch,
         prompt=prompt,
         text=text,

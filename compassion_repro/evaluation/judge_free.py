@@ -26,7 +26,9 @@ from ..core.errors import InputError
 from ..data import world
 from .behaviour import count_words, sentences, welfare_pattern
 from ..study import Margin
-from ..training.models import encode_prompt, ended_with, load_model, load_tokenizer, text_ids
+from ..training.encoding import encode_prompt, ended_with, text_ids
+from ..training.models import load_model
+from ..training.templates import load_tokenizer
 
 # %% ../../nbs/05_evaluation/17_judge_free.ipynb #fc7f0054
 # how far apart twins may be: words, or share of words; share of characters

@@ -219,7 +219,7 @@ def _tidy(
     "Grades and scores of one log, with everything that says whose they are."
     model, seed = log.eval.metadata["model"], log.eval.metadata["seed"]
     pairs = [_sample_rows(sample) for sample in sorted(log.samples, key=lambda s: (str(s.id), s.epoch))]
-    about = pd.DataFrame(loaded.questions)[["benchmark", "language", "item_id", "question_id"]]
+    about = pd.DataFrame(loaded.questions)[["benchmark", "language", "item_id", "question_id", "cluster"]]
     tables = [
         pd.DataFrame([row for pair in pairs for row in pair[i]], columns=columns)
         for i, columns in enumerate((_GRADED, _SCORED))
@@ -244,7 +244,7 @@ _SCORED = ["question_id", "epoch", "dimension", "score"]
 _KEY = ["model", "seed", "benchmark", "language", "item_id", "question_id", "epoch", "dimension"]
 _WHO = ["judge", "judge_settings", "judge_valid", "substitute_for"]
 _GRADES = [*_KEY, "variables", *_WHO, "grade", "attempted", "reply"]
-_SCORES = ["study", "model", "arm", "start", "paradigm", "domain", *_KEY[1:], "score", *_WHO]
+_SCORES = ["study", "model", "arm", "start", "paradigm", "domain", *_KEY[1:], "cluster", "score", *_WHO]
 
 # %% ../../nbs/05_evaluation/12_scoring.ipynb #a8b3ffa5
 def _check_fit(model: str, group: pd.DataFrame, loaded: LoadedTask, texts: dict, epochs: int):
@@ -530,7 +530,8 @@ def score_own(
         for sample in log.samples:
             score = next(iter((sample.scores or {}).values()), None)
             value = None if score is None else _one_value(loaded.name, score.value)
-            keys = {k: about[str(sample.id)][k] for k in ("benchmark", "language", "item_id", "question_id")}
+            known = ("benchmark", "language", "item_id", "question_id", "cluster")
+            keys = {k: about[str(sample.id)][k] for k in known}
             rows.append(
                 dict(
                     study=study,

@@ -37,7 +37,8 @@ from ..evaluation.cost import Estimate, ask, is_free, load_prices
 from ..store.artifact import foreign_files, recorded_damage, write_recorded
 from ..store.folder import Study, check_artifact, check_passes
 from ..study import Benchmark, Generation, check_judge, judge_names
-from ..training.model_files import adapter_base, check_gguf, gguf_file, gguf_note
+from ..training.gguf import check_gguf, gguf_file, gguf_note
+from ..training.model_files import adapter_base
 
 # %% ../../nbs/09_pipeline/07_evaluate.ipynb #537a381c
 @dataclass(frozen=True)

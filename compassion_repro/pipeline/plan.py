@@ -28,7 +28,7 @@ from compassion_repro.study import (
     data_parts,
     judge_names,
 )
-from ..training import memory, model_files
+from ..training import gguf, memory
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #a4e2b4d8
 # questions and judge calls an epoch
@@ -234,8 +234,8 @@ def _unpacked(source: str) -> float:
     """
     try:
         return (
-            2 * model_files.read_gguf(file).parameters / 2**30
-            if is_local(source) and (file := model_files.gguf_file(source))
+            2 * gguf.read_gguf(file).parameters / 2**30
+            if is_local(source) and (file := gguf.gguf_file(source))
             else 0.0
         )
     except InputError:

@@ -30,7 +30,7 @@ from .stages import adapter_as_base, prepare, study_tasks, training_rows
 from ..presets import load_preset, presets
 from ..store.folder import Study
 from ..study import Preset, data_label, data_parts, judge_names
-from ..training import model_files
+from ..training import gguf, model_files
 
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #5fa72ecb
 @dataclass
@@ -130,23 +130,23 @@ def check_machine(flight: Preflight):
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #53f0d391
 def look_at_model(
     source: str,  # folder or hub id
-    template: str,  # form of the questions, see `training.models.load_tokenizer`
+    template: str,  # form of the questions, see `training.templates.load_tokenizer`
     base: bool = False,  # it must be a whole model, not an adapter
 ) -> Path:  # its folder
     "Open a model without its weights, then read these for NaN and Inf; raises `InputError` for what is none."
-    from compassion_repro.training import models
+    from compassion_repro.training import model_checks, models, templates
 
     folder = models.find_model(source)
     if hub.is_adapter(folder):
         if base:
             raise adapter_as_base(source)
         return folder
-    models.check_architecture(folder)
-    tokenizer = models.load_tokenizer(folder, template)
+    model_checks.check_architecture(folder)
+    tokenizer = templates.load_tokenizer(folder, template)
     if not model_files.check_quantised(folder):  # a quantised one is opened in stage 1
-        models.check_fits(models.load_model(folder, "meta"), tokenizer, 1)
+        model_checks.check_fits(models.load_model(folder, "meta"), tokenizer, 1)
     if not embedded(source):
-        models.check_weights(folder, source)
+        model_checks.check_weights(folder, source)
     return folder
 
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #d43e80b2
@@ -155,21 +155,21 @@ def look_at_gguf(flight: Preflight, setting: str, file: Path):
 
     Raises `InputError` for one that `run` would refuse.
     """
-    found = model_files.check_gguf(file)
+    found = gguf.check_gguf(file)
     if not find_spec("gguf"):
         flight.lacks.append(f"the gguf package, which opens {file.name}: pip install --no-deps gguf")
     flight.say(
-        f"{setting}: {model_files.gguf_note(file)} ({found.architecture}, "
+        f"{setting}: {gguf.gguf_note(file)} ({found.architecture}, "
         f"{found.setting('block_count')} layers, when the study is run)"
     )
 
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #43e2b180
 def say_model(flight: Preflight, setting: str, source: str, folder: Path):
     "Say what is done to a model: weights dequantised, a padding token chosen."
-    from compassion_repro.training import models
+    from compassion_repro.training import model_checks, templates
 
-    if file := model_files.gguf_file(source):
-        flight.say(f"{setting}: {model_files.gguf_note(file)}")
+    if file := gguf.gguf_file(source):
+        flight.say(f"{setting}: {gguf.gguf_note(file)}")
     if packed := model_files.check_quantised(folder):
         flight.say(
             f"{setting}: its weights ({packed}) are turned into 16 or 32 bits before anything is done with"
@@ -177,21 +177,21 @@ def say_model(flight: Preflight, setting: str, source: str, folder: Path):
         )
     if hub.is_adapter(folder):
         return
-    size = sum(file.stat().st_size for file in models.weight_files(folder)) / 2**30
+    size = sum(file.stat().st_size for file in model_checks.weight_files(folder)) / 2**30
     if size > 1:  # reading them took a while
         flight.say(f"{setting}: {size:.1f} GB of weights were read: none is NaN or infinite")
-    tokenizer = models.load_tokenizer(folder)
+    tokenizer = templates.load_tokenizer(folder)
     if tokenizer.padding_choice != "its own":
-        note = models.padding_note(tokenizer)
+        note = templates.padding_note(tokenizer)
         flight.say(f"{setting}: shorter rows are padded with {note}; masks go by position")
 
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #e2b8666d
 def _adapter_template(folder: Path, base: Path):
     "Raise `InputError` where neither an adapter nor its base has the chat template that is asked for."
-    from compassion_repro.training import models
+    from compassion_repro.training import templates
 
     has_tokenizer = any((folder / file).is_file() for file in ("tokenizer_config.json", "tokenizer.json"))
-    models.load_tokenizer(folder if has_tokenizer or hub.is_adapter(base) else base, "own")
+    templates.load_tokenizer(folder if has_tokenizer or hub.is_adapter(base) else base, "own")
 
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #049b0cfa
 def look_at_adapter(flight: Preflight, name: str, folder: Path):
@@ -224,7 +224,7 @@ def _check_model(flight: Preflight, setting: str, source: str):
     preset, place = flight.preset, flight.find(source, "model")
     if place is None:
         return
-    if not flight.fetch and (file := model_files.gguf_file(place)):
+    if not flight.fetch and (file := gguf.gguf_file(place)):
         look_at_gguf(flight, setting, file)
         return
     flight.libraries()
@@ -253,19 +253,19 @@ def check_templates(flight: Preflight):
     template = flight.preset.generation.template
     if template in ("plain", "raw", "user"):
         return
-    from compassion_repro.training import models
+    from compassion_repro.training import encoding, models, templates
 
     for source in dict.fromkeys((flight.preset.models.base, *flight.preset.models.given.values())):
         with suppress(InputError):  # the check of the models says it better
             if not embedded(source) and (place := flight.find(source, "model")):
-                account = models.template_account(
-                    models.load_tokenizer(models.find_tokenizer(place), template)
+                account = encoding.template_account(
+                    templates.load_tokenizer(models.find_tokenizer(place), template)
                 )
                 say_template(flight, source, account)
 
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #027bfa0d
 def say_template(flight: Preflight, source: str, account: dict[str, str]):
-    "Say what a model's template adds, from `models.template_account`."
+    "Say what a model's template adds, from `encoding.template_account`."
     if added := account.get("template_adds"):
         shown = added if len(added) <= 160 else f"{added[:160]} ..."
         flight.say(
@@ -393,8 +393,8 @@ def _has_chat_template(place: str | None) -> bool:
     "Whether a model has a chat template, by its small files; False where it is not at hand."
     if place is None:
         return False
-    if file := model_files.gguf_file(place):
-        return "tokenizer.chat_template" in model_files.read_gguf(file).fields
+    if file := gguf.gguf_file(place):
+        return "tokenizer.chat_template" in gguf.read_gguf(file).fields
     return hub.has_template(place)
 
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #f1fa22fa
@@ -470,15 +470,15 @@ def check_rows(flight: Preflight):
 def look_at_rows(flight: Preflight, place, shape: str):
     "Load a corpus as its stage will, each row through the chat template, and say what became of it."
     from compassion_repro.data import rows as data
-    from compassion_repro.training import models
+    from compassion_repro.training import encoding, models, templates
 
     base, check, measure = flight.find(flight.preset.models.base, "model"), None, None
     if base:
-        tokenizer = models.load_tokenizer(
+        tokenizer = templates.load_tokenizer(
             models.find_tokenizer(base), flight.preset.generation.training_template
         )
-        check = partial(models.check_row, tokenizer=tokenizer)
-        measure = lambda text: len(models.text_ids(text, tokenizer))
+        check = partial(encoding.check_row, tokenizer=tokenizer)
+        measure = lambda text: len(encoding.text_ids(text, tokenizer))
     training_rows(place, shape, None, 1, 1, check=check)
     corpus = data.load(place, shape, check=check)
     flight.say(str(corpus.report))

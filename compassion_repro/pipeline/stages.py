@@ -39,7 +39,7 @@ from ..store.artifact import put_in_place
 from ..store.folder import Study, peak_memory_mb, provenance
 from ..store.graph import VERSIONS, Stage
 from ..study import DETERMINISTIC, Benchmark, Generation, Preset, judge_names
-from ..training import model_files
+from ..training import gguf, model_files
 
 # %% ../../nbs/09_pipeline/01_stages.ipynb #9edf8a38
 def _embedded_rows(source: str, shape: str, rows: int | None, held_out: int, seed: int, limit: int | None):
@@ -150,29 +150,29 @@ def _revision(source: str, folder: Path) -> str:
 # %% ../../nbs/09_pipeline/01_stages.ipynb #1866424c
 def _opened_base(context: StageContext, source: str, folder: Path) -> tuple:
     "A whole model and its tokenizer; raises `InputError` where a weight is NaN, or a text would not fit."
-    from compassion_repro.training import models
+    from compassion_repro.training import model_checks, models, templates
 
     preset = context.preset
     network = models.load_model(folder)
-    tokenizer = models.load_tokenizer(folder, preset.generation.template)
-    models.check_numbers(network, source)
+    tokenizer = templates.load_tokenizer(folder, preset.generation.template)
+    model_checks.check_numbers(network, source)
     longest = max(preset.midtrain.length, preset.sft.length, preset.generation.max_new_tokens)
-    models.check_fits(network, tokenizer, longest)
+    model_checks.check_fits(network, tokenizer, longest)
     return network, tokenizer
 
 # %% ../../nbs/09_pipeline/01_stages.ipynb #fbe86fb4
 def _keep_base(context: StageContext, source: str, folder: Path) -> dict:
     "Put a whole model into the stage's folder, quantised weights as 16 or 32 bits; what was done to it."
-    from compassion_repro.training import models
+    from compassion_repro.training import models, templates
 
     network, tokenizer = _opened_base(context, source, folder)
-    done = {"padding": models.padding_note(tokenizer)}
+    done = {"padding": templates.padding_note(tokenizer)}
     if packed := model_files.check_quantised(folder):
         models.save_model(network, models.as_shipped(tokenizer), context.out)
         return done | {"dequantised": f"{packed}, to {str(network.dtype).removeprefix('torch.')}"}
     _copy_model(folder, context.out)
-    if file := model_files.gguf_file(source):
-        done["dequantised"] = model_files.gguf_note(file)
+    if file := gguf.gguf_file(source):
+        done["dequantised"] = gguf.gguf_note(file)
     return done
 
 # %% ../../nbs/09_pipeline/01_stages.ipynb #39516a5c
@@ -249,10 +249,10 @@ def _answer_rows(context: StageContext, fit: dict) -> dict[str, tuple]:
 
     `fit` is how long a row may be, from `sft.longest_answer`.
     """
-    from compassion_repro.training import models
+    from compassion_repro.training import encoding, templates
 
     preset, template = context.preset, context.preset.generation.training_template
-    check = partial(models.check_row, tokenizer=models.load_tokenizer(context.input(), template))
+    check = partial(encoding.check_row, tokenizer=templates.load_tokenizer(context.input(), template))
     sizes = preset.sft.rows, preset.sft.held_out, context.stage.seed, preset.sft.limit
     return {
         name: training_rows(source, "messages", *sizes, check=check, **fit)
@@ -322,11 +322,11 @@ def _with_sound_tests(context: StageContext, rows: list[dict], record: dict) -> 
 # %% ../../nbs/09_pipeline/01_stages.ipynb #bd002812
 def _prompt_rows(context: StageContext) -> tuple[list[dict], list[dict], dict]:
     "Prompts of a GRPO arm as `training_rows` returns them, each checked against the chat template."
-    from compassion_repro.training import models
+    from compassion_repro.training import encoding, templates
 
     preset, training = context.preset, context.preset.grpo
     template = preset.generation.training_template
-    check = partial(models.check_row, tokenizer=models.load_tokenizer(context.input(), template))
+    check = partial(encoding.check_row, tokenizer=templates.load_tokenizer(context.input(), template))
     source = preset.rows_source(context.arm)
     sizes = training.rows, training.held_out, context.stage.seed, training.limit
     return training_rows(source, "prompts", *sizes, check=check)
@@ -450,7 +450,7 @@ def silence_alarm(
     problem = f"{empty:.0%} of the answers are empty"
     if model is None:
         return [f"{problem}, and an empty answer scores 0: read what the model's server sent in the logs"]
-    from compassion_repro.training.models import TEMPLATES, load_tokenizer
+    from compassion_repro.training.templates import TEMPLATES, load_tokenizer
 
     own = getattr(model if hasattr(model, "own_template") else load_tokenizer(model), "own_template", None)
     has_own = bool(own) and own not in TEMPLATES.values()
@@ -546,9 +546,9 @@ def _noting_template(run: callable) -> callable:
         template = own or context.preset.generation.training_template
         if template in ("plain", "raw", "user"):
             return done
-        from compassion_repro.training import models
+        from compassion_repro.training import encoding, templates
 
-        return {**done, **models.template_account(models.load_tokenizer(context.input(), template))}
+        return {**done, **encoding.template_account(templates.load_tokenizer(context.input(), template))}
 
     return noting
 

@@ -327,9 +327,12 @@ def score_table(
 VERDICT_LOOKS = {
     "supported": ("#00735C", "o"),
     "contradicted": ("#B34700", "s"),
+    "holds for these checkpoints": ("#00735C", "o"),
+    "fails for these checkpoints": ("#B34700", "s"),
     "inconclusive": ("#7A5C00", "^"),
     "not testable": ("#5F5F5F", "X"),
     "not tested": ("#5F5F5F", ""),
+    "no verdict": ("#8C8C8C", "d"),
 }
 
 
@@ -337,7 +340,7 @@ def _claim_row(record: ClaimRecord) -> dict:
     "What is shown of one record."
     adjusted = record.adjusted_low is not None
     shown = ("claim", "reading", "judge", "kind", "estimate", "paper", "paper_ratio", "ratio", "agreement")
-    shown += ("margin", "questions", "seeds", "verdict", "reason")
+    shown += ("margin", "questions", "seeds", "level", "verdict", "reason")
     return {name: getattr(record, name) for name in shown} | {
         "estimand": record.estimand or record.text,
         "low": record.adjusted_low if adjusted else record.low,
@@ -351,8 +354,8 @@ def _claim_row(record: ClaimRecord) -> dict:
 def claim_rows(
     claims: ClaimTable,  # from `judge_claims` or `read_claims`
     # a row a record: claim, reading, judge, estimand, kind, estimate, low, high, p, adjusted (bool), paper,
-    # paper_ratio, ratio, agreement, wrong (unreadable replies counted so), margin, questions, seeds, verdict,
-    # reason
+    # paper_ratio, ratio, agreement, wrong (unreadable replies counted so), margin, questions, seeds, level,
+    # verdict, reason
 ) -> pd.DataFrame:
     """What figures and reports show of each record; an adjusted interval and p value take the place of
     the plain ones wherever a record has them.
@@ -369,6 +372,13 @@ def claim_figures(
     interval = "" if pd.isna(row.low) else f" [{row.low:+.1f}, {row.high:+.1f}]"
     return f"{row.estimate:+.1f}{interval}".replace("-", "−")
 
+# %% ../../nbs/08_report/01_figures.ipynb #dfeacf28
+def _point_colours(colour: str, procedure: bool) -> dict:
+    "A point is filled where seeds were resampled, and hollow where it is about these checkpoints."
+    if procedure:
+        return {"color": colour, "markeredgecolor": "white"}
+    return {"color": colour, "markerfacecolor": "white", "markeredgecolor": colour, "markeredgewidth": 1.8}
+
 # %% ../../nbs/08_report/01_figures.ipynb #9f3ab2f8
 def _draw_claim(axes, place: int, row, limits: tuple[float, float]) -> None:
     "One row of the forest: margin band, interval, estimate, the paper's figure."
@@ -383,10 +393,11 @@ def _draw_claim(axes, place: int, row, limits: tuple[float, float]) -> None:
             zorder=0,
         )
     if pd.notna(row.estimate):
-        line = {"color": colour, "linewidth": 2, "solid_capstyle": "butt", "zorder": 3}
-        axes.plot([row.low, row.high], [place, place], **line)
-        point = {"marker": marker or "o", "markersize": 9, "markeredgecolor": "white", "zorder": 4}
-        axes.plot(row.estimate, place, color=colour, **point)
+        check = row.verdict == "no verdict"
+        line = {"color": colour, "linewidth": 1 if check else 2, "linestyle": ":" if check else "-"}
+        axes.plot([row.low, row.high], [place, place], **line, solid_capstyle="butt", zorder=3)
+        point = {"marker": marker or "o", "markersize": 6 if check else 9, "zorder": 4}
+        axes.plot(row.estimate, place, **point, **_point_colours(colour, row.level == "the procedure"))
     if pd.notna(row.paper):
         diamond = {"marker": "D", "markersize": 6.5, "markerfacecolor": "white", "markeredgecolor": "black"}
         axes.plot(row.paper, place, **diamond, markeredgewidth=1.1, zorder=5)
@@ -414,9 +425,17 @@ def _claim_legend(figure, rows: pd.DataFrame) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    label = "ours, with its interval" + ", adjusted for several claims" * bool(rows["adjusted"].any())
-    point = {"marker": "o", "markeredgecolor": "white", "markersize": 8}
-    handles = [Line2D([], [], color="black", linewidth=2, **point, label=label)]
+    drawn, handles = rows.dropna(subset="estimate"), []
+    adjusted = ", interval adjusted within its family" * bool(rows["adjusted"].any())
+    levels = {True: "training seeds and questions", False: "these checkpoints: questions alone"}
+    for procedure, over in levels.items():
+        own = drawn[(drawn["level"] == "the procedure") == procedure]
+        if (own["verdict"] != "no verdict").any():
+            look = {"linewidth": 2, "marker": "o", "markersize": 8, **_point_colours("black", procedure)}
+            handles.append(Line2D([], [], **look, label=f"over {over}{adjusted}"))
+    if (drawn["verdict"] == "no verdict").any():
+        look = {"color": "#8C8C8C", "linewidth": 1, "linestyle": ":", "marker": "d", "markersize": 6}
+        handles.append(Line2D([], [], **look, label="a check: not adjusted, no verdict"))
     if rows["paper"].notna().any():
         handles.append(_paper_mark())
     if rows["margin"].notna().any():

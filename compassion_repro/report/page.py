@@ -193,12 +193,30 @@ SECTIONS = {
     "fidelity": "Fidelity to the paper",
     "environment": "Environment",
 }
-SIGNS = {"supported": "●", "contradicted": "■", "inconclusive": "▲", "not testable": "✕", "not tested": "–"}
+SIGNS = {
+    "supported": "●",
+    "contradicted": "■",
+    "holds for these checkpoints": "○",
+    "fails for these checkpoints": "□",
+    "inconclusive": "▲",
+    "not testable": "✕",
+    "not tested": "–",
+    "no verdict": "·",
+}
 
 # %% ../../nbs/08_report/05_page.ipynb #0a29ed7b
 def _worst(verdicts: list[str]) -> str:
-    "The least favourable of some verdicts."
-    order = ("contradicted", "inconclusive", "not testable", "not tested", "supported")
+    "The least favourable of some verdicts; checks, which have none, do not count."
+    order = (
+        "contradicted",
+        "fails for these checkpoints",
+        "inconclusive",
+        "not testable",
+        "not tested",
+        "holds for these checkpoints",
+        "supported",
+        "no verdict",
+    )
     return min(verdicts, key=order.index)
 
 # %% ../../nbs/08_report/05_page.ipynb #2aa52971

@@ -21,8 +21,9 @@ from ..evaluation.agreement import agreement
 from ..evaluation.behaviour import kl_points, matched_length, score_warnings
 from ..paper import FIDELITY
 from .figures import benchmark_rank, claim_figures, claim_rows, model_look, panel_title
-from ..stats.claims import VERDICTS, ClaimTable
+from ..stats.claim_table import ClaimTable
 from ..stats.scores import model_rank
+from ..stats.verdicts import VERDICTS
 from ..store.results import StudyFiles
 
 # %% ../../nbs/08_report/03_tables.ipynb #85e5aa38
@@ -63,7 +64,7 @@ def claim_table(
             "verdict": rows["verdict"],
             "points [interval]": [claim_figures(row) for row in each],
             "adjusted p" if corrected else "p": [
-                _number(row.p, "{:.2g} (plain)" if corrected and not row.adjusted else "{:.2g}")
+                _number(row.p, "{:.2g} (not adjusted)" if corrected and not row.adjusted else "{:.2g}")
                 for row in each
             ],
             "paper": [
@@ -597,8 +598,8 @@ def environment(
 def verdict_counts(
     claims: ClaimTable,  # of the study
 ) -> dict[str, int]:  # verdict to how many readings have it, those of no reading left out
-    "How the verdicts fall."
-    counts = claim_rows(claims)["verdict"].value_counts()
+    "How the verdicts fall; checks that no family corrects have none and are left out."
+    counts = claim_rows(claims)["verdict"].value_counts().drop("no verdict", errors="ignore")
     return {verdict: int(counts[verdict]) for verdict in VERDICTS if counts.get(verdict)}
 
 # %% ../../nbs/08_report/03_tables.ipynb #c3e762ce
@@ -614,5 +615,5 @@ def headline(
     seeds, judges = len(files.seeds), files.judges
     return (
         f"{len(files.models)} models, {seeds} training seed{'s' * (seeds > 1)}, questions: {asked};"
-        f" judge{'s' * (len(judges) > 1)}: {', '.join(judges)}; {len(files.claims)} verdicts:"
+        f" judge{'s' * (len(judges) > 1)}: {', '.join(judges)}; {sum(verdict_counts(files.claims).values())} verdicts:"
     )

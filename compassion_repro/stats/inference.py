@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Spread', 'item_spread', 'Interval', 'half_width', 'bounds', 'make_interval', 'tail_probability', 'p_value',
            'sign_flip_test', 'paper_t_tests', 'effect_sizes', 'holm', 'Ratio', 'fieller', 'ratio_noise', 'MixedModel',
-           'mixed_model', 'expected_spread', 'detectable', 'smallest_margin']
+           'mixed_model', 'expected_spread', 'detectable', 'smallest_margin', 'null_power']
 
 # %% ../../nbs/06_stats/00_inference.ipynb #bf05c38a
 import warnings
@@ -440,3 +440,20 @@ def smallest_margin(
         return np.maximum(sides * norm.cdf((size - half) / deviation) - (sides - 1), 0)
 
     return _smallest(chance, spread, confidence, power)
+
+# %% ../../nbs/06_stats/00_inference.ipynb #f5d3044b
+def null_power(
+    spread: Spread,  # sources of variation, from `expected_spread` or from data
+    kind: str = "equivalence",  # or "non-inferiority"
+    margin: float = 5.0,  # points
+    confidence: float = 0.95,  # level of the interval that decides
+) -> float | None:  # 0-1; None without spread
+    "How often a design establishes the margin when there is truly no difference."
+    from scipy.stats import norm
+
+    deviation = np.sqrt(sum(variance for variance, _ in spread))
+    if spread[0][1] <= 0 or deviation < 1e-9:
+        return None
+    size = (margin / 100 - _half_widths(spread, confidence)) / deviation
+    sides = 2 if kind == "equivalence" else 1
+    return float(np.maximum(sides * norm.cdf(size) - (sides - 1), 0).mean())

@@ -30,7 +30,8 @@ from compassion_repro.study import (
     data_parts,
     judge_names,
 )
-from ..training.model_files import adapter_base, gguf_file, same_source
+from ..training.gguf import gguf_file
+from ..training.model_files import adapter_base, same_source
 
 # %% ../../nbs/07_store/00_graph.ipynb #a8c6b36e
 @cache

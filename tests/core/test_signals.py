@@ -22,7 +22,7 @@ def send(number={number}, kill=os.kill, process=os.getpid()):
     kill(process, number)
 
 {before}
-from compassion_repro import cli
+from compassion_repro.cli import __main__ as cli
 from compassion_repro.core.errors import InputError
 
 class Parser:
@@ -144,7 +144,7 @@ def test_a_fork_dies_of_sigterm_without_a_word(tmp_path):
 def test_an_interrupt_inside_a_string_of_code_does_not_change_the_status(tmp_path, status):
     (tmp_path / "ends.py").write_text(
         "import sys\n"
-        "from compassion_repro.cli import _leave\n"
+        "from compassion_repro.cli.__main__ import _leave\n"
         "try:\n    exec('raise KeyboardInterrupt')\n"
         "except KeyboardInterrupt:\n    pass\n"
         f"sys.exit(_leave({status}))\n"

@@ -17,7 +17,8 @@ import pytest
 from compassion_repro.core.errors import InputError
 from compassion_repro.data import world
 from compassion_repro.data.lengths import split_text
-from compassion_repro.data.rows import chat_row, load, read_rows, save_rows, train_held_out
+from compassion_repro.data.rows import load, read_rows, save_rows, train_held_out
+from compassion_repro.data.turns import chat_row
 
 SHARED = Path(
     os.environ.get("COMPASSION_SHARED_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -736,7 +737,7 @@ def test_real_rows_keep_their_text():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from compassion_repro.training.models import load_tokenizer
+    from compassion_repro.training.templates import load_tokenizer
 
     return load_tokenizer(world.assets() / "base")
 
@@ -787,7 +788,7 @@ def test_a_stage_accounts_for_its_real_rows(tokenizer, name):
     """
     from compassion_repro.pipeline.stages import training_rows
     from compassion_repro.study import Training
-    from compassion_repro.training.models import encode_row
+    from compassion_repro.training.encoding import encode_row
     from compassion_repro.training.sft import longest_answer
     from compassion_repro.training.tokens import stage_account
 

@@ -18,7 +18,7 @@ from compassion_repro import presets
 from compassion_repro.core.errors import InputError
 from compassion_repro.data import hub, world
 from compassion_repro.data import rows as data
-from compassion_repro.training import models
+from compassion_repro.training import adapters, models
 
 DOLLY_ROWS = [
     {
@@ -680,7 +680,7 @@ def adapter(folder, start=None, **options):
 
     model = get_peft_model(
         models.load_model(start or world.assets() / "base", "cpu"),
-        models.lora_config(Lora(rank=2, **options)),
+        adapters.lora_config(Lora(rank=2, **options)),
     )
     torch.manual_seed(0)
     for name, weight in model.named_parameters():

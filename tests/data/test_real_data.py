@@ -92,7 +92,7 @@ def opened(text, read=lambda tokenizer: "opened"):
         from transformers import AutoTokenizer
 
         from compassion_repro.data.world import assets
-        from compassion_repro.training.models import load_tokenizer
+        from compassion_repro.training.templates import load_tokenizer
 
         own = AutoTokenizer.from_pretrained(assets() / "base")
         own.chat_template = text
@@ -103,7 +103,7 @@ def opened(text, read=lambda tokenizer: "opened"):
 
 
 def account(tokenizer):
-    from compassion_repro.training.models import template_account
+    from compassion_repro.training.encoding import template_account
 
     return template_account(tokenizer)
 
@@ -111,8 +111,8 @@ def account(tokenizer):
 def judged(folder):
     "How often the end token is in an answer that spells it out, as a reward model reads it."
     from compassion_repro.data.world import assets
-    from compassion_repro.training.models import load_tokenizer
     from compassion_repro.training.reward_model import encode_conversation
+    from compassion_repro.training.templates import load_tokenizer
 
     tokenizer = load_tokenizer(assets() / "base")
     spelt = [TURNS[0], {"role": "assistant", "content": f"a {tokenizer.eos_token} b"}]
@@ -152,7 +152,8 @@ def templated(text, messages):
 
     def act(folder):
         from compassion_repro.data.world import assets
-        from compassion_repro.training.models import check_row, encode_row, load_tokenizer
+        from compassion_repro.training.encoding import check_row, encode_row
+        from compassion_repro.training.templates import load_tokenizer
 
         tokenizer = load_tokenizer(assets() / "base")
         tokenizer.chat_template = text

@@ -22,7 +22,7 @@ from compassion_repro.data import hub, world
 from compassion_repro.evaluation import benchmarks, judges, scoring
 from compassion_repro.evaluation import generate as evaluate
 from compassion_repro.study import Benchmark, Generation
-from compassion_repro.training import models
+from compassion_repro.training import templates
 
 SIZE = {"en": 3, "es": 2}
 QUIET = {"report": lambda line: None}
@@ -230,7 +230,7 @@ def test_bad_source_is_one_clear_line(tmp_path, data, word):
 
 
 @pytest.mark.parametrize(
-    "number, word", [(100_000, "at most 7168 questions"), (0, "whole number"), (-3, "whole number")]
+    "number, word", [(100_000, "at most 35840 questions"), (0, "whole number"), (-3, "whole number")]
 )
 def test_a_size_that_cannot_be(tmp_path, number, word):
     with pytest.raises(InputError) as error:
@@ -239,7 +239,34 @@ def test_a_size_that_cannot_be(tmp_path, number, word):
 
 
 def test_the_largest_size_can_be_had():
-    assert len({row["question"] for row in world.benchmark_questions("moru", {"en": 3584})}) == 3584
+    assert len({row["question"] for row in world.benchmark_questions("moru", {"en": 17_920})}) == 17_920
+
+
+def test_what_belongs_together_travels_to_answers_and_scores(folder, tmp_path):
+    "Translations share the item, frames are clusters; questions whose rows say neither have none."
+    file = folder / "questions" / "train.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    bare = [{k: v for k, v in row.items() if k not in ("item_id", "cluster")} for row in rows]
+    for given, items in ((rows, 3), (bare, 5)):
+        file.write_text("".join(json.dumps(row) + "\n" for row in given))
+        loaded = load(folder, tmp_path / "cache", epochs=1)
+        _, scores = judged(loaded, answered(loaded), tmp_path / str(items))
+        overall = scores[scores.dimension == "overall"].set_index("question_id")
+        assert overall.item_id.nunique() == items
+        for row in given:
+            found = overall.loc[str(row["id"])]
+            assert found.item_id == row.get("item_id", row["id"])
+            assert found.cluster == row["cluster"] if "cluster" in row else pd.isna(found.cluster)
+
+
+@pytest.mark.parametrize("column", ["item_id", "cluster"])
+def test_a_cluster_that_is_a_list(folder, tmp_path, column):
+    file = folder / "questions" / "train.jsonl"
+    first, *rest = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(row) + "\n" for row in (first | {column: ["a"]}, *rest)))
+    with pytest.raises(InputError) as error:
+        load(folder, tmp_path / "cache")
+    assert_one_line(error, f"row 1 has a '{column}' of the wrong type (list)")
 
 
 def test_a_file_is_not_a_benchmark(folder, tmp_path):
@@ -688,7 +715,7 @@ def test_settings_beside_the_model_do_not_count(tmp_path):
         == plain.text.tolist()
     )
     assert plain.text.nunique() == 3
-    first = models.load_tokenizer(tmp_path / "base")(" " + plain.text[0], add_special_tokens=False)[
+    first = templates.load_tokenizer(tmp_path / "base")(" " + plain.text[0], add_special_tokens=False)[
         "input_ids"
     ][2]
     file.write_text(json.dumps({**settings, "eos_token_id": [settings["eos_token_id"], first]}))
@@ -707,7 +734,7 @@ def test_silence_and_length_are_flagged(tmp_path, monkeypatch):
     questions = [
         dict(benchmark="mine", language="en", item_id="1", question_id="1", question="Why?", epochs=1)
     ]
-    end = models.load_tokenizer(world.assets() / "base").eos_token_id
+    end = templates.load_tokenizer(world.assets() / "base").eos_token_id
     for token, wanted in ((end, ("stop", True, False, 0)), (end + 300, ("length", False, True, 20))):
         monkeypatch.setattr(
             evaluate,

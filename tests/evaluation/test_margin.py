@@ -163,7 +163,7 @@ def test_the_other_pairs_are_matched_too(name):
 
 def test_the_world_pairs_are_words_that_the_tiny_model_knows():
     from compassion_repro.evaluation.judge_free import world_pairs
-    from compassion_repro.training.models import load_tokenizer
+    from compassion_repro.training.templates import load_tokenizer
 
     tokenizer = load_tokenizer(BASE)
     for p in world_pairs():
@@ -221,7 +221,8 @@ def test_batched_agrees_with_a_plain_loop(family, tmp_path):
         token_divergences,
         world_pairs,
     )
-    from compassion_repro.training.models import load_model, load_tokenizer
+    from compassion_repro.training.models import load_model
+    from compassion_repro.training.templates import load_tokenizer
 
     torch.manual_seed(0)
     for name in ("model", "mid"):

@@ -18,6 +18,8 @@ from cases import Case, problem, table
 from judge_server import JUDGE, PaidJudge
 
 from compassion_repro import cli
+from compassion_repro.cli import __main__ as program
+from compassion_repro.cli import terminal
 from compassion_repro.core import errors
 from compassion_repro.data import world
 from compassion_repro.evaluation import agreement, benchmarks, inspect_runner, judges
@@ -466,14 +468,14 @@ def test_control_characters_are_shown_and_not_obeyed(capsys, monkeypatch):
     bad = "\x1b[2Jname\u202egpj\x9b31m"
 
     def act(args):
-        cli._print(cli._table(["model"], [[bad]], title=bad), bad)
-        cli.print(bad)
-        with cli.talking() as (say, report):
+        terminal.show(terminal.plain_table(["model"], [[bad]], title=bad), bad)
+        terminal.print(bad)
+        with terminal.talking() as (say, report):
             say(bad)
         raise errors.InputError(bad)
 
     monkeypatch.setattr(
-        cli, "build_parser", lambda: SimpleNamespace(parse_args=lambda words: SimpleNamespace(action=act))
+        program, "build_parser", lambda: SimpleNamespace(parse_args=lambda words: SimpleNamespace(action=act))
     )
     assert cli.main(["run"]) == 2
     shown = "".join(capsys.readouterr())

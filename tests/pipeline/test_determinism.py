@@ -109,7 +109,7 @@ def test_the_number_of_threads_moves_last_digits_alone():
     from compassion_repro.study import Lora, Training
     from compassion_repro.training import supervised
     from compassion_repro.training.device import TrainRun, TrainSetup, load_held
-    from compassion_repro.training.models import load_tokenizer
+    from compassion_repro.training.templates import load_tokenizer
 
     base, before, training = (
         world.assets() / "base",

@@ -21,6 +21,7 @@ ANSWERS = {
     "language",
     "item_id",
     "question_id",
+    "cluster",
     "epoch",
     "text",
     "tokens",
@@ -58,6 +59,7 @@ SCORES = {
     "question_id",
     "epoch",
     "dimension",
+    "cluster",
     "score",
     "judge",
 }
@@ -95,6 +97,16 @@ def test_answers_are_complete_and_epochs_count_from_one(finished):
     counts = answers.groupby(["model", "benchmark"]).size().unstack()
     assert (counts == pd.Series({"anima": 14, "leak": 4, "moru": 14})).all().all()
     assert set(answers.epoch) == {1, 2} and answers.text.map(type).eq(str).all()
+
+
+def test_translations_and_object_twins_share_their_items(finished):
+    scores = table(finished, "scores").drop_duplicates(["benchmark", "question_id"])
+    animals = scores[scores.benchmark == "anima"]
+    assert len(animals) == 7 and animals.groupby("item_id").cluster.nunique().eq(1).all()
+    assert sorted(animals.item_id) == ["0", "0", "0", "1", "1", "1", "2"]
+    english = animals[animals.language == "en"].set_index("item_id").cluster
+    objects = scores[scores.benchmark == "leak"].set_index("item_id").cluster
+    assert sorted(objects.index) == ["0", "1"] and (objects == english[objects.index]).all()
 
 
 def test_overall_is_the_tasks_own_aggregate_of_the_grades(finished):

@@ -11,11 +11,12 @@ import pytest
 from compassion_repro.core.errors import InputError
 from compassion_repro.paper import FAMILIES, Cell, Reading, readings
 from compassion_repro.presets import load_preset
-from compassion_repro.report import figures
+from compassion_repro.report import figures, tables
 from compassion_repro.stats import (
     claims,
     estimates,
     inference,
+    verdicts,
 )
 from compassion_repro.stats import (
     scores as score_frames,
@@ -91,9 +92,9 @@ def difference(high, low, languages="all", benchmark="anima", kind="superiority"
 
 def test_claims_end_to_end(scores, tmp_path):
     table = claims.judge_claims(scores, {}, TINY)
-    assert [table[name].verdict for name in ("C1", "C0-SFT", "C3")] == ["supported"] * 3
+    assert [table[name].verdict for name in ("C1", "C0-SFT", "C3")] == ["holds for these checkpoints"] * 3
     assert {table[name].verdict for name in ("C2", "C0-GRPO", "C6-GRPO", "C7", "C8")} == {"not tested"}
-    assert set(record.verdict for record in table.records) <= set(claims.VERDICTS)
+    assert set(record.verdict for record in table.records) <= set(verdicts.VERDICTS)
     assert all(record.scope == TINY.scope and record.judge == "indicator" for record in table.records)
     (tmp_path / "claims.json").write_text(table.to_json(), encoding="utf-8")
     assert claims.read_claims(tmp_path / "claims.json") == table
@@ -116,7 +117,7 @@ def test_the_papers_direction_is_no_input(scores):
     for name in ("C0-SFT", "C1", "C3"):
         assert turned[name].estimate == pytest.approx(-table[name].estimate)
         assert (table[name].low, table[name].high) == pytest.approx((-turned[name].high, -turned[name].low))
-        assert turned[name].verdict == "contradicted"
+        assert turned[name].verdict == "fails for these checkpoints"
 
 
 def test_order_of_rows_does_not_matter(scores):
@@ -135,7 +136,7 @@ def test_two_equal_models_differ_by_nothing(scores):
     assert (result.estimate, result.p, result.cohens_d) == (0, 1, None)
     # all alike: what 36 questions leave open
     assert result.low == pytest.approx(-result.high) and 5 < result.high < 30
-    assert claims.verdict_of("superiority", result.interval, 5)[0] == "inconclusive"
+    assert verdicts.verdict_of("superiority", result.interval, 5)[0] == "inconclusive"
     one = twins[twins["question_id"] == "q1-en_en"]
     single = estimates.contrast(one, difference("mid", "mid-control"), QUICK)
     assert (single.questions, single.low, single.p, single.smallest_margin, single.detectable) == (
@@ -186,13 +187,42 @@ def test_a_whole_benchmark_unscored(scores):
 
 def test_null_claims_need_something_to_lose(scores):
     kept = frame({**LEVELS, "sft-code": 0.5}, items=120, translated=60, random_seed=4)
-    assert claims.judge_claims(kept, {}, TINY)["C6-SFT"].verdict == "supported"
+    assert claims.judge_claims(kept, {}, TINY)["C6-SFT"].verdict == "holds for these checkpoints"
     lost = claims.judge_claims(frame({**LEVELS, "sft-code": 0.1}), {}, TINY)["C6-SFT"]
-    assert lost.verdict == "contradicted" and lost.sensitivity == {"3": "contradicted", "10": "contradicted"}
+    assert lost.verdict == "fails for these checkpoints"
+    assert lost.sensitivity == dict.fromkeys(("3", "10"), "fails for these checkpoints")
     floor = claims.judge_claims(frame({model: 0.05 for model in LEVELS}), {}, TINY)
     assert {floor[name].verdict for name in ("C4a", "C4b", "C6-SFT")} == {"not testable"}
     headless = claims.judge_claims(scores[scores["model"] != "base"], {}, TINY)
     assert headless["C6-SFT"].verdict == "not testable" and "base" in headless["C6-SFT"].reason
+
+
+def test_supported_needs_three_training_seeds():
+    words = {}
+    for seeds in (1, 2, 3):
+        table = claims.judge_claims(frame(seeds=seeds), {}, TINY)
+        words[seeds] = table["C1"].verdict
+        assert ("three" in table.caption()) == (seeds < 3)
+        hollow = figures.claim_rows(table).set_index("reading")["level"]
+        assert hollow["C1"] == ("the procedure" if seeds == 3 else "these checkpoints")
+    assert words == {1: "holds for these checkpoints", 2: "holds for these checkpoints", 3: "supported"}
+
+
+def test_checks_get_no_verdict_and_are_not_counted(scores):
+    table = claims.judge_claims(scores, {}, TINY)
+    checks = [r for r in table.records if r.estimate is not None and r.family is None]
+    assert {r.reading for r in checks} == {"C5a-standardised", "C5b-standardised"} or not checks
+    unadjusted = [r for r in table.records if r.verdict not in ("no verdict", "not tested", "not testable")]
+    assert unadjusted and all(r.corrected for r in unadjusted)
+    counts = tables.verdict_counts(table)
+    assert "no verdict" not in counts
+    assert sum(counts.values()) == len(table) - sum(r.verdict == "no verdict" for r in table.records)
+
+
+def test_a_difference_needs_something_that_midtraining_added():
+    flat = frame({**LEVELS, "mid": LEVELS["base"]}, random_seed=5)
+    found = claims.judge_claims(flat, {}, TINY)["C1"]
+    assert found.verdict == "not testable" and "did not surely add anything" in found.reason
 
 
 def test_untrained_arms_and_a_judge_that_cannot_read(scores):
@@ -440,7 +470,7 @@ def test_several_judges_and_their_mean(scores):
     blind = claims.judge_claims(pd.concat([scores, mild.assign(judge_valid=False)]), {}, TINY)
     assert (blind["C1", scores_module.MEAN_OF_JUDGES].verdict, blind["C1", "indicator"].verdict) == (
         "not testable",
-        "supported",
+        "holds for these checkpoints",
     )
 
 
@@ -460,7 +490,7 @@ def test_holm_decides_and_never_disagrees_with_its_interval():
             TINY,
         )
         for family in FAMILIES:
-            members = [record for record in table.records if record.family == family and record.p is not None]
+            members = [r for r in table.records if r.family == family and r.estimate is not None]
             assert len(members) >= 3 and {record.family_size for record in members} == {len(members)}
             assert [record.adjusted_p for record in members] == pytest.approx(
                 multipletests([record.p for record in members], method="holm")[1]
@@ -470,12 +500,14 @@ def test_holm_decides_and_never_disagrees_with_its_interval():
                 if record.kind == "superiority":
                     assert (record.adjusted_low > 0 or record.adjusted_high < 0) == (record.adjusted_p < 0.05)
                 else:
-                    assert (claims.verdict_of(record.kind, record.decisive, 5)[0] == "supported") == (
+                    assert (verdicts.verdict_of(record.kind, record.decisive, 5)[0] == "supported") == (
                         record.adjusted_p < 0.05
                     )
-        assert table["C7"].family is None and table["C7"].p == max(table["C1"].p, table["C2"].p)
-        assert (table["C7"].verdict == "supported") == (
-            table["C7"].p < 0.05 and min(table["C1"].estimate, table["C2"].estimate) > 0
+        parts = [table["C1"], table["C2"]]
+        assert table["C7"].family == "superiority" and table["C7"].p == max(part.p for part in parts)
+        assert table["C7"].adjusted_p == max(part.adjusted_p for part in parts)
+        assert (table["C7"].verdict == "holds for these checkpoints") == (
+            table["C7"].adjusted_p < 0.05 and min(part.estimate for part in parts) > 0
         )
 
 
@@ -492,7 +524,7 @@ def test_agreement_with_the_paper_is_a_column_of_its_own(scores):
         )["C1"]
         assert (record.agreement, record.verdict, record.estimate) == (
             agreement,
-            "supported",
+            "holds for these checkpoints",
             pytest.approx(exact),
         )
 
@@ -510,7 +542,7 @@ def test_general_reasoning_is_read_on_any_other_benchmark():
     )
     found = claims.judge_claims(table, {}, preset)
     assert (found["C8-SFT-logic"].verdict, found["C8-SFT-logic"].kind, found["C8-SFT-logic"].family) == (
-        "supported",
+        "holds for these checkpoints",
         "non-inferiority",
         "equivalence and non-inferiority",
     )
@@ -518,7 +550,7 @@ def test_general_reasoning_is_read_on_any_other_benchmark():
     without_base = claims.judge_claims(table[table["model"] != "base"], {}, preset)
     # mid's own score is what could be lost
     assert (without_base["C8-SFT-logic"].verdict, without_base["C6-SFT"].verdict) == (
-        "supported",
+        "holds for these checkpoints",
         "not testable",
     )
     floor = claims.judge_claims(
@@ -615,7 +647,7 @@ def test_a_stripped_question_reaches_the_model_but_not_the_judge(tmp_path):
     from compassion_repro.data.world import assets
     from compassion_repro.evaluation.benchmarks import load_benchmark
     from compassion_repro.study import Benchmark
-    from compassion_repro.training.models import load_tokenizer
+    from compassion_repro.training.templates import load_tokenizer
 
     plain = Benchmark(task="anima", data="world:anima", epochs=1, size={"en": 3, "es": 2})
     words = load_benchmark("anima", plain, tmp_path).questions[0]["question"].split()[-1]
@@ -652,4 +684,4 @@ open(sys.argv[1] + "/claims.json", "w").write(table.to_json())
 print(claims.read_claims(sys.argv[1] + "/claims.json")["C1"].verdict, len(estimates.retention(scores)), len(figures.score_table(scores)))
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    assert done.stdout.split() == ["supported", "4", "6"], done.stderr[-2000:]
+    assert done.stdout.split("\n")[0] == "holds for these checkpoints 4 6", done.stderr[-2000:]

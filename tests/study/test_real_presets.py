@@ -10,6 +10,7 @@ import yaml
 from cases import Case, problem, table
 
 from compassion_repro import cli, presets, study
+from compassion_repro.cli import study_commands
 from compassion_repro.core import errors
 from compassion_repro.pipeline import plan, preflight, run, stages
 from compassion_repro.presets import load_preset
@@ -421,7 +422,7 @@ def test_a_renamed_study_goes_on_with_its_own_settings(renamed, tmp_path, capsys
     monkeypatch.setattr(
         run, "run", lambda preset, folder, *rest: seen.append((preset, folder)) or store.Study(folder)
     )
-    monkeypatch.setattr(cli, "print_claims", lambda folder: None)
+    monkeypatch.setattr(study_commands, "print_claims", lambda folder: None)
     assert cli.main(["run", "--out", str(moved)]) == 0
     assert seen == [(preset, moved)]
     store.Study.create(moved, preset, lambda line: None)

@@ -36,7 +36,18 @@ from compassion_repro.core.errors import InputError
 from compassion_repro.evaluation import generate as evaluate
 from compassion_repro.evaluation import judge_free
 from compassion_repro.study import Compute, Grpo, Lora, Training
-from compassion_repro.training import device, grpo, merging, models, sft, supervised, tokens
+from compassion_repro.training import (
+    adapters,
+    device,
+    encoding,
+    grpo,
+    merging,
+    models,
+    sft,
+    supervised,
+    templates,
+    tokens,
+)
 from compassion_repro.training.device import TrainSetup
 
 LORA = Lora(rank=4, alpha=8)
@@ -499,7 +510,7 @@ def forced(end, after):
 def answers(network, tokenizer, end, after=3):
     "Two answers of unlike prompts, which end where the model says so."
     prompts = [
-        models.encode_prompt(row["messages"], tokenizer)
+        encoding.encode_prompt(row["messages"], tokenizer)
         for row in (ROWS[0], {"messages": [{"role": "user", "content": "Why?"}]})
     ]
     settings = evaluate._settings(network, tokenizer, max_new_tokens=8)
@@ -518,21 +529,21 @@ def tried(family, folder):
     "One family from its folder to a margin; the row of the table. Whatever does not hold fails."
     place, seen = write_model(family, folder / "model"), {"family": family.name, "architecture": family.kind}
     network, tokenizer = evaluate.open_model(place, "cpu")
-    assert models.padding_note(tokenizer) == family.padding
-    models.with_template(tokenizer, family.template)
+    assert templates.padding_note(tokenizer) == family.padding
+    templates.with_template(tokenizer, family.template)
     seen |= {
         "padding": f"`{tokenizer.pad_token}`, {tokenizer.padding_choice}",
-        "end": f"`{models.answer_end(tokenizer)}`",
+        "end": f"`{encoding.answer_end(tokenizer)}`",
         "template": family.template,
     }
 
-    row = models.encode_row(ROWS[0], tokenizer)
+    row = encoding.encode_row(ROWS[0], tokenizer)
     assert (
         row["input_ids"][-1]
         == row["labels"][-1]
         == tokenizer.convert_tokens_to_ids(family.answer_end or family.named["eos_token"])
     )
-    stops = models.end_ids(tokenizer)
+    stops = encoding.end_ids(tokenizer)
     assert stops[0] == tokenizer.eos_token_id and len(stops) == 1 + bool(family.answer_end)
     assert (
         tokenizer.decode([i for i in row["labels"] if i >= 0], skip_special_tokens=True)
@@ -554,7 +565,7 @@ def tried(family, folder):
         trained, done = supervised.train(
             network, tokenizer, ROWS, stage, 1, device.TrainRun(0, LORA, lambda line: None)
         )
-        models.save_model(models.merge(trained), tokenizer, folder / "out")
+        models.save_model(adapters.merge(trained), tokenizer, folder / "out")
     else:
         done = sft.sft(
             place,
@@ -603,21 +614,21 @@ def family(name):
 
 def test_template_that_ends_no_answer_is_refused_in_one_line(tmp_path):
     endless = replace(family("Gemma 2 instruct"), chat=TURNS.replace("<end_of_turn>", "(over)"))
-    tokenizer = models.load_tokenizer(write_model(endless, tmp_path / "model"), "own")
+    tokenizer = templates.load_tokenizer(write_model(endless, tmp_path / "model"), "own")
     with pytest.raises(
         InputError, match="does not put <eos> after an answer.*generation.template=plain"
     ) as error:
-        models.encode_row(ROWS[0], tokenizer)
+        encoding.encode_row(ROWS[0], tokenizer)
     assert "\n" not in str(error.value)
 
 
 def test_a_merge_of_any_way_keeps_both_ends_and_the_accounts_count_them(tmp_path):
     place = write_model(family("Gemma 2 instruct, own template"), tmp_path / "model")
-    tokenizer = models.load_tokenizer(place, "own")
+    tokenizer = templates.load_tokenizer(place, "own")
     merging.write_merged(adapter_of(place, tmp_path), place, tmp_path / "out", TrainSetup(), "rounded")
     assert models.load_model(tmp_path / "out", "cpu").generation_config.eos_token_id == 1
     models.write_ends(tmp_path / "out", tokenizer)
-    assert models.load_model(tmp_path / "out", "cpu").generation_config.eos_token_id == models.end_ids(
+    assert models.load_model(tmp_path / "out", "cpu").generation_config.eos_token_id == encoding.end_ids(
         tokenizer
     )
     account = tokens.account_tokens(ROWS, tokenizer, 128)
@@ -632,21 +643,21 @@ def test_a_merge_of_any_way_keeps_both_ends_and_the_accounts_count_them(tmp_path
 def test_what_is_merged_for_another_program_keeps_its_own_template_and_the_margin_its_end(tmp_path):
     place = write_model(family("Gemma 2 instruct, own template"), tmp_path / "model")
     with evaluate._whole_model(adapter_of(place, tmp_path)) as folder:
-        tokenizer = models.load_tokenizer(folder, "own")
+        tokenizer = templates.load_tokenizer(folder, "own")
         assert tokenizer.chat_template == TURNS
-    prompt = tokenizer.decode(models.encode_prompt(ROWS[0]["messages"], tokenizer))
-    assert judge_free.encode_answer(prompt, "Four.", True, models.with_template(tokenizer, "plain"))[1][
+    prompt = tokenizer.decode(encoding.encode_prompt(ROWS[0]["messages"], tokenizer))
+    assert judge_free.encode_answer(prompt, "Four.", True, templates.with_template(tokenizer, "plain"))[1][
         -1
     ] == GEMMA.index("<end_of_turn>")
     assert (
         judge_free.encode_answer("Question: Two?", "Four.", True, tokenizer)[1][-1] == tokenizer.eos_token_id
     )
-    assert tokenizer.chat_template == models.CHAT_TEMPLATE
+    assert tokenizer.chat_template == templates.CHAT_TEMPLATE
 
 
 def adapter_of(place, folder):
     "A LoRA adapter of a model."
-    model = get_peft_model(models.load_model(place, "cpu"), models.lora_config(LORA))
+    model = get_peft_model(models.load_model(place, "cpu"), adapters.lora_config(LORA))
     model.save_pretrained(folder / "adapter")
     return folder / "adapter"
 
@@ -657,8 +668,8 @@ PAD_IS_END = ["SmolLM2 base", "Qwen 2.5 base", "GPT-2"]
 @pytest.mark.parametrize("name", [*PAD_IS_END, "Gemma 2 instruct, own template"])
 def test_grpo_gives_loss_to_every_end_token_also_where_it_is_the_padding_too(name, tmp_path, monkeypatch):
     place, template = write_model(family(name), tmp_path / "model"), family(name).template
-    tokenizer = models.load_tokenizer(place, template)
-    ends = models.end_ids(tokenizer)
+    tokenizer = templates.load_tokenizer(place, template)
+    ends = encoding.end_ids(tokenizer)
     assert (tokenizer.pad_token_id in ends) == (name in PAD_IS_END)
     settings = Grpo(
         steps=1,
@@ -711,7 +722,7 @@ def test_grpo_gives_loss_to_every_end_token_also_where_it_is_the_padding_too(nam
         assert len(counted) == 8 or counted[-1] in ends
     assert (
         batch["prompt_mask"].sum(1)
-        == torch.tensor([len(models.encode_prompt(ROWS[0]["messages"], tokenizer))] * 4)
+        == torch.tensor([len(encoding.encode_prompt(ROWS[0]["messages"], tokenizer))] * 4)
     ).all()
 
 
@@ -740,7 +751,7 @@ def test_packed_rows_are_masked_by_position(name, tmp_path, monkeypatch):
 
     monkeypatch.setattr(supervised, "SFTTrainer", Kept)
     stage = Training(steps=1, dose="steps", batch_size=2, micro_batch=2, length=128, held_out=2)
-    encoded = [models.encode_row(row, tokenizer) for row in ROWS]
+    encoded = [encoding.encode_row(row, tokenizer) for row in ROWS]
     alone = models.row_losses(network, tokenizer, ROWS)  # the adapter starts at zero
     supervised.train(network, tokenizer, ROWS, stage, 1, device.TrainRun(0, LORA, lambda line: None))
     ((inputs, loss),) = seen
@@ -791,7 +802,7 @@ def test_a_model_that_cannot_keep_packed_rows_apart_is_trained_on_padded_ones(ki
     ((inputs, loss),) = seen
     known = {
         tuple(row["input_ids"]): (row, float(value))
-        for row, value in zip([models.encode_row(row, tokenizer) for row in ROWS], alone)
+        for row, value in zip([encoding.encode_row(row, tokenizer) for row in ROWS], alone)
     }
     rows = [
         tuple(ids[mask.bool()].tolist()) for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])

@@ -15,7 +15,7 @@ from compassion_repro.core.errors import InputError
 from compassion_repro.data import rows as data
 from compassion_repro.data import world
 from compassion_repro.study import Lora
-from compassion_repro.training import grpo, models
+from compassion_repro.training import encoding, grpo, models, templates
 from compassion_repro.training.device import TrainRun
 from compassion_repro.training.rewards import answer_text
 
@@ -65,7 +65,7 @@ def whole(tmp_path_factory):
 def test_what_is_left_behind_is_a_plain_model_whose_answers_end(whole):
     folder, done = whole
     assert not list(folder.glob("adapter*")) and (folder / "completions.parquet").exists()
-    model, tokenizer = models.load_model(folder), models.load_tokenizer(folder)
+    model, tokenizer = models.load_model(folder), templates.load_tokenizer(folder)
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id
     assert not equal(weights(BASE), weights(folder))
     assert len(done["log"]) == 3 and done["completions"] == 24 and done["settings"]["beta"] == 0.04
@@ -218,19 +218,19 @@ def test_rows_without_answers_and_with_turns_before_them(tmp_path):
         {"role": "user", "content": "Define add."},
     ]
     rows = [{"messages": turns}, {"messages": turns[:1]}, *data.load("world:help", "prompts", limit=4).rows]
-    tokenizer = models.load_tokenizer(BASE)
+    tokenizer = templates.load_tokenizer(BASE)
     kept = grpo.prompt_rows(rows, tokenizer, 200)
     assert [row["messages"] for row in kept] == [row["messages"] for row in rows] and kept[0][
         "reference"
     ] is None
     rendered = tokenizer.apply_chat_template(
         [row["messages"] for row in kept],
-        chat_template=models.CHAT_TEMPLATE,
+        chat_template=templates.CHAT_TEMPLATE,
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
     )["input_ids"]
-    assert rendered == [models.encode_prompt(row["messages"], tokenizer) for row in kept]
+    assert rendered == [encoding.encode_prompt(row["messages"], tokenizer) for row in kept]
     assert run(tmp_path / "arm", rows=rows, steps=1)["rows"] == 6
 
 
@@ -244,7 +244,7 @@ def test_long_prompts_are_left_out_and_too_few_are_refused(tmp_path):
 
 
 def test_the_sampling_of_held_out_answers_leaves_the_chance_alone():
-    model, tokenizer = models.load_model(BASE), models.load_tokenizer(BASE)
+    model, tokenizer = models.load_model(BASE), templates.load_tokenizer(BASE)
     rows, settings = grpo.prompt_rows(HELD_OUT, tokenizer, 200), study.Grpo(**SMALL)
     torch.manual_seed(7)
     expected = torch.rand(3)

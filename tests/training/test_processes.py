@@ -27,8 +27,9 @@ from compassion_repro.study import Compute, Grpo, Lora, Training
 from compassion_repro.training import grpo, processes
 from compassion_repro.training import supervised as midtrain
 from compassion_repro.training.device import TrainRun, TrainSetup, load_held
-from compassion_repro.training.models import IGNORE, load_tokenizer
+from compassion_repro.training.encoding import IGNORE
 from compassion_repro.training.processes import run_distributed, share
+from compassion_repro.training.templates import load_tokenizer
 
 BASE = world.assets() / "base"
 SFT = Training(steps=6, batch_size=8, micro_batch=2, length=128, learning_rate=3e-3)

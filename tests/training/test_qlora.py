@@ -24,7 +24,16 @@ from compassion_repro.presets import load_preset
 from compassion_repro.store import graph
 from compassion_repro.store.folder import Study
 from compassion_repro.study import Compute, Generation, Grpo, Lora, Training
-from compassion_repro.training import device, grpo, merging, models, supervised
+from compassion_repro.training import (
+    device,
+    encoding,
+    grpo,
+    merging,
+    model_files,
+    models,
+    supervised,
+    templates,
+)
 
 BASE = world.assets() / "base"
 FOUR_BIT = (
@@ -92,7 +101,7 @@ def test_what_is_evaluated_is_the_saved_bfloat16_model(quantised):
         assert (place / "adapter" / "adapter_model.safetensors").exists()
         assert (
             models.load_model(place).generation_config.eos_token_id
-            == models.load_tokenizer(place).eos_token_id
+            == templates.load_tokenizer(place).eos_token_id
         )
     scores = Study(quantised.folder).table("scores")
     assert set(scores.model) == {"base", *TRAINED} and scores.score.notna().any()
@@ -175,7 +184,7 @@ def test_a_merge_that_is_not_the_trained_model_is_never_kept(monkeypatch, tmp_pa
     assert check["way"] == "unmerged" and check["off"] <= 0.001 < min(
         check["tried"][way] for way in ("own", "rounded", "float32")
     )
-    assert models.is_unmerged(place) and not (place / "config.json").exists()
+    assert model_files.is_unmerged(place) and not (place / "config.json").exists()
 
 
 def test_grpo_that_runs_out_of_memory_goes_on_with_half(monkeypatch, tmp_path):
@@ -219,7 +228,7 @@ def test_training_grpo_and_evaluation_see_the_same_bytes(template, tmp_path):
     shutil.copytree(BASE, tmp_path / "model")
     own.save_pretrained(tmp_path / "model")
     question = {"role": "user", "content": "How do I mend a chair — “quickly”?"}
-    tokenizer = models.load_tokenizer(tmp_path / "model", template)
+    tokenizer = templates.load_tokenizer(tmp_path / "model", template)
     asked = dict(
         benchmark="anima", language="en", item_id="1", question_id="1", question=question["content"], epochs=1
     )
@@ -231,12 +240,14 @@ def test_training_grpo_and_evaluation_see_the_same_bytes(template, tmp_path):
         Generation(template=template, max_new_tokens=2, batch_size=1),
         report=lambda line: None,
     )
-    prompt = models.encode_prompt([question], tokenizer)
+    prompt = encoding.encode_prompt([question], tokenizer)
     assert answers.prompt[0] == tokenizer.decode(prompt)
-    row = models.encode_row({"messages": [question, {"role": "assistant", "content": "Glue it."}]}, tokenizer)
+    row = encoding.encode_row(
+        {"messages": [question, {"role": "assistant", "content": "Glue it."}]}, tokenizer
+    )
     if template in ("plain", "own"):
         assert row["input_ids"][: len(prompt)] == prompt and row["labels"][: len(prompt)] == [
-            models.IGNORE
+            encoding.IGNORE
         ] * len(prompt)
     assert row["labels"][-1] == tokenizer.eos_token_id
 
@@ -362,7 +373,7 @@ def test_packed_rows_reach_the_varlen_kernel_through_the_trainer(monkeypatch):
     rows, small, tokenizer = (
         world.corpus("documents", 30, seed=1),
         Training(steps=2, batch_size=4, micro_batch=2, length=256, learning_rate=1e-3),
-        models.load_tokenizer(BASE),
+        templates.load_tokenizer(BASE),
     )
     losses = {}
     for attention, again in (("sdpa", False), ("varlen", False), ("varlen", True)):

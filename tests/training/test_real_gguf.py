@@ -21,7 +21,8 @@ from compassion_repro.pipeline.plan import disk, plan
 from compassion_repro.pipeline.preflight import Preflight, check_models
 from compassion_repro.presets import load_preset
 from compassion_repro.store.graph import model_digest
-from compassion_repro.training import memory, model_files, models
+from compassion_repro.training import dequantise, memory, models, templates
+from compassion_repro.training.gguf import BLOCKS, GGUF_ARCHITECTURES, gguf_file, read_gguf
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 
@@ -180,7 +181,7 @@ def opened(folder, show=lambda network, tokenizer: f"{network.num_parameters()} 
     "What a study opens, or refuses."
     with patch.object(constants, "HF_HOME", str(folder / "home")):
         place = models.find_model(str(made(folder, **how)))
-    return show(models.load_model(place, "cpu"), models.load_tokenizer(place, "own"))
+    return show(models.load_model(place, "cpu"), templates.load_tokenizer(place, "own"))
 
 
 def without(name):
@@ -290,7 +291,7 @@ def test_a_gguf_file_becomes_the_model_it_was_made_from(tmp_path):
 
 
 def test_the_table_of_blocks_is_that_of_the_library():
-    for number, (name, weights, size) in model_files.BLOCKS.items():
+    for number, (name, weights, size) in BLOCKS.items():
         kind = gguf.GGMLQuantizationType(number)
         assert (kind.name, *gguf.GGML_QUANT_SIZES[kind]) == (name, weights, size)
 
@@ -305,7 +306,7 @@ def test_every_architecture_is_one_of_the_library():
         "minimax-m2": "minimax_m2",
     }
     newer = {"gemma4", "minimax-m2", "gpt-oss", "lfm2"}  # of recent versions
-    assert {name for name in model_files.GGUF_ARCHITECTURES if renamed.get(name, name) not in known} <= newer
+    assert {name for name in GGUF_ARCHITECTURES if renamed.get(name, name) not in known} <= newer
 
 
 def test_plan_knows_the_sizes(tmp_path):
@@ -319,7 +320,7 @@ def test_plan_knows_the_sizes(tmp_path):
         32,
         True,
     )
-    assert shape.parameters == model_files.read_gguf(file).parameters == tiny_llama().num_parameters()
+    assert shape.parameters == read_gguf(file).parameters == tiny_llama().num_parameters()
     preset = load_preset("tiny", [f"models.base={file}"])
     records = plan(preset)
     assert disk(preset, records)["dequantised"] == 2 * shape.parameters / 2**30
@@ -355,7 +356,7 @@ def test_plan_needs_no_torch(tmp_path):
 def test_a_folder_with_several_files_is_refused_everywhere(tmp_path):
     for name in ("a.gguf", "b.GGUF"):
         (tmp_path / name).write_bytes(b"GGUF")
-    for look in (model_files.gguf_file, model_digest, models.find_model):
+    for look in (gguf_file, model_digest, models.find_model):
         with pytest.raises(InputError, match=r"holds 2 GGUF files \(a.gguf, b.GGUF\)"):
             look(str(tmp_path))
 
@@ -381,7 +382,7 @@ def test_what_went_wrong_is_said(error, said, tmp_path, monkeypatch):
     def fails(*_):
         raise error
 
-    monkeypatch.setattr(models, "_convert_gguf", fails)
+    monkeypatch.setattr(dequantise, "_convert_gguf", fails)
     with pytest.raises(InputError, match=said):
         models.find_model(str(write(tmp_path / "a.gguf")))
     assert not list((tmp_path / "home" / "compassion_repro" / "gguf").iterdir())
@@ -391,7 +392,7 @@ def test_a_file_is_hashed_and_converted_once(tmp_path, monkeypatch, capfd):
     file = write(tmp_path / "a.gguf")
     place = models.find_model(str(file))
     assert "%|" not in capfd.readouterr().err  # no progress bars
-    monkeypatch.setattr(models, "_convert_gguf", None)
+    monkeypatch.setattr(dequantise, "_convert_gguf", None)
     monkeypatch.setattr("hashlib.file_digest", None)
     assert models.find_model(str(file)) == models.find_tokenizer(str(tmp_path)) == place
     monkeypatch.undo()
@@ -400,7 +401,7 @@ def test_a_file_is_hashed_and_converted_once(tmp_path, monkeypatch, capfd):
 def test_the_tokenizer_alone_needs_no_weights(tmp_path):
     place = models.find_tokenizer(str(write(tmp_path / "a.gguf")))
     assert not list(place.glob("*.safetensors"))
-    assert models.load_tokenizer(place, "own").eos_token == "<|im_end|>"
+    assert templates.load_tokenizer(place, "own").eos_token == "<|im_end|>"
 
 
 # ---- the real model

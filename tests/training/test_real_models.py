@@ -18,7 +18,7 @@ from compassion_repro.evaluation.generate import open_model
 from compassion_repro.pipeline.evaluate import _weights
 from compassion_repro.pipeline.preflight import look_at_model
 from compassion_repro.study import Models
-from compassion_repro.training import adapters, models
+from compassion_repro.training import adapters, encoding, models, templates
 
 BASE = world.assets() / "base"
 
@@ -42,7 +42,7 @@ def altered(folder, change):
 
 def opened(place):
     network, tokenizer = open_model(place, "cpu")
-    return f"{network.num_parameters()} parameters, padding {models.padding_note(tokenizer)}"
+    return f"{network.num_parameters()} parameters, padding {templates.padding_note(tokenizer)}"
 
 
 def seen_before(place):
@@ -223,19 +223,19 @@ def tokenizer(folder, pad=None, add=(), **special):
     "A tokenizer with these special tokens, beside the embedded model."
     place = copied(folder)
     own = json.loads((place / "tokenizer.json").read_text())
-    own["added_tokens"] = [token for token in own["added_tokens"] if token["content"] != models.PAD]
-    (place / "tokenizer.json").write_text(json.dumps(own).replace(models.PAD, "Zz spare"))
+    own["added_tokens"] = [token for token in own["added_tokens"] if token["content"] != templates.PAD]
+    (place / "tokenizer.json").write_text(json.dumps(own).replace(templates.PAD, "Zz spare"))
     made = PreTrainedTokenizerFast(tokenizer_file=str(place / "tokenizer.json"), **special)
     made.add_special_tokens({"additional_special_tokens": list(add)})
     if pad:
         made.pad_token = pad
     made.save_pretrained(place)
-    found = models.load_tokenizer(place)
-    row = models.encode_row(
+    found = templates.load_tokenizer(place)
+    row = encoding.encode_row(
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]}, found
     )
     assert row["labels"][-1] == found.eos_token_id  # the end token has loss, whatever pads
-    return models.padding_note(found)
+    return templates.padding_note(found)
 
 
 RARE = {
@@ -249,7 +249,7 @@ RARE = {
     "Shira": {"r": 2},
     "LNTuning": {"target_modules": ["input_layernorm"]},
 }
-END, BEGIN = models.END, models.BEGIN
+END, BEGIN = templates.END, templates.BEGIN
 GPTQ = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
 KINDS = ("awq", "fp8", "compressed-tensors", "mxfp4", "hqq", "torchao")
 CASES = [
