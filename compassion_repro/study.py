@@ -345,6 +345,13 @@ class Statistics(Section):
     confidence: float = Field(0.95, gt=0, lt=1)  # level of the intervals; alpha is 1 minus it
     resamples: int = Field(10_000, ge=100, le=MANY)  # bootstrap and permutation replicates
     power: float = Field(0.8, gt=0, lt=1)  # power at which the smallest detectable effect is given
+    retention: float = Field(50.0, ge=0, le=100)  # percent of mid-training's gain that a kept value keeps
+    sensitivity_retention: tuple[float, ...] = (80.0,)  # percents shown next to it
+    # log odds need as many independent answers with credit, and without; below, a model is at the floor (ceiling)
+    least_answers: float = Field(5.0, ge=0)
+    # an arm and its twin from another start are compared where their gain (and KL) differ by less than this factor
+    dose_factor: float = Field(2.0, gt=1)
+    cluster: str | None = None  # column of the scores whose groups of questions are drawn together
 
     @property
     def alpha(self) -> float:

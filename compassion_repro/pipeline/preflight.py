@@ -114,13 +114,13 @@ def check_machine(flight: Preflight):
     if not (flight.fetch or spread or grpo_by_vllm or answers_by_vllm):
         return
     flight.libraries()
-    from compassion_repro.training import device, grpo, processes
+    from compassion_repro.training import device, processes, vllm_sampler
 
     with flight.trying(flight.lacks):
         processes.check(preset)
     if grpo_by_vllm:
         with flight.trying(flight.lacks):
-            grpo.check_engine(preset.grpo, device.train_setup(preset.models, compute))
+            vllm_sampler.check_engine(preset.grpo, device.train_setup(preset.models, compute))
     if answers_by_vllm:
         _check_vllm(flight)
     if compute.device == "cuda" and flight.fetch:

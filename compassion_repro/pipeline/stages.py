@@ -380,10 +380,11 @@ def study_tasks(
     folder: Path,  # for copies of the data
 ) -> dict:  # `LoadedTask` by the benchmark's name
     "The official tasks of a study's benchmarks, loaded once a process."
-    from compassion_repro.evaluation import judges, scoring
+    from compassion_repro.evaluation import scoring
     from compassion_repro.evaluation.inspect_runner import temporary_folder, with_prompts
+    from compassion_repro.evaluation.replies import REPLIES, Replies
 
-    replies = None if judge in DETERMINISTIC else judges.Replies(folder.parent / judges.REPLIES)
+    replies = None if judge in DETERMINISTIC else Replies(folder.parent / REPLIES)
     sections = {name: Benchmark(**values) for name, values in json.loads(benchmarks).items()}
     tasks = scoring.load_tasks(sections, judge, folder, replies=replies)
     prompts = temporary_folder() / "prompts"
@@ -473,11 +474,12 @@ def _judge_passes(context: StageContext, answers) -> tuple:
     "Grades and scores of the answers, a pass a judge, and how many answers could not be judged."
     import pandas as pd
 
-    from compassion_repro.evaluation import judges, scoring
+    from compassion_repro.evaluation import scoring
+    from compassion_repro.evaluation.replies import REPLIES, Replies
 
     names, logs = judge_names(context.preset.judge), context.out / "logs"
-    kept = context.study.folder / judges.REPLIES
-    alone = nullcontext() if set(names) <= set(DETERMINISTIC) else judges.Replies(kept).alone(context.report)
+    kept = context.study.folder / REPLIES
+    alone = nullcontext() if set(names) <= set(DETERMINISTIC) else Replies(kept).alone(context.report)
     with alone:
         passes = [
             scoring.judge_answers(answers, _tasks(context, judge), judge, logs, report=context.report)
