@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from ..arms import measured
 from ..core.errors import InputError
 from compassion_repro.evaluation.text_features import (
     count_words,
@@ -20,7 +21,6 @@ from compassion_repro.evaluation.text_features import (
     sentences,
     welfare_pattern,
 )
-from ..study import parse_model
 
 # %% ../../nbs/05_evaluation/15_behaviour.ipynb #d7fd33af
 ANSWER_COLUMNS = (
@@ -179,20 +179,20 @@ def _tokens(result: Mapping) -> tuple[float, float]:
     return made, made
 
 # %% ../../nbs/05_evaluation/15_behaviour.ipynb #6691aaba
-def _arm_row(model: str, results: list[Mapping], kl: list[float]) -> dict:
+def _arm_row(model: str, kind: str, results: list[Mapping], kl: list[float]) -> dict:
     "What training did to one model, over its seeds."
-    arm, gain = parse_model(model), float(np.mean([r["gain"] for r in results]))
+    gain = float(np.mean([r["gain"] for r in results]))
     halves = [np.nan if r.get("gain_high") is None else r["gain_high"] - r["gain"] for r in results]
     half = float(np.sqrt(np.sum(np.square(halves)))) / len(results)
     tokens, loss_tokens = np.mean([_tokens(r) for r in results], axis=0)
     return {
         "model": model,
-        "paradigm": arm.paradigm if arm else "midtrain",
+        "paradigm": kind,
         "seeds": len(results),
         "gain": gain,
         "low": gain - half,
         "high": gain + half,
-        "unit": "reward" if "reward_after" in results[0] else "nats a token",
+        "unit": measured(results[0]).gain,
         "trained": bool(gain - half > 0),
         "steps": np.mean([r.get("steps", np.nan) for r in results]),
         "rows": np.mean([r.get("rows", np.nan) for r in results]),
@@ -218,10 +218,11 @@ def arm_facts(
     trained, probes = {}, {}
     for manifest in manifests:
         if "gain" in manifest["result"]:
-            trained.setdefault(manifest["model"], []).append(manifest["result"])
+            key = manifest["model"], manifest["kind"]
+            trained.setdefault(key, []).append(manifest["result"])
         if manifest.get("kind") == "probe" and manifest["result"].get("kl_mean") is not None:
             probes.setdefault(manifest["model"], []).append(manifest["result"]["kl_mean"])
-    rows = [_arm_row(model, results, probes.get(model, [])) for model, results in trained.items()]
+    rows = [_arm_row(*key, results, probes.get(key[0], [])) for key, results in trained.items()]
     return pd.DataFrame(rows, columns=_ARM_FACTS)
 
 # %% ../../nbs/05_evaluation/15_behaviour.ipynb #d308b0ae

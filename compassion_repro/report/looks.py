@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import wrap
+from zlib import crc32
 
+from ..arms import PARADIGMS, start_of
 from ..core.errors import InputError
 from ..core.files import write_atomically
 from ..study import DOMAINS, parse_model
@@ -44,18 +46,34 @@ def _broken(name: str) -> str:
     return "\n".join(wrap(name.replace("_", "_ "), 26)).replace("_ ", "_").replace(" ", "")
 
 # %% ../../nbs/08_report/00_looks.ipynb #57be6310
+def _other_look(model: str) -> tuple[str, tuple, str]:
+    "How a model looks that is none of the paper's: an arm of the study, or a model that you bring."
+    from matplotlib.colors import hsv_to_rgb, to_rgb
+
+    name, start = model.partition("@")[0], start_of(model)
+    if start is None:
+        return _broken(model.split("/")[-1]), to_rgb("#F0E442"), ""
+    colour = hsv_to_rgb((crc32(name.encode()) % 360 / 360, 0.55, 0.75))
+    paradigm, _, domain = name.partition("-")
+    title = f"{paradigm.upper()} {domain}" if paradigm in PARADIGMS and domain else _broken(name)
+    if start == "mid":
+        return title, tuple(colour), ""
+    paler = tuple((channel + 1) / 2 for channel in colour)
+    return f"{title}, from {NAMES.get(start, start)}", paler, HATCHES.get(start, "xxx")
+
+
 def model_look(
     model: str,  # any model id
 ) -> tuple[str, tuple, str]:  # name to print, RGB colour (0-1), hatching
-    """How a model looks in every figure. Any other model id is yellow, under the last part of its name,
-    broken into lines.
+    """How a model looks in every figure. An arm that is not the paper's has a colour that follows from its
+    name; a model from elsewhere is yellow, under the last part of its name, broken into lines.
     """
     from matplotlib.colors import to_rgb
 
     try:
         arm = parse_model(model)
     except InputError:
-        return _broken(model.split("/")[-1]), to_rgb("#F0E442"), ""
+        return _other_look(model)
     if arm is None:
         return NAMES[model], to_rgb(COLOURS[model]), ""
     name = NAMES[arm.rows] + (f", {DOMAINS[arm.rewarded_by]} reward" if arm.rewarded_by else "")
@@ -94,8 +112,9 @@ MARKERS = {
 def model_marker(
     model: str,  # any model id
 ) -> str:  # matplotlib marker
-    "The marker of a model where it is a point; a model that is none of the study's is a star."
-    return MARKERS.get(model.partition("@")[0].partition("+")[0], "*")
+    "The marker of a model where it is a point; an arm that is not the paper's is a diamond, others are stars."
+    other = "*" if start_of(model) is None else "D"
+    return MARKERS.get(model.partition("@")[0].partition("+")[0], other)
 
 # %% ../../nbs/08_report/00_looks.ipynb #03c71752
 def model_point(

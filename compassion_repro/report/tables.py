@@ -15,6 +15,7 @@ from dataclasses import asdict
 
 import pandas as pd
 
+from ..arms import TRAINING, measured
 from ..core.errors import InputError
 from ..evaluation.agreement import agreement
 from ..evaluation.behaviour import kl_points
@@ -93,14 +94,14 @@ def _stage_row(model: str, stages: list[dict]) -> dict[str, str]:
     tokens = [result["tokens"] for result in results if result.get("tokens")]
     trained = [result["trained"] for result in results if "trained" in result]
     dose = f"{sum(tokens) / len(tokens):,.0f}" if tokens else f"{first.get('completions', 0):,} completions"
-    by_reward = "reward_after" in first
+    by = measured(first)
     return {
         "model": model_name(model),
         "rows": f"{first.get('rows', 0):,}",
         "steps": f"{first.get('steps', 0):,}",
         "tokens a seed": dose,
         "gain": _gain(results),
-        "unit": "reward, held-out prompts" if by_reward else "nats a token, held-out rows",
+        "unit": f"{by.gain}, {by.measured_on}",
         "trained": f"{sum(trained)} of {len(trained)} seeds",
         "seconds a seed": f"{sum(m.get('seconds', 0) for m in stages) / len(stages):.0f}",
         "peak memory, MB": f"{max(m.get('peak_memory_mb', 0) for m in stages):,.0f}",
@@ -111,7 +112,7 @@ def stage_table(
     manifests: list[dict],  # of a study's stages
 ) -> pd.DataFrame:  # a row a trained model, columns of text
     "What every model was trained on and what it gained, over all seeds; empty where nothing was trained."
-    trained = [m for m in manifests if m["kind"] in ("midtrain", "sft", "grpo")]
+    trained = [m for m in manifests if m["kind"] in TRAINING]
     models = sorted({m["model"] for m in trained}, key=model_rank)
     return pd.DataFrame([_stage_row(model, [m for m in trained if m["model"] == model]) for model in models])
 
