@@ -15,6 +15,7 @@ import pandas as pd
 from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict
 
+from ..arms import start_of
 from ..core.errors import InputError
 from ..paper import Cell, Reading, paper_percent
 from compassion_repro.stats.cells import (
@@ -60,7 +61,7 @@ from compassion_repro.stats.scores import (
 )
 
 # %% ../../nbs/06_stats/02_estimates.ipynb #2ce8b310
-from ..study import STARTS, Statistics, parse_model
+from ..study import STARTS, Statistics
 
 # %% ../../nbs/06_stats/02_estimates.ipynb #203b345a
 _all_ = [
@@ -533,10 +534,7 @@ def _ratio_of_gains(cells: CellSums, reading: Reading, settings: Statistics) -> 
 # %% ../../nbs/06_stats/02_estimates.ipynb #414b68ea
 def _starts_at_mid(model: str) -> bool:
     "Whether a model is an arm of the study that started from the mid-trained model."
-    try:
-        return parse_model(model).start == "mid"
-    except InputError:
-        return False
+    return start_of(model) == "mid"
 
 
 def retention_reading(

@@ -12,7 +12,7 @@ import pytest
 from compassion_repro.core.errors import InputError
 from compassion_repro.paper import FAMILIES, Cell, Reading, readings
 from compassion_repro.presets import load_preset
-from compassion_repro.report import figures, tables
+from compassion_repro.report import figures, looks, tables
 from compassion_repro.stats import (
     claims,
     estimates,
@@ -350,7 +350,7 @@ def test_figures_of_odd_studies(scores, tmp_path):
         scores.assign(model=scores["model"].replace("mid", "some-hub/model")),
         scores.assign(benchmark=scores["benchmark"].replace("moru", "our-own")),
     ):
-        paths = figures.save_figure(figures.plot_scores(odd, QUICK), tmp_path / "figures", "scores")
+        paths = looks.save_figure(figures.plot_scores(odd, QUICK), tmp_path / "figures", "scores")
         assert [path.suffix for path in paths] == [".png", ".svg"] and all(
             path.stat().st_size > 1000 for path in paths
         )
