@@ -91,7 +91,7 @@ def evaluate_models(
 
     Raises `InputError` in one line for anything wrong.
     """
-    from compassion_repro.evaluation.benchmarks import language_code
+    from compassion_repro.evaluation.benchmark_data import language_code
     from compassion_repro.pipeline.preflight import look_at_judge
 
     folder, named = Path(out), [*judge_names(judges), *filter(None, [judging.get("substitute")])]
@@ -166,7 +166,7 @@ def without_scores(
     judges: str | None = None,  # only these, with commas; None: all
 ) -> list[str]:  # a line each
     "Judges that gave no usable score on a benchmark: why, and what to do."
-    from compassion_repro.evaluation.scoring import no_grade_line
+    from compassion_repro.evaluation.grades import no_grade_line
 
     study, lines = Study(folder), []
     scores, names = study.table("scores"), judges and judge_names(judges)

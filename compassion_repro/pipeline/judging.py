@@ -126,7 +126,7 @@ class _Judging:
     tasks: dict  # LoadedTask by benchmark id
     answers: object  # frame of the answers that a judge judges
     settings: dict  # the judges' settings
-    replies: object  # `evaluation.judges.Replies`: what was paid for already
+    replies: object  # `evaluation.replies.Replies`: what was paid for already
     prices: dict  # from `load_prices`
     agree: Callable  # asks before money is spent; called with `Estimate`s
     report: Callable[[str], None]  # called with each line of passing progress
@@ -221,7 +221,7 @@ def _start_judging(
     setup: Setup,  # from `setup_of`
     answers,  # frame of all its answers
     settings: dict,  # the judges' settings
-    replies,  # `evaluation.judges.Replies`
+    replies,  # `evaluation.replies.Replies`
     prices: dict,  # from `load_prices`
     agree: Callable,  # asks before money is spent
     report: Callable[[str], None],  # called with each line of passing progress
@@ -279,7 +279,7 @@ def judge_folder(
 
     Raises `InputError` in one line for anything wrong, and before anything is spent without consent.
     """
-    from compassion_repro.evaluation.judges import REPLIES, Replies
+    from compassion_repro.evaluation.replies import REPLIES, Replies
 
     folder, settings, names = Path(folder), settings or {}, judge_names(judges)
     if substitute is not None and check_judge(substitute) in names:

@@ -12,8 +12,9 @@ import math
 from contextlib import suppress
 from pathlib import Path
 
+from ..arms import REWARD_MODEL, measured
 from ..core.errors import InputError
-from ..core.files import is_local, writable
+from ..core.files import digest, is_local, writable
 from ..core.lock import locked
 from ..core.signals import raise_on_signal
 from ..data import hub
@@ -37,16 +38,16 @@ def _used_sources(preset: Preset) -> dict[str, str]:
     "Dotted names of the sources that the study will fetch as models and corpora, with their kinds."
     arms, midtrained = preset.trained_arms, {"mid", "mid-control"}.intersection(preset.trained)
     used = {"models.base": "model"} | {f"models.given.{name}": "model" for name in preset.models.given}
-    if any(arm.reward == "help" for arm in arms):
+    if any(arm.reward == REWARD_MODEL for arm in arms):
         used["models.reward"] = "model"
     needed = {
         "documents": "mid" in midtrained,
         "control": "mid-control" in midtrained,
         "replay": midtrained and preset.midtrain.replay,
     }
-    corpora = [arm.rows for arm in arms] + [name for name, read in needed.items() if read]
-    values = preset.resolved()["data"]
-    return used | {key: "dataset" for name in corpora for key in data_settings(f"data.{name}", values[name])}
+    corpora = [arm.rows_setting for arm in arms] + [f"data.{name}" for name, read in needed.items() if read]
+    values = preset.corpora()
+    return used | {key: "dataset" for name in corpora for key in data_settings(name, values[name])}
 
 # %% ../../nbs/09_pipeline/06_run.ipynb #be563a85
 def _setting_at(values: dict, key: str) -> tuple:
@@ -237,24 +238,48 @@ def _was_trained(results: list[dict]) -> dict:
     seeds, mean = len(results), sum(r["gain"] for r in results) / len(results)
     widths = [r["gain_high"] - r["gain"] if r["gain_high"] is not None else math.inf for r in results]
     half = math.sqrt(sum(width**2 for width in widths)) / seeds
-    rewarded = "reward_after" in results[0]
-    unit = "of reward on held-out prompts" if rewarded else "nats a token on held-out rows"
+    by = measured(results[0])
+    unit = f"{'of ' if by.gain == by.measure else ''}{by.gain} on {by.measured_on}"
     reason = (
         f"gain {mean:.4f} [{mean - half:.4f}, {mean + half:.4f}] {unit} over {seeds}"
         f" seed{'s' if seeds > 1 else ''}"
     )
     return {"trained": mean - half > 0, "reason": reason}
 
+# %% ../../nbs/09_pipeline/06_run.ipynb #ddbead0f
+def _weights_digest(manifest: dict) -> str | None:
+    "Identity of the weights that a stage left, from the hashes of its files; None where it left none."
+    weights = (".safetensors", ".gguf", ".bin")
+    files = manifest.get("files", {}).items()
+    hashes = sorted(entry["sha256"] for name, entry in files if name.endswith(weights))
+    return digest(hashes) if hashes else None
+
+
+def _add_seed(record: dict[str, dict], manifest: dict):
+    "Note the gain and the weights of one stage under its model."
+    model, seed, gain = manifest["model"], str(manifest.get("seed")), manifest["result"].get("gain")
+    weights = _weights_digest(manifest) if manifest.get("stage") == model else None
+    if gain is not None and model in record:
+        record[model].setdefault("gains", {})[seed] = gain
+    if weights is not None:
+        given = {"trained": True, "reason": "it was not trained in this study"}
+        record.setdefault(model, given).setdefault("weights", {})[seed] = weights
+
 # %% ../../nbs/09_pipeline/06_run.ipynb #4ba181dc
 def training_record(
     manifests: list[dict],  # of one study
-) -> dict[str, dict]:  # model id to {"trained": bool, "reason": str}
-    "Whether each model was trained: the mean gain over the seeds, with its 95 % interval, is above 0."
+) -> dict[str, dict]:  # model id to {"trained": bool, "reason": str, "gains": by seed, "weights": by seed}
+    """Whether each model was trained: the mean gain over the seeds, with its 95 % interval, is above 0. With the
+    gain and a digest of the weights of each seed; a model that was not trained here has its weights only.
+    """
     results = {}
     for manifest in manifests:
         if "gain" in manifest["result"]:
             results.setdefault(manifest["model"], []).append(manifest["result"])
-    return {model: _was_trained(found) for model, found in results.items()}
+    record = {model: _was_trained(found) for model, found in results.items()}
+    for manifest in manifests:
+        _add_seed(record, manifest)
+    return record
 
 # %% ../../nbs/09_pipeline/06_run.ipynb #b6bb4eba
 TRAINING = "training.json"  # what training did to each model, at the top of the study
@@ -292,6 +317,8 @@ def known_training(
     manifests = [m for m in study.manifests() if (m["model"], m["seed"]) in scored]
     record, kept = training_record(manifests), _kept_training(study.folder)
     here = {(m["model"], m["seed"]) for m in manifests if "gain" in m["result"]}
+    given = {name for name, _ in scored} - set(study.preset.trained) - record.keys()
+    record |= {name: kept[name] for name in sorted(given & kept.keys())}
     for model in study.preset.trained:
         seeds = {seed for name, seed in scored if name == model}
         if not seeds or {(model, seed) for seed in seeds} <= here:

@@ -33,7 +33,7 @@ def _shown_to_judges(
     "What the judges were shown of each drawn answer; variables' combinations are in the scorer's order."
     import pandas as pd
 
-    from compassion_repro.evaluation.judges import read_judge_prompt
+    from compassion_repro.evaluation.indicators import read_judge_prompt
     from compassion_repro.evaluation.scoring import judge_prompts
 
     prompts = judge_prompts(answers, tasks)

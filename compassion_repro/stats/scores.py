@@ -6,10 +6,11 @@
 __all__ = ['SCORE_COLUMNS', 'ITEM_KEYS', 'DRAWN', 'DRAWN_SIZE', 'MEAN_OF_JUDGES', 'TASK', 'GRADE_COLUMNS', 'ANSWER_COLUMNS',
            'draw_scores', 'check_columns', 'check_scores', 'read_scores', 'item_scores', 'one_judge', 'model_rank',
            'in_languages', 'dimension_means', 'dimension_normalised', 'mean_of_judges', 'with_task_scores',
-           'scores_from_grades', 'dimension_weights', 'question_texts', 'answer_summary']
+           'scores_from_grades', 'dimension_weights', 'without_template', 'question_texts', 'answer_summary']
 
 # %% ../../nbs/06_stats/01_scores.ipynb #0723ea93
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -162,13 +163,14 @@ def read_scores(
 def item_scores(
     scores: pd.DataFrame,  # rows of `scores.parquet`
     dimension: str = "overall",  # "overall" is the task's own aggregate
-) -> pd.DataFrame:  # judge, model, seed, benchmark, language, item_id, question_id, score, epochs, nulls
+) -> pd.DataFrame:  # ITEM_KEYS (and cluster, where there is one), score, epochs, nulls
     """One score (0-1) a question: its mean over epochs; `epochs` were scored, `nulls` were not.
 
     A question with no score at all stays, as null.
     """
     rows = scores[scores["dimension"] == dimension]
-    grouped = rows.groupby(ITEM_KEYS, observed=True)["score"]
+    keys = ITEM_KEYS + ["cluster"] * ("cluster" in rows)
+    grouped = rows.groupby(keys, observed=True)["score"]
     items = grouped.agg(score="mean", epochs="count", rows="size").reset_index()
     items["nulls"] = items.pop("rows") - items["epochs"]
     return items
@@ -248,6 +250,7 @@ def mean_of_judges(
 ) -> pd.DataFrame:  # the same columns as far as all judges share them; judge "mean of judges"
     "Scores of the same answers, averaged over judges; null where a judge gave none."
     keys = list(SCORE_COLUMNS[:-2])  # all but score and judge
+    keys += ["cluster"] * ("cluster" in scores)
     columns = {"score": ("score", "mean"), "scored": ("score", "count")}
     if "judge_valid" in scores:
         columns["judge_valid"] = ("judge_valid", "all")
@@ -337,6 +340,19 @@ def dimension_weights(
         weights[benchmark] = dict(zip(gaps.columns, _fitted_weights(gaps.to_numpy()).tolist()))
     return weights
 
+# %% ../../nbs/06_stats/01_scores.ipynb #e1a7c0e2
+def without_template(
+    prompts: pd.Series,  # of one model
+) -> pd.Series:  # the questions, same index
+    "Prompts without the lines, labels and marks that all of them begin and end with; one alone stays as it is."
+    texts = prompts.unique().tolist()
+    if len(texts) < 2:
+        return prompts
+    head = len(re.sub(r"[^\n>\]:]*$", "", os.path.commonprefix(texts)))
+    ending = os.path.commonprefix([text[head:][::-1] for text in texts])[::-1]
+    tail = len(re.sub(r"^[^\n<\[]*?(?=\s\w+:\s*$|[\n<\[]|$)", "", ending))
+    return prompts.map(lambda prompt: prompt[head : len(prompt) - tail].strip())
+
 # %% ../../nbs/06_stats/01_scores.ipynb #2c3f6141
 def question_texts(
     answers: pd.DataFrame,  # rows of `answers.parquet`, with `prompt`
@@ -344,11 +360,7 @@ def question_texts(
     "The questions as they were asked, the template taken off."
     check_columns(answers, ("benchmark", "question_id", "prompt"), "the answer frame")
     questions = answers.drop_duplicates(["benchmark", "question_id"])
-    prompts, head, tail = questions["prompt"].tolist(), 0, 0
-    if len(prompts) > 1:
-        head = len(os.path.commonprefix(prompts))
-        tail = len(os.path.commonprefix([prompt[head:][::-1] for prompt in prompts]))
-    texts = [prompt[head : len(prompt) - tail] for prompt in prompts]
+    texts = without_template(questions["prompt"])
     return dict(zip(zip(questions["benchmark"], questions["question_id"]), texts))
 
 # %% ../../nbs/06_stats/01_scores.ipynb #2d29c5ce
