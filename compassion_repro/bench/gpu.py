@@ -48,7 +48,7 @@ from ..training.grpo import engine_ended, make_trainer, prompt_rows
 from ..core.compat import GRPO_PARTS
 from ..core.errors import first_line
 from ..core.files import write_atomically
-from ..store.folder import provenance
+from ..store.manifest import provenance
 from ..study import Compute, Generation, Grpo, Lora, Models, Training
 from ..training.adapters import lora_config
 from ..training.checkpoints import Progress

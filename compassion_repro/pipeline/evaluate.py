@@ -35,7 +35,8 @@ from compassion_repro.evaluation.agreement import (
 )
 from ..evaluation.cost import Estimate, ask, is_free, load_prices
 from ..store.artifact import foreign_files, recorded_damage, write_recorded
-from ..store.folder import Study, check_artifact, check_passes
+from ..store.checks import check_artifact, check_passes
+from ..store.folder import Study
 from ..study import Benchmark, Generation, check_judge, judge_names
 from ..training.gguf import check_gguf, gguf_file, gguf_note
 from ..training.model_files import adapter_base

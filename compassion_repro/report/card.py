@@ -23,7 +23,8 @@ from ..core.errors import InputError
 from ..core.files import is_local
 from ..data import hub
 from ..stats import estimates
-from ..store.folder import Study, check_artifact
+from ..store.checks import check_artifact
+from ..store.folder import Study
 from ..study import parse_model
 
 # %% ../../nbs/08_report/06_card.ipynb #d659527d
