@@ -23,13 +23,8 @@ from .ray_engine import pick_engine, run_stages
 from .stages import without_jail
 from ..presets import build_preset
 from ..store.artifact import recorded_damage, write_recorded
-from compassion_repro.store.folder import (
-    Study,
-    check_for_report,
-    check_passes,
-    note_sources_of_tables,
-    take_stock,
-)
+from ..store.checks import check_for_report, check_passes, note_sources_of_tables, take_stock
+from ..store.folder import Study
 from ..store.graph import Stage, data_settings, source_settings
 from ..study import Preset
 
@@ -239,7 +234,7 @@ def _was_trained(results: list[dict]) -> dict:
     widths = [r["gain_high"] - r["gain"] if r["gain_high"] is not None else math.inf for r in results]
     half = math.sqrt(sum(width**2 for width in widths)) / seeds
     by = measured(results[0])
-    unit = f"{'of ' if by.gain == by.measure else ''}{by.gain} on {by.measured_on}"
+    unit = f"{'' if by.measure == 'loss' else 'of '}{by.gain} on {by.measured_on}"
     reason = (
         f"gain {mean:.4f} [{mean - half:.4f}, {mean + half:.4f}] {unit} over {seeds}"
         f" seed{'s' if seeds > 1 else ''}"
