@@ -10,7 +10,8 @@ __all__ = ['GPUS', 'REACHED', 'A_LAYER', 'STARTING', 'READING', 'LOADS', 'JUDGED
 import math
 from dataclasses import dataclass
 
-from ..study import Preset
+from ..arms import TRAINING
+from ..study import Preset, Training
 from .memory import FULL, Fit, Shape, stage_memory
 
 # %% ../../nbs/04_training/09_gpu_hours.ipynb #00636687
@@ -80,7 +81,7 @@ def sampling_hours(
 STARTING, READING, LOADS = (
     20,
     0.5,
-    {"base": 1, "reward": 1, "midtrain": 3, "sft": 3, "grpo": 5, "answers": 1, "probe": 2},
+    {"base": 1, "reward": 1, "midtrain": 3, "sft": 3, "grpo": 5, "dpo": 3, "answers": 1, "probe": 2},
 )
 JUDGED = {True: 5, False: 250}  # calls a second: of a judge behind an API, of a program
 
@@ -99,8 +100,10 @@ def stage_hours(
     if kind == "eval":
         return (STARTING + (record["judge_calls"] or 0) / JUDGED["/" in preset.judge]) / 3600
     hours = (STARTING + LOADS[kind] * 2e-9 * shape.parameters / READING) / 3600
-    if kind in ("midtrain", "sft"):
+    if kind in TRAINING and isinstance(getattr(preset, kind), Training):
         hours += training_hours(shape, tokens, gpu, held, fit.checkpointing)
+    if kind == "dpo":  # the reference reads the pairs as well
+        hours += training_hours(shape, tokens, gpu, held, fit.checkpointing) / 3
     if kind == "grpo":
         new, kept = preset.grpo.value("max_new_tokens"), 2 * preset.grpo.held_out * preset.grpo.samples
         hours += training_hours(shape, tokens, gpu, held, fit.checkpointing) * 4 / 3 + sampling_hours(

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from ..arms import TRAINING
 from ..core.errors import InputError
 from ..data import hub
-from ..study import Grpo, Preset, Training
+from ..study import Dpo, Grpo, Preset, Training
 from .gguf import gguf_file, read_gguf
 
 # %% ../../nbs/04_training/08_memory.ipynb #b087ca06
@@ -288,6 +288,8 @@ def _divisors(number: int) -> list[int]:
 # %% ../../nbs/04_training/08_memory.ipynb #edc63608
 def _length(training: Training | Grpo) -> int:
     "Tokens of the longest sequence of a stage."
+    if isinstance(training, Dpo):
+        return 2 * training.length  # a pair
     if isinstance(training, Training):
         return training.length
     return training.max_prompt_tokens + training.value("max_new_tokens")
