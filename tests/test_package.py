@@ -43,6 +43,7 @@ HEAVY = {
     "training.checkpoints",
     "training.dequantise",
     "training.device",
+    "training.dpo",
     "training.encoding",
     "training.fitting",
     "training.grpo",
