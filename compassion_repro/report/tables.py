@@ -47,12 +47,17 @@ def _estimand_text(row) -> str:
         text += f"; unreadable replies counted as wrong: {row.wrong}"
     return text
 
+# %% ../../nbs/08_report/03_tables.ipynb #df991ef3
+def _changed_rules(row) -> str:
+    "Which rules of a row of `claim_rows` changed after they were registered; empty where none did."
+    return f"; rules changed since they were registered: {'; '.join(row.changed)}" if row.changed else ""
+
 # %% ../../nbs/08_report/03_tables.ipynb #d85fbcdb
 def claim_table(
     claims: ClaimTable,  # of the study
 ) -> pd.DataFrame:  # a row a record, columns of text
     "Every reading with its verdict, the figures that it rests on, and the reason."
-    rows, several = claim_rows(claims), len({record.judge for record in claims.records}) > 1
+    rows, several = claim_rows(claims), len(claims.judges) > 1
     each = list(rows.itertuples())
     corrected = rows["adjusted"].any()
     table = pd.DataFrame(
@@ -74,7 +79,7 @@ def claim_table(
                 _number(row.margin, "±{:g}" if row.kind == "equivalence" else "−{:g}") for row in each
             ],
             "questions × seeds": [f"{row.questions} × {row.seeds}" if row.questions else "" for row in each],
-            "why": rows["reason"],
+            "why": [row.reason + _changed_rules(row) for row in each],
         }
     )
     return table if several else table.drop(columns="judge")
@@ -505,7 +510,10 @@ def _inference(files: StudyFiles) -> list[str]:
     "Claims without a verdict, the smallest margins that the design could establish, questions left out."
     rows, records = claim_rows(files.claims), files.claims.records
     notes = _without_verdict(rows)
-    margins = {r.reading: f"{r.reading} ±{r.smallest_margin:.1f}" for r in records if r.smallest_margin}
+    if all(record.registered is None for record in records):
+        notes.append("The rules were not registered before the first stage of this study.")
+    nulls = [r for r in records if r.unit == "points" and r.smallest_margin]
+    margins = {r.reading: f"{r.reading} ±{r.smallest_margin:.1f}" for r in nulls}
     if margins:
         notes.append(
             "Smallest margin for which a true effect of zero could have been called none:"
