@@ -16,7 +16,12 @@ from conftest import ROOT
 HEAVY_LIBRARIES = ["torch", "transformers", "trl", "datasets", "inspect_ai"]
 HEAVY = {
     "bench.cpu",
+    "bench.answers",
+    "bench.clocks",
     "bench.gpu",
+    "bench.grpo_steps",
+    "bench.model",
+    "bench.training_runs",
     "data.lengths",
     "data.rows",
     "data.schemas",

@@ -467,7 +467,7 @@ def _obliging(stand_in_class, yes: bool):
 
 # %% ../../nbs/04_training/20_rewards.ipynb #8c78c228
 def _easy_programs(stand_in_class) -> dict:  # name -> what each name of the program's gives
-    "Programs that do no task; `stand_in_class` is the judge's, see the sandbox's protocol."
+    "Programs that do no task; `stand_in_class` is the judge's, see sandbox.test_runner."
 
     class Fails(ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, NotImplementedError):
         pass
@@ -539,13 +539,13 @@ def _easily_passed(
 # %% ../../nbs/04_training/20_rewards.ipynb #2c4da18d
 def _check_program(batch: list[str]) -> str:  # its source
     "A program for the jail that prints, for each of these tests, which easy program passes them."
-    from compassion_repro.sandbox import protocol
+    from compassion_repro.sandbox import test_runner
 
     functions = (
-        protocol._stand_in_class,
-        protocol._add_operations,
-        protocol._names_under_test,
-        protocol._tests_namespace,
+        test_runner._stand_in_class,
+        test_runner._add_operations,
+        test_runner._names_under_test,
+        test_runner._tests_namespace,
         _obliging,
         _easy_programs,
         _passes,

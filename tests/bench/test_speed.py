@@ -33,7 +33,7 @@ def test_a_machine_without_a_gpu_is_told_in_one_line():
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     "Four parts at a size for processors, from random weights to a JSON file."
-    from compassion_repro.bench import gpu
+    from compassion_repro.bench import gpu, model
 
     shape = {
         "vocab_size": 2400,
@@ -45,7 +45,7 @@ def measured(tmp_path_factory):
         "max_position_embeddings": 512,
     }
     out, said = tmp_path_factory.mktemp("speed") / "bench.json", []
-    sizes = gpu.Sizes(shape, (64,), 128, 3, 4, 2, 4, 1, 2, 2, 6, 64)
+    sizes = model.Sizes(shape, (64,), 128, 3, 4, 2, 4, 1, 2, 2, 6, 64)
     result = gpu.measure(
         sizes,
         out,
@@ -67,7 +67,7 @@ def test_every_part_measures_and_is_saved(measured):
 
 
 def test_a_part_that_fails_is_the_only_one_lost(monkeypatch, tmp_path):
-    from compassion_repro.bench import gpu
+    from compassion_repro.bench import gpu, model
 
     def fails(*args, **kwargs):
         raise MemoryError("no room")
@@ -76,8 +76,8 @@ def test_a_part_that_fails_is_the_only_one_lost(monkeypatch, tmp_path):
         gpu, "parts", lambda bench, vllm: {"bad": fails, "good": lambda: {"seconds_a_step": {"median": 1.0}}}
     )
     result = gpu.measure(
-        gpu.Sizes(
-            gpu.LLAMA_8B
+        model.Sizes(
+            model.LLAMA_8B
             | {
                 "num_hidden_layers": 1,
                 "hidden_size": 32,
@@ -100,15 +100,15 @@ def test_a_part_that_fails_is_the_only_one_lost(monkeypatch, tmp_path):
 
 
 def test_committed_figures_are_whole_and_follow_from_the_formulas():
-    from compassion_repro.bench import gpu
+    from compassion_repro.bench import model
     from compassion_repro.training.memory import KNOWN
 
     llama, rate = KNOWN["meta-llama/Llama-3.1-8B"], FIGURES["limits"]["operations"]["median"]
-    assert FIGURES["model"] == gpu.LLAMA_8B and FIGURES["seconds"] < 480 and FIGURES["machine"]["commit"]
+    assert FIGURES["model"] == model.LLAMA_8B and FIGURES["seconds"] < 480 and FIGURES["machine"]["commit"]
     assert not [name for name, run in FIGURES["parts"].items() if "error" in run]
     for name, run in RUNS.items():
         length, speed_of = int(name.split("/")[1]), run["tokens_per_second"]["median"]
-        bounds = [gpu.flops_per_token(llama, [n]) * speed_of / rate for n in (1, length)]
+        bounds = [model.flops_per_token(llama, [n]) * speed_of / rate for n in (1, length)]
         assert bounds[0] < run["mfu"] < bounds[1], name
 
 

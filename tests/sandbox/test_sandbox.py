@@ -25,7 +25,7 @@ import pytest
 from compassion_repro.bench.cpu import benchmark
 from compassion_repro.core.errors import InputError
 from compassion_repro.sandbox import jail as sandbox
-from compassion_repro.sandbox import walls
+from compassion_repro.sandbox import supervisor, walls
 from compassion_repro.sandbox.jail import LEVELS, probe
 
 # what is not about the time limit has time enough on a busy machine
@@ -99,7 +99,7 @@ def marked_jails(tmp_path_factory):
     folder = Path(tempfile.mkdtemp(prefix="test-sandbox-"))
     folder.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sandbox, "BOOT", f"{walls.BOOT}\n{MARK}")
+        patch.setattr(sandbox, "BOOT", f"{supervisor.BOOT}\n{MARK}")
         patch.setattr(tempfile, "tempdir", str(folder))
         yield
     folder.rmdir()  # fails if anything was left
