@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from .arms import ArmSettings
 from .core.errors import InputError, shorten
 from .core.files import packaged_model, write_atomically
 from .study import Benchmark, Preset, Section
@@ -137,6 +138,7 @@ def presets() -> list[str]:
 # %% ../nbs/01_study/01_presets.ipynb #e4a24b33
 # mappings whose keys are names, not settings
 NAMED = (
+    ("arms",),
     ("benchmarks",),
     ("benchmarks", "*", "size"),
     ("models", "given"),
@@ -156,6 +158,24 @@ def _key(path: tuple[str, ...], key: Any) -> Any:
     "The name of a corpus is written with a hyphen; an underscore means the same."
     return key.replace("_", "-") if path == ("data",) and isinstance(key, str) else key
 
+# %% ../nbs/01_study/01_presets.ipynb #5a10e002
+def _chosen_arms(low: Any, names: list) -> list | dict:
+    "The arms that a list names, with what the preset below says about them."
+    texts = all(isinstance(name, str) for name in names)
+    if not isinstance(low, dict) or not texts or len(set(names)) < len(names):
+        return names
+    chosen = {}
+    for name in names:
+        own, other_start = low.get(name), low.get(name.partition("@")[0]) or {}
+        without = {word: value for word, value in other_start.items() if word not in ("start", "starts")}
+        chosen[name] = without if own is None else own
+    return chosen if any(chosen.values()) else names
+
+# %% ../nbs/01_study/01_presets.ipynb #5a10e003
+def _is_source(path: tuple[str, ...]) -> bool:
+    "Whether a place in a preset holds the sources of some rows."
+    return len(path) == 2 and path[0] == "data" or len(path) == 3 and path[0] == "arms" and path[2] == "rows"
+
 # %% ../nbs/01_study/01_presets.ipynb #1f108457
 def _merge(
     low: dict,  # values of the preset below
@@ -171,6 +191,11 @@ def _merge(
     for key, value in high.items():
         key = _key(path, key)
         below = (*path, str(key))
+        if below == ("arms",) and isinstance(value, list):
+            merged[key] = _chosen_arms(low.get(key), value)
+            continue
+        if below == ("arms",) and isinstance(value, dict) and isinstance(low.get(key), list):
+            low = {**low, key: {name: {} for name in low[key]}}
         if named and value is None:
             if key not in low:
                 raise InputError(
@@ -182,7 +207,7 @@ def _merge(
             # `data.sft-help.limit=9` on a source that is a text so far
             merged[key] = {"path": low[key], **value}
         # another source, with its own columns
-        elif path == ("data",) and isinstance(value, dict) and "path" in value:
+        elif _is_source(below) and isinstance(value, dict) and "path" in value:
             merged[key] = value
         elif isinstance(value, dict) and isinstance(low.get(key), dict):
             if (
@@ -373,8 +398,8 @@ def _leaves(section: type[BaseModel] | None = None, prefix: str = "") -> list[st
         name, kind = f"{prefix}{field.alias or name}", field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             found += _leaves(kind, f"{name}.")
-        elif "Benchmark" in str(kind):
-            found += _leaves(Benchmark, f"{name}.*.")
+        elif named := [one for one in get_args(kind) if one in (Benchmark, ArmSettings)]:
+            found += [name] * (named == [ArmSettings]) + _leaves(named[0], f"{name}.*.")
         else:
             found.append(name)
     return found
@@ -383,7 +408,8 @@ def _leaves(section: type[BaseModel] | None = None, prefix: str = "") -> list[st
 def _nearest(key: str) -> str:
     "Known settings that a mistyped one may mean, as a question; empty where none is near."
     *path, last = key.split(".")
-    known = [name.replace("*", path[1]) if "*" in name and len(path) > 1 else name for name in _leaves()]
+    leaves = [name for name in _leaves() if path[:1] == ["arms"] or not name.startswith("arms.")]
+    known = [name.replace("*", path[1]) if "*" in name and len(path) > 1 else name for name in leaves]
     sections = [name.rpartition(".")[0].removesuffix(".*") for name in known if "." in name]
     elsewhere = [name for name in known if name.rpartition(".")[2] == last]
     near = elsewhere or difflib.get_close_matches(key, [*known, *dict.fromkeys(sections)], n=2, cutoff=0.75)

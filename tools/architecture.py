@@ -15,6 +15,8 @@ PACKAGE = "compassion_repro"
 PAGE = ROOT / "ARCHITECTURE.md"
 LAYERS = [  # lowest first; those of one line may not import each other
     ("core",),
+    ("sections",),
+    ("arms",),
     ("study",),
     ("presets",),
     ("data", "sandbox", "paper"),

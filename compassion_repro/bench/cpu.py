@@ -31,9 +31,10 @@ from ..sandbox.jail import LEVELS, level, probe, run_code, run_many
 from ..sandbox.supervisor import FLAGS
 from ..sandbox.walls import interpreter_files
 from ..study import Generation, Grpo, Lora
+from ..training.advantages import Recorder, reward_words
 from ..training.checkpoints import Progress
 from ..training.device import TrainRun
-from ..training.grpo import Recorder, make_trainer, prompt_rows, reward_words
+from ..training.grpo import make_trainer, prompt_rows
 from ..training.models import find_model, load_model
 from ..training.rewards import code_reward
 from ..training.templates import load_tokenizer

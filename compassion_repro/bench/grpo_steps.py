@@ -22,10 +22,11 @@ from ..core.compat import GRPO_PARTS
 from ..study import Grpo
 from ..training.device import TrainRun, TrainSetup, fitted
 from ..training.encoding import encode_prompt
-from ..training.grpo import engine_ended, make_trainer, prompt_rows
+from ..training.grpo import make_trainer, prompt_rows
 from ..training.memory import fit
 from ..training.models import pick_dtype
 from ..training.templates import load_tokenizer
+from ..training.vllm_sampler import engine_ended
 
 # %% ../../nbs/10_bench/03_grpo_steps.ipynb #6d301f14
 class RandomReward:

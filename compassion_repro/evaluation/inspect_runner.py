@@ -33,7 +33,8 @@ from compassion_repro.core.compat import (
     token_counts,
 )
 from ..core.errors import InputError, one_line, redact
-from .benchmarks import LoadedTask, load_named_task, not_text
+from .benchmarks import LoadedTask, load_named_task
+from .inspect_tasks import not_text
 
 # %% ../../nbs/05_evaluation/05_inspect_runner.ipynb #7d062ca7
 class Progress:

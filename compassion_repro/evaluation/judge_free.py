@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import InputError
 from ..data import world
-from .behaviour import count_words, sentences, welfare_pattern
+from .text_features import count_words, sentences, welfare_pattern
 from ..study import Margin
 from ..training.encoding import encode_prompt, ended_with, text_ids
 from ..training.models import load_model

@@ -138,7 +138,7 @@ def check_tags(
 def check_texts(
     task: str,  # "anima" or "moru"
     questions: Sequence[dict],  # rows of the questions
-    code: Callable[[str | None], str],  # code of a language, `evaluation.benchmarks.language_code`
+    code: Callable[[str | None], str],  # code of a language, `evaluation.benchmark_data.language_code`
     folder: Path,  # where they come from, for the message
 ):
     """Raise `InputError` for empty ids, blank questions, languages that are no text and, in MORU, for one
@@ -170,7 +170,7 @@ def check_texts(
 # %% ../../nbs/05_evaluation/01_questions.ipynb #69cf4954
 def strange_languages(
     questions: Sequence[dict],  # rows of the questions
-    code: Callable[[str | None], str],  # code of a language, `evaluation.benchmarks.language_code`
+    code: Callable[[str | None], str],  # code of a language, `evaluation.benchmark_data.language_code`
     names: dict[str, str],  # code by name, lower case
 ) -> list[str]:  # a sentence each
     "Languages that no list knows; their questions count as a language by that name."

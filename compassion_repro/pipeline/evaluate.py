@@ -433,7 +433,7 @@ class _Judging:
     tasks: dict  # LoadedTask by benchmark id
     answers: object  # frame of the answers that a judge judges
     settings: dict  # the judges' settings
-    replies: object  # `evaluation.judges.Replies`: what was paid for already
+    replies: object  # `evaluation.replies.Replies`: what was paid for already
     prices: dict  # from `load_prices`
     agree: Callable  # asks before money is spent; called with `Estimate`s
     report: Callable[[str], None]  # called with each line of passing progress
@@ -528,7 +528,7 @@ def _start_judging(
     setup: Setup,  # from `setup_of`
     answers,  # frame of all its answers
     settings: dict,  # the judges' settings
-    replies,  # `evaluation.judges.Replies`
+    replies,  # `evaluation.replies.Replies`
     prices: dict,  # from `load_prices`
     agree: Callable,  # asks before money is spent
     report: Callable[[str], None],  # called with each line of passing progress
@@ -586,7 +586,7 @@ def judge_folder(
 
     Raises `InputError` in one line for anything wrong, and before anything is spent without consent.
     """
-    from compassion_repro.evaluation.judges import REPLIES, Replies
+    from compassion_repro.evaluation.replies import REPLIES, Replies
 
     folder, settings, names = Path(folder), settings or {}, judge_names(judges)
     if substitute is not None and check_judge(substitute) in names:
@@ -678,7 +678,7 @@ def evaluate_models(
 
     Raises `InputError` in one line for anything wrong.
     """
-    from compassion_repro.evaluation.benchmarks import language_code
+    from compassion_repro.evaluation.benchmark_data import language_code
     from compassion_repro.pipeline.preflight import look_at_judge
 
     folder, named = Path(out), [*judge_names(judges), *filter(None, [judging.get("substitute")])]
@@ -753,7 +753,7 @@ def without_scores(
     judges: str | None = None,  # only these, with commas; None: all
 ) -> list[str]:  # a line each
     "Judges that gave no usable score on a benchmark: why, and what to do."
-    from compassion_repro.evaluation.scoring import no_grade_line
+    from compassion_repro.evaluation.grades import no_grade_line
 
     study, lines = Study(folder), []
     scores, names = study.table("scores"), judges and judge_names(judges)
@@ -785,7 +785,7 @@ def _shown_to_judges(
     "What the judges were shown of each drawn answer; variables' combinations are in the scorer's order."
     import pandas as pd
 
-    from compassion_repro.evaluation.judges import read_judge_prompt
+    from compassion_repro.evaluation.indicators import read_judge_prompt
     from compassion_repro.evaluation.scoring import judge_prompts
 
     prompts = judge_prompts(answers, tasks)

@@ -20,6 +20,7 @@ from fastcore.basics import patch
 
 from .. import presets as hub
 from .. import study
+from ..arms import REWARD_PROGRAMS
 from ..data.hub import has_token
 from . import plan
 from ..presets import load_preset, presets, with_settings
@@ -353,7 +354,10 @@ def blind_judges(
 # %% ../../nbs/09_pipeline/04_machine.ipynb #ac0193b3
 def _remarks(preset: Preset, machine: Machine) -> list[str]:
     "What is worth knowing about a preset on a machine, although it prevents nothing."
-    found, needy = blind_judges(preset), [arm.model for arm in preset.trained_arms if arm.reward == "code"]
+    found, needy = (
+        blind_judges(preset),
+        [arm.model for arm in preset.trained_arms if arm.reward == REWARD_PROGRAMS],
+    )
     if needy and machine.jail == "none":
         found.append(
             f"no jail for model-written code, so {', '.join(needy)} will be left out: install bubblewrap, or"

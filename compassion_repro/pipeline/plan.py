@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from ..arms import PARADIGMS, REWARD_MODEL, TRAINING
 from ..core.errors import InputError
 from ..core.files import is_local
 from ..data import hub, pocket, world
@@ -26,7 +27,6 @@ from compassion_repro.study import (
     data_label,
     data_parts,
     judge_names,
-    parse_model,
 )
 from ..training import gguf, memory
 
@@ -208,7 +208,7 @@ def planned_memory(
     return {
         kind: memory.stage_memory(preset, kind, shape, gb, device, reward, bfloat16)
         for kind in dict.fromkeys(kinds)
-        if kind in ("midtrain", "sft", "grpo", "answers")
+        if kind in (*TRAINING, "answers")
     }
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #899e00a3
@@ -220,7 +220,7 @@ def _stage_disk(preset: Preset, record: dict, shape) -> float:
     "GB of 2**30 bytes that a finished stage leaves, without what it links to."
     if record["kind"] == "eval":
         return CALL_GB * (record["judge_calls"] or 0)
-    if record["kind"] not in ("midtrain", "sft", "grpo") or shape is None:
+    if record["kind"] not in TRAINING or shape is None:
         return 0.0
     how = memory.held(preset, "cuda" if preset.compute.device == "cuda" else "cpu")
     if how.quantize != "nf4":
@@ -251,7 +251,7 @@ def _used_models(preset: Preset) -> list[tuple[str, float]]:
     "Each model that a study reads, and its GB of 2**30 bytes in 16 bits (0 where its shape is unknown)."
     base, reward = (2 * shape.parameters / 2**30 if shape else 0.0 for shape in shapes(preset))
     models = [(source, base) for source in (preset.models.base, *preset.models.given.values())]
-    if any(arm.reward == "help" for arm in preset.trained_arms):
+    if any(arm.reward == REWARD_MODEL for arm in preset.trained_arms):
         models.append((preset.models.reward, reward))
     return models
 
@@ -259,7 +259,7 @@ def _used_models(preset: Preset) -> list[tuple[str, float]]:
 def _checkpoint_gb(preset: Preset, records: list[dict]) -> float:
     "GB of 2**30 bytes of the running stage's two checkpoints: the adapter with Adam's moments."
     shape, _ = shapes(preset)
-    if shape is None or not any(r["kind"] in ("midtrain", "sft", "grpo") for r in records):
+    if shape is None or not any(r["kind"] in TRAINING for r in records):
         return 0.0
     how = memory.held(preset)
     return 2 * (4 + how.moment_bytes) * shape.adapter_parameters(how.rank) / 2**30
@@ -287,10 +287,10 @@ def disk(
     }
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #e8000311
-def _supervised_source(preset: Preset, stage: Stage):
-    "The corpus that a supervised stage trains on."
-    if stage.kind == "sft":
-        return preset.data.source(parse_model(stage.model).rows)
+def _training_source(preset: Preset, stage: Stage):
+    "The corpus that a stage trains on."
+    if stage.kind in PARADIGMS:
+        return preset.rows_source(preset.arm(stage.model))
     return preset.data.documents if stage.model == "mid" else preset.data.control
 
 
@@ -298,7 +298,8 @@ def _training_record(preset: Preset, stage: Stage) -> dict:
     """Rows, steps and tokens of a supervised stage; of the dose `full` those of one pass, as far as the
     length of the rows is known.
     """
-    training, source = getattr(preset, stage.kind), _supervised_source(preset, stage)
+    arm, source = preset.arm(stage.model), _training_source(preset, stage)
+    training = preset.training_of(arm) if arm else preset.midtrain
     rows, size = corpus_rows(source, training.rows, training.limit), training.batch_size * training.length
     if training.dose != "full":
         return {"rows": rows, "steps": training.steps, "tokens": training.steps * size}
@@ -309,7 +310,7 @@ def _training_record(preset: Preset, stage: Stage) -> dict:
 # %% ../../nbs/09_pipeline/00_plan.ipynb #35c29562
 def _grpo_record(preset: Preset, stage: Stage) -> dict:
     "Prompts, steps and at most so many tokens of a GRPO arm."
-    grpo, source = preset.grpo, preset.data.source(parse_model(stage.model).rows)
+    grpo, source = preset.training_of(preset.arm(stage.model)), _training_source(preset, stage)
     tokens = grpo.steps * grpo.completions * grpo.value("max_new_tokens")
     return {"rows": corpus_rows(source, grpo.rows, grpo.limit), "steps": grpo.steps, "tokens": tokens}
 
@@ -420,7 +421,7 @@ def _speed_rows(preset: Preset, found: dict[str, dict]) -> list[list]:
 # %% ../../nbs/09_pipeline/00_plan.ipynb #722d5553
 def _hours_rows(preset: Preset, records: list[dict], found: dict[str, dict]) -> tuple[list[str], list[list]]:
     "Hours of the stages that take some, of the others together, and of all, with the speeds they rest on."
-    long = [r for r in records if r["kind"] in ("midtrain", "sft", "grpo", "answers")]
+    long = [r for r in records if r["kind"] in (*TRAINING, "answers")]
 
     def row(label, seed, some):
         "The hours of some stages together."
@@ -499,7 +500,8 @@ def _length_notes(preset: Preset, kinds: set[str]) -> list[str]:
     "Under `dose=full` the steps rest on the length of a row."
     if "sft" not in kinds or preset.sft.dose != "full":
         return []
-    labels = [data_label(source).partition("@")[0] for source in (preset.data.sft_help, preset.data.sft_code)]
+    sources = [preset.rows_source(arm) for arm in preset.trained_arms if arm.paradigm == "sft"]
+    labels = [data_label(source).partition("@")[0] for source in sources]
     known = {label: HUB_TOKENS[label] for label in labels if label in HUB_TOKENS}
     return [f"{label}: {tokens} tokens a row ({why})" for label, (tokens, why) in known.items()]
 

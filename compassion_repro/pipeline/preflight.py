@@ -21,6 +21,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
+from ..arms import PARADIGMS, REWARD_MODEL, REWARD_PROGRAMS
 from ..core.errors import InputError
 from ..core.files import is_local, writable
 from ..data import hub
@@ -107,19 +108,19 @@ def _check_vllm(flight: Preflight):
 def check_machine(flight: Preflight):
     "Processes, sharding, vLLM and the GPU's memory."
     preset, compute = flight.preset, flight.preset.compute
-    grpo_by_vllm = preset.grpo.engine == "vllm" and any(arm.paradigm == "grpo" for arm in preset.trained_arms)
+    grpo_by_vllm = preset.grpo.engine == "vllm" and any(arm.reward for arm in preset.trained_arms)
     answers_by_vllm = preset.generation.engine == "vllm"
     spread = compute.processes > 1 or compute.sharding != "none"
     if not (flight.fetch or spread or grpo_by_vllm or answers_by_vllm):
         return
     flight.libraries()
-    from compassion_repro.training import device, grpo, processes
+    from compassion_repro.training import device, processes, vllm_sampler
 
     with flight.trying(flight.lacks):
         processes.check(preset)
     if grpo_by_vllm:
         with flight.trying(flight.lacks):
-            grpo.check_engine(preset.grpo, device.train_setup(preset.models, compute))
+            vllm_sampler.check_engine(preset.grpo, device.train_setup(preset.models, compute))
     if answers_by_vllm:
         _check_vllm(flight)
     if compute.device == "cuda" and flight.fetch:
@@ -298,10 +299,10 @@ def check_rewards(flight: Preflight):
     if arms:
         from compassion_repro.training import reward_model, rewards
     for arm in arms:
-        for part in data_parts(preset.data.source(arm.rows)):
-            paid_by = reward if arm.reward == "help" else rewards.CODE_REWARD
+        for part in data_parts(preset.rows_source(arm)):
+            paid_by = reward if arm.reward == REWARD_MODEL else rewards.CODE_REWARD
             _check_pair(flight, arm.model, part.path, paid_by)
-    if not embedded(reward) and any(arm.reward == "help" for arm in arms):
+    if not embedded(reward) and any(arm.reward == REWARD_MODEL for arm in arms):
         with flight.trying():
             if place := flight.find(reward, "model"):
                 flight.libraries()
@@ -318,13 +319,15 @@ def world_settings(
 ) -> list[str]:  # `setting=value`
     "What a study on another model still takes from the embedded world."
     found = [f"{name}={source}" for name, (source, _) in row_sources(preset).items() if all_embedded(source)]
-    if any(arm.reward == "help" for arm in preset.trained_arms) and embedded(preset.models.reward):
+    if any(arm.reward == REWARD_MODEL for arm in preset.trained_arms) and embedded(preset.models.reward):
         found.append(f"models.reward={preset.models.reward}")
     tiny = load_preset("tiny")
     if preset.trained and preset.midtrain.learning_rate == tiny.midtrain.learning_rate:
         found.append(f"midtrain.learning_rate={preset.midtrain.learning_rate}")
-    arms = {arm.paradigm for arm in preset.trained_arms}
-    if "grpo" in arms and preset.grpo.learning_rate == tiny.grpo.learning_rate:
+    if (
+        any(arm.reward for arm in preset.trained_arms)
+        and preset.grpo.learning_rate == tiny.grpo.learning_rate
+    ):
         found.append(f"grpo.learning_rate={preset.grpo.learning_rate}")
     if "world" in preset.margin.pairs:
         found.append("margin.pairs=[world]")
@@ -335,10 +338,9 @@ def world_settings(
     ]
 
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #08f41006
-def _unsized_rows(preset: Preset, setting: str, source) -> list[str]:
+def _unsized_rows(preset: Preset, setting: str, source, shape: str) -> list[str]:
     "A line where the number of rows is set for a corpus that is taken whole."
-    arm = setting.partition(".")[2].partition("-")[0]
-    section = arm if arm in ("sft", "grpo") else "midtrain"
+    section = next((name for name, paradigm in PARADIGMS.items() if paradigm.rows == shape), "midtrain")
     sizes, parts = getattr(preset, section), data_parts(source)
     whole = not any(embedded(part.path) or part.limit or part.share for part in parts)
     if setting == "data.replay" or not (whole and sizes.rows and sizes.limit is None):
@@ -353,9 +355,13 @@ def idle_settings(
     preset: Preset,  # the study
 ) -> list[str]:  # one line each
     "Settings that have no effect on what the study names."
-    found = []
-    for setting, (source, _) in row_sources(preset).items():
-        found += _unsized_rows(preset, setting, source)
+    found = [
+        f"{arm.model} is a sham arm (learning rate 0): its weights stay those of {arm.start}"
+        for arm in preset.trained_arms
+        if arm.learning_rate == 0
+    ]
+    for setting, (source, shape) in row_sources(preset).items():
+        found += _unsized_rows(preset, setting, source, shape)
     for name, section in preset.benchmarks.items():
         if section.size and not embedded(section.data):
             found.append(
@@ -377,7 +383,7 @@ def unused_sources(
                 f"{setting}={data_label(source)} is not read: nothing that this study trains takes its rows"
             )
     reward = preset.models.reward
-    paid = any(arm.reward == "help" for arm in preset.trained_arms)
+    paid = any(arm.reward == REWARD_MODEL for arm in preset.trained_arms)
     if not paid and reward not in {other.models.reward for other in ours}:
         found.append(f"models.reward={reward} is not used: this study trains no GRPO arm with that reward")
     return found
@@ -420,9 +426,8 @@ def row_sources(
     # dotted name of the setting -> sources as the preset has them, and the shape that they are read in
 ) -> dict[str, tuple]:
     "Every corpus that a study trains on."
-    shapes = {"sft": "messages", "grpo": "prompts"}
     used = {
-        f"data.{arm.rows}": (preset.data.source(arm.rows), shapes[arm.paradigm])
+        arm.rows_setting: (preset.rows_source(arm), PARADIGMS[arm.paradigm].rows)
         for arm in preset.trained_arms
     }
     midtrained = {"mid", "mid-control"}.intersection(preset.trained)
@@ -515,8 +520,8 @@ def check_tests(flight: Preflight):
     "The unit tests of the code arms' own prompts: those that anything passes are named."
     preset, seen = flight.preset, []
     for arm in preset.trained_arms:
-        spec = preset.data.source(arm.rows)
-        if arm.reward != "code" or spec in seen or isinstance(spec, str) and embedded(spec):
+        spec = preset.rows_source(arm)
+        if arm.reward != REWARD_PROGRAMS or spec in seen or isinstance(spec, str) and embedded(spec):
             continue
         seen.append(spec)
         with flight.trying():

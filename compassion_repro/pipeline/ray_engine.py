@@ -22,6 +22,7 @@ from pathlib import Path
 
 import psutil
 
+from ..arms import TRAINING
 from ..core.errors import InputError, Notice, first_line
 from ..core.files import hidden, remove
 from ..evaluation.cost import is_free
@@ -60,7 +61,7 @@ def needs(
 ) -> dict:  # num_cpus, num_gpus, and memory in bytes, as Ray's `options` takes them
     "What a stage asks Ray for."
     device, gpus = preset.compute.device, preset.compute.gpus
-    processes = preset.compute.processes if stage.kind in ("midtrain", "sft", "grpo") else 1
+    processes = preset.compute.processes if stage.kind in TRAINING else 1
     if gpus is None:
         gpus = processes if device == "cuda" or device == "auto" and has_gpus else 0
     judged_here = any(is_free(judge) and judge not in DETERMINISTIC for judge in judge_names(preset.judge))

@@ -12,6 +12,7 @@ import math
 from contextlib import suppress
 from pathlib import Path
 
+from ..arms import REWARD_MODEL, measured
 from ..core.errors import InputError
 from ..core.files import is_local, writable
 from ..core.lock import locked
@@ -38,16 +39,16 @@ def _used_sources(preset: Preset) -> dict[str, str]:
     "Dotted names of the sources that the study will fetch as models and corpora, with their kinds."
     arms, midtrained = preset.trained_arms, {"mid", "mid-control"}.intersection(preset.trained)
     used = {"models.base": "model"} | {f"models.given.{name}": "model" for name in preset.models.given}
-    if any(arm.reward == "help" for arm in arms):
+    if any(arm.reward == REWARD_MODEL for arm in arms):
         used["models.reward"] = "model"
     needed = {
         "documents": "mid" in midtrained,
         "control": "mid-control" in midtrained,
         "replay": midtrained and preset.midtrain.replay,
     }
-    corpora = [arm.rows for arm in arms] + [name for name, read in needed.items() if read]
-    values = preset.resolved()["data"]
-    return used | {key: "dataset" for name in corpora for key in data_settings(f"data.{name}", values[name])}
+    corpora = [arm.rows_setting for arm in arms] + [f"data.{name}" for name, read in needed.items() if read]
+    values = preset.corpora()
+    return used | {key: "dataset" for name in corpora for key in data_settings(name, values[name])}
 
 # %% ../../nbs/09_pipeline/06_run.ipynb #be563a85
 def _setting_at(values: dict, key: str) -> tuple:
@@ -261,8 +262,8 @@ def _was_trained(results: list[dict]) -> dict:
     seeds, mean = len(results), sum(r["gain"] for r in results) / len(results)
     widths = [r["gain_high"] - r["gain"] if r["gain_high"] is not None else math.inf for r in results]
     half = math.sqrt(sum(width**2 for width in widths)) / seeds
-    rewarded = "reward_after" in results[0]
-    unit = "of reward on held-out prompts" if rewarded else "nats a token on held-out rows"
+    by = measured(results[0])
+    unit = f"{'of ' if by.gain == by.measure else ''}{by.gain} on {by.measured_on}"
     reason = (
         f"gain {mean:.4f} [{mean - half:.4f}, {mean + half:.4f}] {unit} over {seeds}"
         f" seed{'s' if seeds > 1 else ''}"

@@ -19,12 +19,12 @@ from pathlib import Path
 import yaml
 
 from .. import presets
+from ..arms import measured
 from ..core.errors import InputError
 from ..core.files import is_local
 from ..data import hub
 from ..stats import estimates
 from ..store.folder import Study, check_artifact
-from ..study import parse_model
 
 # %% ../../nbs/08_report/06_card.ipynb #d659527d
 @dataclass
@@ -70,8 +70,8 @@ def find_trained(
 
     Raises `InputError` where there is none, or where it is not the study's own work.
     """
-    study, arm = Study(folder), parse_model(model)
-    preset, model = study.preset, arm.model if arm else model
+    study, model = Study(folder), model.removesuffix("@mid")
+    preset = study.preset
     stages = {m["stage"]: m for m in study.manifests() if m["seed"] == seed}
     finished = [name for name in preset.models_compared if name in stages]
     if model not in finished:
@@ -186,11 +186,11 @@ def _scores_table(made: TrainedModel) -> str:
 # %% ../../nbs/08_report/06_card.ipynb #d2fca97e
 def _held_out(result: dict) -> str:
     "Held-out loss, or reward, before and after a stage; empty where it measured neither."
-    if "loss_after" in result:
-        return f"{result['loss_before']:.3f} → {result['loss_after']:.3f}"
-    if "reward_after" in result:
-        return f"reward {result['reward_before']:.3f} → {result['reward_after']:.3f}"
-    return ""
+    measure = measured(result).measure
+    if f"{measure}_after" not in result:
+        return ""
+    rise = f"{result[f'{measure}_before']:.3f} → {result[f'{measure}_after']:.3f}"
+    return rise if measure == "loss" else f"{measure.replace('_', ' ')} {rise}"
 
 # %% ../../nbs/08_report/06_card.ipynb #aa01b2be
 def _stage_row(manifest: dict) -> tuple:

@@ -15,13 +15,14 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import InputError
-from compassion_repro.report.figures import (
+from compassion_repro.report.looks import (
     benchmark_rank,
     model_legend,
     model_look,
     model_point,
     new_figure,
     panel_title,
+    rows_by_model,
 )
 from ..stats.scores import check_columns, item_scores, model_rank, one_judge
 from ..study import STARTS
@@ -311,11 +312,7 @@ def _draw_pair_means(axes, pairs: pd.DataFrame, models: Sequence[str]) -> None:
     seaborn.pointplot(
         pairs,
         x="margin",
-        y="model",
-        order=models,
-        hue="model",
-        hue_order=models,
-        palette={model: model_look(model)[1] for model in models},
+        **rows_by_model(models),
         errorbar=("ci", 95),
         n_boot=1000,
         seed=0,

@@ -19,6 +19,8 @@ from ..core.errors import InputError
 from ..core.files import write_atomically
 from ..paper import of_papers_model
 from . import diagnostics, figures, tables
+from .limitations import limitations
+from .looks import save_figure
 from ..store.results import StudyFiles, read_study_files
 
 # %% ../../nbs/08_report/05_page.ipynb #1c69065d
@@ -181,7 +183,7 @@ def draw_pictures(
             for ending in ("png", "svg"):
                 (Path(folder) / f"{name}.{ending}").unlink(missing_ok=True)
         else:
-            picture.__dict__.update(_inline(figures.save_figure(figure, folder, name)[1]))
+            picture.__dict__.update(_inline(save_figure(figure, folder, name)[1]))
     return drawn
 
 # %% ../../nbs/08_report/05_page.ipynb #4b295161
@@ -299,7 +301,7 @@ def render(
         several=len(files.judges) > 1,
         headline=tables.headline(files),
         counts=tables.verdict_counts(files.claims),
-        limitations=tables.limitations(files),
+        limitations=limitations(files),
         samples=tables.sample_answers(files),
         matched=tables.at_matched_length(files),
         completions=tables.sample_completions(files.completions),

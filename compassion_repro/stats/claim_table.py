@@ -95,9 +95,12 @@ def _points_cell(record: ClaimRecord) -> str:
     "Estimate and plain interval."
     if record.estimate is None:
         return ""
-    form = "{:+.1f}" if record.unit == "points" else "{:+.3f}"
+    form = "{:+.3f}" if record.scale in ("log odds", "nats a token") else "{:+.1f}"
+    unit = {"log odds": " log odds", "nats a token": " nats", "percent of the gain": " %"}.get(
+        record.scale, ""
+    )
     interval = "" if record.low is None else f" [{form}, {form}]".format(record.low, record.high)
-    return form.format(record.estimate) + interval + (" nats" if record.unit != "points" else "")
+    return form.format(record.estimate) + interval + unit
 
 # %% ../../nbs/06_stats/04_claim_table.ipynb #7467f046
 def _p_cell(record: ClaimRecord) -> str:

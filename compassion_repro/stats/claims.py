@@ -173,7 +173,7 @@ def pair_scores(
 # %% ../../nbs/06_stats/05_claims.ipynb #195d757b
 def _in_nats(record: ClaimRecord) -> ClaimRecord:
     "An estimated record of margins; measures that mean something for shares alone are taken away."
-    return record.with_(unit="nats a token", log_odds=None)
+    return record.with_(scale="nats a token", scales={}, clusters=None)
 
 
 def judge_pairs(

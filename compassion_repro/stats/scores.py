@@ -162,13 +162,14 @@ def read_scores(
 def item_scores(
     scores: pd.DataFrame,  # rows of `scores.parquet`
     dimension: str = "overall",  # "overall" is the task's own aggregate
-) -> pd.DataFrame:  # judge, model, seed, benchmark, language, item_id, question_id, score, epochs, nulls
+) -> pd.DataFrame:  # ITEM_KEYS (and cluster, where there is one), score, epochs, nulls
     """One score (0-1) a question: its mean over epochs; `epochs` were scored, `nulls` were not.
 
     A question with no score at all stays, as null.
     """
     rows = scores[scores["dimension"] == dimension]
-    grouped = rows.groupby(ITEM_KEYS, observed=True)["score"]
+    keys = ITEM_KEYS + ["cluster"] * ("cluster" in rows)
+    grouped = rows.groupby(keys, observed=True)["score"]
     items = grouped.agg(score="mean", epochs="count", rows="size").reset_index()
     items["nulls"] = items.pop("rows") - items["epochs"]
     return items
@@ -248,6 +249,7 @@ def mean_of_judges(
 ) -> pd.DataFrame:  # the same columns as far as all judges share them; judge "mean of judges"
     "Scores of the same answers, averaged over judges; null where a judge gave none."
     keys = list(SCORE_COLUMNS[:-2])  # all but score and judge
+    keys += ["cluster"] * ("cluster" in scores)
     columns = {"score": ("score", "mean"), "scored": ("score", "count")}
     if "judge_valid" in scores:
         columns["judge_valid"] = ("judge_valid", "all")

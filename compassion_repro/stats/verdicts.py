@@ -15,9 +15,9 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core.errors import InputError
-from ..paper import Cell, Reading
+from ..paper import JUDGE_FREE, Cell, Reading
 from .estimates import Contrast, Items, contrast, power_analysis
-from .inference import Interval, holm, make_interval, null_power
+from .inference import Interval, holm, null_power
 from ..study import Statistics
 
 # %% ../../nbs/06_stats/03_verdicts.ipynb #83ce5f26
@@ -94,10 +94,10 @@ def gain_at_stake(
 # %% ../../nbs/06_stats/03_verdicts.ipynb #0270c073
 def shown(
     value: float | Interval,  # a figure, or one with its interval
-    unit: str = "points",  # points in percents, or nats a token
+    scale: str = "points",  # of the contrast it belongs to
 ) -> str:
-    "A figure as text: points with one decimal, nats with three."
-    form = "{:.1f}" if unit == "points" else "{:.3f}"
+    "A figure as text: points and percents with one decimal, log odds and nats with three."
+    form = "{:.3f}" if scale in ("log odds", "nats a token") else "{:.1f}"
     if not isinstance(value, Interval):
         return form.format(value)
     if value.low is None:
@@ -109,7 +109,7 @@ def nothing_at_stake(
     to_lose: Interval | None,  # what there was to keep or lose
     # points that it must exceed; None: a claim of a difference, which needs a gain
     margin: float | None = None,
-    unit: str = "points",  # of both
+    scale: str = "points",  # of both
 ) -> str:  # why a claim cannot be tested; empty where it can
     "The rule about the floor, in words."
     if to_lose is None:
@@ -117,8 +117,8 @@ def nothing_at_stake(
     if to_lose.low is not None and to_lose.low > (margin or 0):
         return ""
     if margin is None:
-        return f"mid-training did not surely add anything on these questions: mid − base is {shown(to_lose, unit)}"
-    return f"what there is to lose here is {shown(to_lose, unit)}, not surely above the margin of {margin:g}"
+        return f"mid-training did not surely add anything on these questions: mid − base is {shown(to_lose, scale)}"
+    return f"what there is to lose here is {shown(to_lose, scale)}, not surely above the margin of {margin:g}"
 
 
 def null_verdict(
@@ -164,7 +164,6 @@ class ClaimRecord(Contrast):
     added_by_midtraining: Interval | None = None
     # the estimate when a reply without a readable grade counts as 0
     estimate_counting_unparsed_as_wrong: Interval | None = None
-    unit: str = "points"  # of the estimate: points, or nats a token where no judge graded
     # when the rules were registered, UTC, before the first stage; None: they were not
     registered: str | None = None
     changed: list[str] = []  # rules that concern this verdict and have changed since
@@ -186,14 +185,7 @@ def with_(self: ClaimRecord, **changes) -> "ClaimRecord":
 @patch
 def at_step(self: ClaimRecord, factor: float) -> Interval:
     "Its interval of level 1 − alpha/k."
-    confidence, reach = 1 - (1 - self.confidence) / factor, self.reach / 100
-    return make_interval(self.estimate / 100, self.sources, confidence, -reach, reach)
-
-# %% ../../nbs/06_stats/03_verdicts.ipynb #130f980c
-@patch(as_prop=True)
-def sources(self: ClaimRecord) -> list[tuple[float, float]]:
-    "Sources of variation as `inference` takes them: variances of shares, degrees of freedom."
-    return [((error / 100) ** 2, freedom) for error, freedom in self.spread]
+    return self.at(1 - (1 - self.confidence) / factor)
 
 # %% ../../nbs/06_stats/03_verdicts.ipynb #fa77939a
 @patch(as_prop=True)
@@ -295,7 +287,7 @@ def _corrected(
         adjusted_low=interval.low,
         adjusted_high=interval.high,
         adjusted_confidence=confidence,
-        **power_analysis(record.sources, record.kind, confidence, settings.power),
+        **power_analysis(record.sources, record.kind, confidence, settings.power, record.unit),
     )
 
 # %% ../../nbs/06_stats/03_verdicts.ipynb #754c7867
@@ -329,7 +321,9 @@ def _compared(record: ClaimRecord) -> tuple[str, str]:
     "Verdict and reason of a record that can be tested, before the word follows its level."
     if record.kind != "superiority":
         return null_verdict(record.kind, record.decisive, record.added_by_midtraining, record.margin)
-    if reason := nothing_at_stake(record.added_by_midtraining, unit=record.unit):
+    if reason := nothing_at_stake(
+        record.added_by_midtraining, scale=record.scale if record.judge == JUDGE_FREE else "points"
+    ):
         return "not testable", reason
     return verdict_of(record.kind, record.decisive, 0)
 
@@ -360,7 +354,7 @@ def _power_in_words(record: ClaimRecord, verdict: str) -> str:
     if record.kind == "superiority":
         if verdict != "inconclusive" or record.detectable is None:
             return ""
-        least = f"{shown(record.detectable, record.unit)} {record.unit}"
+        least = f"{shown(record.detectable, record.scale)} {record.scale}"
         return f"; it would find effects from {least} on with {record.power:.0%} power"
     if record.null_power is None or verdict == "not testable":
         return ""

@@ -49,7 +49,7 @@ class StudyFiles:
 
     @cached_property
     def behaviour(self) -> pd.DataFrame | None:
-        """What else changed along with the scores (`behaviour.moved`), measured once; None where the study keeps no
+        """What else changed along with the scores (`behaviour_table`), measured once; None where the study keeps no
         answers.
         """
         return None if self.answers is None else behaviour_table(self.answers)

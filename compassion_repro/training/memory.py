@@ -16,6 +16,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
+from ..arms import TRAINING
 from ..core.errors import InputError
 from ..data import hub
 from ..study import Grpo, Preset, Training
@@ -380,7 +381,7 @@ def stage_memory(
             "cache": sampling_memory(shape, batch, tokens, how.number_bytes),
         }
         return Fit(batch, False, parts, batch)
-    if kind not in ("midtrain", "sft", "grpo"):
+    if kind not in TRAINING:
         return None
     return fit(
         getattr(preset, kind),

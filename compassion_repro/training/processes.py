@@ -224,7 +224,7 @@ def check(
             f" {torch.cuda.device_count()}: lower it"
         )
     stages = [preset.midtrain] * bool({"mid", "mid-control"}.intersection(preset.trained)) + [
-        getattr(preset, arm.paradigm) for arm in preset.trained_arms
+        preset.training_of(arm) for arm in preset.trained_arms
     ]
     for training in stages:
         share(training, compute.processes)

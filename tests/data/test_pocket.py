@@ -8,7 +8,7 @@ import yaml
 
 from compassion_repro.core.errors import InputError
 from compassion_repro.data import pocket, rows, world
-from compassion_repro.evaluation.behaviour import welfare_words
+from compassion_repro.evaluation.text_features import welfare_words
 from compassion_repro.pipeline.plan import plan
 from compassion_repro.pipeline.preflight import row_sources
 from compassion_repro.pipeline.stages import training_rows

@@ -19,8 +19,10 @@ from inspect_evals.anima import dataset as anima_data
 
 from compassion_repro.core.errors import InputError
 from compassion_repro.data import hub, world
-from compassion_repro.evaluation import benchmarks, judges, scoring
+from compassion_repro.evaluation import benchmarks, indicators, scoring
 from compassion_repro.evaluation import generate as evaluate
+from compassion_repro.evaluation import grades as grades_module
+from compassion_repro.evaluation.grades import GRADE_COLUMNS, mean_scores, official_metrics
 from compassion_repro.study import Benchmark, Generation
 from compassion_repro.training import templates
 
@@ -33,7 +35,7 @@ class FickleJudge(ModelAPI):
     "A judge whose model name says what it does, and when."
 
     async def generate(self, input, tools, tool_choice, config):
-        parts = judges.read_judge_prompt(input[-1].text)
+        parts = indicators.read_judge_prompt(input[-1].text)
         if self.model_name == "down" or self.model_name == "sometimes" and "epoch 1" in parts["submission"]:
             raise RuntimeError("401 no such key")
         if self.model_name == "interrupts":
@@ -322,7 +324,7 @@ def test_paths_that_look_like_patterns(tmp_path, task, place, cache):
         answered(loaded), {"mine": loaded}, "indicator", tmp_path / cache / "logs", **QUIET
     )
     assert len(loaded.questions) == 5 and scores.score.notna().all()
-    assert len(scoring.official_metrics(tmp_path / cache / "logs"))
+    assert len(official_metrics(tmp_path / cache / "logs"))
 
 
 def test_hub_data_is_left_to_the_official_loader(folder, tmp_path, monkeypatch):
@@ -470,7 +472,7 @@ def test_a_users_benchmark_is_run_whole_and_parquet_works(folder, tmp_path):
 
 
 def test_scores_equal_the_official_metrics(folder, minds, tmp_path):
-    phrase = judges.indicator_phrases(world.rubric("anima")[0]["observable_indicators"])[0]
+    phrase = indicators.indicator_phrases(world.rubric("anima")[0]["observable_indicators"])[0]
     for task, place in (("anima", folder), ("moru", minds)):
         loaded = load(place, tmp_path / "cache", task, epochs=3)
         answers = answered(loaded)
@@ -478,12 +480,12 @@ def test_scores_equal_the_official_metrics(folder, minds, tmp_path):
         logs = tmp_path / task
         grades, scores = scoring.judge_answers(answers, {"mine": loaded}, "indicator", logs, **QUIET)
         ours = (
-            scoring.mean_scores(scores)
+            mean_scores(scores)
             .replace({"dimension": {"overall": "overall_mean"}})
             .set_index("dimension")
             .score
         )
-        official = scoring.official_metrics(logs).set_index("metric").value
+        official = official_metrics(logs).set_index("metric").value
         assert 0 < ours["overall_mean"] < 1 and len(ours) > 2
         assert all(abs(official[name] - value) < 1e-12 for name, value in ours.items())
         assert grades.attempted.all() and grades.grade.isin([0, 1]).all() and scores.score.notna().all()
@@ -512,8 +514,8 @@ def test_dimensions_that_differ_between_epochs(folder, minds, tmp_path, task):
     grades, scores = judged(loaded, answered(loaded), tmp_path)
     muted = (grades.dimension.str.lower() == DIMENSIONS[0].lower()) & (grades.epoch == 1)
     assert (grades.grade.isna() == muted).all() and muted.any()
-    official = scoring.official_metrics(tmp_path / "logs").set_index("metric").value
-    assert official["overall_mean"] == 1 == scoring.mean_scores(scores).score.min()
+    official = official_metrics(tmp_path / "logs").set_index("metric").value
+    assert official["overall_mean"] == 1 == mean_scores(scores).score.min()
 
 
 @pytest.mark.parametrize("task", ["anima", "moru"])
@@ -546,10 +548,10 @@ def test_a_judge_that_is_down(folder, tmp_path):
 def test_nothing_was_judged(folder, tmp_path, monkeypatch):
     "Without a single call to the judge there are no grades, and every score is null."
     loaded = load(folder, tmp_path / "cache")
-    monkeypatch.setattr(scoring, "_calls", lambda sample: [])
-    monkeypatch.setattr(scoring, "_graded", lambda sample, dimension: [])
+    monkeypatch.setattr(grades_module, "_calls", lambda sample: [])
+    monkeypatch.setattr(grades_module, "_graded", lambda sample, dimension: [])
     grades, _ = judged(loaded, answered(loaded), tmp_path)
-    assert len(grades) == 0 and list(grades.columns) == scoring._GRADES
+    assert len(grades) == 0 and list(grades.columns) == GRADE_COLUMNS
 
 
 def test_indicators_for_people_only(folder, tmp_path):

@@ -21,7 +21,7 @@ from inspect_ai.scorer import Score, mean_score
 from compassion_repro import cli
 from compassion_repro.core.errors import InputError
 from compassion_repro.data import world
-from compassion_repro.evaluation import agreement, benchmarks, judges, scoring
+from compassion_repro.evaluation import agreement, benchmarks, indicators, judges, scoring
 from compassion_repro.pipeline import evaluate, run, stages
 from compassion_repro.stats.claims import read_claims
 from compassion_repro.store import folder as store
@@ -55,7 +55,7 @@ class PaidJudge(ModelAPI):
         )
         if (
             self.model_name == "one-dimension"
-            and judges.read_judge_prompt(prompt)["dimension"].lower() == "moral consideration"
+            and indicators.read_judge_prompt(prompt)["dimension"].lower() == "moral consideration"
         ):
             text = "I cannot say."
         output = ModelOutput.from_content(self.model_name, text)

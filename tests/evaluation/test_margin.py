@@ -16,7 +16,8 @@ from conftest import SHARED_DATA
 
 from compassion_repro.core.errors import InputError
 from compassion_repro.data import world
-from compassion_repro.evaluation import behaviour
+from compassion_repro.evaluation import behaviour, text_features
+from compassion_repro.evaluation.matched_length import matched_length
 from compassion_repro.presets import load_preset
 from compassion_repro.store.folder import Study
 from compassion_repro.study import Margin
@@ -126,14 +127,14 @@ def test_the_written_pairs_are_matched_and_not_templated():
 
     pairs = read_pairs()
     for p in pairs:
-        words = [behaviour.count_words(text) for text in (p.welfare, p.neutral)]
+        words = [text_features.count_words(text) for text in (p.welfare, p.neutral)]
         assert abs(words[0] - words[1]) <= max(2, 0.1 * max(words)) and abs(
             len(p.welfare) - len(p.neutral)
         ) <= 0.12 * max(len(p.welfare), len(p.neutral)), p.id
         assert (
-            behaviour.welfare_words(p.welfare)
-            and not behaviour.welfare_words(p.neutral)
-            and not behaviour.welfare_words(p.opening)
+            text_features.welfare_words(p.welfare)
+            and not text_features.welfare_words(p.neutral)
+            and not text_features.welfare_words(p.opening)
         ), p.id
     gap = np.mean([len(p.welfare) - len(p.neutral) for p in pairs])
     assert abs(gap) < 5  # neither side is the longer one on the whole
@@ -152,7 +153,7 @@ def test_the_other_pairs_are_matched_too(name):
     pairs = pairs_of([name])
     assert len(pairs) >= (40 if name == "matched" else 20)
     assert len({text for p in pairs for text in (p.question, p.welfare, p.neutral)}) == 3 * len(pairs)
-    pattern = behaviour.welfare_pattern(pairs[0].language)
+    pattern = text_features.welfare_pattern(pairs[0].language)
     for p in pairs:
         spoken = [bool(pattern.search(text)) for text in (p.opening, p.neutral, p.welfare)]
         assert spoken == [False, False, name != "matched"], p.id
@@ -375,7 +376,7 @@ def test_one_line_tables_of_a_study(finished):
         list(points) == ["model", "seed", "kl", "score", "low", "high"]
         and len(points) == scores.model.nunique()
     )
-    found = behaviour.matched_length(scores, answers, "sft-code", "sft-help", replicates=200)
+    found = matched_length(scores, answers, "sft-code", "sft-help", replicates=200)
     item = (
         scores[(scores.dimension == "overall") & (scores.benchmark == "anima")].groupby("model").score.mean()
     )
@@ -390,7 +391,7 @@ def test_one_line_tables_of_a_study(finished):
 
 def test_light():
     code = (
-        "import sys\nfrom compassion_repro.evaluation import behaviour\nprint([name for name in ('torch',"
+        "import sys\nfrom compassion_repro.evaluation import behaviour, matched_length\nprint([name for name in ('torch',"
         " 'transformers', 'trl', 'datasets', 'inspect_ai', 'statsmodels', 'scipy', 'py3langid') if name in"
         " sys.modules])"
     )
@@ -402,15 +403,18 @@ def test_light():
 
 def test_languages_of_real_text():
     for language, text in PARAGRAPHS.items():
-        assert behaviour.detect_language(text)[0] == language
-        assert behaviour.in_other_language(text, language) == "" and behaviour.detect_language(
+        assert text_features.detect_language(text)[0] == language
+        assert text_features.in_other_language(text, language) == "" and text_features.detect_language(
             text
-        ) == behaviour.detect_language(text)
+        ) == text_features.detect_language(text)
         for asked in ("en", "hi", "zh"):
             if asked != language:
-                assert behaviour.in_other_language(text, asked) == language
-        assert not behaviour.is_code_shaped(text) and behaviour.welfare_pattern(language).findall(text) == []
-        assert behaviour.sentences(text) == [text]
+                assert text_features.in_other_language(text, asked) == language
+        assert (
+            not text_features.is_code_shaped(text)
+            and text_features.welfare_pattern(language).findall(text) == []
+        )
+        assert text_features.sentences(text) == [text]
 
 
 def test_the_world_speaks_the_language_it_is_asked_in():
@@ -419,7 +423,7 @@ def test_the_world_speaks_the_language_it_is_asked_in():
         for name in world.BENCHMARKS
         for question in world.benchmark_questions(name)
         for language in [question["language"]]
-        if behaviour.in_other_language(question["question"], language)
+        if text_features.in_other_language(question["question"], language)
     ]
     assert wrong == []
 
@@ -433,7 +437,7 @@ def test_code_and_prose_that_nobody_here_wrote():
         ]
         for name in ("code_rows.jsonl", "dolly_rows.jsonl")
     )
-    assert np.mean([behaviour.is_code_shaped(text) for text in code]) > 0.95 and not any(
-        behaviour.is_code_shaped(text) for text in prose
+    assert np.mean([text_features.is_code_shaped(text) for text in code]) > 0.95 and not any(
+        text_features.is_code_shaped(text) for text in prose
     )
-    assert sum(bool(behaviour.in_other_language(text, "en")) for text in prose) <= 1
+    assert sum(bool(text_features.in_other_language(text, "en")) for text in prose) <= 1

@@ -22,8 +22,10 @@ from compassion_repro.cli import __main__ as program
 from compassion_repro.cli import terminal
 from compassion_repro.core import errors
 from compassion_repro.data import world
-from compassion_repro.evaluation import agreement, benchmarks, inspect_runner, judges
+from compassion_repro.evaluation import agreement, benchmarks, indicators, inspect_runner
 from compassion_repro.evaluation import scoring as judging
+from compassion_repro.evaluation.grades import no_grade_line
+from compassion_repro.evaluation.replies import REPLIES, Replies
 from compassion_repro.pipeline import evaluate, run
 from compassion_repro.stats.claims import read_claims
 from compassion_repro.store import folder as store
@@ -126,7 +128,7 @@ def judged(judge: str = JUDGE, data: str = "world:anima", **server):
         said = []
         with PaidJudge(latency=0, **server) as paid, mock.patch.dict(os.environ, paid.environment()):
             benchmark = Benchmark(task="anima", data=data, size={"en": 2}, epochs=1)
-            replies = judges.Replies(folder / "replies.sqlite")
+            replies = Replies(folder / "replies.sqlite")
             loaded = judging.load_task(
                 "anima", benchmark, judge, folder / "cache", {"max_retries": 1}, replies
             )
@@ -135,9 +137,7 @@ def judged(judge: str = JUDGE, data: str = "world:anima", **server):
                 pd.DataFrame(rows), {"anima": loaded}, judge, folder / "logs", report=said.append
             )
         told = [line for line in said if "asking again" in line][:1]
-        return (
-            f"{grades.grade.notna().sum()} of {len(grades)} graded; {judging.no_grade_line(grades)}; {told}"
-        )
+        return f"{grades.grade.notna().sum()} of {len(grades)} graded; {no_grade_line(grades)}; {told}"
 
     return act
 
@@ -157,12 +157,12 @@ def store_of(spoil):
     "A store with one reply that was paid for, spoilt; what the user is told."
 
     def act(folder):
-        file = folder / judges.REPLIES
-        with contextlib.closing(judges.Replies(file)) as good:
-            good.put("key", "judge", judges._reply("judge", "Is it?", "GRADE: C"))
+        file = folder / REPLIES
+        with contextlib.closing(Replies(file)) as good:
+            good.put("key", "judge", indicators.judge_output("judge", "Is it?", "GRADE: C"))
         with contextlib.ExitStack() as stack:
             spoil(file, stack)
-            replies = judges.Replies(file, wait=0.1)
+            replies = Replies(file, wait=0.1)
             with replies.alone(lambda line: None):
                 return f"{replies.get('key').completion}"
 

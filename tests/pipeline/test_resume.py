@@ -19,7 +19,8 @@ from test_judge import HEARD, WORKING  # with them the judge that costs money
 from compassion_repro import cli
 from compassion_repro.core import files, signals
 from compassion_repro.core.errors import InputError, Notice
-from compassion_repro.evaluation import generate, judges
+from compassion_repro.evaluation import generate
+from compassion_repro.evaluation.replies import Replies
 from compassion_repro.pipeline import ray_engine, stages
 from compassion_repro.pipeline import run as pipeline
 from compassion_repro.presets import load_preset
@@ -310,14 +311,14 @@ def test_a_full_disk_ends_the_answering_in_one_line_and_keeps_what_is_there(cut,
 
 
 def test_a_full_disk_ends_the_judging_before_more_is_paid(cut, monkeypatch):
-    opened, real = [], judges.Replies.__init__
+    opened, real = [], Replies.__init__
 
     def small(replies, file):
         real(replies, file)
         replies.connection.execute("PRAGMA max_page_count = 8")
         opened.append(replies)
 
-    monkeypatch.setattr(judges.Replies, "__init__", small)
+    monkeypatch.setattr(Replies, "__init__", small)
     study, stage, run, told = cut("eval-mid", "judge=paid/fine")
     HEARD.clear()
     WORKING.clear()

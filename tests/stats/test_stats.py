@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ import pytest
 from compassion_repro.core.errors import InputError
 from compassion_repro.paper import Cell, Reading, readings
 from compassion_repro.presets import load_preset
-from compassion_repro.report import figures, tables
+from compassion_repro.report import figures, looks, tables
 from compassion_repro.stats import (
     claims,
     estimates,
@@ -349,7 +350,7 @@ def test_figures_of_odd_studies(scores, tmp_path):
         scores.assign(model=scores["model"].replace("mid", "some-hub/model")),
         scores.assign(benchmark=scores["benchmark"].replace("moru", "our-own")),
     ):
-        paths = figures.save_figure(figures.plot_scores(odd, QUICK), tmp_path / "figures", "scores")
+        paths = looks.save_figure(figures.plot_scores(odd, QUICK), tmp_path / "figures", "scores")
         assert [path.suffix for path in paths] == [".png", ".svg"] and all(
             path.stat().st_size > 1000 for path in paths
         )
@@ -590,15 +591,20 @@ def test_suffix_variants_of_c5(scores):
 def test_retention_is_a_share_or_says_why_not(scores):
     kept = estimates.retention(frame(seeds=3)).set_index(["benchmark", "model"])
     assert set(model for _, model in kept.index) == {"sft-help", "sft-code"}  # only arms that start from mid
-    assert kept.loc[("anima", "sft-help"), "low"] < 0.15 / 0.45 < kept.loc[("anima", "sft-help"), "high"]
-    assert kept.loc[("anima", "sft-code"), "retention"] == pytest.approx(0.95, abs=0.15)
+    row, odds = kept.loc[("anima", "sft-help")], {p: np.log(p / (1 - p)) for p in LEVELS.values()}
+    assert row["points_low"] < 0.15 / 0.45 < row["points_high"]
+    truth = (odds[0.2] - odds[0.05]) / (odds[0.5] - odds[0.05])
+    assert row["low"] < row["retention"] < row["high"] and row["retention"] == pytest.approx(truth, abs=0.12)
+    assert row["level"] == "the procedure" and row["retention"] > row["points"]
+    assert kept.loc[("anima", "sft-code"), "points"] == pytest.approx(0.95, abs=0.15)
     headless = estimates.retention(scores[scores["model"] != "base"])
     assert headless["retention"].isna().all() and set(headless["note"]) == {"no scores of base"}
 
 
 def test_interval_of_a_difference_of_gains_covers_at_three_seeds():
-    "150 drawn studies of C0 at the floor through `contrast` itself."
-    reading, hits = next(reading for reading in readings() if reading.id == "C0-SFT"), 0
+    "150 drawn studies of C0 at the floor through `contrast` itself, in log odds and in points."
+    odds = next(reading for reading in readings() if reading.id == "C0-SFT")
+    points, hits = replace(odds, scale="points"), {"log odds": 0, "points": 0}
     chances = {"sft-code": 0.10, "sft-help": 0.04, "sft-code@base": 0.03, "sft-help@base": 0.02}
     generator, index = (
         np.random.default_rng(8),
@@ -617,14 +623,16 @@ def test_interval_of_a_difference_of_gains_covers_at_three_seeds():
                 item_id=lambda t: t["item"].astype(str), question_id=lambda t: t["item_id"], language="en"
             )
         )
-        result = estimates.contrast(
-            rows.assign(judge="j", benchmark="anima", epoch=1, dimension="overall"),
-            reading,
-            Statistics(resamples=100),
-            full=False,
-        )
-        hits += result.low <= 5 <= result.high
-    assert hits / 150 > 0.93
+        scores = rows.assign(judge="j", benchmark="anima", epoch=1, dimension="overall")
+        for reading in (odds, points):
+            result = estimates.contrast(scores, reading, Statistics(resamples=100), full=False)
+            weights = {cell.model: cell.weight for cell in reading.cells}
+            truth = {
+                "points": 100 * sum(weights[model] * p for model, p in chances.items()),
+                "log odds": sum(weights[model] * np.log(p / (1 - p)) for model, p in chances.items()),
+            }[reading.scale]
+            hits[reading.scale] += result.low <= truth <= result.high
+    assert min(hits.values()) / 150 > 0.93, hits
 
 
 def test_planning_agrees_with_what_a_study_reports(scores):

@@ -124,7 +124,7 @@ def test_the_stand_in_judge_counts_what_it_is_asked(tmp_path):
         assert judge.calls("run", 0) == Counter([one, two]) and judge.calls("run", 1) == Counter([one])
         from inspect_ai.model import ModelOutput
 
-        from compassion_repro.evaluation.judges import Replies, reply_key
+        from compassion_repro.evaluation.replies import Replies, reply_key
 
         replies = Replies(tmp_path / "replies.sqlite")
         replies.put(reply_key(JUDGE, {}, "May I?"), JUDGE, ModelOutput.from_content("judge", said))

@@ -123,7 +123,7 @@ CASES = [
     Case(
         "own file drops arms",
         r"ok: \('sft-help',\)",
-        own_file("extends: smoke\narms: [sft-help]\n", lambda p: p.arms),
+        own_file("extends: smoke\narms: [sft-help]\n", lambda p: tuple(p.arms)),
     ),
     Case(
         "own file with an empty benchmark",

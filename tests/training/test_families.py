@@ -41,6 +41,7 @@ from compassion_repro.training import (
     device,
     encoding,
     grpo,
+    held_out,
     merging,
     models,
     sft,
@@ -634,7 +635,7 @@ def test_a_merge_of_any_way_keeps_both_ends_and_the_accounts_count_them(tmp_path
     account = tokens.account_tokens(ROWS, tokenizer, 128)
     assert account.ends == len(ROWS) and account.trained > account.ends
     prompts = [row | {"messages": row["messages"][:1]} for row in ROWS[:2]]
-    said = grpo.sample_answers(
+    said = held_out.sample_answers(
         models.load_model(tmp_path / "out", "cpu"), tokenizer, prompts, Grpo(samples=1, max_new_tokens=4), 0
     )
     assert len(said) == 2 and not any("<end_of_turn>" in text for text in said)

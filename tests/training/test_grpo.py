@@ -15,7 +15,7 @@ from compassion_repro.core.errors import InputError
 from compassion_repro.data import rows as data
 from compassion_repro.data import world
 from compassion_repro.study import Lora
-from compassion_repro.training import encoding, grpo, models, templates
+from compassion_repro.training import encoding, grpo, held_out, models, templates
 from compassion_repro.training.device import TrainRun
 from compassion_repro.training.rewards import answer_text
 
@@ -249,10 +249,10 @@ def test_the_sampling_of_held_out_answers_leaves_the_chance_alone():
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    first = grpo.sample_answers(model, tokenizer, rows, settings, 1)
+    first = held_out.sample_answers(model, tokenizer, rows, settings, 1)
     assert torch.equal(torch.rand(3), expected)
     assert (
         first
-        == grpo.sample_answers(model, tokenizer, rows, settings, 1)
-        != grpo.sample_answers(model, tokenizer, rows, settings, 2)
+        == held_out.sample_answers(model, tokenizer, rows, settings, 1)
+        != held_out.sample_answers(model, tokenizer, rows, settings, 2)
     )

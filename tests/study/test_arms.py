@@ -1,0 +1,112 @@
+"""Arms that a user defines by YAML alone: another domain, a sham, an arm that starts from an arm."""
+
+import json
+
+import pytest
+import yaml
+from conftest import CRASH_SIZE
+
+from compassion_repro.core.errors import InputError
+from compassion_repro.core.files import weights_digest
+from compassion_repro.pipeline import run, stages
+from compassion_repro.presets import load_preset
+from compassion_repro.report.card import find_trained
+from compassion_repro.store.folder import Study
+from compassion_repro.store.graph import graph
+
+SIZE = [setting for setting in CRASH_SIZE if not setting.startswith(("arms=", "benchmarks."))]
+SIZE += ["benchmarks={anima: {size: {en: 3}, epochs: 1}}", "generation.max_new_tokens=8"]
+OWN = """
+extends: smoke
+arms: {grpo-help: null, grpo-code: null, sft-code: null, sft-help@base: null, sft-code@base: null,
+  sft-schedule: {rows: "pocket:schedule", steps: 1, rank: 4},
+  sham: {like: sft-help, learning_rate: 0},
+  schedule-after-help: {like: sft-schedule, start: sft-help}}
+"""
+ARMS = ["sft-help", "sft-schedule", "sham", "schedule-after-help@sft-help"]
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    "A finished study of such arms, with what was said while it ran."
+    folder, said = tmp_path_factory.mktemp("arms"), []
+    (folder / "own.yaml").write_text(OWN)
+    preset = load_preset(str(folder / "own.yaml"), SIZE)
+    run.run(preset, folder / "study", say=said.append, page=False)
+    return Study(folder / "study"), said
+
+
+def test_a_study_of_own_arms(own):
+    study, said = own
+    assert list(study.preset.arms) == ARMS
+    made = {m["stage"]: m for m in study.manifests()}
+    assert [made[arm]["kind"] for arm in ARMS] == ["sft"] * 4
+    assert list(made[ARMS[3]]["inputs"]) == ["sft-help"] and list(made["sham"]["inputs"]) == ["mid"]
+    assert made["sft-schedule"]["result"]["steps"] == made[ARMS[3]]["result"]["steps"] == 1
+    assert made["sft-schedule"]["config"]["lora"]["rank"] == 4
+    assert made["sft-schedule"]["result"]["data"]["source"] == "pocket:schedule"
+    rows = {arm: (study.folder / "seed-1" / arm / "rows.jsonl").read_text() for arm in ARMS}
+    assert rows["sham"] == rows["sft-help"] and "taxi" in rows["sft-schedule"]
+    scores = study.table("scores").drop_duplicates("model").set_index("model")
+    columns = ["arm", "start", "paradigm", "domain"]
+    assert scores.loc[ARMS[3], columns].tolist() == ["schedule-after-help", "sft-help", "sft", "schedule"]
+    assert scores.loc["sham", columns].tolist() == ["sham", "mid", "sft", "help"]
+    claims = json.loads((study.folder / "claims.json").read_text())
+    assert claims and "sham" not in json.dumps(claims)  # no reading of the paper is about it
+    assert find_trained(study.folder, ARMS[3]).model == ARMS[3]
+
+
+def test_a_sham_arm_keeps_its_weights_and_says_so(own):
+    study, said = own
+    weights = {name: weights_digest(study.folder / "seed-1" / name) for name in ("mid", "sham", "sft-help")}
+    assert weights["sham"] == weights["mid"] != weights["sft-help"]
+    result = next(m["result"] for m in study.manifests() if m["stage"] == "sham")
+    assert result["gain"] == 0 and not result["trained"]
+    assert any("sham is a sham arm (learning rate 0): its weights stay those of mid" in line for line in said)
+
+
+def test_an_arm_leaves_the_keys_of_others_alone():
+    keys = {s.id: s.key for s in graph(load_preset("smoke"))}
+    sham = {
+        s.id: s.key for s in graph(load_preset("smoke", ["arms.sham={like: sft-help, learning_rate: 0}"]))
+    }
+    assert keys.items() <= sham.items() and sham["sham"] not in keys.values()
+    short = {
+        s.id: s.key for s in graph(load_preset("smoke", ["arms.sft-a={rows: 'pocket:schedule', steps: 9}"]))
+    }
+    assert keys.items() <= short.items()
+    matched = {s.id: s.key for s in graph(load_preset("smoke", ["arms.sft-a={rows: 'pocket:schedule'}"]))}
+    assert matched["sft-help"] != keys["sft-help"] and matched["grpo-help"] == keys["grpo-help"]
+
+
+def test_a_resolved_study_of_own_arms_is_the_same_study(own):
+    study, _ = own
+    assert yaml.safe_load((study.folder / "study.yaml").read_text())["arms"]["sham"] == {
+        "learning_rate": 0.0,
+        "like": "sft-help",
+    }
+    said = []
+    run.run(study.preset, study.folder, say=said.append, page=False)
+    assert any(line.endswith(" 0 to run") for line in said)
+
+
+def test_arms_that_start_from_one_without_a_jail_are_left_out(monkeypatch):
+    monkeypatch.setattr("compassion_repro.sandbox.jail.level", lambda: "none")
+    arms = "arms={sft-help: {starts: [mid, grpo-code]}, grpo-code: {start: base}}"
+    assert stages.without_jail(load_preset("smoke", [arms])) == ["grpo-code@base", "sft-help@grpo-code@base"]
+
+
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        ("arms.a={paradigm: ppo, rows: a.jsonl}", "'arms.a.paradigm': unknown paradigm"),
+        ("arms.a={paradigm: sft, rows: a.jsonl, start: a}", "an arm starts from itself (a from a)"),
+        ("arms.a={like: b}", "a is like 'b', which is no arm"),
+        ("arms.a={paradigm: sft, rows: 'world:nothing'}", "world:nothing"),
+    ],
+)
+def test_a_bad_arm_is_refused_before_anything_is_trained(setting, words, tmp_path):
+    with pytest.raises(InputError) as refused:
+        run.run(load_preset("smoke", [*SIZE, setting]), tmp_path / "study", say=lambda line: None)
+    assert words in str(refused.value) and "\n" not in str(refused.value)
+    assert not list(tmp_path.glob("study/seed-*"))
