@@ -9,12 +9,10 @@ __all__ = ['VERDICT_LOOKS', 'score_panels', 'panel_means', 'plot_scores', 'score
 # %% ../../nbs/08_report/01_figures.ipynb #901c4499
 from collections.abc import Sequence
 from textwrap import wrap
-from zlib import crc32
 
 import numpy as np
 import pandas as pd
 
-from ..arms import PARADIGMS, start_of
 from ..core.errors import InputError
 from ..paper import JUDGE_FREE, PAPER
 from compassion_repro.report.looks import (
