@@ -297,6 +297,8 @@ CLAIMS = (
         "Coding keeps the mid-trained values",
         "S",
         (
+            *_retention("C6-SFT", "sft-code", "coding SFT"),
+            *_retention("C6-GRPO", "grpo-code", "coding GRPO"),
             Reading(
                 "C6-SFT",
                 "coding SFT − mid",

@@ -24,7 +24,7 @@ def _answered_folder(
     folder: str,  # as given on the command line
 ) -> Path:
     "The folder of a study or an evaluation; raises `InputError` where it is neither."
-    from compassion_repro.pipeline.evaluate import setup_of
+    from compassion_repro.pipeline.evaluation_setup import setup_of
 
     setup_of(Path(folder))
     return Path(folder)
@@ -79,7 +79,7 @@ def _judge_options(parser: argparse.ArgumentParser):
 
 # %% ../../nbs/11_cli/04_evaluation_commands.ipynb #b58ca0fb
 def _judging(args) -> dict:
-    "Those options, as `pipeline.evaluate` takes them; a setting that you left out is not in it."
+    "Those options, as `pipeline.judging` takes them; a setting that you left out is not in it."
     settings = {
         known: getattr(args, f"judge_{name.replace('-', '_')}")
         for name, (_, _, known) in JUDGE_SETTINGS.items()
@@ -274,7 +274,8 @@ def _rejudge_options(parser: argparse.ArgumentParser):
 )
 def judge(args) -> int:
     "Have the answers of a study or an evaluation judged again, and print the scores."
-    from compassion_repro.pipeline.evaluate import judge_folder, without_scores
+    from compassion_repro.pipeline.evaluate import without_scores
+    from compassion_repro.pipeline.judging import judge_folder
 
     folder = _answered_folder(args.study)
     prepare_libraries()
@@ -318,7 +319,7 @@ def _annotate_options(parser: argparse.ArgumentParser):
 )
 def annotate(args) -> int:
     "Write a blinded sheet of answers for people to grade, or read one back."
-    from compassion_repro.pipeline.evaluate import add_sheet, make_sheet
+    from compassion_repro.pipeline.sheets import add_sheet, make_sheet
 
     folder = _answered_folder(args.study)
     if args.read:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..arms import REWARD_MODEL, measured
 from ..core.errors import InputError
-from ..core.files import is_local, writable
+from ..core.files import digest, is_local, writable
 from ..core.lock import locked
 from ..core.signals import raise_on_signal
 from ..data import hub
@@ -270,16 +270,40 @@ def _was_trained(results: list[dict]) -> dict:
     )
     return {"trained": mean - half > 0, "reason": reason}
 
+# %% ../../nbs/09_pipeline/06_run.ipynb #ddbead0f
+def _weights_digest(manifest: dict) -> str | None:
+    "Identity of the weights that a stage left, from the hashes of its files; None where it left none."
+    weights = (".safetensors", ".gguf", ".bin")
+    files = manifest.get("files", {}).items()
+    hashes = sorted(entry["sha256"] for name, entry in files if name.endswith(weights))
+    return digest(hashes) if hashes else None
+
+
+def _add_seed(record: dict[str, dict], manifest: dict):
+    "Note the gain and the weights of one stage under its model."
+    model, seed, gain = manifest["model"], str(manifest.get("seed")), manifest["result"].get("gain")
+    weights = _weights_digest(manifest) if manifest.get("stage") == model else None
+    if gain is not None and model in record:
+        record[model].setdefault("gains", {})[seed] = gain
+    if weights is not None:
+        given = {"trained": True, "reason": "it was not trained in this study"}
+        record.setdefault(model, given).setdefault("weights", {})[seed] = weights
+
 # %% ../../nbs/09_pipeline/06_run.ipynb #4ba181dc
 def training_record(
     manifests: list[dict],  # of one study
-) -> dict[str, dict]:  # model id to {"trained": bool, "reason": str}
-    "Whether each model was trained: the mean gain over the seeds, with its 95 % interval, is above 0."
+) -> dict[str, dict]:  # model id to {"trained": bool, "reason": str, "gains": by seed, "weights": by seed}
+    """Whether each model was trained: the mean gain over the seeds, with its 95 % interval, is above 0. With the
+    gain and a digest of the weights of each seed; a model that was not trained here has its weights only.
+    """
     results = {}
     for manifest in manifests:
         if "gain" in manifest["result"]:
             results.setdefault(manifest["model"], []).append(manifest["result"])
-    return {model: _was_trained(found) for model, found in results.items()}
+    record = {model: _was_trained(found) for model, found in results.items()}
+    for manifest in manifests:
+        _add_seed(record, manifest)
+    return record
 
 # %% ../../nbs/09_pipeline/06_run.ipynb #b6bb4eba
 TRAINING = "training.json"  # what training did to each model, at the top of the study
@@ -317,6 +341,8 @@ def known_training(
     manifests = [m for m in study.manifests() if (m["model"], m["seed"]) in scored]
     record, kept = training_record(manifests), _kept_training(study.folder)
     here = {(m["model"], m["seed"]) for m in manifests if "gain" in m["result"]}
+    given = {name for name, _ in scored} - set(study.preset.trained) - record.keys()
+    record |= {name: kept[name] for name in sorted(given & kept.keys())}
     for model in study.preset.trained:
         seeds = {seed for name, seed in scored if name == model}
         if not seeds or {(model, seed) for seed in seeds} <= here:

@@ -21,8 +21,10 @@ from compassion_repro.paper import (
     family_of,
     pair_claims,
 )
+from .cells import weights_of, with_clusters
 from .claim_table import ClaimTable, read_claims
 from .estimates import Items
+from .gates import bounds_of_unreadable
 from compassion_repro.stats.scores import (
     GRADE_COLUMNS,
     MEAN_OF_JUDGES,
@@ -120,6 +122,27 @@ def _estimated_records(
             records.append(estimate_reading(items, reading, blank, preset.statistics, counted_wrong))
     return records
 
+# %% ../../nbs/06_stats/05_claims.ipynb #aa7b1b61
+def _with_bounds(
+    records: list[ClaimRecord],
+    items: Items,
+    grades: pd.DataFrame | None,
+    claims: Sequence[Claim],
+    preset: Preset,
+) -> list[ClaimRecord]:
+    "The records of one judge, with the bounds of those whose models have replies that it could not read."
+    own = None if grades is None else grades[grades["judge"] == items.scores["judge"].iloc[0]]
+    if own is None or not (own["grade"].isna() & own["attempted"].astype(bool)).any():
+        return records
+    by_id = {reading.id: reading for claim in claims for reading in claim_readings(claim, preset)}
+    dimensions, found = dimension_weights(items.scores), []
+    for record in records:
+        if record.estimate is not None and record.reading in by_id:
+            bounds = bounds_of_unreadable(own, by_id[record.reading], preset.statistics, items, dimensions)
+            record = record.with_(unreadable=bounds)
+        found.append(record)
+    return found
+
 # %% ../../nbs/06_stats/05_claims.ipynb #dacd9192
 def _judged_records(
     records: Sequence[ClaimRecord],
@@ -132,8 +155,10 @@ def _judged_records(
     judged = []
     for record in correct_families(records, settings):
         own = by_benchmark.get(record.benchmark, scores[:0])
-        why_not = ruled_out(record, own, training)
-        judged.append(judge_record(record, why_not, settings.sensitivity_margins))
+        why_not = ruled_out(record, own, training, settings.dose_factor)
+        kept = record.kind == "retention"
+        margins = settings.sensitivity_retention if kept else settings.sensitivity_margins
+        judged.append(judge_record(record, why_not, margins))
     return judged
 
 # %% ../../nbs/06_stats/05_claims.ipynb #5a68f562
@@ -189,7 +214,8 @@ def judge_pairs(
         if source not in set(margins["source"]):
             continue
         scores, own = pair_scores(margins, pairs), pair_claims(pairs, claims)
-        blank = _estimated_records(Items(scores), None, JUDGE_FREE, own, preset, families)
+        items = Items(scores, weights=weights_of(training))
+        blank = _estimated_records(items, None, JUDGE_FREE, own, preset, families)
         estimated = [_in_nats(record) for record in blank]
         judged = _with_intersections(_judged_records(estimated, scores, training, preset.statistics), own)
         records += [
@@ -202,7 +228,8 @@ def judge_pairs(
 def judge_claims(
     # rows of `scores.parquet`, one judge or several; None: nothing was judged
     scores: pd.DataFrame | None,
-    # model id to {"trained": bool, "reason": str}; models left out count as trained
+    # model id to {"trained": bool, "reason": str}, and by seed "gains", "kl" and "weights" (a digest) where they
+    # are known; models left out count as trained
     training: Mapping[str, Mapping],
     preset: Preset,  # its scope, benchmarks and statistics
     # rows of `grades.parquet`: estimates that count unreadable replies as wrong
@@ -220,12 +247,14 @@ def judge_claims(
     judge's scores mean nothing, and nothing is testable. Raises `InputError` for scores that cannot be used.
     """
     texts, table = {} if answers is None else question_texts(answers), []
+    weights, cluster = weights_of(training), preset.statistics.cluster
     judged_scores = [] if scores is None else _by_judge(with_task_scores(check_scores(scores)), grades)
     for judge, own, wrong in judged_scores:
-        items, counted_wrong = Items(own, texts), None
+        items, counted_wrong = Items(with_clusters(own, cluster), texts, weights=weights), None
         if wrong is not None:
-            counted_wrong = items if wrong is own else Items(wrong, texts)
+            counted_wrong = items if wrong is own else Items(wrong, texts, weights=weights)
         records = _estimated_records(items, counted_wrong, judge, claims, preset, families)
+        records = _with_bounds(records, items, grades, claims, preset)
         judged = _judged_records(records, own, training, preset.statistics)
         table += _with_intersections(judged, claims)
     if margins is not None and len(margins):

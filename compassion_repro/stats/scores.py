@@ -6,10 +6,11 @@
 __all__ = ['SCORE_COLUMNS', 'ITEM_KEYS', 'DRAWN', 'DRAWN_SIZE', 'MEAN_OF_JUDGES', 'TASK', 'GRADE_COLUMNS', 'ANSWER_COLUMNS',
            'draw_scores', 'check_columns', 'check_scores', 'read_scores', 'item_scores', 'one_judge', 'model_rank',
            'in_languages', 'dimension_means', 'dimension_normalised', 'mean_of_judges', 'with_task_scores',
-           'scores_from_grades', 'dimension_weights', 'question_texts', 'answer_summary']
+           'scores_from_grades', 'dimension_weights', 'without_template', 'question_texts', 'answer_summary']
 
 # %% ../../nbs/06_stats/01_scores.ipynb #0723ea93
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -339,6 +340,19 @@ def dimension_weights(
         weights[benchmark] = dict(zip(gaps.columns, _fitted_weights(gaps.to_numpy()).tolist()))
     return weights
 
+# %% ../../nbs/06_stats/01_scores.ipynb #e1a7c0e2
+def without_template(
+    prompts: pd.Series,  # of one model
+) -> pd.Series:  # the questions, same index
+    "Prompts without the lines, labels and marks that all of them begin and end with; one alone stays as it is."
+    texts = prompts.unique().tolist()
+    if len(texts) < 2:
+        return prompts
+    head = len(re.sub(r"[^\n>\]:]*$", "", os.path.commonprefix(texts)))
+    ending = os.path.commonprefix([text[head:][::-1] for text in texts])[::-1]
+    tail = len(re.sub(r"^[^\n<\[]*?(?=\s\w+:\s*$|[\n<\[]|$)", "", ending))
+    return prompts.map(lambda prompt: prompt[head : len(prompt) - tail].strip())
+
 # %% ../../nbs/06_stats/01_scores.ipynb #2c3f6141
 def question_texts(
     answers: pd.DataFrame,  # rows of `answers.parquet`, with `prompt`
@@ -346,11 +360,7 @@ def question_texts(
     "The questions as they were asked, the template taken off."
     check_columns(answers, ("benchmark", "question_id", "prompt"), "the answer frame")
     questions = answers.drop_duplicates(["benchmark", "question_id"])
-    prompts, head, tail = questions["prompt"].tolist(), 0, 0
-    if len(prompts) > 1:
-        head = len(os.path.commonprefix(prompts))
-        tail = len(os.path.commonprefix([prompt[head:][::-1] for prompt in prompts]))
-    texts = [prompt[head : len(prompt) - tail] for prompt in prompts]
+    texts = without_template(questions["prompt"])
     return dict(zip(zip(questions["benchmark"], questions["question_id"]), texts))
 
 # %% ../../nbs/06_stats/01_scores.ipynb #2d29c5ce

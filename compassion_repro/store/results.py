@@ -7,8 +7,6 @@ __all__ = ['ANSWER', 'EXPORT_COLUMNS', 'WRITERS', 'StudyFiles', 'read_study_file
 
 # %% ../../nbs/07_store/03_results.ipynb #b387e9fe
 import json
-import os
-import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +24,7 @@ from compassion_repro.stats.scores import (
     model_rank,
     read_scores,
     with_task_scores,
+    without_template,
 )
 from .folder import Study
 from ..study import Preset
@@ -169,19 +168,6 @@ EXPORT_COLUMNS = {  # column of an exported answer: what it holds
     "looping": "whether the answer repeats itself",
 }
 
-# %% ../../nbs/07_store/03_results.ipynb #e1a7c0e2
-def _without_template(
-    prompts: pd.Series,  # of one model and benchmark
-) -> pd.Series:  # the questions, same index
-    "Prompts without the lines and marks that all of them begin and end with; one alone stays as it is."
-    texts = prompts.unique().tolist()
-    if len(texts) < 2:
-        return prompts
-    head = len(re.sub(r"[^\n>\]:]*$", "", os.path.commonprefix(texts)))
-    ending = os.path.commonprefix([text[head:][::-1] for text in texts])[::-1]
-    tail = len(re.sub(r"^[^\n<\[]*", "", ending))
-    return prompts.map(lambda prompt: prompt[head : len(prompt) - tail].strip())
-
 # %% ../../nbs/07_store/03_results.ipynb #e1a7c0d4
 def _score_columns(
     scores: pd.DataFrame,  # rows of `scores.parquet`
@@ -204,7 +190,7 @@ def answer_table(
     if not (study.folder / "answers.parquet").is_file():
         raise InputError(f"{folder} has no answers yet: finish it with the command that began it")
     answers = study.table("answers")
-    questions = answers.groupby(["model", "benchmark"])["prompt"].transform(_without_template)
+    questions = answers.groupby(["model", "benchmark"])["prompt"].transform(without_template)
     table = answers.assign(question=questions).rename(columns={"text": "answer"})[list(EXPORT_COLUMNS)]
     if not (study.folder / "scores.parquet").is_file():
         return table

@@ -22,7 +22,7 @@ from compassion_repro import cli
 from compassion_repro.core.errors import InputError
 from compassion_repro.data import world
 from compassion_repro.evaluation import agreement, benchmarks, indicators, judges, scoring
-from compassion_repro.pipeline import evaluate, run, stages
+from compassion_repro.pipeline import evaluate, evaluation_setup, judging, run, stages
 from compassion_repro.stats.claims import read_claims
 from compassion_repro.store import folder as store
 from compassion_repro.store import graph
@@ -125,12 +125,14 @@ def small(answered_by_one, tmp_path):
 
 def prompts_of(folder):
     "Every different prompt that the official scorers make of the folder's answers."
-    tasks = evaluate.load_setup(evaluate.setup_of(folder), folder / "benchmarks", scoring.listener())
+    tasks = evaluation_setup.load_setup(
+        evaluation_setup.setup_of(folder), folder / "benchmarks", scoring.listener()
+    )
     return set(scoring.judge_prompts(pd.read_parquet(folder / "answers.parquet"), tasks).prompt)
 
 
 def judge(folder, name, **more):
-    return evaluate.judge_folder(folder, name, **{"yes": True, **QUIET, **more})
+    return judging.judge_folder(folder, name, **{"yes": True, **QUIET, **more})
 
 
 def scores(folder, judge=None):
@@ -197,7 +199,7 @@ def test_a_judge_that_dies_half_way(folder):
 CRASH = """if True:
     import os, sys
     from inspect_ai.model import ModelAPI, ModelOutput, ModelUsage, modelapi
-    from compassion_repro.pipeline import evaluate as evaluation
+    from compassion_repro.pipeline.judging import judge_folder
     folder, calls, last = sys.argv[1], sys.argv[2], int(sys.argv[3])
 
     @modelapi(name="paid")
@@ -209,7 +211,7 @@ CRASH = """if True:
             output.usage = ModelUsage()
             return output
 
-    evaluation.judge_folder(folder, "paid/fine", settings={"max_connections": 1}, yes=True)
+    judge_folder(folder, "paid/fine", settings={"max_connections": 1}, yes=True)
 """
 
 
@@ -335,7 +337,8 @@ def test_upstream_explanation_of_a_dimension_that_never_parsed(folder, monkeypat
         "Moral Consideration" in str(w.message) and "could not be judged" in str(w.message) for w in told
     )
     assert (
-        "unjudged_in" in (folder / "judges" / evaluate.slug("paid/one-dimension") / "pass.json").read_text()
+        "unjudged_in"
+        in (folder / "judges" / evaluation_setup.slug("paid/one-dimension") / "pass.json").read_text()
     )
     monkeypatch.undo()
     judge(folder, "paid/one-dimension")  # what failed is judged again, and only that

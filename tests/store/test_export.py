@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from compassion_repro import cli
-from compassion_repro.pipeline.evaluate import Setup
+from compassion_repro.pipeline.evaluation_setup import Setup
 from compassion_repro.presets import load_preset
 from compassion_repro.store.results import ANSWER, EXPORT_COLUMNS, WRITERS
 from compassion_repro.study import Generation

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from compassion_repro.data import world
 from compassion_repro.evaluation.generate import open_model
-from compassion_repro.pipeline.evaluate import _weights
+from compassion_repro.pipeline.model_answers import weights_identity
 from compassion_repro.pipeline.preflight import look_at_model
 from compassion_repro.study import Models
 from compassion_repro.training import adapters, encoding, models, templates
@@ -210,13 +210,13 @@ def trained_again(folder):
     "Whether an evaluation sees that the local base of an adapter was trained again."
     base = copied(folder)
     place = adapter(folder, base=str(base))
-    before = _weights(str(place))
+    before = weights_identity(str(place))
     save_file(
         {key: value * 1.1 for key, value in load_file(base / "model.safetensors").items()},
         base / "model.safetensors",
         {"format": "pt"},
     )
-    return before != _weights(str(place))
+    return before != weights_identity(str(place))
 
 
 def tokenizer(folder, pad=None, add=(), **special):
