@@ -93,14 +93,25 @@ def command(out: Path, *more: str, report: bool = False) -> list[str]:
 
 FORKS = Forks()
 atexit.register(FORKS.close)
+# A stage that merges in a fresh process: importing what it needs takes ten times as long as its work.
+NEW_PYTHON = subprocess.run
+if sys.platform == "linux":
+    subprocess.run = FORKS.merge_instead(NEW_PYTHON)
 
 
-def start_study(out: Path, *more_settings: str, words: tuple[str, ...] = (), report: bool = False):
+def start_study(
+    out: Path,
+    *more_settings: str,
+    words: tuple[str, ...] = (),
+    report: bool = False,
+    environment: dict | None = None,
+):
     "Start it, and return what one uses of a `Popen` with pipes: a fork that has imported the libraries already."
     line = [*command(out, *words, report=report), *settings(*more_settings)]
     if sys.platform != "linux":
-        return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return FORKS.start(COMMAND, line[3:])
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(line, env=environment, **pipes)
+    return FORKS.start(COMMAND, line[3:], environment=environment)
 
 
 def run_study(
@@ -108,6 +119,7 @@ def run_study(
     *more_settings: str,
     words: tuple[str, ...] = (),
     report: bool = False,
+    environment: dict | None = None,  # whole; default: that of this process
     fresh: bool = False,  # in a new Python; so it is with options for `subprocess.run`
     **options,
 ) -> subprocess.CompletedProcess:
@@ -115,7 +127,7 @@ def run_study(
     line = [*command(out, *words, report=report), *settings(*more_settings)]
     if fresh or options:
         return subprocess.run(line, capture_output=True, text=True, **options)
-    process = start_study(out, *more_settings, words=words, report=report)
+    process = start_study(out, *more_settings, words=words, report=report, environment=environment)
     stdout, stderr = process.communicate()
     return subprocess.CompletedProcess(line, process.returncode, stdout, stderr)
 

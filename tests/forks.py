@@ -3,9 +3,11 @@
 Importing torch, transformers and inspect takes longer than most tests do anything. One process imports them, and
 forks for each job: it has a single thread (OpenBLAS, which would start others, is held to one), and none of the
 package's own modules is loaded by then. A fork goes on as a Python of its own would, and ends as one, but for
-taking the modules apart, which takes seconds.
+taking the modules apart, which takes seconds. A fork may ask for another one, through a socket: so a stage that
+merges in a fresh process, which `fork_to_merge` sees to.
 """
 
+import inspect
 import json
 import os
 import shutil
@@ -35,12 +37,55 @@ IMPORTED_ONCE = [
     "markdown_it",
 ]
 
-SERVER = """
-import atexit, gc, importlib, json, os, select, sys, threading, traceback
+
+def fork_to_merge(plain, address: str):
+    """`subprocess.run`, but that the Python which a stage starts to merge is a fork of the process that listens
+    at `address`: as fresh as a new one, for no forward pass was made there.
+    """
+    import json
+    import os
+    import signal
+    import socket
+    import subprocess
+    import sys
+    import tempfile
+    import time
+
+    def run(words, *more, **options):
+        if list(words[:3]) != [sys.executable, "-m", "compassion_repro.training.merging"]:
+            return plain(words, *more, **options)
+        with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as door:
+            names = {name: os.path.join(folder, name) for name in ("stdout", "stderr", "status")}
+            for name in ("stdout", "stderr"):
+                open(names[name], "w").close()
+            code = f"import runpy; runpy.run_module({words[2]!r}, run_name='__main__', alter_sys=True)"
+            job = {"code": code, "words": list(words[3:]), "folder": os.getcwd(), **names}
+            door.connect(address)
+            door.sendall(json.dumps(job | {"environment": dict(os.environ)}).encode() + b"\n")
+            pid = int(door.makefile().readline())
+            try:
+                while not os.path.exists(names["status"]):
+                    time.sleep(0.02)
+            except BaseException:
+                os.kill(pid, signal.SIGKILL)
+                raise
+            status, stdout, stderr = (open(names[name]).read() for name in ("status", "stdout", "stderr"))
+        return subprocess.CompletedProcess(words, int(status), stdout, stderr)
+
+    return run
+
+
+SERVER = (
+    inspect.getsource(fork_to_merge)
+    + """
+import atexit, gc, importlib, json, os, select, socket, subprocess, sys, threading, traceback
 
 out = os.dup(1)
 os.dup2(2, 1)
 jobs = sys.stdin.buffer.raw
+door = socket.socket(socket.AF_UNIX)
+door.bind(sys.argv[2])
+door.listen(64)
 for name in json.loads(sys.argv[1]):
     importlib.import_module(name)
 sys.modules["inspect_ai.model"].get_model_info("none/none")  # reads its list of models
@@ -49,22 +94,31 @@ assert threading.active_count() == 1
 gc.freeze()
 child, places, rest = None, {}, b""
 while child != 0:
-    if select.select([jobs], [], [], 0.02)[0]:
+    ready = select.select([jobs, door], [], [], 0.02)[0]
+    asked = []
+    if jobs in ready:
         if not (read := os.read(jobs.fileno(), 65536)):
             os._exit(0)
-        rest += read
-    while child != 0 and b"\\n" in rest:
-        line, _, rest = rest.partition(b"\\n")
+        *lines, rest = (rest + read).split(b"\\n")
+        asked += [(line, out) for line in lines]
+    if door in ready:
+        visitor = door.accept()[0]
+        asked.append((visitor.makefile("rb").readline(), visitor.fileno()))
+    for line, answer in asked:
         job = json.loads(line)
-        if child := os.fork():
-            places[child] = job["status"]
-            os.write(out, b"%d\\n" % child)
+        if not (child := os.fork()):
+            break
+        places[child] = job["status"]
+        os.write(answer, b"%d\\n" % child)
     while child != 0 and places and (ended := os.waitpid(-1, os.WNOHANG))[0]:
         place = places.pop(ended[0])
         with open(place + ".partial", "w") as file:
             file.write(str(os.waitstatus_to_exitcode(ended[1])))
         os.rename(place + ".partial", place)
 os.close(out)
+door.close()
+visitor = None
+subprocess.run = fork_to_merge(subprocess.run, sys.argv[2])
 for number, (name, flags) in enumerate(
     [(os.devnull, os.O_RDONLY), (job["stdout"], os.O_WRONLY), (job["stderr"], os.O_WRONLY)]
 ):
@@ -87,6 +141,7 @@ sys.stdout.flush()
 sys.stderr.flush()
 os._exit(status)
 """
+)
 # `python -m compassion_repro.cli`
 COMMAND = "import runpy; runpy.run_module('compassion_repro.cli', run_name='__main__', alter_sys=True)"
 
@@ -137,15 +192,26 @@ class Forks:
         self.environment = environment
         self.owner, self.process, self.count = os.getpid(), None, 0
         self.folder = Path(tempfile.mkdtemp(prefix="forks-"))
+        self.address = str(self.folder / "door")
 
     def _start(self):
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, json.dumps(IMPORTED_ONCE)],
+            [sys.executable, "-c", SERVER, json.dumps(IMPORTED_ONCE), self.address],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=(self.folder / "log").open("w"),
             env={"OMP_NUM_THREADS": "2", **os.environ, **self.environment, "OPENBLAS_NUM_THREADS": "1"},
         )
+
+    def merge_instead(self, plain):
+        "`plain`, which is `subprocess.run`, as `fork_to_merge` has it; nothing is started before it is needed."
+
+        def run(words, *more, **options):
+            if "compassion_repro.training.merging" in words and self.process is None:
+                self.start("", []).wait()
+            return fork_to_merge(plain, self.address)(words, *more, **options)
+
+        return run
 
     def start(
         self,

@@ -298,3 +298,25 @@ def test_the_citation_says_what_the_settings_say():
         "repository-code": own["git_url"],
         "keywords": own["keywords"].split(),
     }
+
+
+def test_every_trainer_is_held_to_one_gpu():
+    """Where it sees several, TRL's trainer would use them all in one process: SFT's batch would be multiplied, and
+    the reward model's is refused.
+    """
+    configs = {"SFTConfig", "GRPOConfig", "RewardConfig", "DPOConfig"}
+    made, held = set(), set()
+    for path in sorted((ROOT / "compassion_repro").rglob("*.py")):
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            called = {
+                call.func.id
+                for call in ast.walk(function)
+                if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+            }
+            if called & configs:
+                made.add((path.name, function.name))
+            if called & configs and "on_one_gpu" in called:
+                held.add((path.name, function.name))
+    assert len(made) >= 3 and made == held, made - held

@@ -205,7 +205,8 @@ def create_study(folder: Path) -> int:
     "What the command `run` does before its first stage."
     from compassion_repro.core.errors import InputError
     from compassion_repro.presets import load_preset
-    from compassion_repro.store.folder import Study, take_stock
+    from compassion_repro.store.checks import take_stock
+    from compassion_repro.store.folder import Study
 
     preset = load_preset("smoke", CRASH_SIZE)
     try:

@@ -26,7 +26,7 @@ from .model import GPU, Bench, Sizes, random_model
 from .training_runs import profile, train_default, train_ours, unpatched
 from ..core.errors import first_line
 from ..core.files import write_atomically
-from ..store.folder import provenance
+from ..store.manifest import provenance
 from ..training.models import pick_device
 
 # %% ../../nbs/10_bench/05_gpu.ipynb #79c787ea

@@ -26,6 +26,7 @@ from ..training.device import TrainRun, fitted, load_held
 from ..training.encoding import encode_row
 from ..training.memory import total, training_memory
 from ..training.models import load_model
+from ..training.processes import on_one_gpu
 from ..training.supervised import loss_log, pack, train
 from ..training.templates import load_tokenizer
 
@@ -100,7 +101,7 @@ def _default_trainer(bench: Bench, data: Dataset, length: int, quantize: str, fo
     )
     options = dict(processing_class=load_tokenizer(bench.folder), peft_config=lora_config(bench.lora))
     options["callbacks"] = [Progress(lambda line: None)]
-    trainer = SFTTrainer(model, config, train_dataset=data, **options)
+    trainer = SFTTrainer(model, on_one_gpu(config), train_dataset=data, **options)
     trainer.remove_callback(PrinterCallback)
     return trainer
 

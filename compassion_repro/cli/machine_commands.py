@@ -59,7 +59,7 @@ def _facts(here) -> list[list[str]]:
 
     from compassion_repro.pipeline.machine import TOKENS
     from compassion_repro.sandbox.jail import describe_level
-    from compassion_repro.store.folder import provenance
+    from compassion_repro.store.manifest import provenance
 
     return [
         ["python", platform.python_version()],

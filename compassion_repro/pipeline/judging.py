@@ -24,7 +24,8 @@ from ..evaluation.cost import Estimate, ask, is_free, load_prices
 from .evaluation_setup import Setup, load_setup, setup_of, slug
 from .model_answers import collect_answers
 from ..store.artifact import write_recorded
-from ..store.folder import Study, check_passes
+from ..store.checks import check_passes
+from ..store.folder import Study
 from ..study import check_judge, judge_names
 
 # %% ../../nbs/09_pipeline/09_judging.ipynb #037fad2a

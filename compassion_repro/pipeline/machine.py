@@ -25,7 +25,7 @@ from ..data.hub import has_token
 from . import plan
 from ..presets import load_preset, presets, with_settings
 from ..sandbox import jail as sandbox
-from ..store.folder import provenance
+from ..store.manifest import provenance
 from ..study import Preset
 from ..training import memory
 

@@ -15,7 +15,7 @@ from ..core.files import digest, path_digest, writable
 from ..data.hub import is_adapter
 from .evaluation_setup import Setup, slug
 from ..store.artifact import recorded_damage, write_recorded
-from ..store.folder import check_artifact
+from ..store.checks import check_artifact
 from ..training.model_files import adapter_base
 
 # %% ../../nbs/09_pipeline/08_model_answers.ipynb #47027c8b

@@ -12,8 +12,8 @@ from statistics import mean
 from fastcore.basics import patch
 
 from ..core.errors import Notice
-from ..store.folder import stage_facts
 from ..store.graph import Stage
+from ..store.manifest import stage_facts
 
 # %% ../../nbs/09_pipeline/02_progress.ipynb #ea466ae4
 _BY_TOKENS = ("midtrain", "sft")  # kinds whose time goes with the tokens they train on

@@ -23,13 +23,8 @@ from .ray_engine import pick_engine, run_stages
 from .stages import without_jail
 from ..presets import build_preset
 from ..store.artifact import recorded_damage, write_recorded
-from compassion_repro.store.folder import (
-    Study,
-    check_for_report,
-    check_passes,
-    note_sources_of_tables,
-    take_stock,
-)
+from ..store.checks import check_for_report, check_passes, note_sources_of_tables, take_stock
+from ..store.folder import Study
 from ..store.graph import Stage, data_settings, source_settings
 from ..store.registration import analysis_of, changes, concerning, read_registration
 from ..study import Preset

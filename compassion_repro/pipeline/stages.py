@@ -36,8 +36,9 @@ from ..core.lock import check_held
 from ..core.signals import defer_signals, raise_on_signal
 from ..data import hub
 from ..store.artifact import put_in_place
-from ..store.folder import Study, peak_memory_mb, provenance
+from ..store.folder import Study
 from ..store.graph import VERSIONS, Stage
+from ..store.manifest import peak_memory_mb, provenance
 from ..study import DETERMINISTIC, Benchmark, Generation, Preset, judge_names
 from ..training import gguf, model_files
 

@@ -24,7 +24,8 @@ from ..core.errors import InputError
 from ..core.files import is_local
 from ..data import hub
 from ..stats import estimates
-from ..store.folder import Study, check_artifact
+from ..store.checks import check_artifact
+from ..store.folder import Study
 
 # %% ../../nbs/08_report/06_card.ipynb #d659527d
 @dataclass

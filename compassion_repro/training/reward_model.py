@@ -285,8 +285,9 @@ def _reward_config(
     from trl import RewardConfig
 
     from compassion_repro.training.device import warmup_steps
+    from compassion_repro.training.processes import on_one_gpu
 
-    return RewardConfig(
+    config = RewardConfig(
         folder,
         num_train_epochs=1,
         per_device_train_batch_size=batch_size,
@@ -305,6 +306,7 @@ def _reward_config(
         report_to=[],
         disable_tqdm=True,
     )
+    return on_one_gpu(config)
 
 # %% ../../nbs/04_training/23_reward_model.ipynb #8b2578fd
 def _train_on_pairs(

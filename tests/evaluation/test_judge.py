@@ -4,8 +4,6 @@ and the commands. The stubs stand for providers that cost money.
 
 import json
 import shutil
-import subprocess
-import sys
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -15,6 +13,7 @@ import pandas as pd
 import pytest
 import tenacity
 import yaml
+from conftest import FORKS
 from inspect_ai.model import ModelAPI, ModelOutput, ModelUsage, modelapi
 from inspect_ai.scorer import Score, mean_score
 
@@ -218,12 +217,7 @@ CRASH = """if True:
 def test_a_crash_loses_only_the_call_under_way(folder, tmp_path):
     calls, wanted = tmp_path / "calls", len(prompts_of(folder))
 
-    def process(last):
-        return subprocess.run(
-            [sys.executable, "-c", CRASH, folder, calls, str(last)], capture_output=True, text=True
-        )
-
-    assert process(10).returncode == 9 and calls.stat().st_size == 10
+    assert FORKS.start(CRASH, [str(folder), str(calls), "10"]).wait() == 9 and calls.stat().st_size == 10
     assert scores(folder, "paid/fine").empty
     judge(folder, "paid/fine")  # another process goes on from the replies that were kept
     assert len(HEARD) == wanted - 9 and set(CALLS.values()) == {1}

@@ -18,6 +18,7 @@ from browser import BROWSER, Page
 from conftest import assert_one_line, copy_study
 
 from compassion_repro import cli
+from compassion_repro.core.files import read_sealed, write_sealed
 from compassion_repro.report import page as report
 
 HOSTILE = (
@@ -94,7 +95,7 @@ def enrich(study: Path):
         for step in range(1, 9)
     ]
     manifest = {
-        **json.loads((study / "seed-1" / "sft-help" / "manifest.json").read_text()),
+        **read_sealed(study / "seed-1" / "sft-help" / "manifest.json"),
         "stage": "grpo-help",
         "kind": "grpo",
         "model": "grpo-help",
@@ -112,7 +113,7 @@ def enrich(study: Path):
         "warnings": ["the answers do not end"],
         "log": log,
     }
-    (place / "manifest.json").write_text(json.dumps(manifest))
+    write_sealed(place / "manifest.json", manifest)
     pd.DataFrame(
         {
             "step": [1, 1, 8],

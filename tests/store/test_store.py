@@ -13,7 +13,7 @@ from compassion_repro.core import files
 from compassion_repro.core.errors import InputError
 from compassion_repro.pipeline import run
 from compassion_repro.presets import load_preset
-from compassion_repro.store import folder as store
+from compassion_repro.store import checks
 from compassion_repro.store.folder import Study
 
 PRESET = load_preset("smoke", CRASH_SIZE)
@@ -61,7 +61,7 @@ def test_a_damaged_artifact_is_named_and_not_used(study_copy, how):
         told = []
         with pytest.raises(InputError, match=f"seed-1/{id}.*{name}"):
             study.verified(stages[id])
-        assert store.find_pending(study, [stages[id]], told.append) == [stages[id]]
+        assert checks.find_pending(study, [stages[id]], told.append) == [stages[id]]
         assert (
             len(told) == 1
             and f"seed-1/{id}" in told[0]

@@ -2,13 +2,12 @@
 
 import os
 import signal
-import subprocess
 import sys
 
 import pandas as pd
 import pytest
 import torch
-from conftest import wait_for
+from conftest import FORKS, wait_for
 
 from compassion_repro import study
 from compassion_repro.core.errors import InputError
@@ -72,7 +71,8 @@ def test_what_is_left_behind_is_a_plain_model_whose_answers_end(whole):
 
 
 SCRIPT = """
-import sys, time
+import os, sys, time
+sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)  # a fork's Python is running already
 from test_grpo import run, short_words
 def slow(prompts, completions, **columns):
     time.sleep(1)
@@ -86,12 +86,7 @@ def test_killed_without_warning_it_carries_on_and_ends_the_same(whole, tmp_path)
     "The same as without a kill and without checkpoints, and so the same as when it is run again."
     checkpoints = tmp_path / "checkpoints"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, tmp_path / "arm", checkpoints],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = FORKS.start(SCRIPT, [str(tmp_path / "arm"), str(checkpoints)], environment=environment)
     wait_for((checkpoints / "checkpoint-2").exists, process)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL

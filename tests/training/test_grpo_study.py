@@ -13,8 +13,9 @@ from compassion_repro.pipeline import run, stages
 from compassion_repro.presets import load_preset
 from compassion_repro.sandbox import jail
 from compassion_repro.stats.claims import read_claims
-from compassion_repro.store import folder, graph
+from compassion_repro.store import graph
 from compassion_repro.store.folder import Study
+from compassion_repro.store.manifest import stage_facts
 from compassion_repro.training import reward_model
 
 ARMS = ["grpo-help", "grpo-code", "grpo-help+code"]
@@ -137,7 +138,7 @@ def test_warnings_and_abstentions_stand_in_the_table():
         "warnings": ["most groups had no variance"],
         "trained": False,
     }
-    facts = folder.stage_facts({"result": result})
+    facts = stage_facts({"result": result})
     assert "0.250 → unknown (not trained), abstained on 12%; warning: most groups had no variance" in facts
     assert (
         run.training_record([{"model": "grpo-code", "result": {**result, "gain": None, "gain_high": None}}])[

@@ -11,12 +11,13 @@ import types
 import pandas as pd
 import pytest
 import torch
-from conftest import CRASH_SIZE, assert_one_line, settings
+from conftest import CRASH_SIZE, NEW_PYTHON, assert_one_line, settings
 from safetensors import safe_open
 from transformers import AutoTokenizer
 from trl import GRPOTrainer
 
 from compassion_repro import cli
+from compassion_repro.core.errors import InputError
 from compassion_repro.data import world
 from compassion_repro.evaluation import generate
 from compassion_repro.pipeline import run, stages
@@ -333,24 +334,20 @@ def test_a_model_of_another_architecture_and_a_tokenizer_without_an_end(capsys, 
     assert "has no end token" in refused(endless)
 
 
+FOUR_BITS = device.TrainSetup("cpu", torch.float32, "nf4")
+
+
 def test_the_fresh_process_tells_its_fault_in_one_line(tmp_path):
-    done = subprocess.run(
-        [
-            merging.sys.executable,
-            "-m",
-            "compassion_repro.training.merging",
-            str(tmp_path),
-            str(tmp_path),
-            str(tmp_path / "out"),
-            "cpu",
-            "float32",
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].endswith(
-        "is not a model folder: it has no config.json"
-    )
+    with pytest.raises(InputError, match="^merging failed: .* is not a model folder: it has no config.json$"):
+        merging._merge_apart(tmp_path, tmp_path, tmp_path / "out", FOUR_BITS)
+
+
+def test_a_new_python_merges_to_the_bytes_of_a_fork(quantised, monkeypatch, tmp_path):
+    "The tests' merges are forks of one process (`forks.py`); users' are new processes."
+    monkeypatch.setattr(subprocess, "run", NEW_PYTHON)
+    mid = quantised.folder / "seed-1" / "mid"
+    merging._merge_apart(mid / "adapter", BASE, tmp_path, FOUR_BITS)
+    assert (tmp_path / "model.safetensors").read_bytes() == (mid / "model.safetensors").read_bytes()
 
 
 def test_packed_rows_reach_the_varlen_kernel_through_the_trainer(monkeypatch):

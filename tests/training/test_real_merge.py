@@ -130,8 +130,7 @@ def left_by_a_launcher(folder: Path) -> str:
     done = run_study(
         folder / "study",
         *SMALL,
-        env=os.environ | left | {"ACCELERATE_MIXED_PRECISION": "bf16"},
-        timeout=300,
+        environment=os.environ | left | {"ACCELERATE_MIXED_PRECISION": "bf16"},
     )
     said = next((line for line in done.stdout.splitlines() if "launcher" in line), done.stderr[-500:])
     manifest = json.loads((folder / "study" / "seed-1" / "mid" / "manifest.json").read_text())
