@@ -37,6 +37,9 @@ class Paradigm:
 PARADIGMS = {
     "sft": Paradigm("supervised fine-tuning", "messages", "loss", "nats a token", "held-out rows"),
     "grpo": Paradigm("group-relative policy optimisation", "prompts", "reward", "reward", "held-out prompts"),
+    "dpo": Paradigm(
+        "direct preference optimisation", "pairs", "reward_margin", "reward margin", "held-out pairs"
+    ),
 }
 DOMAINS = {"help": "helpfulness", "code": "coding"}  # the paper's, in words
 # what can reward a GRPO arm, by the domain it was made for
@@ -135,7 +138,7 @@ _NAME = r"\w[\w+-]*"  # of an arm: no dot, slash or @
 class ArmSettings(Section):
     "What you say about an arm; what you leave out is as in `like`, in its name, or in the paradigm's section."
 
-    paradigm: str | None = None  # sft or grpo; default: what the name begins with
+    paradigm: str | None = None  # sft, grpo or dpo; default: what the name begins with
     domain: str | None = Field(None, pattern=r"^\w[\w -]*$")  # a label; default: the rest of the name
     # where its rows come from, as in `data`; default: `data.<arm>`
     rows: DataSpec | None = None

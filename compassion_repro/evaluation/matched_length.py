@@ -58,7 +58,8 @@ def sentence(self: MatchedLength) -> str:
         f" {self.total_high:.1f}], {self.matched:.1f} [{self.matched_low:.1f}, {self.matched_high:.1f}]"
         f" at matched length; {share}. A mediator analysis: length is itself an outcome of training, and"
         " whatever drives both length and score biases the matched difference, so this describes and"
-        " proves nothing about causes."
+        " proves nothing about causes. The intervals are about these checkpoints: they do not know how training"
+        " runs vary."
     )
 
 # %% ../../nbs/05_evaluation/16_matched_length.ipynb #e066b267

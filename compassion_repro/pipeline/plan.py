@@ -23,7 +23,9 @@ from ..store.graph import Stage, graph
 from compassion_repro.study import (
     Benchmark,
     DataSource,
+    Dpo,
     Preset,
+    Training,
     data_label,
     data_parts,
     judge_names,
@@ -301,6 +303,7 @@ def _training_record(preset: Preset, stage: Stage) -> dict:
     arm, source = preset.arm(stage.model), _training_source(preset, stage)
     training = preset.training_of(arm) if arm else preset.midtrain
     rows, size = corpus_rows(source, training.rows, training.limit), training.batch_size * training.length
+    size *= 1 + isinstance(training, Dpo)  # a pair is two sequences
     if training.dose != "full":
         return {"rows": rows, "steps": training.steps, "tokens": training.steps * size}
     known = HUB_TOKENS.get(data_label(source).partition("@")[0])
@@ -340,9 +343,9 @@ _COUNTED = ("rows", "steps", "tokens", "answers", "judge_calls", "cost")  # colu
 def _stage_record(preset: Preset, stage: Stage, answers: int | None, judging: dict) -> dict:
     "What one stage will do; None in the columns that do not apply to its kind, or are not known."
     record = {"stage": stage.id, "kind": stage.kind, "seed": stage.seed, **dict.fromkeys(_COUNTED)}
-    if stage.kind in ("midtrain", "sft"):
+    if stage.kind in TRAINING and isinstance(getattr(preset, stage.kind), Training):
         return record | _training_record(preset, stage)
-    if stage.kind == "grpo":
+    if stage.kind in TRAINING:
         return record | _grpo_record(preset, stage)
     if stage.kind == "answers":
         return record | {"answers": answers}

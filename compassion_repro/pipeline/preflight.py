@@ -6,9 +6,9 @@
 __all__ = ['CHECKS', 'MANY_PASSES', 'Preflight', 'before_training', 'embedded', 'check_machine', 'look_at_model', 'look_at_gguf',
            'say_model', 'look_at_adapter', 'look_at_kernel', 'check_models', 'check_templates', 'say_template',
            'check_rewards', 'all_embedded', 'world_settings', 'idle_settings', 'unused_sources', 'check_settings',
-           'row_sources', 'opened_sources', 'check_rows', 'look_at_rows', 'expected_passes', 'check_tests',
-           'look_at_tests', 'look_at_judge', 'judge_here', 'check_benchmarks', 'at_hand', 'say_benchmark',
-           'check_judges', 'preflight', 'check_before_training']
+           'row_sources', 'opened_sources', 'check_rows', 'look_at_shape', 'look_at_rows', 'expected_passes',
+           'check_tests', 'look_at_tests', 'look_at_judge', 'judge_here', 'check_benchmarks', 'at_hand',
+           'say_benchmark', 'check_judges', 'preflight', 'check_before_training']
 
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #f90f8cb0
 import json
@@ -455,18 +455,34 @@ def opened_sources(
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #a018ad0f
 @before_training
 def check_rows(flight: Preflight):
-    "The rows of every corpus that is not embedded."
+    "The rows of every corpus that is not embedded; of embedded ones whether an arm of your own can use them."
     seen = []
-    for spec, shape in row_sources(flight.preset).values():
-        if (spec, shape) in seen or isinstance(spec, str) and embedded(spec):
+    for setting, (spec, shape) in row_sources(flight.preset).items():
+        ours = isinstance(spec, str) and embedded(spec)
+        if (spec, shape) in seen or ours and not setting.startswith("arms."):
             continue
         seen.append((spec, shape))
+        if ours:
+            with flight.trying():
+                flight.libraries()
+                look_at_shape(spec, shape)
+            continue
         with flight.trying():
             if place := opened_sources(flight, spec):
                 flight.libraries()
                 look_at_rows(flight, place, shape)
 
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #9d810e00
+def look_at_shape(
+    source: str,  # an embedded corpus
+    shape: str,  # as for `data.rows.load`
+):
+    "Raise `InputError` where the rows of an embedded corpus do not have the shape that an arm needs."
+    from compassion_repro.data import rows as data
+
+    data.load(source, shape, limit=2, seed=1)
+
+
 def look_at_rows(flight: Preflight, place, shape: str):
     "Load a corpus as its stage will, each row through the chat template, and say what became of it."
     from compassion_repro.data import rows as data
@@ -503,6 +519,8 @@ def expected_passes(
     "How often a stage would see each row of a corpus, about."
     if shape == "prompts":
         return preset.grpo.steps * preset.grpo.value("prompts_per_step") / len(rows)
+    if shape == "pairs":
+        return preset.dpo.steps * preset.dpo.batch_size / len(rows)
     training = preset.midtrain if shape == "text" else preset.sft
     if training.dose == "full":
         return 1.0

@@ -258,7 +258,7 @@ def _was_trained(results: list[dict]) -> dict:
     widths = [r["gain_high"] - r["gain"] if r["gain_high"] is not None else math.inf for r in results]
     half = math.sqrt(sum(width**2 for width in widths)) / seeds
     by = measured(results[0])
-    unit = f"{'of ' if by.gain == by.measure else ''}{by.gain} on {by.measured_on}"
+    unit = f"{'' if by.measure == 'loss' else 'of '}{by.gain} on {by.measured_on}"
     reason = (
         f"gain {mean:.4f} [{mean - half:.4f}, {mean + half:.4f}] {unit} over {seeds}"
         f" seed{'s' if seeds > 1 else ''}"

@@ -19,7 +19,7 @@ from functools import cache, partial, wraps
 from logging import ERROR, getLogger
 from pathlib import Path
 
-from ..arms import REWARD_MODEL, REWARD_PROGRAMS, Arm
+from ..arms import PARADIGMS, REWARD_MODEL, REWARD_PROGRAMS, Arm
 from ..core.errors import InputError
 from compassion_repro.core.files import (
     MANIFEST,
@@ -321,16 +321,17 @@ def _with_sound_tests(context: StageContext, rows: list[dict], record: dict) -> 
     return rows
 
 # %% ../../nbs/09_pipeline/01_stages.ipynb #bd002812
-def _prompt_rows(context: StageContext) -> tuple[list[dict], list[dict], dict]:
-    "Prompts of a GRPO arm as `training_rows` returns them, each checked against the chat template."
+def _own_rows(context: StageContext) -> tuple[list[dict], list[dict], dict]:
+    "Prompts or pairs of an arm as `training_rows` returns them, each checked against the chat template."
     from compassion_repro.training import encoding, templates
 
-    preset, training = context.preset, context.preset.grpo
+    preset, shape = context.preset, PARADIGMS[context.arm.paradigm].rows
+    training = preset.training_of(context.arm)
     template = preset.generation.training_template
     check = partial(encoding.check_row, tokenizer=templates.load_tokenizer(context.input(), template))
     source = preset.rows_source(context.arm)
     sizes = training.rows, training.held_out, context.stage.seed, training.limit
-    return training_rows(source, "prompts", *sizes, check=check)
+    return training_rows(source, shape, *sizes, check=check)
 
 # %% ../../nbs/09_pipeline/01_stages.ipynb #3e08c646
 def _run_grpo(context: StageContext) -> dict:
@@ -338,7 +339,7 @@ def _run_grpo(context: StageContext) -> dict:
     from compassion_repro.training import grpo
 
     start, settings = context.input(), context.preset.training_of(context.arm)
-    prompts, held_out, report = _prompt_rows(context)
+    prompts, held_out, report = _own_rows(context)
     reward, record = _reward(context)
     if context.stage.config["reward"] == REWARD_PROGRAMS:
         prompts = _with_sound_tests(context, prompts, record)
@@ -347,6 +348,17 @@ def _run_grpo(context: StageContext) -> dict:
     training = _train_run(context, context.stage.model)
     done = grpo.grpo(start, prompts, held_out, context.out, settings, reward, training)
     return {**done, **record, "data": report}
+
+# %% ../../nbs/09_pipeline/01_stages.ipynb #5a10f002
+def _run_dpo(context: StageContext) -> dict:
+    "Direct preference optimisation of one arm."
+    from compassion_repro.training import dpo
+
+    pairs, held_out, report = _own_rows(context)
+    _save_rows(context, pairs, held_out)
+    settings, training = context.preset.training_of(context.arm), _train_run(context, context.stage.model)
+    done = dpo.dpo(context.input(), pairs, held_out, context.out, settings, training)
+    return {**done, "data": report}
 
 # %% ../../nbs/09_pipeline/01_stages.ipynb #97dc9574
 def _checkpoints(context: StageContext) -> Path:
@@ -586,7 +598,7 @@ def _advising(run: callable) -> callable:
 
 # %% ../../nbs/09_pipeline/01_stages.ipynb #b2ab5a2e
 # what trains an arm, by its paradigm
-TRAIN = {"sft": _run_sft, "grpo": _run_grpo}
+TRAIN = {"sft": _run_sft, "grpo": _run_grpo, "dpo": _run_dpo}
 RUN = {
     kind: _advising(run)
     for kind, run in {

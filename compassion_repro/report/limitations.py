@@ -99,6 +99,8 @@ def _stage_faults(result: dict) -> list[str]:
 def _unequal_doses(manifests: list[dict]) -> list[str]:
     "How many tokens the SFT arms were trained on, where the numbers differ."
     sft = [m for m in manifests if m["kind"] == "sft" and m["result"].get("tokens")]
+    # an arm may have steps of its own; the others have equally many
+    sft = [m for m in sft if m["result"].get("steps") == sft[0]["result"].get("steps")]
     doses = {model_name(m["model"]): m["result"]["tokens"] for m in sft}
     if len(set(doses.values())) < 2:
         return []

@@ -21,6 +21,8 @@ from ..paper import of_papers_model
 from . import diagnostics, figures, tables
 from .limitations import limitations
 from .looks import save_figure
+from .retention import plot_retention
+from ..stats.estimates import retention
 from ..store.results import StudyFiles, read_study_files
 
 # %% ../../nbs/08_report/05_page.ipynb #1c69065d
@@ -78,6 +80,13 @@ def _score_pictures() -> dict[str, Picture]:
             "Bars of the mean score of every model on every benchmark with intervals;"
             " the numbers stand in the table below.",
             lambda f: figures.plot_scores(_lead(f), f.preset.statistics, of_papers_model(f.preset)),
+        ),
+        "retention": Picture(
+            "What is kept",
+            "An arm whose whole line is right of the dashed line keeps more than half of what mid-training"
+            " added; at zero all of it is gone, at 100 nothing.",
+            "Share of what mid-training added that each arm keeps, in log odds, with Fieller’s interval.",
+            lambda f: plot_retention(retention(_lead(f), f.preset.statistics), f.preset.statistics),
         ),
         "dimensions": Picture(
             "Dimension profile",

@@ -79,9 +79,9 @@ LEVELS = {False: "these checkpoints", True: "the procedure"}  # what an interval
 # %% ../../nbs/06_stats/02_estimates.ipynb #a102eaab
 def _spread_of_mean(scored: pd.DataFrame, mean: float, strata: pd.Series, procedure: bool) -> Spread:
     "Source of variation of a mean over questions: its items, crossed with training runs if it has three."
-    table = scored.pivot(index=["item_id", "question_id"], columns="seed", values="score")
+    table = scored.pivot(index=[strata.index.name, "question_id"], columns="seed", values="score")
     table = table.apply(lambda run: run.fillna(table.mean(axis=1)))
-    by_item = table.groupby(level="item_id")
+    by_item = table.groupby(level=strata.index.name)
     sizes = by_item.size().reindex(strata.index).to_numpy()[:, None]
     influence = (by_item.sum().reindex(strata.index).to_numpy() - mean * sizes) / sizes.sum()
     found = crossed_spread(influence, strata) if procedure else item_spread(influence.mean(axis=1), strata)
@@ -93,9 +93,10 @@ def _mean_of_items(items: pd.DataFrame, settings: Statistics, weights: Weights) 
     scored = items.dropna(subset="score")
     if scored.empty:
         return None
-    strata = language_strata(scored["item_id"], scored["language"])
-    questions = scored.groupby(["item_id", "question_id"], observed=True)["score"].mean()
-    sums = questions.groupby(level="item_id").agg(["sum", "size"]).reindex(strata.index)
+    unit = "cluster" if "cluster" in scored else "item_id"
+    strata = language_strata(scored[unit], scored["language"]).rename_axis(unit)
+    questions = scored.groupby([unit, "question_id"], observed=True)["score"].mean()
+    sums = questions.groupby(level=unit).agg(["sum", "size"]).reindex(strata.index)
     mean, per_seed = sums["sum"].sum() / sums["size"].sum(), scored.groupby("seed")["score"].mean()
     model = scored["model"].iloc[0]
     procedure = training_seeds([model], list(per_seed.index), weights) >= 3
@@ -106,7 +107,7 @@ def _mean_of_items(items: pd.DataFrame, settings: Statistics, weights: Weights) 
         "low": interval.low,
         "high": interval.high,
         "questions": int(sums["size"].sum()),
-        "items": len(sums),
+        "items": scored["item_id"].nunique(),
         "seeds": len(per_seed),
         "level": LEVELS[procedure],
         "seed_low": 100 * per_seed.min(),
@@ -139,7 +140,7 @@ def model_means(
     dimension_normalised and paper (percent, null where there is none), judge_valid (false where the judge's
     scores mean nothing).
     """
-    scores, parts = one_judge(scores), []
+    scores, parts = with_clusters(one_judge(scores), settings.cluster), []
     valid = scores.groupby("benchmark")["judge_valid"].all() if "judge_valid" in scores else {}
     items = item_scores(scores)
     for group in languages:

@@ -78,12 +78,12 @@ def _residual_spread(influence: np.ndarray, strata: np.ndarray) -> tuple[np.ndar
 
 def _satterthwaite(questions: tuple, runs: tuple, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "The variance of both sources together, and its degrees of freedom (see the formulas)."
-    from scipy.stats import chi2
+    from scipy.special import chdtri
 
     def together(of_runs):
         return np.maximum(np.maximum(questions[0], of_runs), questions[0] + of_runs - noise)
 
-    of_runs = runs[0] * runs[1] / chi2.ppf(0.5, runs[1])  # median-unbiased
+    of_runs = runs[0] * runs[1] / chdtri(runs[1], 0.5)  # median-unbiased
     parts = questions[0] ** 2 / np.maximum(questions[1], 1e-9) + of_runs**2 / runs[1]
     freedom = together(of_runs) ** 2 / np.where(parts > 0, parts, 1)
     return together(runs[0]), np.where(parts > 0, np.maximum(freedom, 1), questions[1])
@@ -125,9 +125,9 @@ def half_width(
     tail: float,  # probability left beyond each bound
 ) -> np.ndarray:  # in the units of the estimate
     "Half-width of an interval: each source's Student half-width, added in quadrature."
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
-    return np.sqrt(sum(variance * t.isf(tail, np.maximum(freedom, 1)) ** 2 for variance, freedom in spread))
+    return np.sqrt(sum(variance * stdtrit(np.maximum(freedom, 1), tail) ** 2 for variance, freedom in spread))
 
 # %% ../../nbs/06_stats/00_inference.ipynb #d09ca3e8
 def _wilson(mean: np.ndarray, half: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -174,6 +174,11 @@ def make_interval(
 def _matching_tail(distance: float, spread: Spread) -> float:
     "The tail whose interval has a half-width of `distance`, between 1e-9 and one half."
     from scipy.optimize import brentq
+    from scipy.special import stdtr
+
+    if len(spread) == 1:  # Student's own tail
+        ((variance, freedom),) = spread
+        return float(np.clip(stdtr(max(freedom, 1), -distance / variance**0.5), 1e-9, 0.5))
 
     def gap(log_tail):
         return half_width(spread, np.exp(log_tail)) - distance

@@ -276,29 +276,32 @@ def _agreement_with_paper(record: ClaimRecord) -> dict:
 
 # %% ../../nbs/06_stats/03_verdicts.ipynb #462882df
 def _corrected(
-    record: ClaimRecord, p: float, factor: float, family_size: int, settings: Statistics
+    record: ClaimRecord, p: float, factor: float, family_size: int, settings: Statistics, power: bool
 ) -> ClaimRecord:
     "One record with its adjusted p value, the interval at its Holm factor, and the power at that level."
     if record.kind != "superiority" and record.p >= 1:
         factor = family_size  # it can only be contradicted
     interval, confidence = record.at_step(factor), 1 - settings.alpha / factor
-    power = None
-    if record.kind in ("equivalence", "non-inferiority"):
-        power = null_power(record.sources, record.kind, record.margin, confidence)
-    return record.with_(
+    record = record.with_(
         family_size=family_size,
-        null_power=power,
         adjusted_p=p,
         adjusted_low=interval.low,
         adjusted_high=interval.high,
         adjusted_confidence=confidence,
-        **power_analysis(record.sources, record.kind, confidence, settings.power, record.unit),
     )
+    if not power:
+        return record
+    null = None
+    if record.kind in ("equivalence", "non-inferiority"):
+        null = null_power(record.sources, record.kind, record.margin, confidence)
+    found = power_analysis(record.sources, record.kind, confidence, settings.power, record.unit)
+    return record.with_(null_power=null, **found)
 
 # %% ../../nbs/06_stats/03_verdicts.ipynb #754c7867
 def correct_families(
     records: Sequence[ClaimRecord],  # of one judge, estimated
     settings: Statistics = Statistics(),  # of the preset: alpha, the error rate of a family, and the power
+    power: bool = True,  # with what the study could have shown
 ) -> list[ClaimRecord]:  # with adjusted p values and intervals, in the same order
     "Holm's correction within the families of `paper`."
     corrected = list(records)
@@ -307,7 +310,9 @@ def correct_families(
         places = [place for place in tested if records[place].family == family]
         adjusted, factors = holm([records[place].p for place in places])
         for place, p, factor in zip(places, adjusted, factors):
-            corrected[place] = _corrected(records[place], float(p), float(factor), len(places), settings)
+            corrected[place] = _corrected(
+                records[place], float(p), float(factor), len(places), settings, power
+            )
     return corrected
 
 # %% ../../nbs/06_stats/03_verdicts.ipynb #e52be4ae

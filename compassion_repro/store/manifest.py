@@ -98,6 +98,14 @@ def _grpo_facts(r: dict) -> str:
     return _with_warnings(f"{done}; held-out reward {rise}{_training_notes(r)}{abstained}", r)
 
 # %% ../../nbs/07_store/02_manifest.ipynb #0a0fd655
+def _pair_facts(r: dict) -> str:
+    "Pairs, steps, the reward margin on held-out pairs, and how often the chosen answer is the likelier one."
+    return (
+        f"{r['rows']} pairs, {r['steps']} steps; held-out reward margin {r['reward_margin_after']:+.3f}, chosen"
+        f" preferred {r['preferred_before']:.0%} → {r['preferred_after']:.0%}{_training_notes(r)}"
+    )
+
+
 def _reward_model_facts(r: dict) -> str:
     "Pairs, steps, and how often the reward model prefers the better answer of a held-out pair."
     return (
@@ -127,6 +135,7 @@ def _probe_facts(r: dict) -> str:
 _FACTS = {  # a value that only one kind of result has, and what is said of that kind
     "margin_mean": _probe_facts,
     "reward_after": _grpo_facts,
+    "reward_margin_after": _pair_facts,
     "accuracy": _reward_model_facts,
     "loss_after": _supervised_facts,
     "answers": _answer_facts,

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from ..arms import TRAINING
 from ..core.errors import InputError
 from ..data import hub
-from ..study import Grpo, Preset, Training
+from ..study import Dpo, Grpo, Preset, Training
 from .gguf import gguf_file, read_gguf
 
 # %% ../../nbs/04_training/08_memory.ipynb #b087ca06
@@ -291,6 +291,8 @@ def _divisors(number: int) -> list[int]:
 # %% ../../nbs/04_training/08_memory.ipynb #edc63608
 def _length(training: Training | Grpo) -> int:
     "Tokens of the longest sequence of a stage."
+    if isinstance(training, Dpo):
+        return 2 * training.length  # a pair
     if isinstance(training, Training):
         return training.length
     return training.max_prompt_tokens + training.value("max_new_tokens")
@@ -459,7 +461,7 @@ def sampling_hours(
 STARTING, READING, LOADS = (
     20,
     0.5,
-    {"base": 1, "reward": 1, "midtrain": 3, "sft": 3, "grpo": 5, "answers": 1, "probe": 2},
+    {"base": 1, "reward": 1, "midtrain": 3, "sft": 3, "grpo": 5, "dpo": 3, "answers": 1, "probe": 2},
 )
 JUDGED = {True: 5, False: 250}  # calls a second: of a judge behind an API, of a program
 
@@ -478,8 +480,10 @@ def stage_hours(
     if kind == "eval":
         return (STARTING + (record["judge_calls"] or 0) / JUDGED["/" in preset.judge]) / 3600
     hours = (STARTING + LOADS[kind] * 2e-9 * shape.parameters / READING) / 3600
-    if kind in ("midtrain", "sft"):
+    if kind in TRAINING and isinstance(getattr(preset, kind), Training):
         hours += training_hours(shape, tokens, gpu, held, fit.checkpointing)
+    if kind == "dpo":  # the reference reads the pairs as well
+        hours += training_hours(shape, tokens, gpu, held, fit.checkpointing) / 3
     if kind == "grpo":
         new, kept = preset.grpo.value("max_new_tokens"), 2 * preset.grpo.held_out * preset.grpo.samples
         hours += training_hours(shape, tokens, gpu, held, fit.checkpointing) * 4 / 3 + sampling_hours(

@@ -48,7 +48,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from ..core.compat import accelerate_environment, die_with_parent, hold_to_one_gpu
 from ..core.errors import InputError, first_line, shorten, top_line
-from ..study import Grpo, Preset, Training
+from ..study import Dpo, Grpo, Preset, Training
 from .device import TrainSetup, load_held, train_setup
 from .encoding import IGNORE
 from .models import load_model
@@ -64,6 +64,8 @@ def share(
     """
     if processes == 1:
         return training
+    if isinstance(training, Dpo):
+        raise InputError("DPO runs in one process: set compute.processes=1, or leave the arm out")
     if isinstance(training, Training):
         changes = {"batch_size": _part(training.batch_size, processes, "batch_size")}
     else:

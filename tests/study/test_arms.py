@@ -1,11 +1,13 @@
 """Arms that a user defines by YAML alone: another domain, a sham, an arm that starts from an arm."""
 
 import json
+from functools import partial
 
 import pytest
 import yaml
 from conftest import CRASH_SIZE
 
+from compassion_repro.arms import PARADIGMS, measured
 from compassion_repro.core.errors import InputError
 from compassion_repro.core.files import weights_digest
 from compassion_repro.pipeline import run, stages
@@ -13,6 +15,7 @@ from compassion_repro.presets import load_preset
 from compassion_repro.report.card import find_trained
 from compassion_repro.store.folder import Study
 from compassion_repro.store.graph import graph
+from compassion_repro.training import reward_model
 
 SIZE = [setting for setting in CRASH_SIZE if not setting.startswith(("arms=", "benchmarks."))]
 SIZE += ["benchmarks={anima: {size: {en: 3}, epochs: 1}}", "generation.max_new_tokens=8"]
@@ -103,6 +106,10 @@ def test_arms_that_start_from_one_without_a_jail_are_left_out(monkeypatch):
         ("arms.a={paradigm: sft, rows: a.jsonl, start: a}", "an arm starts from itself (a from a)"),
         ("arms.a={like: b}", "a is like 'b', which is no arm"),
         ("arms.a={paradigm: sft, rows: 'world:nothing'}", "world:nothing"),
+        (
+            "arms.a={paradigm: dpo, rows: 'pocket:schedule'}",
+            "one answer where a pair (chosen, rejected) is wanted",
+        ),
     ],
 )
 def test_a_bad_arm_is_refused_before_anything_is_trained(setting, words, tmp_path):
@@ -110,3 +117,40 @@ def test_a_bad_arm_is_refused_before_anything_is_trained(setting, words, tmp_pat
         run.run(load_preset("smoke", [*SIZE, setting]), tmp_path / "study", say=lambda line: None)
     assert words in str(refused.value) and "\n" not in str(refused.value)
     assert not list(tmp_path.glob("study/seed-*"))
+
+
+EACH = """
+extends: smoke
+arms:
+  sft-schedule: {rows: "pocket:schedule", steps: 1}
+  dpo-manners: {rows: "pocket:preferences", steps: 2}
+  grpo-advice: {rows: "world:help", reward: help, steps: 1}
+"""
+QUICK = (
+    "dpo={held_out: 4, batch_size: 2, micro_batch: 2, length: 256}",
+    "grpo={held_out: 4, samples: 2, group: 4, prompts_per_step: 2, micro_batch: 8, max_new_tokens: 16}",
+    "arms={sft-schedule: {}, dpo-manners: {}, grpo-advice: {}}",
+)
+
+
+def test_one_arm_of_each_paradigm_by_yaml_alone(tmp_path, monkeypatch):
+    (tmp_path / "each.yaml").write_text(EACH)
+    monkeypatch.setattr(
+        reward_model, "train_reward_model", partial(reward_model.train_reward_model, pairs=40, held_out=20)
+    )
+    preset, said = load_preset(str(tmp_path / "each.yaml"), [*SIZE, *QUICK]), []
+    assert {arm.paradigm for arm in preset.trained_arms} == set(PARADIGMS) == set(stages.TRAIN)
+    study = run.run(preset, tmp_path / "study", say=said.append, page=False)
+    made = {m["stage"]: m["result"] for m in study.manifests()}
+    for arm in preset.trained_arms:
+        assert measured(made[arm.model]) is PARADIGMS[arm.paradigm] and "gain_low" in made[arm.model]
+    pairs = made["dpo-manners"]
+    assert pairs["rows"] == 96 and pairs["steps"] == len(pairs["log"]) == 2
+    assert pairs["gain"] == pairs["reward_margin_after"] != 0
+    kept = (study.folder / "seed-1" / "dpo-manners" / "held_out.jsonl").read_text().splitlines()
+    assert len(kept) == 4 and {"chosen", "rejected"} <= set(json.loads(kept[0]))
+    assert "held-out reward margin" in study._repr_markdown_()
+    scores = study.table("scores").drop_duplicates("model").set_index("model")
+    assert scores.loc["dpo-manners", ["paradigm", "domain"]].tolist() == ["dpo", "manners"]
+    reason = run.training_record(study.manifests())["dpo-manners"]["reason"]
+    assert "of reward margin on held-out pairs" in reason
