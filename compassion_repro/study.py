@@ -460,7 +460,8 @@ class Preset(Section):
     scope: str  # what its verdicts are about
     models: Models
     data: Data
-    arms: ArmsByModel  # arms to run: names, or a mapping from a name to what is said about it, see `arms`
+    # arms to run: a list of names, or a mapping from a name to its paradigm, rows, starts, steps and so on
+    arms: ArmsByModel
     threads: int = Field(2, ge=1, le=1024)  # CPU threads
     compute: Compute = Compute()  # device, kernels, memory
     lora: Lora = Lora()

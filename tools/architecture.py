@@ -19,6 +19,7 @@ LAYERS = [  # lowest first; those of one line may not import each other
     ("arms",),
     ("study",),
     ("presets",),
+    ("preset_file",),
     ("data", "sandbox", "paper"),
     ("training",),
     ("evaluation",),

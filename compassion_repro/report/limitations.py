@@ -99,6 +99,8 @@ def _stage_faults(result: dict) -> list[str]:
 def _unequal_doses(manifests: list[dict]) -> list[str]:
     "How many tokens the SFT arms were trained on, where the numbers differ."
     sft = [m for m in manifests if m["kind"] == "sft" and m["result"].get("tokens")]
+    # an arm may have steps of its own; the others have equally many
+    sft = [m for m in sft if m["result"].get("steps") == sft[0]["result"].get("steps")]
     doses = {model_name(m["model"]): m["result"]["tokens"] for m in sft}
     if len(set(doses.values())) < 2:
         return []
@@ -189,7 +191,10 @@ def _inference(files: StudyFiles) -> list[str]:
     "Claims without a verdict, the smallest margins that the design could establish, questions left out."
     rows, records = claim_rows(files.claims), files.claims.records
     notes = _without_verdict(rows)
-    margins = {r.reading: f"{r.reading} ±{r.smallest_margin:.1f}" for r in records if r.smallest_margin}
+    if all(record.registered is None for record in records):
+        notes.append("The rules were not registered before the first stage of this study.")
+    nulls = [r for r in records if r.scale == "points" and r.smallest_margin]
+    margins = {r.reading: f"{r.reading} ±{r.smallest_margin:.1f}" for r in nulls}
     if margins:
         notes.append(
             "Smallest margin for which a true effect of zero could have been called none:"

@@ -12,12 +12,13 @@ import pytest
 import torch
 from conftest import assert_one_line, settings
 
-from compassion_repro import cli, presets
+from compassion_repro import cli
 from compassion_repro.core.errors import InputError
 from compassion_repro.data import world
 from compassion_repro.evaluation import cost
 from compassion_repro.pipeline import machine, plan, preflight, stages
 from compassion_repro.pipeline import run as pipeline
+from compassion_repro.preset_file import preset_template
 from compassion_repro.presets import build_preset, load_preset, with_settings
 from compassion_repro.store.folder import Study
 from compassion_repro.store.graph import graph
@@ -475,13 +476,13 @@ def test_a_new_preset_is_the_same_study_as_tiny(tmp_path, capsys, monkeypatch):
 
 
 def test_a_new_preset_lists_and_explains_every_setting(tmp_path):
-    text = presets.preset_template()
+    text = preset_template()
     assert len(text.splitlines()) < 250 and max(map(len, text.splitlines())) <= 110
     assert "# dropout: 0.0  # dropout on the adapter's input" in text.replace("#   ", "# ")
     sections = [line.removeprefix("# ") for line in text.splitlines() if re.match(r"# \S+:$", line)]
     assert sections == [
         f"{name}:"
-        for name in ("models", "data", "compute", "lora", "midtrain", "sft", "grpo", "generation")
+        for name in ("models", "data", "compute", "lora", "midtrain", "sft", "grpo", "dpo", "generation")
         + ("benchmarks", "margin", "statistics")
     ]
     (tmp_path / "mine.yaml").write_text(uncommented(text, "lora:", "rank:").replace("rank: 16", "rank: 8"))
