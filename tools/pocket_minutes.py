@@ -56,6 +56,7 @@ def operations(
 
 
 def main():
+    "Print the minutes of one seed; ends with a message where the base model is not at hand."
     preset = load_preset("pocket", sys.argv[1:])
     records, shape = plan(preset), shapes(preset)[0]
     if shape is None:
