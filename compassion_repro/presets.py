@@ -16,10 +16,10 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from .arms import ArmSettings
 from .core.errors import InputError, shorten
 from .core.files import packaged_model
 from .study import Benchmark, Preset
+from .study.arms import ArmSettings
 
 # %% ../nbs/01_study/01_presets.ipynb #a722efb7
 @dataclass(frozen=True)

@@ -221,7 +221,7 @@ def _new_options(parser: argparse.ArgumentParser):
 )
 def new(args) -> int:
     "Write a preset that you can edit, and say what to do with it."
-    from compassion_repro.preset_file import write_preset
+    from compassion_repro.cli.preset_file import write_preset
 
     file = write_preset(args.file)
     show(f"{file}: edit it, then  compassion-repro plan --preset {file}")

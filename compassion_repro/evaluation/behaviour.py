@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from ..arms import measured
 from ..core.errors import InputError
 from compassion_repro.evaluation.text_features import (
     count_words,
@@ -21,6 +20,7 @@ from compassion_repro.evaluation.text_features import (
     sentences,
     welfare_pattern,
 )
+from ..study.arms import measured
 
 # %% ../../nbs/05_evaluation/15_behaviour.ipynb #d7fd33af
 ANSWER_COLUMNS = (

@@ -20,13 +20,13 @@ from fastcore.basics import patch
 
 from .. import presets as hub
 from .. import study
-from ..arms import REWARD_PROGRAMS
 from ..data.hub import has_token
 from . import plan
 from ..presets import load_preset, presets, with_settings
 from ..sandbox import jail as sandbox
 from ..store.manifest import provenance
 from ..study import Preset
+from ..study.arms import REWARD_PROGRAMS
 from ..training import gpu_hours, memory
 
 # %% ../../nbs/09_pipeline/04_machine.ipynb #693d1336

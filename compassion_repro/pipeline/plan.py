@@ -14,7 +14,6 @@ from pathlib import Path
 
 import psutil
 
-from ..arms import PARADIGMS, REWARD_MODEL, TRAINING
 from ..core.errors import InputError
 from ..core.files import is_local
 from ..data import hub, pocket, world
@@ -30,6 +29,7 @@ from compassion_repro.study import (
     data_parts,
     judge_names,
 )
+from ..study.arms import PARADIGMS, REWARD_MODEL, TRAINING
 from ..training import gguf, gpu_hours, memory
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #a4e2b4d8

@@ -21,7 +21,6 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..arms import PARADIGMS, REWARD_MODEL, REWARD_PROGRAMS
 from ..core.errors import InputError
 from ..core.files import is_local, writable
 from ..data import hub
@@ -30,6 +29,7 @@ from .stages import adapter_as_base, prepare, study_tasks, training_rows
 from ..presets import load_preset, presets
 from ..store.folder import Study
 from ..study import Preset, data_label, data_parts, judge_names
+from ..study.arms import PARADIGMS, REWARD_MODEL, REWARD_PROGRAMS
 from ..training import gguf, model_files
 
 # %% ../../nbs/09_pipeline/05_preflight.ipynb #5fa72ecb

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import psutil
 
-from ..arms import TRAINING
 from ..core.errors import InputError, Notice, first_line
 from ..core.files import hidden, remove
 from ..evaluation.cost import is_free
@@ -32,6 +31,7 @@ from .stages import prepare, run_stage
 from ..store.folder import Study
 from ..store.graph import Stage
 from ..study import DETERMINISTIC, Preset, judge_names
+from ..study.arms import TRAINING
 
 # %% ../../nbs/09_pipeline/03_ray_engine.ipynb #72594a13
 def run_here(

@@ -12,7 +12,6 @@ import math
 from contextlib import suppress
 from pathlib import Path
 
-from ..arms import REWARD_MODEL, measured
 from ..core.errors import InputError
 from ..core.files import digest, is_local, writable
 from ..core.lock import locked
@@ -28,6 +27,7 @@ from ..store.folder import Study
 from ..store.graph import Stage, data_settings, source_settings
 from ..store.registration import analysis_of, changes, concerning, read_registration
 from ..study import Preset
+from ..study.arms import REWARD_MODEL, measured
 
 # %% ../../nbs/09_pipeline/06_run.ipynb #b7c17035
 def _used_sources(preset: Preset) -> dict[str, str]:

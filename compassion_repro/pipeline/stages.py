@@ -19,7 +19,6 @@ from functools import cache, partial, wraps
 from logging import ERROR, getLogger
 from pathlib import Path
 
-from ..arms import PARADIGMS, REWARD_MODEL, REWARD_PROGRAMS, Arm
 from ..core.errors import InputError
 from compassion_repro.core.files import (
     MANIFEST,
@@ -40,6 +39,7 @@ from ..store.folder import Study
 from ..store.graph import VERSIONS, Stage
 from ..store.manifest import peak_memory_mb, provenance
 from ..study import DETERMINISTIC, Benchmark, Generation, Preset, judge_names
+from ..study.arms import PARADIGMS, REWARD_MODEL, REWARD_PROGRAMS, Arm
 from ..training import gguf, model_files
 
 # %% ../../nbs/09_pipeline/01_stages.ipynb #9edf8a38

@@ -19,13 +19,13 @@ from pathlib import Path
 import yaml
 
 from .. import presets
-from ..arms import measured
 from ..core.errors import InputError
 from ..core.files import is_local
 from ..data import hub
 from ..stats import estimates
 from ..store.checks import check_artifact
 from ..store.folder import Study
+from ..study.arms import measured
 
 # %% ../../nbs/08_report/06_card.ipynb #d659527d
 @dataclass

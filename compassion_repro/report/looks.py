@@ -14,10 +14,10 @@ from pathlib import Path
 from textwrap import wrap
 from zlib import crc32
 
-from ..arms import PARADIGMS, start_of
 from ..core.errors import InputError
 from ..core.files import write_atomically
 from ..study import DOMAINS, parse_model
+from ..study.arms import PARADIGMS, start_of
 
 # %% ../../nbs/08_report/00_looks.ipynb #62c7be96
 COLOURS = {

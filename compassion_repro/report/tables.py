@@ -15,7 +15,6 @@ from dataclasses import asdict
 
 import pandas as pd
 
-from ..arms import TRAINING, measured
 from ..core.errors import InputError
 from ..evaluation.agreement import agreement
 from ..evaluation.behaviour import kl_points
@@ -27,6 +26,7 @@ from ..stats.claim_table import ClaimTable
 from ..stats.scores import model_rank
 from ..stats.verdicts import VERDICTS
 from ..store.results import StudyFiles
+from ..study.arms import TRAINING, measured
 
 # %% ../../nbs/08_report/03_tables.ipynb #fe1f0671
 def _number(value: float | None, form: str) -> str:

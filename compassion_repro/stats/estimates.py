@@ -13,7 +13,6 @@ import pandas as pd
 from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict
 
-from ..arms import start_of
 from ..core.errors import InputError
 from ..paper import Cell, Reading
 from compassion_repro.stats.cells import (
@@ -43,6 +42,7 @@ from compassion_repro.stats.inference import (
 from .means import LEVELS, model_means
 from .opinions import REACH, power_analysis, second_opinions
 from .scores import model_rank, one_judge
+from ..study.arms import start_of
 
 # %% ../../nbs/06_stats/02_estimates.ipynb #2ce8b310
 from ..study import STARTS, Statistics

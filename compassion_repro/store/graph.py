@@ -15,7 +15,6 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from ..arms import PARADIGMS, REWARD_MODEL, Arm
 from ..core.errors import InputError
 from ..core.files import digest, is_local, path_digest
 from ..data import hub, pocket, world
@@ -30,6 +29,7 @@ from compassion_repro.study import (
     data_parts,
     judge_names,
 )
+from ..study.arms import PARADIGMS, REWARD_MODEL, Arm
 from ..training.gguf import gguf_file
 from ..training.model_files import adapter_base, same_source
 

@@ -10,8 +10,8 @@ __all__ = ['GPUS', 'REACHED', 'A_LAYER', 'STARTING', 'READING', 'LOADS', 'JUDGED
 import math
 from dataclasses import dataclass
 
-from ..arms import TRAINING
 from ..study import Preset, Training
+from ..study.arms import TRAINING
 from .memory import FULL, Fit, Shape, stage_memory
 
 # %% ../../nbs/04_training/09_gpu_hours.ipynb #00636687

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..arms import TRAINING
 from ..core.errors import InputError
 from ..data import hub
 from ..study import Dpo, Grpo, Preset, Training
+from ..study.arms import TRAINING
 from .gguf import gguf_file, read_gguf
 
 # %% ../../nbs/04_training/08_memory.ipynb #b087ca06

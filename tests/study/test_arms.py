@@ -7,7 +7,6 @@ import pytest
 import yaml
 from conftest import CRASH_SIZE
 
-from compassion_repro.arms import PARADIGMS, measured
 from compassion_repro.core.errors import InputError
 from compassion_repro.core.files import weights_digest
 from compassion_repro.pipeline import run, stages
@@ -15,6 +14,7 @@ from compassion_repro.presets import load_preset
 from compassion_repro.report.card import find_trained
 from compassion_repro.store.folder import Study
 from compassion_repro.store.graph import graph
+from compassion_repro.study.arms import PARADIGMS, measured
 from compassion_repro.training import reward_model
 
 SIZE = [setting for setting in CRASH_SIZE if not setting.startswith(("arms=", "benchmarks."))]

@@ -13,12 +13,12 @@ import torch
 from conftest import assert_one_line, settings
 
 from compassion_repro import cli
+from compassion_repro.cli.preset_file import preset_template
 from compassion_repro.core.errors import InputError
 from compassion_repro.data import world
 from compassion_repro.evaluation import cost
 from compassion_repro.pipeline import machine, plan, preflight, stages
 from compassion_repro.pipeline import run as pipeline
-from compassion_repro.preset_file import preset_template
 from compassion_repro.presets import build_preset, load_preset, with_settings
 from compassion_repro.store.folder import Study
 from compassion_repro.store.graph import graph
