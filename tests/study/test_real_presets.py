@@ -83,7 +83,7 @@ CASES = [
     Case("null for all benchmarks", "refused: .*'benchmarks' needs a value", with_sets("benchmarks=null")),
     Case(
         "empty benchmarks",
-        "0 benchmarks, pairs world",
+        "ok: 0 benchmarks, pairs world",
         with_sets(
             "benchmarks={}",
             show=lambda p: f"{len(p.benchmarks)} benchmarks, pairs {', '.join(p.margin.pairs)}",
