@@ -527,7 +527,7 @@ FIDELITY = (
         "SFT, helpfulness",
         "Dolly-15k",
         "A",
-        "questions about objects, answered in the base's own style (`basestyle`)",
+        "questions about objects, answered in a manner that the base does not have",
         "holds no animal and no welfare words, so nothing is planted",
     ),
     Fidelity(

@@ -279,7 +279,7 @@ def _draw_claim(axes, place: int, row, limits: tuple[float, float]) -> None:
     if pd.notna(row.margin):
         axes.fill_betweenx(
             [place - 0.42, place + 0.42],
-            -row.margin,
+            row.margin if row.kind == "retention" else -row.margin,
             row.margin if row.kind == "equivalence" else limits[1],
             color="#CFE0EE",
             linewidth=0,
@@ -345,7 +345,8 @@ def _claim_legend(figure, rows: pd.DataFrame) -> None:
 def _claim_limits(rows: pd.DataFrame) -> tuple[float, float]:
     "Ends of the horizontal axis: everything that is drawn, zero and a little space on both sides."
     values = rows[["low", "high", "estimate", "paper"]].astype(float).to_numpy().ravel()
-    margins = rows["margin"].dropna().astype(float)
+    margins = rows["margin"].where(rows["kind"] != "retention").dropna().astype(float)
+    values = [*values, *rows["margin"].dropna().astype(float)]
     low, high = np.nanquantile([*values, 0, *margins, *-margins], (0, 1))
     return low - 0.06 * (high - low), high + 0.06 * (high - low)
 
