@@ -465,7 +465,7 @@ def _kl_means(kl: pd.DataFrame) -> dict:
 def probe(
     folder: str | Path,  # the model
     mid: str | Path,  # the mid-trained model; the same folder for itself
-    answers: pd.DataFrame,  # the model's own rows of `answers.parquet`
+    answers: pd.DataFrame | None,  # the model's own rows of `answers.parquet`; None: no benchmark, no KL
     model: str,  # model id
     seed: int,  # study seed
     settings: Margin = Margin(),  # which pairs, how many answers a question, how large a batch
@@ -482,7 +482,7 @@ def probe(
     pairs, batch = pairs_of(settings.pairs), settings.batch_tokens
     margins = measure_margins(network, tokenizer, model, seed, pairs, batch, said)
     result = _margin_means(margins)
-    if settings.kl_epochs == 0:
+    if settings.kl_epochs == 0 or answers is None:
         return margins, pd.DataFrame(columns=list(KL_COLUMNS)), result | {"kl_mean": None, "kl": {}}
     if Path(folder).resolve() == Path(mid).resolve():
         kl = _without_drift(answers, settings.kl_epochs)

@@ -518,13 +518,43 @@ def _guess_notes(preset: Preset) -> list[str]:
     sources = [benchmark.data.partition("@")[0] for benchmark in preset.benchmarks.values() if benchmark.data]
     return [f"{source}: {GUESSED[source]}" for source in sources if source in GUESSED]
 
+# %% ../../nbs/09_pipeline/00_plan.ipynb #5eb09181
+def _items(name: str, benchmark: Benchmark) -> int | None:
+    "Questions of a benchmark, translations counted once; None where it cannot be counted."
+    if benchmark.size:
+        return max(benchmark.size.values())
+    questions = question_count(name, benchmark)[0]
+    return questions and (questions // 3 if benchmark.task == "moru" else questions)
+
+
+def _power_notes(preset: Preset, seeds: int) -> list[str]:
+    "Which words the seeds allow, and the power of each claim of no effect."
+    from compassion_repro.stats.claims import planned_power
+
+    lines = []
+    if seeds < 3:
+        lines.append(
+            f"{seeds} training seed{'s' * (seeds > 1)}: claims hold or fail for these checkpoints; supported and"
+            " contradicted, which speak about the training, need three (--seeds 3)"
+        )
+    items = {name: _items(name, benchmark) for name, benchmark in preset.benchmarks.items()}
+    power = planned_power(preset, seeds, items)
+    if power:
+        each = ", ".join(f"{reading} {value:.0%}" for reading, value in power.items())
+        lines.append(
+            f"power of the claims of no effect, within {preset.statistics.margin:g} points: {each}; so often"
+            f" would {seeds} seed{'s' * (seeds > 1)} establish them if nothing differed, with spreads of 25 points"
+            " between questions, 40 between answers and 5 between training runs"
+        )
+    return lines
+
 # %% ../../nbs/09_pipeline/00_plan.ipynb #c55d68fd
 def footnotes(
     preset: Preset,  # the study
     records: list[dict],  # from `plan`
 ) -> list[str]:  # lines
     "What the estimates of a plan rest on."
-    kinds, lines = {r["kind"] for r in records}, []
+    kinds, lines = {r["kind"] for r in records}, _power_notes(preset, len({r["seed"] for r in records}))
     if on_machines(preset, records):
         lines.append(_hours_note())
     lines += _dose_notes(preset, kinds)

@@ -202,7 +202,9 @@ def collect(
     Answers in another form of question are in `templates.parquet`, see `compare_templates`.
     """
     check_passes(study.folder)
-    for name in _TABLES:
+    for name, kind in _TABLES.items():
+        if not any(stage.kind == kind for stage in stages):
+            continue  # a study without a benchmark
         table = _concatenated(study, stages, name)
         if name == "scores":
             table["study"] = study.folder.name
@@ -235,7 +237,7 @@ def compare_templates(
     templates.parquet.
     """
     forms = study.preset.generation.forms()
-    if len(forms) == 1:
+    if len(forms) == 1 or not study.preset.benchmarks:
         return []
     means = _template_means(study, stages)
     with writable(study.folder):

@@ -542,9 +542,11 @@ def _run_probe(context: StageContext) -> dict:
     from compassion_repro.evaluation import judge_free
 
     stage, settings = context.stage, context.preset.margin
-    answers = pd.read_parquet(context.input(1) / "answers.parquet")
+    answered = len(stage.inputs) > 2
+    answers = pd.read_parquet(context.input(1) / "answers.parquet") if answered else None
+    mid = context.input(2 if answered else 1)
     margins, kl, result = judge_free.probe(
-        context.input(), context.input(2), answers, stage.model, stage.seed, settings, report=context.report
+        context.input(), mid, answers, stage.model, stage.seed, settings, report=context.report
     )
     write_atomically(context.out / "margin.parquet", margins.to_parquet)
     write_atomically(context.out / "kl.parquet", kl.to_parquet)

@@ -36,8 +36,8 @@ from ..study import Statistics
 def score_panels(
     scores: pd.DataFrame,  # rows of `scores.parquet`, or means from `stats.estimates.model_means`
 ) -> list[tuple[str, str]]:  # (benchmark, group of languages)
-    """Which panels the scores fill: every benchmark, and every group of languages for which the paper gives a
-    figure.
+    """Which panels the scores fill: every benchmark, its English questions where there are others, too, and every
+    group of languages for which the paper gives a figure.
     """
     benchmarks = sorted(scores["benchmark"].unique(), key=benchmark_rank)
     if "languages" in scores:
@@ -54,7 +54,7 @@ def score_panels(
         (name, group)
         for name in benchmarks
         for group in ("all", "en", "other")
-        if group == "all" or (several[name] and (name, group) in published)
+        if group == "all" or (several[name] and (group == "en" or (name, group) in published))
     ]
 
 # %% ../../nbs/08_report/01_figures.ipynb #290d760d

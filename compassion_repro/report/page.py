@@ -42,6 +42,8 @@ class Picture:
 # %% ../../nbs/08_report/05_page.ipynb #88f49d76
 def _lead(files: StudyFiles):
     "The scores of the first judge: a figure shows one judge at a time."
+    if not files.judges:
+        raise InputError("the study has no benchmark, so nothing was scored")
     if files.lead["score"].isna().all():
         raise InputError(f"not one answer was graded by {files.judges[0]}")
     return files.lead

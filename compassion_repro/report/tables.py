@@ -389,7 +389,8 @@ def headline(
         for name in sorted(files.scores["benchmark"].unique(), key=benchmark_rank)
     )
     seeds, judges = len(files.seeds), files.judges
+    judged = f"questions: {asked}; judge{'s' * (len(judges) > 1)}: {', '.join(judges)}"
     return (
-        f"{len(files.models)} models, {seeds} training seed{'s' * (seeds > 1)}, questions: {asked};"
-        f" judge{'s' * (len(judges) > 1)}: {', '.join(judges)}; {sum(verdict_counts(files.claims).values())} verdicts:"
+        f"{len(files.models)} models, {seeds} training seed{'s' * (seeds > 1)},"
+        f" {judged if judges else 'no benchmark and no judge'}; {sum(verdict_counts(files.claims).values())} verdicts:"
     )

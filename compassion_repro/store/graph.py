@@ -295,9 +295,16 @@ def pair_digests(
 
 # %% ../../nbs/07_store/00_graph.ipynb #89697a11
 def _probe_stages(preset: Preset, seed: int, measured: list[Stage], mid: Stage) -> list[Stage]:
-    "The measures without a judge of each model that answers; pairs count by their content."
+    """The measures without a judge of each model, after its answers where it gives any; pairs count by their
+    content.
+    """
     config = {"margin": preset.margin.model_dump(mode="json"), "pairs": pair_digests(preset)}
-    return [Stage(f"probe-{a.model}", "probe", seed, a.model, (*a.inputs, a, mid), config) for a in measured]
+
+    def inputs(own):
+        "The model, its answers, and the mid-trained model; without a benchmark only the models."
+        return (*own.inputs, own, mid) if own.kind == "answers" else (own, mid)
+
+    return [Stage(f"probe-{a.model}", "probe", seed, a.model, inputs(a), config) for a in measured]
 
 # %% ../../nbs/07_store/00_graph.ipynb #c1fff9c7
 def _answer_stages(preset: Preset, model: Stage, benchmarks: dict, judge: str) -> list[Stage]:
@@ -343,7 +350,9 @@ def graph(
         arms, measured = _arm_stages(preset, seed, starts, reward, known), []
         for model in [*starts.values(), *filter(None, [reward]), *arms]:
             stages.append(model)
-            if model is not reward:
+            if model is not reward and not benchmarks:
+                measured.append(model)
+            elif model is not reward:
                 answered = _answer_stages(preset, model, benchmarks, judge)
                 stages += answered
                 measured.append(answered[0])

@@ -18,6 +18,7 @@ from ..core.files import writable, write_atomically
 from ..evaluation.behaviour import behaviour_table
 from ..stats.claims import ClaimTable, read_claims
 from compassion_repro.stats.scores import (
+    SCORE_COLUMNS,
     check_scores,
     model_rank,
     read_scores,
@@ -51,17 +52,23 @@ class StudyFiles:
         """
         return None if self.answers is None else behaviour_table(self.answers)
 
+# %% ../../nbs/07_store/05_results.ipynb #9609c33c
+@patch(as_prop=True)
+def measured(self: StudyFiles) -> pd.DataFrame:
+    "The scores; the margins in a study without a benchmark."
+    return self.margins if self.scores.empty and self.margins is not None else self.scores
+
 # %% ../../nbs/07_store/05_results.ipynb #6ed4f432
 @patch(as_prop=True)
 def models(self: StudyFiles) -> list[str]:
-    "Model ids with scores, in the order of the experiment."
-    return sorted(self.scores["model"].unique(), key=model_rank)
+    "Model ids with scores, or with margins where nothing is scored, in the order of the experiment."
+    return sorted(self.measured["model"].unique(), key=model_rank)
 
 # %% ../../nbs/07_store/05_results.ipynb #f037ed08
 @patch(as_prop=True)
 def seeds(self: StudyFiles) -> list[int]:
-    "Study seeds with scores."
-    return sorted(int(seed) for seed in self.scores["seed"].unique())
+    "Study seeds with scores, or with margins where nothing is scored."
+    return sorted(int(seed) for seed in self.measured["seed"].unique())
 
 # %% ../../nbs/07_store/05_results.ipynb #076b50bd
 @patch(as_prop=True)
@@ -73,7 +80,7 @@ def judges(self: StudyFiles) -> list[str]:
 @patch(as_prop=True)
 def lead(self: StudyFiles) -> pd.DataFrame:
     "Scores of the first judge: what is shown of one judge at a time."
-    return self.scores[self.scores["judge"] == self.judges[0]]
+    return self.scores[self.scores["judge"].isin(self.judges[:1])]
 
 # %% ../../nbs/07_store/05_results.ipynb #23403806
 def _read_table(file: Path) -> pd.DataFrame | None:
@@ -112,6 +119,20 @@ def _refuse_strange_scores(file: Path, scores: pd.DataFrame, manifests: list[dic
             f" study never made: put its own scores back with `compassion-repro run --out {file.parent}`"
         )
 
+# %% ../../nbs/07_store/05_results.ipynb #1ff9fc8c
+def _study_scores(study: Study, manifests: list[dict]) -> pd.DataFrame:
+    "The scores of a study, checked; an empty table where it has no benchmark."
+    file = study.folder / "scores.parquet"
+    if not file.is_file() and not study.preset.benchmarks:
+        return pd.DataFrame(columns=list(SCORE_COLUMNS))
+    if not file.is_file():
+        raise InputError(
+            f"{study.folder} has no scores yet: finish it with `compassion-repro run --out {study.folder}`"
+        )
+    scores = with_task_scores(read_scores(file, study.folder.name))
+    _refuse_strange_scores(file, scores, manifests)
+    return scores
+
 # %% ../../nbs/07_store/05_results.ipynb #9f9b6111
 def read_study_files(
     folder: str | Path,  # a study folder with scores and claims
@@ -123,12 +144,9 @@ def read_study_files(
     """
     study = Study(folder)
     folder, preset = study.folder, study.preset
-    file = folder / "scores.parquet"
-    if not file.is_file():
-        raise InputError(f"{folder} has no scores yet: finish it with `compassion-repro run --out {folder}`")
-    scores = with_task_scores(read_scores(file, folder.name))
-    claims, manifests = read_claims(folder / "claims.json"), study.manifests()
-    _refuse_strange_scores(file, scores, manifests)
+    claims_file, manifests = folder / "claims.json", study.manifests()
+    scores = _study_scores(study, manifests)
+    claims = read_claims(claims_file)
     tables = {name: _read_table(folder / f"{name}.parquet") for name in ("answers", "grades", "kl")}
     tables["margins"] = _read_table(folder / "margin.parquet")
     tables["completions"] = _read_completions(folder, manifests)

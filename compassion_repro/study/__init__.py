@@ -402,15 +402,6 @@ class Data(Section):
         return getattr(self, rows.replace("-", "_"))
 
 # %% ../../nbs/01_study/00_study.ipynb #3e1e7c11
-def _check_judged(preset: "Preset"):
-    "Raise ValueError where no benchmark has a judge: the claims are read on those."
-    if not any(benchmark.judged for benchmark in preset.benchmarks.values()):
-        raise ValueError(
-            "benchmarks: a study needs at least one of task anima or moru, since its claims are read on"
-            " them: keep one (benchmarks.moru=null leaves out moru alone)"
-        )
-
-
 def _check_replay(preset: "Preset"):
     "Raise ValueError where another stage than mid-training asks for replayed documents."
     for name in ("sft", "dpo"):
@@ -473,6 +464,7 @@ class Preset(Section):
     code_reward: dict[Literal["tested", "graded"], dict[str, float]] = {}
     generation: Generation = Generation()
     # by the name of a folder: no path leads out of the study
+    # none: the verdicts rest on the matched pairs alone
     benchmarks: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], Benchmark]
     # "indicator", "strict", a model folder, any Inspect model id, or several with commas: always named
     judge: str = Field(
@@ -499,7 +491,6 @@ class Preset(Section):
 
     @model_validator(mode="after")
     def _consistent(self):
-        _check_judged(self)
         _check_replay(self)
         _check_given(self)
         return self

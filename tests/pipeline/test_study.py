@@ -10,6 +10,7 @@ import pytest
 from conftest import assert_one_line, run_study, start_study
 
 from compassion_repro.presets import load_preset
+from compassion_repro.stats.claims import read_claims
 from compassion_repro.store.folder import Study
 from compassion_repro.store.graph import graph
 
@@ -183,6 +184,24 @@ def test_more_seeds_extend_a_study(study_copy, finished):
     pd.testing.assert_frame_equal(
         first, table(finished, "scores").drop(columns="study").reset_index(drop=True), check_exact=True
     )
+
+
+def test_a_study_without_a_benchmark_gets_verdicts(tmp_path):
+    done = run_study(
+        tmp_path / "study", "benchmarks={}", "margin.pairs=[written, spanish, matched]", report=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    study = Study(tmp_path / "study")
+    kinds = {manifest["kind"] for manifest in study.manifests()}
+    assert kinds == {"base", "midtrain", "sft", "probe"}
+    assert not [name for name in ("answers", "scores") if (study.folder / f"{name}.parquet").exists()]
+    claims = read_claims(study.folder / "claims.json")
+    assert {record.judge for record in claims.records} == {"no judge"} and claims.judges == []
+    tested = {record.reading for record in claims.records if record.estimate is not None}
+    named = ("C0-SFT", "C1", "C5a", "C5b", "C6-SFT")
+    assert {f"{name}-pairs" for name in named} <= tested and "C1-matched" in tested
+    assert "no benchmark and no judge" in (study.folder / "report.html").read_text(encoding="utf-8")
+    assert (study.folder / "figures" / "claims.png").exists()
 
 
 def test_another_judge_would_keep_the_answers(finished):

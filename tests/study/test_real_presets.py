@@ -81,7 +81,14 @@ CASES = [
     ),
     Case("null for a corpus", "refused: .*'data.control' needs a value", with_sets("data.control=null")),
     Case("null for all benchmarks", "refused: .*'benchmarks' needs a value", with_sets("benchmarks=null")),
-    Case("empty benchmarks", "refused: .*at least one of task anima or moru", with_sets("benchmarks={}")),
+    Case(
+        "empty benchmarks",
+        "ok: 0 benchmarks, pairs world",
+        with_sets(
+            "benchmarks={}",
+            show=lambda p: f"{len(p.benchmarks)} benchmarks, pairs {', '.join(p.margin.pairs)}",
+        ),
+    ),
     Case(
         "an empty benchmark",
         "refused: .*changes nothing: benchmarks.moru=null",
