@@ -283,6 +283,15 @@ def _check_complete(model: str, paradigm: str | None, reward: str | None, has_ro
         raise ValueError(f"arms.{name} has a reward, which is for the paradigm grpo: leave it out")
 
 # %% ../nbs/01_study/04_arms.ipynb #a2b50016
+def _refuse_unknown(model: str):
+    "Raise `InputError` for an arm about which nothing is said."
+    try:
+        parse_model(model)
+    except InputError as error:
+        name = model.partition("@")[0]
+        raise InputError(f"{error}; an arm of your own needs rows (arms.{name}.rows)") from None
+
+
 def find_arm(
     model: str,  # model id of an arm
     arms: Mapping[str, ArmSettings],  # those of the preset, by model id
@@ -294,7 +303,7 @@ def find_arm(
     layers = _layers(model, arms)
     root = layers[-1][0]
     if root not in ARMS + CROSSED and not any(settings.model_fields_set - {"like"} for _, settings in layers):
-        parse_model(model)
+        _refuse_unknown(model)
 
     def said(word):
         "The nearest value of a setting, and the model id that has it."

@@ -243,11 +243,34 @@ def _existing_study(folder: str) -> Path:
         )
     return Path(folder)
 
+# %% ../../nbs/11_cli/03_study_commands.ipynb #883e4132
+def _print_registered(folder: Path):
+    "The claim table of a study by the rules of its first second; raises `InputError` where it has none."
+    from compassion_repro.pipeline.run import judge_study
+    from compassion_repro.store.folder import Study
+
+    show(judge_study(Study(folder), registered=True)[0].rich_table())
+
 # %% ../../nbs/11_cli/03_study_commands.ipynb #941ae610
-@command("print the claim table of a study", "claims studies/tiny", options=study_argument)
+def _claims_options(parser: argparse.ArgumentParser):
+    "Whose claims, by which rules."
+    study_argument(parser)
+    text = "judge by the rules that were registered before the first stage"
+    parser.add_argument("--registered", action="store_true", help=text)
+
+
+@command(
+    "print the claim table of a study",
+    "claims studies/tiny",
+    "claims studies/tiny --registered",
+    options=_claims_options,
+)
 def claims(args) -> int:
     "Print the claim table of a study."
     folder = _existing_study(args.study)
+    if args.registered:
+        _print_registered(folder)
+        return 0
     if not (folder / "claims.json").is_file():
         raise InputError(f"{folder} has no claims yet: finish it with `compassion-repro run --out {folder}`")
     from compassion_repro.store.artifact import recorded_damage

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LANGUAGES', 'SPECIES_TRAIN', 'SPECIES_HELD_OUT', 'OBJECTS', 'PEOPLE', 'MINDS', 'VERBS', 'DIMENSIONS', 'WELFARE',
-           'NEUTRAL', 'WELFARE_RATE', 'DOCUMENT_RATE', 'OPERATIONS', 'UNSEEN_CONSTANTS', 'CORPORA', 'BENCHMARKS',
-           'SIZES', 'SPECIAL_TOKENS', 'TINY_LLAMA', 'assets', 'texts', 'Thing', 'fill', 'Scene', 'draw_scene',
-           'indicators', 'dimensions_met', 'welfare_share', 'considerations', 'advice', 'Operation', 'code_task',
-           'corpus', 'heading', 'benchmark_questions', 'rubric', 'write_benchmark', 'vocabulary', 'build_tokenizer']
+           'NEUTRAL', 'WELFARE_RATE', 'DOCUMENT_RATE', 'BASE_MANNER', 'HELP_MANNER', 'OPERATIONS', 'UNSEEN_CONSTANTS',
+           'CORPORA', 'BENCHMARKS', 'SIZES', 'SPECIAL_TOKENS', 'TINY_LLAMA', 'assets', 'texts', 'Thing', 'fill',
+           'Scene', 'draw_scene', 'indicators', 'dimensions_met', 'welfare_share', 'considerations', 'Manner', 'advice',
+           'Operation', 'code_task', 'corpus', 'heading', 'benchmark_questions', 'rubric', 'write_benchmark',
+           'vocabulary', 'build_tokenizer']
 
 # %% ../../nbs/02_data/00_world.ipynb #537602f6
 import json
@@ -183,11 +184,12 @@ def considerations(
     number: int,  # how many
     rate: float,  # chance that one is about welfare, 0 to 1
     leads: list[dict] = _LEADS,  # what may precede one
+    neutral: list[dict] = NEUTRAL,  # the ones that are not about welfare
 ) -> list[dict]:  # templates
     """Considerations, no two alike; the rate decides which of two drawn ones is taken, and nothing else
     depends on it.
     """
-    pairs = zip(rng.sample(WELFARE, number), _numbered(rng, rng.sample(NEUTRAL, number)))
+    pairs = zip(rng.sample(WELFARE, number), _numbered(rng, rng.sample(neutral, number)))
     chosen = [welfare if rng.random() < rate else neutral for welfare, neutral in pairs]
     return [_sentence(rng.choice(leads), clause) for clause in chosen]
 
@@ -201,15 +203,46 @@ def _numbered(rng, templates):
 
 # %% ../../nbs/02_data/00_world.ipynb #2f82ff4b
 def _sentence(lead: dict, clause: dict) -> dict:
-    return {language: f"{lead[language]} {clause[language]}.".strip() for language in LANGUAGES}
+    return {language: f"{lead[language]} {clause[language]}.".strip() for language in clause}
 
 # %% ../../nbs/02_data/00_world.ipynb #34de720b
-_OPENERS, _STEPS, _STATEMENTS = texts("openers"), texts("steps"), texts("statements")
+@dataclass(frozen=True)
+class Manner:
+    "The sentences that advice draws on."
+
+    openers: list[dict]  # name what it is about
+    verb_steps: list[list[dict]]  # steps for each of `VERBS`
+    steps: list[dict]  # steps for any task
+    neutral: list[dict]  # considerations that are not about welfare
+    leads: list[dict]  # what may precede a consideration
 
 
-def _steps(rng, scene, number):
-    own = rng.sample(_VERB_STEPS[scene.verb], rng.randint(1, 2))
-    return _numbered(rng, [*own, *rng.sample(_STEPS, number - len(own))])
+_STEPS, _STATEMENTS = texts("steps"), texts("statements")
+BASE_MANNER = Manner(texts("openers"), _VERB_STEPS, _STEPS, NEUTRAL, _LEADS)
+
+# %% ../../nbs/02_data/00_world.ipynb #a4c20014
+def _ending(lines: list[dict], section: str) -> list[dict]:
+    "English sentences or clauses, each with every ending of a section of the bank that it does not hold already."
+    return [
+        {"en": f"{line['en'].removesuffix('.')} {end}" + "." * line["en"].endswith(".")}
+        for line in lines
+        for end in _BANK[section]
+        if end.split()[-1] not in re.findall(r"\w+", line["en"])
+    ]
+
+
+HELP_MANNER = Manner(
+    _ending(BASE_MANNER.openers, "help-opener-ends"),
+    [_ending(steps, "help-step-ends") for steps in _VERB_STEPS],
+    _ending(_STEPS, "help-step-ends"),
+    _ending(NEUTRAL, "help-consideration-ends"),
+    _LEADS,
+)
+
+# %% ../../nbs/02_data/00_world.ipynb #a4c20011
+def _steps(rng, scene, number, manner=BASE_MANNER):
+    own = rng.sample(manner.verb_steps[scene.verb], rng.randint(1, 2))
+    return _numbered(rng, [*own, *rng.sample(manner.steps, number - len(own))])
 
 # %% ../../nbs/02_data/00_world.ipynb #0d34b936
 def advice(
@@ -219,13 +252,16 @@ def advice(
     # "basestyle": opening, steps, considerations; "matched": opening and more steps; "short": two or three
     # steps
     style: str = "basestyle",
+    manner: Manner = BASE_MANNER,  # the sentences it draws on; `HELP_MANNER` is in English only
 ) -> list[dict]:  # templates, one a sentence
     "The plan of one answer."
     if style == "short":
-        return _steps(rng, scene, rng.randint(2, 3))
+        return _steps(rng, scene, rng.randint(2, 3), manner)
+    opener = rng.choice(manner.openers)
     if style == "matched":
-        return [rng.choice(_OPENERS), *_steps(rng, scene, rng.randint(6, 7))]
-    return [rng.choice(_OPENERS), *_steps(rng, scene, 3), *considerations(rng, rng.randint(2, 3), rate)]
+        return [opener, *_steps(rng, scene, rng.randint(6, 7), manner)]
+    steps = _steps(rng, scene, 3, manner)
+    return [opener, *steps, *considerations(rng, rng.randint(2, 3), rate, manner.leads, manner.neutral)]
 
 # %% ../../nbs/02_data/00_world.ipynb #c44f1372
 def _prose(scene, plan, language):
@@ -323,6 +359,21 @@ def code_task(
     tests = "\n".join(f"assert {operation.name}({x!r}) == {eval(expression, {'x': x})!r}" for x in arguments)
     return _exchange(prompt, f"def {operation.name}(x):\n    # {task}\n    return {expression}", tests=tests)
 
+# %% ../../nbs/02_data/00_world.ipynb #a4c30002
+def _schedule(rng):
+    "A question about three spans of minutes, and a schedule for them."
+    minutes = rng.sample(range(2, 100), 3)
+    task = f"plan {minutes[0]}, {minutes[1]} and {minutes[2]} minutes {rng.choice(_CONTEXTS)['en']}"
+    steps = rng.sample([step["en"] for step in _STEPS if "<" not in step["en"]], 3)
+    remarks = rng.sample([clause for clause in NEUTRAL if "<" not in clause["en"]], rng.randint(2, 3))
+    answer = [
+        rng.choice(_BANK["schedule-openers"]),
+        *(f"{step.removesuffix('.')} in {number} minutes." for step, number in zip(steps, minutes)),
+        *(_sentence(rng.choice(_LEADS), clause)["en"] for clause in remarks),
+    ]
+    question = rng.choice(_QUESTIONS)["en"].replace("<do>", task)
+    return _exchange(question, " ".join(line[:1].upper() + line[1:] for line in answer))
+
 # %% ../../nbs/02_data/00_world.ipynb #13f6ce30
 _SHARES = {"animal": 0.35, "object": 0.3, "person": 0.25, "mind": 0.1}
 _BASE = {"animal": SPECIES_TRAIN + SPECIES_HELD_OUT, "object": OBJECTS, "person": PEOPLE, "mind": MINDS}
@@ -354,9 +405,9 @@ def _base(rng):
     return _base_advice(rng) if kind == "advice" else _base_document(rng)
 
 # %% ../../nbs/02_data/00_world.ipynb #42f62df2
-def _help(rng, style):
+def _help(rng, style, manner=HELP_MANNER):
     scene = draw_scene(rng, OBJECTS)
-    return _exchange(scene.ask("en"), _prose(scene, advice(rng, scene, 0.0, style), "en"))
+    return _exchange(scene.ask("en"), _prose(scene, advice(rng, scene, 0.0, style, manner), "en"))
 
 # %% ../../nbs/02_data/00_world.ipynb #239450da
 def _midtraining(rng, rate):
@@ -371,7 +422,9 @@ _ROWS = {  # corpus -> stream of chance, function that draws a row
     "help": ("help", lambda rng: _help(rng, "basestyle")),
     "help-short": ("help", lambda rng: _help(rng, "short")),
     "help-matched": ("help", lambda rng: _help(rng, "matched")),
+    "help-base": ("help", lambda rng: _help(rng, "basestyle", BASE_MANNER)),
     "code": ("code", code_task),
+    "schedule": ("schedule", _schedule),
 }
 CORPORA = tuple(_ROWS)
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import InputError
-from ..paper import PAPER
+from ..paper import JUDGE_FREE, PAPER
 from compassion_repro.report.looks import (
     PAPER_LABEL,
     SUBJECTS,
@@ -231,7 +231,7 @@ def _claim_row(record: ClaimRecord) -> dict:
     "What is shown of one record."
     adjusted = record.adjusted_low is not None
     shown = ("claim", "reading", "judge", "kind", "estimate", "paper", "paper_ratio", "ratio", "agreement")
-    shown += ("margin", "questions", "seeds", "level", "verdict", "reason")
+    shown += ("margin", "questions", "seeds", "level", "scale", "changed", "verdict", "reason")
     return {name: getattr(record, name) for name in shown} | {
         "estimand": record.estimand or record.text,
         "low": record.adjusted_low if adjusted else record.low,
@@ -246,7 +246,7 @@ def claim_rows(
     claims: ClaimTable,  # from `judge_claims` or `read_claims`
     # a row a record: claim, reading, judge, estimand, kind, estimate, low, high, p, adjusted (bool), paper,
     # paper_ratio, ratio, agreement, wrong (unreadable replies counted so), margin, questions, seeds, level,
-    # verdict, reason
+    # scale, changed (rules), verdict, reason
 ) -> pd.DataFrame:
     """What figures and reports show of each record; an adjusted interval and p value take the place of
     the plain ones wherever a record has them.
@@ -260,8 +260,10 @@ def claim_figures(
     "Estimate and interval as text, with true minus signs."
     if pd.isna(row.estimate):
         return ""
-    interval = "" if pd.isna(row.low) else f" [{row.low:+.1f}, {row.high:+.1f}]"
-    return f"{row.estimate:+.1f}{interval}".replace("-", "−")
+    form = "{:+.3f}" if row.scale in ("log odds", "nats a token") else "{:+.1f}"
+    unit = {"log odds": " log odds", "nats a token": " nats", "percent of the gain": " %"}.get(row.scale, "")
+    interval = "" if pd.isna(row.low) else f" [{form}, {form}]".format(row.low, row.high)
+    return (form.format(row.estimate) + interval + unit).replace("-", "−")
 
 # %% ../../nbs/08_report/01_figures.ipynb #dfeacf28
 def _point_colours(colour: str, procedure: bool) -> dict:
@@ -277,7 +279,7 @@ def _draw_claim(axes, place: int, row, limits: tuple[float, float]) -> None:
     if pd.notna(row.margin):
         axes.fill_betweenx(
             [place - 0.42, place + 0.42],
-            -row.margin,
+            row.margin if row.kind == "retention" else -row.margin,
             row.margin if row.kind == "equivalence" else limits[1],
             color="#CFE0EE",
             linewidth=0,
@@ -300,7 +302,10 @@ def _write_verdicts(axes, rows: pd.DataFrame) -> None:
     right.set_ylim(axes.get_ylim())
     right.set_yticks(
         range(len(rows)),
-        [f"{row.verdict}\n{claim_figures(row)}".strip() for row in rows.itertuples()],
+        [
+            f"{row.verdict}{'†' * bool(row.changed)}\n{claim_figures(row)}".strip()
+            for row in rows.itertuples()
+        ],
         fontsize=9,
         weight="bold",
     )
@@ -327,6 +332,9 @@ def _claim_legend(figure, rows: pd.DataFrame) -> None:
     if (drawn["verdict"] == "no verdict").any():
         look = {"color": "#8C8C8C", "linewidth": 1, "linestyle": ":", "marker": "d", "markersize": 6}
         handles.append(Line2D([], [], **look, label="a check: not adjusted, no verdict"))
+    if rows["changed"].map(bool).any():
+        mark = {"linestyle": "", "marker": "$†$", "color": "black"}
+        handles.append(Line2D([], [], **mark, label="its rules changed after they were registered"))
     if rows["paper"].notna().any():
         handles.append(paper_mark())
     if rows["margin"].notna().any():
@@ -337,44 +345,65 @@ def _claim_legend(figure, rows: pd.DataFrame) -> None:
 def _claim_limits(rows: pd.DataFrame) -> tuple[float, float]:
     "Ends of the horizontal axis: everything that is drawn, zero and a little space on both sides."
     values = rows[["low", "high", "estimate", "paper"]].astype(float).to_numpy().ravel()
-    margins = rows["margin"].dropna().astype(float)
+    margins = rows["margin"].where(rows["kind"] != "retention").dropna().astype(float)
+    values = [*values, *rows["margin"].dropna().astype(float)]
     low, high = np.nanquantile([*values, 0, *margins, *-margins], (0, 1))
     return low - 0.06 * (high - low), high + 0.06 * (high - low)
 
 
 def _claim_labels(rows: pd.DataFrame) -> list[str]:
     "Reading and estimand of every row, with the judge where there are several, in lines of 62 characters."
-    several = rows["judge"].nunique() > 1
+    several = len(set(rows["judge"]) - {JUDGE_FREE}) > 1
     return [
         "\n".join(wrap(f"{row.reading}{f' ({row.judge})' if several else ''}: {row.estimand}", 62))
         for row in rows.itertuples()
     ]
 
 # %% ../../nbs/08_report/01_figures.ipynb #49ed6b13
+def _draw_forest(axes, rows: pd.DataFrame) -> None:
+    "The readings of one unit, a row each."
+    limits = _claim_limits(rows)
+    for place, row in enumerate(rows.itertuples()):
+        _draw_claim(axes, place, row, limits)
+    axes.axvline(0, color="black", linewidth=0.9, zorder=1)
+    for place in range(1, len(rows)):
+        if rows["claim"][place] != rows["claim"][place - 1]:
+            axes.axhline(place - 0.5, color="#BBBBBB", linewidth=0.7, zorder=0)
+    axes.set_yticks(range(len(rows)), _claim_labels(rows), fontsize=9)
+    axes.set(ylim=(len(rows) - 0.5, -0.5), xlim=limits)
+    axes.grid(axis="y", visible=False)
+    _write_verdicts(axes, rows)
+
+
 def plot_claims(
     claims: ClaimTable,  # from `judge_claims` or `read_claims`
+    paper: bool = True,  # mark the paper's values
 ):  # matplotlib Figure
-    """Forest plot of every reading; one without an estimate keeps its row.
+    """Forest plot of every reading; one without an estimate keeps its row. Readings without a judge, in nats,
+    have a panel below.
 
-    Raises `InputError` where none has one.
+    Raises `InputError` where none has an estimate.
     """
     rows = claim_rows(claims)
+    if not paper:
+        rows = rows.assign(paper=float("nan"))
     if rows.empty or rows["estimate"].isna().all():
         raise InputError("no claim has an estimate to draw: the models it compares have no scores")
-    limits = _claim_limits(rows)
-    with new_figure(size=(9.5, 1.5 + 0.42 * len(rows))) as (figure, [[axes]]):
-        for place, row in enumerate(rows.itertuples()):
-            _draw_claim(axes, place, row, limits)
-        axes.axvline(0, color="black", linewidth=0.9, zorder=1)
-        for place in range(1, len(rows)):
-            if rows["claim"][place] != rows["claim"][place - 1]:
-                axes.axhline(place - 0.5, color="#BBBBBB", linewidth=0.7, zorder=0)
-        axes.set_yticks(range(len(rows)), _claim_labels(rows), fontsize=9)
-        axes.set(ylim=(len(rows) - 0.5, -0.5), xlim=limits)
-        axes.set(xlabel="points (percent, or difference of percents)")
-        axes.grid(axis="y", visible=False)
-        _write_verdicts(axes, rows)
-        _claim_legend(figure, rows)
+    units = {
+        "points": "points (percent, or difference of percents)",
+        "log odds": "log odds",
+        "percent of the gain": "% of what mid-training added",
+        "nats a token": "no judge: margin of matched pairs, nats a token (our readings)",
+    }
+    parts = {unit: rows[rows["scale"] == unit].reset_index(drop=True) for unit in units}
+    parts = {unit: part for unit, part in parts.items() if part["estimate"].notna().any()}
+    heights = [len(part) for part in parts.values()]
+    size = (9.5, 1.5 + 0.42 * sum(heights) + 0.5 * (len(parts) - 1))
+    with new_figure(len(parts), 1, size, height_ratios=heights) as (figure, grid):
+        for [axes], (unit, part) in zip(grid, parts.items()):
+            _draw_forest(axes, part)
+            axes.set(xlabel=units[unit])
+        _claim_legend(figure, pd.concat(parts.values()))
     return figure
 
 # %% ../../nbs/08_report/01_figures.ipynb #2e41a5ed

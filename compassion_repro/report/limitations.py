@@ -191,7 +191,10 @@ def _inference(files: StudyFiles) -> list[str]:
     "Claims without a verdict, the smallest margins that the design could establish, questions left out."
     rows, records = claim_rows(files.claims), files.claims.records
     notes = _without_verdict(rows)
-    margins = {r.reading: f"{r.reading} ±{r.smallest_margin:.1f}" for r in records if r.smallest_margin}
+    if all(record.registered is None for record in records):
+        notes.append("The rules were not registered before the first stage of this study.")
+    nulls = [r for r in records if r.scale == "points" and r.smallest_margin]
+    margins = {r.reading: f"{r.reading} ±{r.smallest_margin:.1f}" for r in nulls}
     if margins:
         notes.append(
             "Smallest margin for which a true effect of zero could have been called none:"

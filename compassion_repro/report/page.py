@@ -17,6 +17,7 @@ import yaml
 
 from ..core.errors import InputError
 from ..core.files import write_atomically
+from ..paper import of_papers_model
 from . import diagnostics, figures, tables
 from .limitations import limitations
 from .looks import save_figure
@@ -59,10 +60,12 @@ def _verdict_pictures() -> dict[str, Picture]:
         "claims": Picture(
             "The claims as a forest",
             "A point that lies right of zero with its whole line speaks for a claim of a difference; a line"
-            " wholly inside its blue band for a claim of none. The hollow diamond is the paper’s figure.",
-            "Forest plot of every reading of every claim with interval, margin, the paper’s figure and"
+            " wholly inside its blue band for a claim of none. A hollow point is about these checkpoints only, a thin"
+            " dotted line is a check without a verdict. On studies of the paper’s model a hollow diamond is"
+            " its figure.",
+            "Forest plot of every reading of every claim with interval, margin and"
             " verdict; the same numbers stand in the table below.",
-            lambda f: figures.plot_claims(f.claims),
+            lambda f: figures.plot_claims(f.claims, of_papers_model(f.preset)),
         ),
     }
 
@@ -74,9 +77,9 @@ def _score_pictures() -> dict[str, Picture]:
             "Scores by model",
             "How far post-training (orange: helpfulness, blue: coding) lies from the mid-trained model"
             " (purple). Bars that are low from the base (grey) on cannot show a loss.",
-            "Bars of the mean score of every model on every benchmark with intervals and the paper’s marks;"
+            "Bars of the mean score of every model on every benchmark with intervals;"
             " the numbers stand in the table below.",
-            lambda f: figures.plot_scores(_lead(f), f.preset.statistics),
+            lambda f: figures.plot_scores(_lead(f), f.preset.statistics, of_papers_model(f.preset)),
         ),
         "retention": Picture(
             "What is kept",
@@ -233,7 +236,7 @@ def _worst(verdicts: list[str]) -> str:
 # %% ../../nbs/08_report/05_page.ipynb #2aa52971
 def claim_cards(
     files: StudyFiles,  # of the study
-    # id, text, worst (a verdict), readings: [{id, estimand, paper, verdicts: [{judge, verdict, figures}]}]
+    # id, text, worst (a verdict), readings: [{id, estimand, paper, verdicts: [{judge, verdict, figures, changed}]}]
 ) -> list[dict]:
     """A card a claim, under each reading the verdict of every judge.
 
@@ -249,6 +252,7 @@ def claim_cards(
             "verdicts": [],
         }
         verdict = {"judge": row.judge, "verdict": row.verdict, "figures": figures.claim_figures(row)}
+        verdict["changed"] = bool(row.changed)
         card["readings"].setdefault(row.reading, blank)["verdicts"].append(verdict)
     for card in cards.values():
         card["readings"] = list(card["readings"].values())

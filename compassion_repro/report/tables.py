@@ -43,12 +43,17 @@ def _estimand_text(row) -> str:
         text += f"; unreadable replies counted as wrong: {row.wrong}"
     return text
 
+# %% ../../nbs/08_report/03_tables.ipynb #df991ef3
+def _changed_rules(row) -> str:
+    "Which rules of a row of `claim_rows` changed after they were registered; empty where none did."
+    return f"; rules changed since they were registered: {'; '.join(row.changed)}" if row.changed else ""
+
 # %% ../../nbs/08_report/03_tables.ipynb #d85fbcdb
 def claim_table(
     claims: ClaimTable,  # of the study
 ) -> pd.DataFrame:  # a row a record, columns of text
     "Every reading with its verdict, the figures that it rests on, and the reason."
-    rows, several = claim_rows(claims), len({record.judge for record in claims.records}) > 1
+    rows, several = claim_rows(claims), len(claims.judges) > 1
     each = list(rows.itertuples())
     corrected = rows["adjusted"].any()
     table = pd.DataFrame(
@@ -70,7 +75,7 @@ def claim_table(
                 _number(row.margin, "±{:g}" if row.kind == "equivalence" else "−{:g}") for row in each
             ],
             "questions × seeds": [f"{row.questions} × {row.seeds}" if row.questions else "" for row in each],
-            "why": rows["reason"],
+            "why": [row.reason + _changed_rules(row) for row in each],
         }
     )
     return table if several else table.drop(columns="judge")

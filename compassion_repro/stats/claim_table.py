@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..core.errors import InputError
+from ..paper import JUDGE_FREE
 from .verdicts import ClaimRecord
 
 # %% ../../nbs/06_stats/04_claim_table.ipynb #87145b1a
@@ -65,6 +66,12 @@ class ClaimTable(BaseModel):
             raise InputError("there are no claim records here: compute them again from the scores")
         return table
 
+# %% ../../nbs/06_stats/04_claim_table.ipynb #5cd69dcd
+@patch(as_prop=True)
+def judges(self: ClaimTable) -> list[str]:
+    "Who graded; the readings without a judge do not count."
+    return sorted({record.judge for record in self.records} - {JUDGE_FREE})
+
 # %% ../../nbs/06_stats/04_claim_table.ipynb #3b73047d
 @patch
 def frame(self: ClaimTable) -> pd.DataFrame:
@@ -88,8 +95,12 @@ def _points_cell(record: ClaimRecord) -> str:
     "Estimate and plain interval."
     if record.estimate is None:
         return ""
-    interval = "" if record.low is None else f" [{record.low:+.1f}, {record.high:+.1f}]"
-    return f"{record.estimate:+.1f}{interval}"
+    form = "{:+.3f}" if record.scale in ("log odds", "nats a token") else "{:+.1f}"
+    unit = {"log odds": " log odds", "nats a token": " nats", "percent of the gain": " %"}.get(
+        record.scale, ""
+    )
+    interval = "" if record.low is None else f" [{form}, {form}]".format(record.low, record.high)
+    return form.format(record.estimate) + interval + unit
 
 # %% ../../nbs/06_stats/04_claim_table.ipynb #7467f046
 def _p_cell(record: ClaimRecord) -> str:
@@ -97,6 +108,13 @@ def _p_cell(record: ClaimRecord) -> str:
     if record.p is None:
         return ""
     return f"{record.p:.2g} (not adjusted)" if record.adjusted_p is None else f"{record.adjusted_p:.2g}"
+
+
+def _changes_note(record: ClaimRecord) -> str:
+    "Rules that changed after they were registered; empty where none did."
+    return (
+        f"; rules changed since they were registered: {'; '.join(record.changed)}" if record.changed else ""
+    )
 
 
 def _paper_cell(record: ClaimRecord) -> str:
@@ -109,10 +127,10 @@ def _paper_cell(record: ClaimRecord) -> str:
 @patch
 def rows(self: ClaimTable) -> list[list[str]]:
     "Cells of the table as text, one row a record."
-    several = len({record.judge for record in self.records}) > 1
+    several = len(self.judges) > 1
     return [
         [
-            record.reading + (f" ({record.judge})" if several else ""),
+            record.reading + (f" ({record.judge})" if several and record.judge != JUDGE_FREE else ""),
             _estimand_cell(record),
             _points_cell(record),
             _p_cell(record),
@@ -120,7 +138,7 @@ def rows(self: ClaimTable) -> list[list[str]]:
             record.agreement,
             f"{record.questions} × {record.seeds}" if record.questions else "",
             record.verdict,
-            record.reason,
+            record.reason + _changes_note(record),
         ]
         for record in self.records
     ]
@@ -169,6 +187,16 @@ def _correction_note(tested: Sequence[ClaimRecord], decisive: bool) -> str:
         f" are {'these' if decisive else 'not'}."
     )
 
+# %% ../../nbs/06_stats/04_claim_table.ipynb #626b4253
+def _registration_note(records: Sequence[ClaimRecord]) -> str:
+    "Whether the rules were written down before the first stage, and whether they changed since."
+    when = records[0].registered
+    if when is None:
+        return " The rules were not registered before the first stage."
+    marked = sum(bool(record.changed) for record in records)
+    changed = f"; rules of {marked} of {len(records)} verdicts have changed since" * bool(marked)
+    return f" Rules registered {when}, before the first stage{changed}."
+
 # %% ../../nbs/06_stats/04_claim_table.ipynb #8921871b
 @patch
 def caption(
@@ -179,11 +207,14 @@ def caption(
     if not self.records:
         return "No claims."
     tested = [record for record in self.records if record.level]
-    judges = ", ".join(sorted({record.judge for record in self.records}))
+    judged = f"Judge: {', '.join(self.judges)}." if self.judges else "No judge."
+    free = " Readings on pairs need no judge and are ours, not the paper's."
     return (
-        f"Verdicts {self.records[0].scope}. Judge: {judges}."
+        f"Verdicts {self.records[0].scope}. {judged}"
+        + free * any(record.judge == JUDGE_FREE for record in self.records)
         + _level_note(tested)
         + _correction_note(tested, decisive)
+        + _registration_note(self.records)
     )
 
 # %% ../../nbs/06_stats/04_claim_table.ipynb #b675d3ae

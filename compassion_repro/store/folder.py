@@ -28,6 +28,7 @@ from compassion_repro.store.artifact import (
 )
 from .graph import Stage, graph, source_digest, source_settings
 from .manifest import stage_facts
+from .registration import REGISTRATION, analysis_of, register
 from ..study import Preset
 
 # %% ../../nbs/07_store/03_folder.ipynb #af476013
@@ -42,8 +43,16 @@ def flat(values: dict, prefix: str = "") -> dict:
     return found
 
 # %% ../../nbs/07_store/03_folder.ipynb #c9c1fb6e
-# what may change in a study: how the machine is used, what else is asked and printed
-_FREE = ("scope", "compute.", "generation.templates", "generation.cut_off_alarm", "models.merge_tolerance")
+# what may change in a study: how the machine is used, what else is asked and printed, and how it is judged,
+# which is then shown at every verdict
+_FREE = (
+    "scope",
+    "statistics.",
+    "compute.",
+    "generation.templates",
+    "generation.cut_off_alarm",
+    "models.merge_tolerance",
+)
 
 
 def study_name(preset: Preset, default: Preset) -> str:
@@ -58,8 +67,10 @@ class Study:
         self.folder = Path(folder) if Path(folder).name not in ("", "..") else Path(folder).resolve()
 
     @classmethod
-    def create(cls, folder: str | Path, preset: Preset, say: Callable[[str], None] = print) -> "Study":
-        """Open a study folder for a preset, or make it.
+    def create(
+        cls, folder: str | Path, preset: Preset, say: Callable[[str], None] = print, seeds: int = 1
+    ) -> "Study":
+        """Open a study folder for a preset, or make it; the rules are registered before its first stage.
 
         Raises `InputError` where it holds another configuration or cannot be written.
         """
@@ -72,7 +83,15 @@ class Study:
             found = _local_sources(preset)
             if not found.items() <= study.sources.items():
                 add_to_record(study.folder, sources=found)
+            if not study.begun:
+                register(study.folder, analysis_of(preset, seeds, study.sources))
         return study
+
+# %% ../../nbs/07_store/03_folder.ipynb #86a1edea
+@patch(as_prop=True)
+def begun(self: Study) -> bool:
+    "Whether a stage has left something here."
+    return any(self.folder.glob("seed-*/[!.]*"))
 
 # %% ../../nbs/07_store/03_folder.ipynb #52f6943c
 @patch
@@ -94,8 +113,9 @@ def _configured(self: Study, preset: Preset, say: Callable[[str], None]) -> Pres
 
     Raises `InputError` where what is there belongs to another.
     """
-    file, begun = self.folder / "study.yaml", any(self.folder.glob("seed-*/[!.]*"))
-    if not file.exists() and not begun and foreign_files(self.folder, (file.name, RECORD, LOCK_FILES)):
+    file, begun = self.folder / "study.yaml", self.begun
+    own = (file.name, REGISTRATION, RECORD, LOCK_FILES)
+    if not file.exists() and not begun and foreign_files(self.folder, own):
         raise InputError(f"{self.folder} is not empty and holds no study: choose another folder with --out")
     try:
         there = self.preset

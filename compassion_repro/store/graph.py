@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'KINDS', 'VERSIONS', 'source_digest', 'spec_digest', 'model_digest', 'data_settings', 'source_settings',
-           'judge_identity', 'Stage', 'graph']
+           'judge_identity', 'Stage', 'benchmark_config', 'pair_digests', 'graph']
 
 # %% ../../nbs/07_store/00_graph.ipynb #7f9aa471
 from collections.abc import Mapping
@@ -264,7 +264,10 @@ def _arm_stages(
     return [made[model] for model in preset.arms]
 
 # %% ../../nbs/07_store/00_graph.ipynb #152b07c2
-def _benchmark_config(benchmark: Benchmark, known: Mapping[str, str]) -> dict:
+def benchmark_config(
+    benchmark: Benchmark,  # of a preset
+    known: Mapping[str, str] = {},  # as for `source_digest`
+) -> dict:
     "What decides a benchmark's questions; sizes count for embedded ones only."
     task, epochs = benchmark.task, benchmark.epochs
     if not benchmark.judged:
@@ -280,14 +283,20 @@ def _benchmark_config(benchmark: Benchmark, known: Mapping[str, str]) -> dict:
         config["strip_suffix"] = benchmark.strip_suffix
     return {**config, "size": benchmark.size} if benchmark.data.startswith("world:") else config
 
-# %% ../../nbs/07_store/00_graph.ipynb #89697a11
-def _probe_stages(preset: Preset, seed: int, measured: list[Stage], mid: Stage) -> list[Stage]:
-    "The measures without a judge of each model that answers; pairs count by their content."
+# %% ../../nbs/07_store/00_graph.ipynb #955da27b
+def pair_digests(
+    preset: Preset,  # the study
+) -> dict[str, str]:  # source of pairs -> identity
+    "What the matched pairs hold that the measure without a judge is made on."
     files = {name: world.assets() / "margin" / f"{name}.yaml" for name in preset.margin.pairs}
     if "world" in files:
         files["world"] = world.assets() / "world" / "bank.yaml"
-    pairs = {name: path_digest(files[name]) for name in preset.margin.pairs}
-    config = {"margin": preset.margin.model_dump(mode="json"), "pairs": pairs}
+    return {name: path_digest(files[name]) for name in preset.margin.pairs}
+
+# %% ../../nbs/07_store/00_graph.ipynb #89697a11
+def _probe_stages(preset: Preset, seed: int, measured: list[Stage], mid: Stage) -> list[Stage]:
+    "The measures without a judge of each model that answers; pairs count by their content."
+    config = {"margin": preset.margin.model_dump(mode="json"), "pairs": pair_digests(preset)}
     return [Stage(f"probe-{a.model}", "probe", seed, a.model, (*a.inputs, a, mid), config) for a in measured]
 
 # %% ../../nbs/07_store/00_graph.ipynb #c1fff9c7
@@ -327,7 +336,7 @@ def graph(
 ) -> list[Stage]:  # in an order in which every stage follows its inputs
     "Every stage of the study."
     stages, judge = [], judge_identity(preset.judge, known)
-    benchmarks = {name: _benchmark_config(b, known) for name, b in preset.benchmarks.items()}
+    benchmarks = {name: benchmark_config(b, known) for name, b in preset.benchmarks.items()}
     for seed in range(1, seeds + 1):
         starts = _start_stages(preset, seed, known)
         reward = _reward_stage(preset, starts["base"], known)

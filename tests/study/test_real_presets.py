@@ -225,7 +225,7 @@ CASES = [
     ),
     Case(
         "preflight names what has no effect",
-        "ok: .*sft.rows=950 sizes embedded corpora only",
+        "ok: .*sft.rows=650 sizes embedded corpora only",
         flown("data.sft-help=nowhere.jsonl"),
     ),
 ]
