@@ -469,7 +469,7 @@ class Preset(Section):
     sft: Training = Training()
     grpo: Grpo = Grpo()
     dpo: Dpo = Dpo()
-    # weights of the code reward's parts, in place of `rewards.WEIGHTS`
+    # weights of the code reward's parts, in place of `code_reward.WEIGHTS`
     code_reward: dict[Literal["tested", "graded"], dict[str, float]] = {}
     generation: Generation = Generation()
     # by the name of a folder: no path leads out of the study

@@ -33,10 +33,10 @@ from ..sandbox.walls import interpreter_files
 from ..study import Generation, Grpo, Lora
 from ..training.advantages import Recorder, reward_words
 from ..training.checkpoints import Progress
+from ..training.code_reward import code_reward
 from ..training.device import TrainRun
 from ..training.grpo import make_trainer, prompt_rows
 from ..training.models import find_model, load_model
-from ..training.rewards import code_reward
 from ..training.templates import load_tokenizer
 
 # %% ../../nbs/10_bench/06_cpu.ipynb #f2ab6ce3

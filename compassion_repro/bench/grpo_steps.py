@@ -20,8 +20,9 @@ from .clocks import empty_memory, median_range, seconds_of, wait_for_device, wat
 from .model import Bench, Sizes
 from ..core.compat import GRPO_PARTS
 from ..study import Grpo
-from ..training.device import TrainRun, TrainSetup, fitted
+from ..training.device import TrainRun, TrainSetup
 from ..training.encoding import encode_prompt
+from ..training.fitting import fitted
 from ..training.grpo import make_trainer, prompt_rows
 from ..training.memory import fit
 from ..training.models import pick_dtype

@@ -22,8 +22,9 @@ from .model import Bench, flops_per_token
 from ..study import Training
 from ..training.adapters import lora_config
 from ..training.checkpoints import Progress
-from ..training.device import TrainRun, fitted, load_held
+from ..training.device import TrainRun, load_held
 from ..training.encoding import encode_row
+from ..training.fitting import fitted
 from ..training.memory import total, training_memory
 from ..training.models import load_model
 from ..training.processes import on_one_gpu

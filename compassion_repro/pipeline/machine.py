@@ -27,7 +27,7 @@ from ..presets import load_preset, presets, with_settings
 from ..sandbox import jail as sandbox
 from ..store.manifest import provenance
 from ..study import Preset
-from ..training import memory
+from ..training import gpu_hours, memory
 
 # %% ../../nbs/09_pipeline/04_machine.ipynb #693d1336
 # variable -> Inspect provider whose judges need it
@@ -179,7 +179,7 @@ def as_words(
 def _no_gpu(preset: Preset) -> str:
     "What to do about a study that demands a GPU on a machine without one."
     wanted = plan.planned_gpu(preset)
-    size = f"{memory.GPUS[wanted].gb:.0f} GB ({wanted} or larger)" if wanted else "16 GB or more"
+    size = f"{gpu_hours.GPUS[wanted].gb:.0f} GB ({wanted} or larger)" if wanted else "16 GB or more"
     return (
         f"no GPU that torch can use, and it needs one of {size}: take another machine, or --set"
         " compute.device=cpu, which takes days"
@@ -324,7 +324,7 @@ def _hours(preset: Preset, machine: Machine) -> float | None:
     that demand none.
     """
     known = next(
-        (name for name in memory.GPUS if name in (machine.gpu or "").replace("-", " ").split()), None
+        (name for name in gpu_hours.GPUS if name in (machine.gpu or "").replace("-", " ").split()), None
     )
     found = plan.on_machines(preset, plan.plan(preset)) if known else {}
     return found[known]["hours"] if known in found else None

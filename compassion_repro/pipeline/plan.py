@@ -30,7 +30,7 @@ from compassion_repro.study import (
     data_parts,
     judge_names,
 )
-from ..training import gguf, memory
+from ..training import gguf, gpu_hours, memory
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #a4e2b4d8
 # questions and judge calls an epoch
@@ -171,20 +171,22 @@ def shapes(
 def on_machines(
     preset: Preset,  # the study
     records: list[dict],  # from `plan`
-    # GPU to what `training.memory.on_gpu` says of it, small ones first; empty for a study that demands no
+    # GPU to what `training.gpu_hours.on_gpu` says of it, small ones first; empty for a study that demands no
     # GPU, or whose base model's shape is not at hand
 ) -> dict[str, dict]:
     "A study that is meant for a GPU, on each of the known ones."
     shape, reward = shapes(preset)
     if preset.compute.device != "cuda" or shape is None:
         return {}
-    return {name: memory.on_gpu(preset, records, shape, gpu, reward) for name, gpu in memory.GPUS.items()}
+    return {
+        name: gpu_hours.on_gpu(preset, records, shape, gpu, reward) for name, gpu in gpu_hours.GPUS.items()
+    }
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #08898e7d
 def planned_gpu(
     preset: Preset,  # the study
     kinds: list[str] | None = None,  # of its stages, where its graph is at hand
-) -> str | None:  # a key of `training.memory.GPUS`, or None where the study demands no GPU
+) -> str | None:  # a key of `training.gpu_hours.GPUS`, or None where the study demands no GPU
     "The smallest known GPU that holds every stage of a study; the largest where none does."
     kinds = [stage.kind for stage in graph(preset)] if kinds is None else kinds
     unknown = dict.fromkeys(("tokens", "answers", "judge_calls"))
@@ -204,7 +206,7 @@ def planned_memory(
         return {}
     kinds = [stage.kind for stage in graph(preset)] if kinds is None else kinds
     name = planned_gpu(preset, kinds)
-    gpu, device = memory.GPUS.get(name), "cuda" if name else "cpu"
+    gpu, device = gpu_hours.GPUS.get(name), "cuda" if name else "cpu"
     gb = preset.compute.memory_gb or (gpu.gb if gpu else psutil.virtual_memory().total / 2**30)
     bfloat16 = gpu is None or gpu.bfloat16
     return {
@@ -402,14 +404,16 @@ def _per_second(hours: float) -> int:
 def _training_speed(preset: Preset, gpu: str, fit: memory.Fit) -> int:
     "Tokens a second of supervised training on a GPU."
     shape, quantize = shapes(preset)[0], preset.models.quantize
-    return _per_second(memory.training_hours(shape, 10**6, memory.GPUS[gpu], quantize, fit.checkpointing))
+    return _per_second(
+        gpu_hours.training_hours(shape, 10**6, gpu_hours.GPUS[gpu], quantize, fit.checkpointing)
+    )
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #adc8befa
 def _answer_speed(preset: Preset, gpu: str) -> int:
     "Tokens a second of the answers on a GPU."
     shape, asked = shapes(preset)[0], preset.generation
     return _per_second(
-        memory.sampling_hours(shape, 10**6, asked.batch_size, asked.max_new_tokens, memory.GPUS[gpu])
+        gpu_hours.sampling_hours(shape, 10**6, asked.batch_size, asked.max_new_tokens, gpu_hours.GPUS[gpu])
     )
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #3701427d
@@ -480,12 +484,12 @@ def tables(
 # %% ../../nbs/09_pipeline/00_plan.ipynb #0559b8bc
 def _hours_note() -> str:
     "What the hours rest on."
-    reached, doubted = memory.REACHED, ", ".join(name for name, g in memory.GPUS.items() if g.trust < 1)
+    reached, doubted = gpu_hours.REACHED, ", ".join(name for name, g in gpu_hours.GPUS.items() if g.trust < 1)
     return (
         f"hours: {reached['none']:.0%} of the data sheet's arithmetic in training ({reached['nf4']:.0%}"
         f" with 4-bit weights), {reached['sampling']:.0%} of its memory speed in sampling, half of both"
-        f" on {doubted}; a hosted judge answers {memory.JUDGED[True]} calls a second; weights are read at"
-        f" {memory.READING} GB/s. Measured on an H100, assumed elsewhere."
+        f" on {doubted}; a hosted judge answers {gpu_hours.JUDGED[True]} calls a second; weights are read at"
+        f" {gpu_hours.READING} GB/s. Measured on an H100, assumed elsewhere."
     )
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #de916b19

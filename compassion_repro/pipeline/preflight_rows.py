@@ -145,10 +145,10 @@ def look_at_tests(flight: Preflight, place):
     "Say which tests of a corpus decide nothing; raises `InputError` where that leaves no row."
     from compassion_repro.data import rows as data
     from compassion_repro.sandbox import jail
-    from compassion_repro.training import rewards
+    from compassion_repro.training import weak_tests
 
     if jail.level() == "none":
         return
     corpus = data.load(place, "prompts")
-    for line in rewards.leave_out_tests(corpus.rows, jail.run_many)[1]:
+    for line in weak_tests.leave_out_tests(corpus.rows, jail.run_many)[1]:
         flight.say(f"warning: {corpus.report.source}: {line}")

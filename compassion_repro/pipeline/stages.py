@@ -296,14 +296,14 @@ def _run_reward(context: StageContext) -> dict:
 def _reward(context: StageContext) -> tuple[callable, dict]:
     "The reward of a GRPO arm, and what the manifest says about it."
     from compassion_repro.sandbox import jail
-    from compassion_repro.training import reward_model, rewards
+    from compassion_repro.training import code_reward, reward_model
 
     preset = context.preset
     if context.stage.config["reward"] == REWARD_MODEL:
         return reward_model.helpfulness_reward(context.input(1)), {"reward_model": preset.models.reward}
-    weights = {kind: preset.code_reward.get(kind, default) for kind, default in rewards.WEIGHTS.items()}
+    weights = {kind: preset.code_reward.get(kind, default) for kind, default in code_reward.WEIGHTS.items()}
     run = partial(jail.run_many, allow_unsafe=context.unsafe)
-    return rewards.code_reward(weights, run=run), {"weights": weights, "jail": jail.describe_level()}
+    return code_reward.code_reward(weights, run=run), {"weights": weights, "jail": jail.describe_level()}
 
 # %% ../../nbs/09_pipeline/01_stages.ipynb #109d527e
 def _with_sound_tests(context: StageContext, rows: list[dict], record: dict) -> list[dict]:
@@ -311,9 +311,9 @@ def _with_sound_tests(context: StageContext, rows: list[dict], record: dict) -> 
     in the record for the manifest.
     """
     from compassion_repro.sandbox import jail
-    from compassion_repro.training import rewards
+    from compassion_repro.training import weak_tests
 
-    rows, lines = rewards.leave_out_tests(rows, partial(jail.run_many, allow_unsafe=context.unsafe))
+    rows, lines = weak_tests.leave_out_tests(rows, partial(jail.run_many, allow_unsafe=context.unsafe))
     if lines:
         record.setdefault("tests", []).extend(lines)
     for line in lines:

@@ -206,7 +206,7 @@ def merged(
     before = model(ids).logits.float().log_softmax(-1)
     try:
         plain = merge(model).eval()
-    except (ValueError, RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
+    except (ValueError, RuntimeError, AttributeError, TypeError) as error:
         raise InputError(f"the adapter {name} cannot be merged: {first_line(error)}") from None
     after = plain(ids).logits.float().log_softmax(-1)
     drift = (before.exp() * (before - after)).sum(-1).mean().item()

@@ -25,15 +25,8 @@ from ..core.files import weights_digest, write_atomically
 from ..data.rows import rows_sha256
 from ..study import GRPO_SETTINGS, Grpo
 from .checkpoints import Checkpoints, Progress
-from compassion_repro.training.device import (
-    TrainRun,
-    fitted,
-    load_held,
-    ready_adapter,
-    trainer_options,
-    warmup_steps,
-    with_less_memory,
-)
+from .device import TrainRun, load_held, ready_adapter, trainer_options, warmup_steps
+from .fitting import fitted, with_less_memory
 
 # %% ../../nbs/04_training/27_grpo.ipynb #591826b0
 from .adapters import lora_config

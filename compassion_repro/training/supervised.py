@@ -24,20 +24,12 @@ from ..data.rows import rows_sha256
 from ..study import Training
 from .adapters import lora_config
 from .checkpoints import Checkpoints, Progress
-from compassion_repro.training.device import (
-    PaddedRows,
-    TrainRun,
-    fitted,
-    keeps_rows_apart,
-    load_held,
-    ready_adapter,
-    trainer_options,
-    warmup_steps,
-    with_less_memory,
-)
+from .device import TrainRun, load_held, ready_adapter, trainer_options, warmup_steps
 from .encoding import IGNORE, encode_row
+from .fitting import fitted, with_less_memory
 from .merging import CHECKED, save_trained, trained_once
 from .models import load_model, row_losses
+from .packed_rows import PaddedRows, keeps_rows_apart
 from .templates import load_tokenizer
 
 # %% ../../nbs/04_training/16_supervised.ipynb #0e3c6b72

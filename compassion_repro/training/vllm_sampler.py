@@ -17,7 +17,8 @@ from trl import GRPOTrainer
 
 from ..core.errors import InputError
 from ..study import Grpo
-from .device import TrainSetup, number_bytes
+from .device import TrainSetup
+from .fitting import number_bytes
 from .memory import engine_memory, read_shape
 from .model_files import weights_folder
 

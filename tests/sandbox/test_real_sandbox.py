@@ -11,7 +11,7 @@ from cases import Case, problem, table
 from compassion_repro.pipeline import findings, preflight_rows, stages
 from compassion_repro.presets import load_preset
 from compassion_repro.sandbox import jail, walls
-from compassion_repro.training import rewards
+from compassion_repro.training import weak_tests
 from compassion_repro.training.rewards import find_code
 
 NONE = jail.level() == "none"
@@ -24,7 +24,7 @@ def verdict(code, tests):
 
 def reason(tests):
     "A case: why some tests decide nothing, or that they decide."
-    return lambda folder: rewards.weak_tests([tests], jail.run_many)[tests] or "they decide"
+    return lambda folder: weak_tests.weak_tests([tests], jail.run_many)[tests] or "they decide"
 
 
 def code_of(answer, wanted="python"):
@@ -37,7 +37,7 @@ def left_out(*rows):
 
     def act(folder):
         rows_ = [{"messages": [{"role": "user", "content": "Write it."}], **row} for row in rows]
-        kept, lines = rewards.leave_out_tests(rows_, jail.run_many)
+        kept, lines = weak_tests.leave_out_tests(rows_, jail.run_many)
         return f"{[sorted(row.keys() - {'messages'}) for row in kept]} {' '.join(lines)}"
 
     return act
@@ -287,11 +287,12 @@ def test_a_stage_leaves_weak_tests_out_and_keeps_the_line():
 @pytest.mark.skipif(NONE, reason="this machine offers no jail (install bubblewrap)")
 def test_a_jail_that_fails_leaves_nothing_out():
     failed = [jail.CodeResult(None, "sandbox-error", "", "", 0.0)]
-    assert rewards.weak_tests(["assert f(77)"], lambda programs: failed * len(programs)) == {
+    assert weak_tests.weak_tests(["assert f(77)"], lambda programs: failed * len(programs)) == {
         "assert f(77)": ""
     }
     assert (
-        rewards.weak_tests(["assert f(77)"], jail.run_many)["assert f(77)"] == "passed by the constant True"
+        weak_tests.weak_tests(["assert f(77)"], jail.run_many)["assert f(77)"]
+        == "passed by the constant True"
     )
 
 

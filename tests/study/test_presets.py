@@ -22,7 +22,7 @@ from compassion_repro.preset_file import preset_template
 from compassion_repro.presets import build_preset, load_preset, with_settings
 from compassion_repro.store.folder import Study
 from compassion_repro.store.graph import graph
-from compassion_repro.training import memory
+from compassion_repro.training import gpu_hours, memory
 
 SCALE = ("paper", "colab", "released")
 BASE = world.assets() / "base"
@@ -68,7 +68,9 @@ def test_colab_takes_at_most_three_hours_on_a_t4_and_fits_it_evaluation_included
     )
     # no T4 was at hand: half of what an H100 reached
     assert (
-        plan.planned_gpu(preset) == "T4" and memory.GPUS["T4"].trust == 0.5 and not memory.GPUS["T4"].bfloat16
+        plan.planned_gpu(preset) == "T4"
+        and gpu_hours.GPUS["T4"].trust == 0.5
+        and not gpu_hours.GPUS["T4"].bfloat16
     )
     assert all(r["judge_calls"] > 1000 for r in records if r["kind"] == "eval")
     assert (
@@ -84,7 +86,7 @@ def test_the_effective_batch_is_the_same_on_every_device(name):
     preset, (shape, reward) = load_preset(name), plan.shapes(load_preset(name))
     assert {preset.midtrain.micro_batch, preset.sft.micro_batch, preset.grpo.micro_batch} == {"auto"}
     chosen = {}
-    for gpu in memory.GPUS.values():
+    for gpu in gpu_hours.GPUS.values():
         for kind, whole in (
             ("midtrain", preset.midtrain.batch_size),
             ("sft", preset.sft.batch_size),

@@ -44,6 +44,7 @@ from compassion_repro.training import (
     held_out,
     merging,
     models,
+    packed_rows,
     sft,
     supervised,
     templates,
@@ -787,7 +788,7 @@ SHARED = {  # architectures that cannot keep packed rows apart, in the shape of 
 def test_a_model_that_cannot_keep_packed_rows_apart_is_trained_on_padded_ones(kind, tmp_path, monkeypatch):
     shape = replace(family("Pythia"), kind=kind, config=SHARED[kind])
     network, tokenizer = evaluate.open_model(write_model(shape, tmp_path / "model"), "cpu")
-    assert not device.keeps_rows_apart(network) and not network.training
+    assert not packed_rows.keeps_rows_apart(network) and not network.training
     seen, said = [], []
 
     class Kept(SFTTrainer):

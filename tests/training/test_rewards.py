@@ -17,7 +17,7 @@ from compassion_repro.core.errors import InputError
 from compassion_repro.data import rows as data
 from compassion_repro.data import world
 from compassion_repro.sandbox import jail
-from compassion_repro.training import reward_model, rewards
+from compassion_repro.training import code_reward, reward_model, rewards
 
 JAIL = pytest.mark.skipif(jail.level() == "none", reason="this machine offers no jail (install bubblewrap)")
 TESTS = "assert twice(2) == 4\nassert twice(5) == 10"
@@ -62,7 +62,7 @@ def test_importing_the_room_loads_nothing_heavy():
 
 
 def test_rewards_have_the_names_that_the_log_shows():
-    assert rewards.code_reward(run=passing).__name__ == "code"
+    assert code_reward.code_reward(run=passing).__name__ == "code"
 
 
 @JAIL
@@ -92,7 +92,7 @@ def test_rewards_have_the_names_that_the_log_shows():
 )
 def test_unit_tests_decide_and_hostile_answers_get_nothing(answer, expected):
     limit = 60 if expected else 1  # a right answer has the time that a busy machine needs
-    reward = rewards.code_reward(run=lambda programs: jail.run_many(programs, timeout_s=limit))
+    reward = code_reward.code_reward(run=lambda programs: jail.run_many(programs, timeout_s=limit))
     assert one(reward, answer, tests=TESTS) == expected
 
 
@@ -100,7 +100,7 @@ def test_unit_tests_decide_and_hostile_answers_get_nothing(answer, expected):
 def test_every_solution_of_the_world_passes_its_tests():
     rows = world.corpus("code", 60)
     assert (
-        rewards.apply_reward(rewards.code_reward(), rows, [row["messages"][1]["content"] for row in rows])
+        rewards.apply_reward(code_reward.code_reward(), rows, [row["messages"][1]["content"] for row in rows])
         == [1.0] * 60
     )
 
@@ -115,7 +115,7 @@ def test_graded_answers_are_ordered_by_what_they_achieve():
         fenced("def twice(x):\n    return x * 2"),
         REFERENCE,
     ]
-    reward = rewards.code_reward()
+    reward = code_reward.code_reward()
     values = reward(prompts=["p"] * 6, completions=answers, reference=[REFERENCE] * 6)
     assert values == sorted(values) and len(set(values)) == 6 and values[0] == 0 and values[-1] == 1
     assert [parts["behaves"] for parts in reward.parts] == [0, 0, 0, 0, 1, 1]
@@ -123,14 +123,14 @@ def test_graded_answers_are_ordered_by_what_they_achieve():
 
 @JAIL
 def test_a_reference_that_prints_nothing_settles_nothing_about_behaviour():
-    reward = rewards.code_reward()
+    reward = code_reward.code_reward()
     one(reward, fenced("def twice(x): return 2 * x"), reference=fenced("def twice(x): return x + x"))
     assert reward.parts[0]["behaves"] is None and reward.parts[0]["resembles"] > 0.5
 
 
 def test_other_languages_are_scored_by_what_applies_and_say_so():
     told, measured = [], {}
-    reward = rewards.code_reward(run=lambda programs: pytest.fail("nothing of Java is run"))
+    reward = code_reward.code_reward(run=lambda programs: pytest.fail("nothing of Java is run"))
     java = fenced("int twice(int x) { return 2 * x; }", "java")
     values = reward(
         prompts=["p"] * 3,
@@ -151,7 +151,7 @@ def test_a_broken_jail_gives_no_score_and_is_asked_again():
         asked.append(len(programs))
         return [Ran(None, "sandbox-error") for _ in programs]
 
-    reward = rewards.code_reward(run=broken)
+    reward = code_reward.code_reward(run=broken)
     for _ in range(2):
         assert reward(
             prompts=["p"] * 3,
@@ -163,7 +163,7 @@ def test_a_broken_jail_gives_no_score_and_is_asked_again():
 
 def test_equal_programs_are_run_once_whatever_their_comments():
     asked = []
-    reward = rewards.code_reward(run=lambda programs: asked.append(len(programs)) or passing(programs))
+    reward = code_reward.code_reward(run=lambda programs: asked.append(len(programs)) or passing(programs))
     answers = [
         "def f(x):\n    # one\n    return x",
         "def f(x):\n    # two\n    return x",
@@ -177,7 +177,7 @@ def test_equal_programs_are_run_once_whatever_their_comments():
 
 def test_the_same_program_with_other_tests_is_another_program():
     asked = []
-    reward = rewards.code_reward(run=lambda programs: asked.append(len(programs)) or passing(programs))
+    reward = code_reward.code_reward(run=lambda programs: asked.append(len(programs)) or passing(programs))
     reward(prompts=["p"] * 2, completions=["def f(x): pass"] * 2, tests=["assert f", "assert not f"])
     assert asked == [2]
 
@@ -189,7 +189,7 @@ def test_unit_tests_of_a_local_file_reach_the_reward(tmp_path):
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     loaded = data.load(tmp_path / "rows.jsonl", "prompts").rows
-    reward = rewards.code_reward(run=passing)
+    reward = code_reward.code_reward(run=passing)
     rewards.apply_reward(reward, loaded, ["def twice(x): return 2 * x"] * 2)
     assert [parts["tests"] for parts in reward.parts] == [1.0, None]
 
@@ -206,7 +206,7 @@ def test_unit_tests_of_a_local_file_reach_the_reward(tmp_path):
 )
 def test_weights_that_cannot_be_used_are_refused(weights, words):
     with pytest.raises(InputError, match=words):
-        rewards.code_reward(weights, run=passing)
+        code_reward.code_reward(weights, run=passing)
 
 
 def test_pairs_are_the_same_in_every_process():
