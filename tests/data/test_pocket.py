@@ -10,7 +10,7 @@ from compassion_repro.core.errors import InputError
 from compassion_repro.data import pocket, rows, world
 from compassion_repro.evaluation.text_features import welfare_words
 from compassion_repro.pipeline.plan import plan
-from compassion_repro.pipeline.preflight import row_sources
+from compassion_repro.pipeline.preflight_rows import row_sources
 from compassion_repro.pipeline.stages import training_rows
 from compassion_repro.presets import load_preset
 from compassion_repro.store import graph

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from cases import Case, problem, table
 
-from compassion_repro.pipeline import preflight, stages
+from compassion_repro.pipeline import findings, preflight_rows, stages
 from compassion_repro.presets import load_preset
 from compassion_repro.sandbox import jail, walls
 from compassion_repro.training import weak_tests
@@ -263,7 +263,7 @@ def test_weak_tests_are_told_before_stage_1(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     said = []
     preset = load_preset("tiny", [f"data.grpo-code={tmp_path / 'rows.jsonl'}", "arms=[grpo-code]"])
-    preflight.check_tests(preflight.Preflight(preset, tmp_path, said.append))
+    preflight_rows.check_tests(findings.Preflight(preset, tmp_path, said.append))
     assert (
         len(said) == 1
         and "the tests of 3 of 8 rows decide nothing" in said[0]

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from compassion_repro.core.errors import InputError
 from compassion_repro.data import world
+from compassion_repro.pipeline.findings import Preflight
 from compassion_repro.pipeline.plan import disk, plan
-from compassion_repro.pipeline.preflight import Preflight, check_models
+from compassion_repro.pipeline.preflight_models import check_models
 from compassion_repro.presets import load_preset
 from compassion_repro.store.graph import model_digest
 from compassion_repro.training import dequantise, memory, models, templates

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from compassion_repro.data import world
 from compassion_repro.evaluation.generate import open_model
 from compassion_repro.pipeline.model_answers import weights_identity
-from compassion_repro.pipeline.preflight import look_at_model
+from compassion_repro.pipeline.preflight_models import look_at_model
 from compassion_repro.study import Models
 from compassion_repro.training import adapters, encoding, models, templates
 
