@@ -254,7 +254,7 @@ def mean_of_judges(
     columns = {"score": ("score", "mean"), "scored": ("score", "count")}
     if "judge_valid" in scores:
         columns["judge_valid"] = ("judge_valid", "all")
-    means = scores.groupby(keys, observed=True, sort=False).agg(**columns).reset_index()
+    means = scores.groupby(keys, observed=True, sort=False, dropna=False).agg(**columns).reset_index()
     means["score"] = means["score"].where(means.pop("scored") == scores["judge"].nunique())
     return means.assign(judge=MEAN_OF_JUDGES)
 

@@ -522,6 +522,7 @@ def test_a_study_is_judged_again_and_keeps_it(study_copy, capsys):
     assert {record.judge for record in read_claims(study_copy / "claims.json").records} == {
         "indicator",
         "strict",
+        "no judge",
         "mean of judges",
     }
     study = store.Study(study_copy)

@@ -64,7 +64,7 @@ def test_a_study_reads_c8_on_a_task_of_its_own(tmp_path):
             and record["verdict"] != "not tested"
             and record["questions"] == 6
         )
-    assert {judge for _, judge in records} == {"indicator", "strict", "mean of judges"}
+    assert {judge for _, judge in records} == {"indicator", "strict", "mean of judges", "no judge"}
     assert records["C8-GRPO-words", "strict"]["verdict"] == "not tested"
     files = read_study_files(study.folder)  # what figures and report are drawn from
     assert files.judges == ["indicator", "strict"] and "words" in set(files.lead.benchmark)

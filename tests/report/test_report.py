@@ -73,12 +73,12 @@ def enrich(study: Path):
         table.to_parquet(study / f"{name}.parquet")
     pairs = pd.DataFrame(
         [
-            (model, 1, language, "Actionability", f"{language}{n}", n % 3 == 0, draw.normal())
+            (model, 1, language, "Actionability", f"{language}{n}", "world", n % 3 == 0, draw.normal())
             for model in ("base", "mid", "sft-help")
             for language in ("en", "es")
             for n in range(12)
         ],
-        columns=["model", "seed", "language", "dimension", "pair_id", "held_out", "margin"],
+        columns=["model", "seed", "language", "dimension", "pair_id", "source", "held_out", "margin"],
     )
     pairs.to_parquet(study / "margin.parquet")
     pd.DataFrame(
