@@ -11,6 +11,7 @@ whole one.
 import argparse
 import contextlib
 import errno
+import hashlib
 import importlib
 import io
 import json
@@ -226,11 +227,16 @@ def run_smallest(folder: Path) -> int:
 
 
 def begun(folder: Path) -> dict[str, str]:
-    "What the making of a study leaves: its files with their content, of the record the present entries."
-    found = {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
-    return found | {
-        "record.json": [entries[0] for entries in json.loads(found["record.json"])["files"].values()]
+    "What the making of a study leaves: its files with their content, of the record the files that fit it."
+    from kills import untimed
+
+    files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    recorded = json.loads(files["record.json"])["files"]
+    fits = {
+        name: entries[0]["sha256"] == hashlib.sha256(files[name]).hexdigest()
+        for name, entries in recorded.items()
     }
+    return {name: untimed(content).decode() for name, content in files.items()} | {"record.json": fits}
 
 
 def walk_creation(folder: Path, workers: int = 1, **options) -> dict:

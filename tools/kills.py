@@ -95,6 +95,11 @@ def phase(study: Path) -> str:
     )
 
 
+def untimed(content: bytes) -> bytes:
+    "A file's content without the time at which a study's rules were registered: two studies differ in it."
+    return re.sub(rb'("?registered"?: )["\']?\d{4}-\d\d-\d\dT[\d:+]+["\']?', rb"\1-", content)
+
+
 def contents(study: Path) -> dict[str, object]:
     "Every result of a study by its name: tables by value, all other files by their bytes."
     found = {}
@@ -112,7 +117,7 @@ def contents(study: Path) -> dict[str, object]:
                 .encode()
             ).hexdigest()
         else:
-            found[str(name)] = hashlib.sha256(file.read_bytes()).hexdigest()
+            found[str(name)] = hashlib.sha256(untimed(file.read_bytes())).hexdigest()
     return found
 
 

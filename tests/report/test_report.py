@@ -252,7 +252,7 @@ def test_parts_that_are_missing_are_said_to_be(study_copy):
         "the study keeps no judge-free margin",
     ):
         assert part in text, part
-    assert text.count("<img") == 5 and not (study_copy / "figures" / "training.png").exists()
+    assert text.count("<img") == 6 and not (study_copy / "figures" / "training.png").exists()
 
 
 def damage(study: Path, how: str):
