@@ -23,9 +23,6 @@ from compassion_repro.stats.inference import (
 )
 from ..study import Statistics
 
-# %% ../../nbs/06_stats/02_opinions.ipynb #17f1afaa
-REACH = {"points": 1.0, "log odds": 10.0}  # the farthest that a cell of weight 1 can be from another
-
 # %% ../../nbs/06_stats/02_opinions.ipynb #5bd3f95e
 def _bootstrap(cells: CellSums, settings: Statistics) -> Interval | None:
     """Percentiles over resampled questions; None where a replicate leaves a cell without any, or there is
@@ -63,6 +60,9 @@ def _paired_opinions(cells: CellSums, settings: Statistics) -> dict:
         "permutation_p": float(sign_flip_test(by_item, settings.resamples)),
         "mixed_model": mixed_model(contributions * len(contributions), settings.confidence),
     }
+
+# %% ../../nbs/06_stats/02_opinions.ipynb #17f1afaa
+REACH = {"points": 1.0, "log odds": 10.0}  # the farthest that a cell of weight 1 can be from another
 
 # %% ../../nbs/06_stats/02_opinions.ipynb #79dddfc0
 def _on_scales(cells: CellSums, confidence: float) -> dict[str, Interval]:

@@ -122,7 +122,16 @@ def _checkpoints(setting: Setting, benchmark: str, generator: np.random.Generato
     runs[:, 0] = 0
     return np.broadcast_to(levels + runs, (setting.seeds, len(MODELS)))
 
+# %% ../../nbs/06_stats/06_simulation.ipynb #f6a89152
+def _difficulty(setting: Setting, benchmark: str, items: int, generator: np.random.Generator) -> np.ndarray:
+    "How easy each item is for each model, in log odds, (items, models)."
+    easy = generator.normal(size=(items, 1)) + 0.8 * generator.normal(size=(items, len(MODELS)))
+    if not (setting.templates and benchmark == "anima"):
+        return easy
+    liked = 0.3 * generator.normal(size=(setting.templates, len(MODELS)))
+    return easy + liked[np.arange(items) % setting.templates]
 
+# %% ../../nbs/06_stats/06_simulation.ipynb #2c687844
 def draw_benchmark(
     setting: Setting,  # cell of the grid
     benchmark: str,  # benchmark id
@@ -132,19 +141,9 @@ def draw_benchmark(
     asked = questions_of(setting.layout)[benchmark]
     item = asked["item"].to_numpy()
     runs = _checkpoints(setting, benchmark, generator)
-    hard = generator.normal(size=(item.max() + 1, 1)) + 0.8 * generator.normal(
-        size=(item.max() + 1, len(MODELS))
-    )
-    if setting.templates and benchmark == "anima":
-        hard = (
-            hard
-            + 0.3
-            * generator.normal(size=(setting.templates, len(MODELS)))[
-                np.arange(len(hard)) % setting.templates
-            ]
-        )
+    easy = _difficulty(setting, benchmark, item.max() + 1, generator)
     chance = 0.5 * generator.normal(size=(len(asked), 1 if setting.given else setting.seeds, len(MODELS)))
-    credit = generator.binomial(GRADES, 1 / (1 + np.exp(-(hard[item][:, None] + runs + chance))))
+    credit = generator.binomial(GRADES, 1 / (1 + np.exp(-(easy[item][:, None] + runs + chance))))
     blind = [setting.unreadable * ("-help" in model and "@" not in model) for model in MODELS]
     return Drawn(credit, generator.binomial(credit, blind), runs)
 
@@ -167,7 +166,7 @@ def _groups(layout: tuple, reading: Reading) -> tuple[np.ndarray, np.ndarray, in
     members = (groups == strata.index.to_numpy()[:, None]) & inside[:, None]
     return members.astype(float), strata.to_numpy(), int(used.sum())
 
-
+# %% ../../nbs/06_stats/06_simulation.ipynb #7062d0e5
 def study_cells(
     setting: Setting,  # cell of the grid
     drawn: Drawn,  # of the reading's benchmark
@@ -269,7 +268,7 @@ def true_value(
         return 100 * top / sum(cell.weight * value(means[cell.model]) for cell in reading.share_of)
     return float(top if reading.scale == "log odds" else 100 * top)
 
-
+# %% ../../nbs/06_stats/06_simulation.ipynb #98796a6c
 def is_true(
     record: ClaimRecord,  # kind and margin
     value: float,  # true value
@@ -280,7 +279,7 @@ def is_true(
         return abs(value) < record.margin
     return value > {"superiority": 0, "retention": record.margin}.get(record.kind, -(record.margin or 0))
 
-
+# %% ../../nbs/06_stats/06_simulation.ipynb #464ab702
 def outcome(
     setting: Setting,  # cell of the grid
     record: ClaimRecord,  # judged
@@ -450,7 +449,7 @@ def targets_missed(
                 )
     return missed
 
-
+# %% ../../nbs/06_stats/06_simulation.ipynb #6fbd10a8
 def main(arguments: Sequence[str] | None = None):
     "`python -m compassion_repro.stats.simulation --sets 1000 --workers 16 --out figures/simulation.json`"
     parser = argparse.ArgumentParser(description="Draw studies with a known truth and count wrong verdicts.")

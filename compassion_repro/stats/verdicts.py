@@ -347,7 +347,7 @@ def _compared(record: ClaimRecord) -> tuple[str, str]:
         return "not testable", reason
     return verdict_of(record.kind, record.decisive, record.margin or 0)
 
-
+# %% ../../nbs/06_stats/03_verdicts.ipynb #fce1ad81
 def _decided_by_silence(record: ClaimRecord, verdict: str) -> str:
     "Whether replies that the judge could not read decide a verdict, in words; empty where they do not."
     if record.unreadable is None or verdict == "not testable":
@@ -361,7 +361,7 @@ def _decided_by_silence(record: ClaimRecord, verdict: str) -> str:
         f" {at_level(found[0], record.level)}, in its favour {at_level(found[1], record.level)}"
     )
 
-
+# %% ../../nbs/06_stats/03_verdicts.ipynb #02766ba1
 def judge_record(
     record: ClaimRecord,  # estimated and corrected
     ruled_out: str = "",  # why the scores cannot test it at all, whatever they are
