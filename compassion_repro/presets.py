@@ -170,6 +170,45 @@ def _is_source(path: tuple[str, ...]) -> bool:
     return len(path) == 2 and path[0] == "data" or len(path) == 3 and path[0] == "arms" and path[2] == "rows"
 
 # %% ../nbs/01_study/01_presets.ipynb #1f108457
+def _check_changes(value: dict, below: tuple[str, ...], whole: bool):
+    "Raise `InputError` for an empty mapping where that would change nothing."
+    names = _is_named(below[:-1]) or _is_named(below)
+    if not value and names != whole:
+        raise InputError(f"{'.'.join(below)}={{}} changes nothing: " + _how_to_change(below))
+
+# %% ../nbs/01_study/01_presets.ipynb #9d8ee821
+def _check_leaves_out(low: dict, key: Any, path: tuple[str, ...]):
+    "Raise `InputError` for a null where there is no such name to leave out."
+    if key in low:
+        return
+    place = ".".join(path)
+    raise InputError(
+        f"{place}.{key}=null leaves out nothing: {place} has {', '.join(map(str, low)) or 'no entry'}"
+    )
+
+# %% ../nbs/01_study/01_presets.ipynb #fad0e303
+def _laid_over(
+    old: Any,  # value of the preset below; None where it has none
+    value: Any,  # laid over it
+    below: tuple[str, ...],  # where both are in the preset
+    whole: bool,  # see `_merge`
+) -> Any:
+    "One value laid over another: mappings are merged, anything else is replaced."
+    if below == ("arms",) and isinstance(value, list):
+        return _chosen_arms(old, value)
+    if not isinstance(value, dict):
+        return value
+    if below == ("arms",) and isinstance(old, list):
+        old = {name: {} for name in old}
+    if isinstance(old, str) and "path" not in value:
+        return {"path": old, **value}
+    if not isinstance(old, dict) or (_is_source(below) and "path" in value):
+        return value
+    if old:
+        _check_changes(value, below, whole)
+    return _merge(old, value, below, whole)
+
+# %% ../nbs/01_study/01_presets.ipynb #c45071da
 def _merge(
     low: dict,  # values of the preset below
     high: dict,  # laid over them; null leaves out a name of `NAMED`
@@ -180,41 +219,17 @@ def _merge(
 
     Raises `InputError` for what would change nothing.
     """
-    merged, named, place = dict(low), _is_named(path), ".".join(path)
+    merged, named = dict(low), _is_named(path)
     for key, value in high.items():
         key = _key(path, key)
-        below = (*path, str(key))
-        if below == ("arms",) and isinstance(value, list):
-            merged[key] = _chosen_arms(low.get(key), value)
-            continue
-        if below == ("arms",) and isinstance(value, dict) and isinstance(low.get(key), list):
-            low = {**low, key: {name: {} for name in low[key]}}
         if named and value is None:
-            if key not in low:
-                raise InputError(
-                    f"{place}.{key}=null leaves out nothing: {place} has"
-                    f" {', '.join(map(str, low)) or 'no entry'}"
-                )
+            _check_leaves_out(low, key, path)
             del merged[key]
-        elif isinstance(value, dict) and isinstance(low.get(key), str) and "path" not in value:
-            # `data.sft-help.limit=9` on a source that is a text so far
-            merged[key] = {"path": low[key], **value}
-        # another source, with its own columns
-        elif _is_source(below) and isinstance(value, dict) and "path" in value:
-            merged[key] = value
-        elif isinstance(value, dict) and isinstance(low.get(key), dict):
-            if (
-                not value
-                and low[key]
-                and (named or whole or _is_named(below))
-                and not (whole and (named or _is_named(below)))
-            ):
-                raise InputError(f"{'.'.join(below)}={{}} changes nothing: " + _how_to_change(below))
-            merged[key] = _merge(low[key], value, below, whole)
         else:
-            merged[key] = value
+            merged[key] = _laid_over(low.get(key), value, (*path, str(key)), whole)
     if whole and named and (not high or any(value is not None for value in high.values())):
-        merged = {key: value for key, value in merged.items() if key in {_key(path, name) for name in high}}
+        given = {_key(path, name) for name in high}
+        merged = {key: value for key, value in merged.items() if key in given}
     return merged
 
 # %% ../nbs/01_study/01_presets.ipynb #dc1ef045

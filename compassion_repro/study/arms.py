@@ -10,7 +10,7 @@ __all__ = ['STARTS', 'PARADIGMS', 'DOMAINS', 'REWARDS', 'REWARD_MODEL', 'REWARD_
 # %% ../../nbs/01_study/04_arms.ipynb #a2b50003
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from fastcore.basics import patch
@@ -292,6 +292,29 @@ def _refuse_unknown(model: str):
         raise InputError(f"{error}; an arm of your own needs rows (arms.{name}.rows)") from None
 
 
+def _nearest_value(layers: list[tuple], word: str) -> tuple[Any, str | None]:
+    "The nearest value of a setting, and the model id that has it."
+    found = ((getattr(settings, word), model) for model, settings in layers)
+    return next((pair for pair in found if pair[0] is not None), (None, None))
+
+# %% ../../nbs/01_study/04_arms.ipynb #2f9dbe3b
+def _kind_of(
+    model: str,  # model id of an arm
+    layers: list[tuple],  # from `_layers`
+) -> tuple[str, str, str | None]:  # paradigm, domain, reward
+    "What kind of training an arm is; raises ValueError where something is missing, or has no meaning."
+    words = ("paradigm", "domain", "reward", "rows")
+    said = {word: _nearest_value(layers, word)[0] for word in words}
+    name, root = model.partition("@")[0], layers[-1][0]
+    paradigm, domain, reward = _named(root)
+    paradigm, domain = said["paradigm"] or paradigm, said["domain"] or domain
+    reward = said["reward"] or reward or (domain if domain in REWARDS else None)
+    has_rows = said["rows"] is not None or root in ARMS + CROSSED
+    paid = any(settings.reward for one, settings in layers if one.partition("@")[0] == name)
+    _check_complete(model, paradigm, reward, has_rows, paid)
+    return paradigm, domain, reward
+
+# %% ../../nbs/01_study/04_arms.ipynb #d5cb8c3c
 def find_arm(
     model: str,  # model id of an arm
     arms: Mapping[str, ArmSettings],  # those of the preset, by model id
@@ -299,35 +322,22 @@ def find_arm(
     """An arm as it is to be trained; raises ValueError where something is missing, and `InputError` for a name
     that says nothing.
     """
-    name, start = model.partition("@")[0], start_of(model)
     layers = _layers(model, arms)
     root = layers[-1][0]
     if root not in ARMS + CROSSED and not any(settings.model_fields_set - {"like"} for _, settings in layers):
         _refuse_unknown(model)
-
-    def said(word):
-        "The nearest value of a setting, and the model id that has it."
-        return next(((v, one) for one, s in layers if (v := getattr(s, word)) is not None), (None, None))
-
-    named, domain, reward = _named(root)
-    paradigm, domain = said("paradigm")[0] or named, said("domain")[0] or domain
-    reward = said("reward")[0] or reward or (domain if domain in REWARDS else None)
-    source, owner = said("rows")
-    has_rows = source is not None or root in ARMS + CROSSED
-    paid = any(settings.reward for one, settings in layers if one.partition("@")[0] == name)
-    _check_complete(model, paradigm, reward, has_rows, paid)
+    paradigm, domain, reward = _kind_of(model, layers)
+    rewarded_by = reward if paradigm == "grpo" and reward != domain else None
+    arm = Arm(paradigm, domain, start_of(model), rewarded_by)
+    name, (source, owner) = model.partition("@")[0], _nearest_value(layers, "rows")
     rows = owner.partition("@")[0] if owner else root.partition("+")[0]
-    arm = Arm(paradigm, domain, start, reward if paradigm == "grpo" and reward != domain else None)
-    return Arm(
-        paradigm,
-        domain,
-        start,
-        arm.rewarded_by,
-        None if arm.name == name else name,
-        None if arm.rows == rows else rows,
-        source,
-        owner and f"arms.{owner}.rows",
-        *(said(word)[0] for word in ("steps", "learning_rate", "rank")),
+    return replace(
+        arm,
+        called=None if arm.name == name else name,
+        rows_of=None if arm.rows == rows else rows,
+        source=source,
+        setting=owner and f"arms.{owner}.rows",
+        **{word: _nearest_value(layers, word)[0] for word in ("steps", "learning_rate", "rank")},
     )
 
 # %% ../../nbs/01_study/04_arms.ipynb #a2b50017
