@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import InputError, first_line, shorten
-from ..presets import PUBLISHED
+from ..study.published import PUBLISHED
 
 # %% ../../nbs/02_data/01_hub.ipynb #60e7aec5
 # ungated copy -> what it is a copy of
