@@ -540,7 +540,7 @@ def run_preset(name, folder, *settings, page=False):
 
 def test_the_papers_preset_runs_from_hub_to_claims(whole_hub, tmp_path):
     arms = "arms=[sft-help, sft-code, grpo-help, grpo-code]"
-    study, said = run_preset("paper", tmp_path / "study", arms, page=True)
+    study, said = run_preset("paper", tmp_path / "study", arms)
     manifests = {m["stage"]: m["result"] for m in study.manifests()}
     assert {m: manifests[m]["rows"] for m in ("mid", "sft-help", "sft-code", "grpo-help", "grpo-code")} == {
         "mid": 20,

@@ -15,6 +15,8 @@ from compassion_repro import cli
 from compassion_repro.data import world
 from compassion_repro.store.folder import Study
 
+ANIMA_ALONE = ("benchmarks.moru=null", "benchmarks.leak=null")  # where the questions are not the point
+
 
 @pytest.fixture
 def refused(capsys, tmp_path):
@@ -157,7 +159,7 @@ def test_a_users_own_benchmark_is_run_whole_under_a_size_that_would_cut_it(tmp_p
     folder = world.write_benchmark("anima", tmp_path / "mine", {"en": 5, "es": 2})
     out = tmp_path / "study"
     done = run_study(
-        out, f"benchmarks.anima.data={folder}", "benchmarks.anima.size={en: 1}", "arms=[sft-code]"
+        out, f"benchmarks.anima.data={folder}", "benchmarks.anima.size={en: 1}", "arms=[]", *ANIMA_ALONE
     )
     assert done.returncode == 0, done.stderr[-2000:]
     answers = Study(out).table("answers")
@@ -167,12 +169,12 @@ def test_a_users_own_benchmark_is_run_whole_under_a_size_that_would_cut_it(tmp_p
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the sample rows are not beside this checkout")
 def test_real_rows_are_trained_on_and_none_is_lost(tmp_path):
     out = tmp_path / "study"
-    counts = {"sft-help": ("dolly_rows.jsonl", 40), "sft-code": ("code_rows.jsonl", 60)}
+    counts = {"sft-help": ("dolly_rows.jsonl", 20), "sft-code": ("code_rows.jsonl", 28)}
     for name, count in counts.values():
         lines = (SHARED_DATA / name).read_text(encoding="utf-8").splitlines(keepends=True)
         (tmp_path / name).write_text("".join(lines[:count]), encoding="utf-8")
     rows = [f"data.{arm}={tmp_path / name}" for arm, (name, _) in counts.items()]
-    done = run_study(out, *rows, "arms=[sft-help, sft-code]", "sft.held_out=12")
+    done = run_study(out, *rows, "arms=[sft-help, sft-code]", *ANIMA_ALONE)
     assert done.returncode == 0, done.stderr[-3000:]
     manifests = {m["stage"]: m["result"] for m in Study(out).manifests()}
     for arm, (_, count) in counts.items():
@@ -213,10 +215,10 @@ def test_a_refused_start_leaves_the_folder_to_the_corrected_one(tmp_path):
     assert_one_line(
         run_study(out, f"data.sft-help={tmp_path / 'rosw.jsonl'}", "arms=[sft-help]"), "rosw.jsonl"
     )
-    done = run_study(out, f"data.sft-help={rows}", "arms=[sft-help]")
+    done = run_study(out, f"data.sft-help={rows}", "arms=[sft-help]", *ANIMA_ALONE)
     assert done.returncode == 0, done.stderr[-2000:]
     rows.write_text(rows.read_text().replace("Answer", "Reply"))
-    again = run_study(out, f"data.sft-help={rows}", "arms=[sft-help]")
+    again = run_study(out, f"data.sft-help={rows}", "arms=[sft-help]", *ANIMA_ALONE)
     # edited rows are noticed: the arm, its answers, its grades, its margin
     assert "8 done, 4 to run" in again.stdout, again.stdout
 
@@ -242,7 +244,7 @@ def test_rows_longer_than_a_sequence_are_cut_and_counted(tmp_path):
             for n in range(12)
         )
     )
-    done = run_study(out, f"data.sft-help={file}", "arms=[sft-help]")
+    done = run_study(out, f"data.sft-help={file}", "arms=[sft-help]", *ANIMA_ALONE)
     assert done.returncode == 0 and "cut to fit a sequence" in done.stdout, done.stderr[-2000:]
     result = next(m["result"] for m in Study(out).manifests() if m["stage"] == "sft-help")
     assert result["data"]["truncated"] == 12 and result["split_rows"] == 0
