@@ -125,6 +125,7 @@ class Claim:
     both: tuple[str, ...] = ()  # readings that must all hold: the claim is their intersection
     # read on every benchmark of the study whose task is neither ANIMA nor MORU
     elsewhere: tuple[Reading, ...] = ()
+    controls: tuple[Reading, ...] = ()  # of ours, read where the study has all their models
 
 # %% ../nbs/01_study/02_paper.ipynb #86ecf91b
 def _difference(high: str, low: str, languages: str = "all") -> tuple[Cell, ...]:
@@ -205,6 +206,37 @@ CLAIMS = (
         ),
         "without the arms from the raw base, 'help < code' may only mean that one data set teaches terse"
         " answers",
+        controls=(
+            Reading(
+                "C0-SFT-schedule",
+                "(code − schedule) from mid, minus (code − schedule) from base, in log odds",
+                "superiority",
+                "anima",
+                (
+                    *_difference("sft-code", "sft-schedule"),
+                    *_difference("sft-schedule@base", "sft-code@base"),
+                ),
+                scale="log odds",
+            ),
+        ),
+    ),
+    Claim(
+        "C0c",
+        "What mid-training added comes from what its documents say, not from more training",
+        "ours",
+        (),
+        "mid-control is trained for as many steps on neutral documents (`midtrain.control`)",
+        controls=(
+            Reading("C0c", "mid − mid-control", "superiority", "anima", _difference("mid", "mid-control")),
+        ),
+    ),
+    Claim(
+        "C0s",
+        "An arm that is not trained scores as mid does",
+        "ours",
+        (),
+        "a sham arm (learning rate 0) has the weights of mid: what is left is the noise of the measurement",
+        controls=(Reading("C0s", "sham − mid", "superiority", "anima", _difference("sham", "mid")),),
     ),
     Claim(
         "C1",
@@ -364,9 +396,11 @@ def claim_readings(
     claim: Claim,  # of `CLAIMS`
     preset: Preset,  # whose benchmarks count
 ) -> tuple[Reading, ...]:  # to be judged in that study
-    "A claim's readings in a study: its own, and those that any other benchmark opens."
+    "A claim's readings in a study: its own, those of the controls it has, those that any other benchmark opens."
     others = [name for name, benchmark in preset.benchmarks.items() if not benchmark.judged]
-    return (*claim.readings, *(reading.on(name) for name in others for reading in claim.elsewhere))
+    controls = [reading for reading in claim.controls if set(reading.models) <= {*preset.models_compared}]
+    elsewhere = [reading.on(name) for name in others for reading in claim.elsewhere]
+    return (*claim.readings, *controls, *elsewhere)
 
 # %% ../nbs/01_study/02_paper.ipynb #f8638315
 FAMILIES = {  # family -> claims or readings in it; corrected together
@@ -381,6 +415,7 @@ FAMILIES = {  # family -> claims or readings in it; corrected together
         "C8",
     ),
     "exploratory": ("C0-SFT", "C0-GRPO", "C4c", "C5a", "C5b"),
+    "content": ("C0c",),
 }
 
 
@@ -437,6 +472,7 @@ _PAIRED = (
     "C6-SFT",
     "C6-GRPO",
 )  # readings that pairs can answer
+_PAIRED_CONTROLS = ("C0c",)  # those of controls, corrected by themselves
 
 
 def pair_claims(
@@ -447,16 +483,18 @@ def pair_claims(
     found = []
     for claim in claims:
         own = tuple(_on_pairs(reading, pairs) for reading in claim.readings if reading.id in _PAIRED)
+        controls = tuple(_on_pairs(r, pairs) for r in claim.controls if r.id in _PAIRED_CONTROLS)
         both = tuple(f"{part}-{pairs}" for part in claim.both)
-        if own or both:
-            found.append(Claim(claim.id, claim.text, "ours", own, claim.note, both))
+        if own or controls or both:
+            found.append(Claim(claim.id, claim.text, "ours", own, claim.note, both, controls=controls))
     return tuple(found)
 
 
 def pair_families() -> dict[str, tuple[str, ...]]:
-    "The family of each set of pairs."
+    "The families of each set of pairs."
     return {
-        f"judge-free, {words}": tuple(f"{reading}-{pairs}" for reading in _PAIRED)
+        f"{family}, {words}": tuple(f"{reading}-{pairs}" for reading in members)
+        for family, members in (("judge-free", _PAIRED), ("judge-free content", _PAIRED_CONTROLS))
         for pairs, (_, words) in PAIR_SETS.items()
     }
 
@@ -537,7 +575,7 @@ FIDELITY = (
         "GRPO prompts",
         "RLHFlow, or Magicoder; 3 k prompts, 1 epoch",
         "A, P",
-        "1,000 prompts of the embedded world, 20 steps of 8 prompts",
+        "1,000 prompts of the embedded world, 15 steps of 8 prompts",
         "enough for the held-out reward to rise",
     ),
     Fidelity(
@@ -582,7 +620,7 @@ FIDELITY = (
         "equal starting point",
         "all arms from the same mid-trained model",
         "S",
-        "the same, per seed; the two SFT arms also from the raw base",
+        "the same, per seed; the SFT arms also from the raw base",
         "C0 needs them",
     ),
     Fidelity("loss on", "not given", "?", "the answer and its end token", "usual for SFT; pinned by a test"),
@@ -600,7 +638,13 @@ FIDELITY = (
         "temperature 1, top_p 1, no system prompt, 96 new tokens in the embedded study",
         "one default for all models",
     ),
-    Fidelity("epochs", "5", "P", "5", "the tasks' default"),
+    Fidelity(
+        "epochs",
+        "5",
+        "P",
+        "5; 3 in the embedded study",
+        "the tasks' default; the miniature asks more models in the same minutes",
+    ),
     Fidelity(
         "benchmark 1",
         "AHB 2.2, now ANIMA, 114 usable rows, 13 dimensions",

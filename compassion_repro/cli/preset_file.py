@@ -65,12 +65,21 @@ def _prose(text: str, indent: str) -> list[str]:
     return [f"## {indent}{line}" for line in textwrap.wrap(text, WIDTH - len(indent), break_on_hyphens=False)]
 
 
+def _plain(value: Any) -> str:
+    "A value as YAML writes it on one line."
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.strip().removesuffix("...").strip()  # how YAML ends a document
+
+
 def _setting_lines(key: str, value: Any, comment: str, indent: str) -> list[str]:
-    "A setting, commented out, with the sentence about it: on its line where that is short enough, else above."
-    plain = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
-    plain = plain.strip().removesuffix("...").strip()  # how YAML ends a document
-    setting = f"# {indent}{key}: {plain}"
+    """A setting, commented out, with the sentence about it: on its line where that is short enough, else above.
+    A long mapping has a line for each of its names.
+    """
+    setting = f"# {indent}{key}: {_plain(value)}"
     comment = re.sub(r"\bNone\b", "null", comment)
+    if isinstance(value, dict) and len(setting) > WIDTH:
+        names = [f"# {indent}  {name}: {_plain(one)}" for name, one in value.items()]
+        return [*_prose(comment, indent), f"# {indent}{key}:", *names]
     if len(setting) + len(comment) <= WIDTH:
         return [f"{setting}  # {comment}" if comment else setting]
     return [*_prose(comment, indent), setting]
@@ -78,8 +87,11 @@ def _setting_lines(key: str, value: Any, comment: str, indent: str) -> list[str]
 # %% ../../nbs/11_cli/07_preset_file.ipynb #e1a7c2d6
 def _section_lines(section: type[BaseModel], values: dict, seen: set, indent: str = "") -> list[str]:
     "The settings of a section, commented out; what they do is said once for each kind of section."
-    comments, lines = ({} if section in seen else _field_comments(section)), []
-    seen.add(section)
+    kinds = [kind for kind in reversed(section.__mro__) if issubclass(kind, Section) and kind is not Section]
+    comments, lines = {}, []
+    for kind in kinds:
+        comments |= {} if kind in seen else _field_comments(kind)
+    seen.update(kinds)
     for name, field in section.model_fields.items():
         key, kind = field.alias or name, field.annotation
         value = values.get(key)

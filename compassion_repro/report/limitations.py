@@ -127,7 +127,8 @@ def _training(files: StudyFiles) -> list[str]:
     "Arms that were left out or not shown to be trained, unequal doses, data that were cut, warnings of GRPO."
     absent = [model_name(model) for model in files.preset.models_compared if model not in files.models]
     notes = [f"Not in this study, though configured: {', '.join(absent)}."] if absent else []
-    weak = [m for m in files.manifests if m["result"].get("trained") is False]
+    sham = [arm.model for arm in files.preset.trained_arms if arm.learning_rate == 0]
+    weak = [m for m in files.manifests if m["result"].get("trained") is False and m["model"] not in sham]
     if weak:
         names = ", ".join(f"{model_name(m['model'])} (seed {m['seed']})" for m in weak)
         notes.append(

@@ -112,12 +112,14 @@ def _estimated_records(
     preset: Preset,
     families: Mapping[str, Sequence[str]] | None = None,
 ) -> list[ClaimRecord]:
-    "A record of every reading under one judge, estimated where its scores allow; one a claim without a reading."
+    """A record of every reading under one judge, estimated where its scores allow; one a claim without a reading,
+    unless it waits for a control that the study does not have.
+    """
     records = []
     for claim in claims:
         common = {"claim": claim.id, "text": claim.text, "judge": judge, "scope": preset.scope}
         readings = claim_readings(claim, preset)
-        if not readings:
+        if not readings and not claim.controls:
             records.append(ClaimRecord(reading=claim.id, reason=claim.note, **common))
         for reading in readings:
             blank = _blank_record(reading, common, families)

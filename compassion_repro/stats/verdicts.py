@@ -370,10 +370,10 @@ def judge_record(
     "Apply the rules to one record; one without an estimate stays as it is."
     if record.estimate is None:
         return record
+    if record.family is None:
+        return record.with_(verdict="no verdict", reason="; ".join(filter(None, (CHECK, ruled_out))))
     if ruled_out:
         return record.with_(verdict="not testable", reason=ruled_out)
-    if record.family is None:
-        return record.with_(verdict="no verdict", reason=CHECK)
     verdict, reason = _compared(record)
     if silence := _decided_by_silence(record, verdict):
         verdict, reason = "inconclusive", silence

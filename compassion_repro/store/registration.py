@@ -28,7 +28,7 @@ from ..study import Preset, Statistics
 
 # %% ../../nbs/07_store/03_registration.ipynb #88a84384
 REGISTRATION = "analysis.yaml"
-RULES = 2  # version of the rules from an interval to a word, see `stats.verdicts`; raise it when they change
+RULES = 3  # version of the rules from an interval to a word, see `stats.verdicts`; raise it when they change
 GATES = {
     "trained": "a model was trained where its gain on held-out rows, mean over the seeds, is above 0 with its"
     " whole 95 % interval; a claim about one that was not is not testable",
@@ -37,7 +37,16 @@ GATES = {
     "word": "supported and contradicted need three training seeds of different weights; with fewer a claim"
     " holds or fails for these checkpoints",
     "interval": "the one of level 1 - alpha/k, with Holm's k within the family",
-    "check": "a reading in no family has no verdict and is not counted",
+    "dose": "a claim about an arm and its twin from another start is not testable where the gain of one, or its KL"
+    " from its start, is `dose_factor` times that of the other in any seed",
+    "floor": "a claim on log odds is not testable where a model's mean rests on fewer than `least_answers`"
+    " independent answers with credit, or without",
+    "share": "a retained share is not testable where mid - base does not surely differ from 0 in log odds",
+    "judge": "a claim is not testable where a deterministic judge meets indicators that it cannot read",
+    "unreadable": "a verdict that is another with every unreadable reply graded against the claim, or in its"
+    " favour, is inconclusive",
+    "check": "a reading in no family has no verdict, whatever else holds, and is not counted",
+    "control": "a reading of a control is made where the study has all its models",
 }
 
 # %% ../../nbs/07_store/03_registration.ipynb #e1b841c8
@@ -126,7 +135,7 @@ def _readings(analysis: Mapping[str, Any]) -> dict[str, Any]:
     return {
         reading["id"]: reading
         for claim in analysis["claims"]
-        for reading in (*claim["readings"], *claim["elsewhere"])
+        for reading in (*claim["readings"], *claim["elsewhere"], *claim.get("controls", ()))
     }
 
 
@@ -188,11 +197,11 @@ def _reading(values: Mapping[str, Any]) -> Reading:
 @patch(as_prop=True)
 def claims(self: Registration) -> tuple[Claim, ...]:
     "The claims that were registered."
-    parts = ("readings", "elsewhere")
+    parts = ("readings", "elsewhere", "controls")
     return tuple(
         Claim(
             **{name: value for name, value in claim.items() if name not in (*parts, "both")},
-            **{part: tuple(map(_reading, claim[part])) for part in parts},
+            **{part: tuple(map(_reading, claim.get(part, ()))) for part in parts},
             both=tuple(claim["both"]),
         )
         for claim in self.analysis["claims"]

@@ -250,8 +250,9 @@ def test_interrupted_in_any_stage_it_carries_on(study_copy, finished, stage, how
 
 
 def test_presets_that_differ_only_in_values_have_one_graph():
+    arms = f"arms=[{', '.join(load_preset('smoke').arms)}]"
     shapes = {
-        tuple((s.id, s.kind, tuple(i.id for i in s.inputs)) for s in graph(load_preset(name)))
-        for name in ("smoke", "tiny")
+        tuple((s.id, s.kind, tuple(i.id for i in s.inputs)) for s in graph(load_preset(name, settings)))
+        for name, settings in (("smoke", []), ("tiny", [arms, "midtrain.control=false"]))
     }
     assert len(shapes) == 1

@@ -12,8 +12,11 @@ from compassion_repro.core.files import weights_digest
 from compassion_repro.pipeline import run, stages
 from compassion_repro.presets import load_preset
 from compassion_repro.report.card import find_trained
+from compassion_repro.report.limitations import limitations
+from compassion_repro.stats.claims import read_claims
 from compassion_repro.store.folder import Study
 from compassion_repro.store.graph import graph
+from compassion_repro.store.results import read_study_files
 from compassion_repro.study.arms import PARADIGMS, measured
 from compassion_repro.training import reward_model
 
@@ -25,6 +28,7 @@ arms: {grpo-help: null, grpo-code: null, sft-code: null, sft-help@base: null, sf
   sft-schedule: {rows: "pocket:schedule", steps: 1, rank: 4},
   sham: {like: sft-help, learning_rate: 0},
   schedule-after-help: {like: sft-schedule, start: sft-help}}
+midtrain: {control: true}
 """
 ARMS = ["sft-help", "sft-schedule", "sham", "schedule-after-help@sft-help"]
 
@@ -54,8 +58,6 @@ def test_a_study_of_own_arms(own):
     columns = ["arm", "start", "paradigm", "domain"]
     assert scores.loc[ARMS[3], columns].tolist() == ["schedule-after-help", "sft-help", "sft", "schedule"]
     assert scores.loc["sham", columns].tolist() == ["sham", "mid", "sft", "help"]
-    claims = json.loads((study.folder / "claims.json").read_text())
-    assert claims and "sham" not in json.dumps(claims)  # no reading of the paper is about it
     assert find_trained(study.folder, ARMS[3]).model == ARMS[3]
 
 
@@ -68,12 +70,37 @@ def test_a_sham_arm_keeps_its_weights_and_says_so(own):
     assert any("sham is a sham arm (learning rate 0): its weights stay those of mid" in line for line in said)
 
 
+def test_the_controls_of_a_study_are_read(own):
+    study, said = own
+    made = {m["stage"]: m for m in study.manifests()}
+    mid, control = made["mid"], made["mid-control"]
+    assert control["kind"] == "midtrain" and control["config"]["data"] != mid["config"]["data"]
+    assert control["result"]["steps"] == mid["result"]["steps"]
+    scores = study.table("scores")
+    overall = scores[(scores["dimension"] == "overall") & (scores["benchmark"] == "anima")]
+    means = 100 * overall.groupby("model")["score"].mean()
+    claims = read_claims(study.folder / "claims.json")
+    for reading, one, other in (("C0c", "mid", "mid-control"), ("C0s", "sham", "mid")):
+        assert claims[reading].models == [one, other]
+        assert claims[reading].estimate == pytest.approx(means[one] - means[other])
+    noise = claims["C0s"]
+    assert noise.verdict == "no verdict" and "sham was not trained" in noise.reason
+    assert claims["C0c"].family == "content" and claims["C0c-world"].scale == "nats a token"
+    assert not any(record.reading == "C0-SFT-schedule" for record in claims.records)  # no arm from base
+    training = limitations(read_study_files(study.folder))["Training"]
+    assert not any("Not shown to be trained" in line and "sham" in line for line in training)
+
+
 def test_an_arm_leaves_the_keys_of_others_alone():
     keys = {s.id: s.key for s in graph(load_preset("smoke"))}
     sham = {
         s.id: s.key for s in graph(load_preset("smoke", ["arms.sham={like: sft-help, learning_rate: 0}"]))
     }
     assert keys.items() <= sham.items() and sham["sham"] not in keys.values()
+    control = {s.id: s.key for s in graph(load_preset("smoke", ["midtrain.control=true"]))}
+    assert keys.items() <= control.items()
+    added = {f"{kind}mid-control" for kind in ("", "answers-", "eval-", "probe-")}
+    assert control.keys() - keys.keys() == added
     short = {
         s.id: s.key for s in graph(load_preset("smoke", ["arms.sft-a={rows: 'pocket:schedule', steps: 9}"]))
     }

@@ -482,7 +482,18 @@ def test_a_new_preset_lists_and_explains_every_setting(tmp_path):
     sections = [line.removeprefix("# ") for line in text.splitlines() if re.match(r"# \S+:$", line)]
     assert sections == [
         f"{name}:"
-        for name in ("models", "data", "compute", "lora", "midtrain", "sft", "grpo", "dpo", "generation")
+        for name in (
+            "models",
+            "data",
+            "arms",
+            "compute",
+            "lora",
+            "midtrain",
+            "sft",
+            "grpo",
+            "dpo",
+            "generation",
+        )
         + ("benchmarks", "margin", "statistics")
     ]
     (tmp_path / "mine.yaml").write_text(uncommented(text, "lora:", "rank:").replace("rank: 16", "rank: 8"))

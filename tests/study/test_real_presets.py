@@ -111,7 +111,11 @@ CASES = [
         "ok: anima, moru, leak$",
         with_sets("benchmarks.anima.epochs=2", show=benchmarks),
     ),
-    Case("no arms", r"ok: \('base', 'mid'\)", with_sets("arms=[]", show=lambda p: p.models_compared)),
+    Case(
+        "no arms",
+        r"ok: \('base', 'mid'\)",
+        with_sets("arms=[]", "midtrain.control=false", show=lambda p: p.models_compared),
+    ),
     Case(
         "an underscore in a corpus",
         "ok: x.jsonl$",
@@ -200,17 +204,21 @@ CASES = [
         r"ok: 2 problems: (?=.*nowhere.jsonl: )(?=.*nothing.jsonl: )",
         flown("data.sft-help=nowhere.jsonl", "data.sft-code=nothing.jsonl"),
     ),
-    Case("preflight of the embedded world", r"ok: 0 problems:  \| $", flown()),
+    Case(
+        "preflight of the embedded world",
+        r"ok: 0 problems:  \| note: sham is a sham arm \(learning rate 0\): its weights stay those of mid$",
+        flown(),
+    ),
     Case(
         "preflight asks no network",
-        r"ok: 0 problems: my/model \| warning: settings of the miniature world are used on my/model:"
+        r"ok: 0 problems: my/model \| note: .*\| warning: settings of the miniature world are used on my/model:"
         r" .*data.documents=",
         flown("models.base=my/model"),
     ),
     Case(
         "preflight names a corpus that nothing reads",
         "ok: .*data.control=mine.jsonl is not read",
-        flown("data.control=mine.jsonl"),
+        flown("data.control=mine.jsonl", "midtrain.control=false"),
     ),
     Case(
         "preflight names a reward that nothing uses",
@@ -327,7 +335,6 @@ VALUES = {  # another valid value, where doubling or halving gives none
     "models.quantize": "nf4",
     "models.dtype": "float32",
     "models.given": "{mid: my/mid}",
-    "arms": "[sft-help, sft-code]",
     "judge": "strict",
     "margin.pairs": "[written]",
     "code_reward": "{tested: {tests: 2.0}}",
@@ -373,16 +380,17 @@ MACHINE_OR_ANALYSIS = (  # they change how a result is computed, told or read, a
     "statistics.",
     "models.merge_tolerance",
     "generation.cut_off_alarm",
-    "data.control",  # read by arms that start at mid-control; else the preflight says that nothing reads it
 )
 REFUSED = ("sft.replay",)  # does nothing, and says so
 
 
 def another(name: str, value):
     "Another valid value of a setting."
-    if name.startswith("data."):
-        return "mine.jsonl"
     part = name.rpartition(".")[2]
+    if name.startswith("data.") or part == "rows" and name.startswith("arms."):
+        return "mine.jsonl"
+    if name.startswith("arms."):
+        return {"learning_rate": 0.1, "like": "sft-code"}.get(part, "{steps: 3}")
     if name.startswith("benchmarks."):
         given = {
             "task": None,
