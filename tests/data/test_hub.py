@@ -605,7 +605,7 @@ def test_the_colab_preset_is_the_papers_graph_with_other_values(whole_hub, tmp_p
 
     shapes = [
         tuple((s.id, s.kind, tuple(i.id for i in s.inputs)) for s in graph(load_preset(name)))
-        for name in ("paper", "colab", "tiny")
+        for name in ("paper", "colab", "smoke")
     ]
     assert shapes[0] == shapes[1] == shapes[2]
     study, _ = run_preset(

@@ -390,7 +390,7 @@ def another(name: str, value):
     if name.startswith("data.") or part == "rows" and name.startswith("arms."):
         return "mine.jsonl"
     if name.startswith("arms."):
-        return {"learning_rate": 0.1, "like": "sft-code"}.get(part, "{steps: 3}")
+        return {"learning_rate": 0.1, "like": "sft-code", "steps": 3}.get(part, "{steps: 3}")
     if name.startswith("benchmarks."):
         given = {
             "task": None,
