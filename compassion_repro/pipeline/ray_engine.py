@@ -184,25 +184,32 @@ def _listens(address: str):
     socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 # %% ../../nbs/09_pipeline/03_ray_engine.ipynb #4c8e01a1
+def _end(
+    processes: list[psutil.Process],  # those that are gone already are left out
+):
+    "Kill processes and wait until they are gone, 10 s at most."
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)
+
+
 def _start(
     ray,  # the module
     places: dict,  # from `_places`
 ):
-    "Start or join a Ray; one of our own that did not come up in time is started again, once."
+    "Start or join a Ray; one of our own that does not come up within Ray's 30 s is started again, three times."
     others = psutil.Process().children(recursive=True)
     options = places | {"log_to_driver": False, "logging_level": logging.ERROR}
-    try:
-        ray.init(**options)
-    except Exception as error:
-        if places["address"] != "local" or "timed out during startup" not in str(error):
-            raise
+    for attempt in range(4):
+        try:
+            return ray.init(**options)
+        except Exception as error:
+            late = places["address"] == "local" and "timed out during startup" in str(error)
+            if attempt == 3 or not late:
+                raise
         ray.shutdown()
-        left = [p for p in psutil.Process().children(recursive=True) if p not in others]
-        for process in left:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(left, timeout=10)
-        ray.init(**options)
+        _end([p for p in psutil.Process().children(recursive=True) if p not in others])
 
 # %% ../../nbs/09_pipeline/03_ray_engine.ipynb #b38dc887
 @contextmanager

@@ -761,7 +761,7 @@ def test_a_model_of_a_real_study_is_published_with_its_card(finished, server, mo
     mean = own.groupby("question_id").score.mean().mean() * 100
     parts = (f"| anima | all | {mean:.1f}", "Judge: `indicator`", "world:help")
     assert [part for part in parts if part not in card] == []
-    trained = json.loads(there.files["manifest.json"])["result"]["trained"]
+    trained = json.loads((folder / "manifest.json").read_text())["result"]["trained"]
     assert trained == ("not measurably trained" not in card)
     assert "model-index:" in card and f"value: {round(mean, 2)}" in card
     everything = b"".join(there.files.values()) + (out.out + out.err).encode()
