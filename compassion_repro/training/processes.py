@@ -88,7 +88,8 @@ def share(
             n for n in range(1, min(whole, training.micro_batch) + 1) if whole % n == 0
         )
     try:
-        return type(training)(**training.model_dump() | changes)
+        shared = type(training)(**training.model_dump(exclude={"learning_rate"}) | changes)
+        return shared.model_copy(update={"learning_rate": training.learning_rate})  # 0 in a sham arm
     except ValidationError as error:
         raise InputError(
             f"compute.processes={processes} does not suit the stage: {error.errors()[0]['msg']}"
