@@ -91,6 +91,23 @@ def command(out: Path, *more: str, report: bool = False) -> list[str]:
     ]
 
 
+THREADS = os.environ.get("OMP_NUM_THREADS")
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    """A study sets the threads of its process. Sums differ in their last digits by them, so every test begins
+    with those of the first.
+    """
+    yield
+    if THREADS is None:
+        os.environ.pop("OMP_NUM_THREADS", None)
+    else:
+        os.environ["OMP_NUM_THREADS"] = THREADS
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(int(THREADS or len(os.sched_getaffinity(0))))
+
+
 FORKS = Forks()
 atexit.register(FORKS.close)
 # A stage that merges in a fresh process: importing what it needs takes ten times as long as its work.

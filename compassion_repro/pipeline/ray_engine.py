@@ -323,7 +323,7 @@ def _result(ray, reference, name: str):
         ) from None
 
 # %% ../../nbs/09_pipeline/03_ray_engine.ipynb #9ae72747
-GRACE_SECONDS = 10  # seconds that a cancelled stage has to save what it can
+GRACE_SECONDS = 30  # that a cancelled stage has to save what it can; by force a Ray under load may abort
 
 
 def _hear(ray, lines, stages: dict[str, Stage], progress: Progress):
