@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import pyarrow
 import pyarrow.parquet as parquet
 
@@ -375,6 +374,8 @@ def _plainly_named(folder):
 # %% ../../nbs/02_data/02_sources.ipynb #be40dfa8
 def _configurations(link, cache):
     "Names of a folder's configurations; none where they cannot be found."
+    import datasets
+
     try:
         return datasets.get_dataset_config_names(
             str(link), download_config=datasets.DownloadConfig(cache_dir=cache)
@@ -385,6 +386,8 @@ def _configurations(link, cache):
 # %% ../../nbs/02_data/02_sources.ipynb #e8180a00
 def _split_files(folder, split, config, link, cache):
     "The files of a split, by the hub's rules; `folder` is what the user calls it."
+    import datasets
+
     named = _configurations(link, cache) if config else []
     if config and config not in named:
         raise InputError(
@@ -453,6 +456,8 @@ def _saved_folder(folder, split, config, called):
 # %% ../../nbs/02_data/02_sources.ipynb #e51904cf
 def _library_rows(link, split, config, cache, called):
     "The rows of a split as `datasets` reads them; raises `InputError` where it cannot."
+    import datasets
+
     try:
         return list(datasets.load_dataset(str(link), config, split=split, streaming=True, cache_dir=cache))
     except Exception as error:

@@ -15,7 +15,6 @@ import pandas as pd
 
 from ..core.errors import InputError
 from ..paper import PAPER
-from .forest import VERDICT_LOOKS, claim_figures, claim_rows, plot_claims  # noqa: F401
 from compassion_repro.report.looks import (
     PAPER_LABEL,
     SUBJECTS,

@@ -12,7 +12,7 @@ import pytest
 from compassion_repro.core.errors import InputError
 from compassion_repro.paper import Cell, Reading, readings
 from compassion_repro.presets import load_preset
-from compassion_repro.report import figures, looks, tables
+from compassion_repro.report import figures, forest, looks, tables
 from compassion_repro.stats import (
     claims,
     estimates,
@@ -204,7 +204,7 @@ def test_supported_needs_three_training_seeds():
         table = claims.judge_claims(frame(seeds=seeds), {}, TINY)
         words[seeds] = table["C1"].verdict
         assert ("three" in table.caption()) == (seeds < 3)
-        hollow = figures.claim_rows(table).set_index("reading")["level"]
+        hollow = forest.claim_rows(table).set_index("reading")["level"]
         assert hollow["C1"] == ("the procedure" if seeds == 3 else "these checkpoints")
     assert words == {1: "holds for these checkpoints", 2: "holds for these checkpoints", 3: "supported"}
 
