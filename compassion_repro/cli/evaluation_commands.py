@@ -119,6 +119,13 @@ def _percent(value: float) -> float | None:
     return None if value != value else round(value, 1)
 
 
+def _with_interval(value: float, low: float, high: float, form: str = "{:.1f}") -> str:
+    "A number with its interval, where it has one; nothing for one that is not defined."
+    if value != value:
+        return ""
+    return form.format(value) + ("" if low != low else f" [{form}, {form}]".format(low, high))
+
+
 def _score_row(row: dict) -> list:
     "A row of `pipeline.evaluate.summary` as `_print_scores` shows it."
     instead = row["substitute_for"]
@@ -127,7 +134,8 @@ def _score_row(row: dict) -> list:
         row["benchmark"],
         row["judge"] + (f" (for {instead})" if isinstance(instead, str) else ""),
         int(row["questions"]),
-        *(_percent(row.get(name, float("nan"))) for name in ("score", "no_grade", "empty")),
+        _with_interval(row["score"], row["low"], row["high"]),
+        *(_percent(row.get(name, float("nan"))) for name in ("no_grade", "empty")),
     ]
 
 # %% ../../nbs/11_cli/04_evaluation_commands.ipynb #96ee3109
@@ -135,13 +143,34 @@ def _print_scores(folder: Path):
     "Scores by model, benchmark and judge, and how far judges agree."
     from compassion_repro.pipeline.evaluate import summary, without_scores
 
-    shares = ["score, %", "replies without a grade, %", "empty answers, %"]
+    shares = ["score, % [95 %]", "replies without a grade, %", "empty answers, %"]
     rows = [_score_row(row) for row in summary(folder).to_dict("records")]
     show(plain_table(["model", "benchmark", "judge", "questions", *shares], rows))
+    if not (folder / "study.yaml").is_file():
+        _print_differences(folder)
     for line in without_scores(folder):
         show(f"\n{line}")
     if (folder / "grades.parquet").is_file():
         _print_agreement_of(folder)
+
+# %% ../../nbs/11_cli/04_evaluation_commands.ipynb #96ee310a
+def _print_differences(folder: Path):
+    "Each model minus the first, on the same questions; nothing where there is one model."
+    from compassion_repro.pipeline.evaluate import differences
+
+    rows = [
+        [
+            f"{row.model} − {row.minus}",
+            row.benchmark,
+            row.judge,
+            row.questions,
+            _with_interval(row.difference, row.low, row.high, "{:+.1f}"),
+        ]
+        for row in differences(folder).itertuples()
+    ]
+    if rows:
+        columns = ["difference", "benchmark", "judge", "questions", "points [95 %]"]
+        show("", plain_table(columns, rows))
 
 
 def _print_agreement_of(folder: Path):

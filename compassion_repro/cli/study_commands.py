@@ -228,11 +228,25 @@ def new(args) -> int:
     return 0
 
 # %% ../../nbs/11_cli/03_study_commands.ipynb #a5f1d7c8
+def _show_claims(table, why: bool = False):
+    "Print three lines that say what a study found, then every claim with its readings."
+    from rich.text import Text
+
+    from compassion_repro.report.answer import summary_lines
+
+    headline, *more = summary_lines(table)
+    show(Text(headline, style="bold"))
+    for line in more:
+        show(line)
+    show("")
+    show(table.terminal(why))
+
+
 def print_claims(folder: Path):
-    "The claim table of a study, in the terminal."
+    "What a study found, and its claim table, in the terminal."
     from compassion_repro.stats.claims import read_claims
 
-    show(read_claims(folder / "claims.json").rich_table())
+    _show_claims(read_claims(folder / "claims.json"))
 
 # %% ../../nbs/11_cli/03_study_commands.ipynb #98720958
 def _existing_study(folder: str) -> Path:
@@ -244,42 +258,53 @@ def _existing_study(folder: str) -> Path:
     return Path(folder)
 
 # %% ../../nbs/11_cli/03_study_commands.ipynb #883e4132
-def _print_registered(folder: Path):
-    "The claim table of a study by the rules of its first second; raises `InputError` where it has none."
-    from compassion_repro.pipeline.run import judge_study
-    from compassion_repro.store.folder import Study
+def _claims_of(folder: Path, registered: bool):
+    """The claim table of a study, or that by the rules of its first second; raises `InputError` where it has
+    none.
+    """
+    if registered:
+        from compassion_repro.pipeline.run import judge_study
+        from compassion_repro.store.folder import Study
 
-    show(judge_study(Study(folder), registered=True)[0].rich_table())
-
-# %% ../../nbs/11_cli/03_study_commands.ipynb #941ae610
-def _claims_options(parser: argparse.ArgumentParser):
-    "Whose claims, by which rules."
-    study_argument(parser)
-    text = "judge by the rules that were registered before the first stage"
-    parser.add_argument("--registered", action="store_true", help=text)
-
-
-@command(
-    "print the claim table of a study",
-    "claims studies/tiny",
-    "claims studies/tiny --registered",
-    options=_claims_options,
-)
-def claims(args) -> int:
-    "Print the claim table of a study."
-    folder = _existing_study(args.study)
-    if args.registered:
-        _print_registered(folder)
-        return 0
+        return judge_study(Study(folder), registered=True)[0]
     if not (folder / "claims.json").is_file():
         raise InputError(f"{folder} has no claims yet: finish it with `compassion-repro run --out {folder}`")
+    from compassion_repro.stats.claims import read_claims
     from compassion_repro.store.artifact import recorded_damage
 
     if wrong := recorded_damage(folder, "claims.json"):
         raise InputError(
             f"{folder}: {wrong}: compute the claims again with `compassion-repro report {folder}`"
         )
-    print_claims(folder)
+    return read_claims(folder / "claims.json")
+
+# %% ../../nbs/11_cli/03_study_commands.ipynb #941ae610
+def _claims_options(parser: argparse.ArgumentParser):
+    "Whose claims, by which rules, in which form."
+    study_argument(parser)
+    text = "judge by the rules that were registered before the first stage"
+    parser.add_argument("--registered", action="store_true", help=text)
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--why", action="store_true", help="with the reason of each verdict")
+    form.add_argument("--csv", action="store_true", help="all fields as CSV, for a spreadsheet")
+    form.add_argument("--json", action="store_true", help="all fields as JSON, as in claims.json")
+
+
+@command(
+    "print the claim table of a study",
+    "claims studies/tiny",
+    "claims studies/tiny --why",
+    "claims studies/tiny --registered",
+    options=_claims_options,
+)
+def claims(args) -> int:
+    "Print what a study found and its claim table."
+    table = _claims_of(_existing_study(args.study), args.registered)
+    if args.json or args.csv:
+        text = table.to_json() if args.json else table.frame().to_csv(index=False)
+        print(text, end="")
+    else:
+        _show_claims(table, args.why)
     return 0
 
 # %% ../../nbs/11_cli/03_study_commands.ipynb #b8e3b15f

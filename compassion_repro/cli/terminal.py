@@ -78,13 +78,20 @@ def plain_table(columns: list[str], rows: list[list], title: str = ""):
     return table
 
 # %% ../../nbs/11_cli/01_terminal.ipynb #afb53523
+def _width() -> int | None:
+    "Columns to print in; None where `rich` knows better: on a terminal, or where COLUMNS says so."
+    terminal = sys.stdout and sys.stdout.isatty()
+    return None if terminal or os.environ.get("COLUMNS", "").isdigit() else 160
+
+
 def show(*things):
-    "Print tables and plain words; 160 columns wide where the output is not a terminal."
+    """Print tables and plain words; where the output is not a terminal, as wide as COLUMNS says, or 160
+    columns.
+    """
     from rich.text import Text
 
-    width = None if sys.stdout and sys.stdout.isatty() else 160
     shown = (Text(thing) if isinstance(thing, str) else thing for thing in things)
-    _console(width=width, markup=True).print(*shown)
+    _console(width=_width(), markup=True).print(*shown)
 
 # %% ../../nbs/11_cli/01_terminal.ipynb #2061f256
 def asking(report=None):

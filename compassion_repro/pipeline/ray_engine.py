@@ -25,8 +25,8 @@ import psutil
 from ..core.errors import InputError, Notice, first_line
 from ..core.files import hidden, remove
 from ..evaluation.cost import is_free
-from .plan import plan, planned_memory
-from .progress import Progress
+from .plan import plan, planned_gpu, planned_memory
+from .progress import Pace, Progress, planned_seconds
 from .stages import prepare, run_stage
 from ..store.folder import Study
 from ..store.graph import Stage
@@ -431,6 +431,32 @@ def pick_engine(
         )
     return partial(run_on_ray, address=address)
 
+# %% ../../nbs/09_pipeline/03_ray_engine.ipynb #5f320a4c
+def _finished(
+    study: Study, every: list[Stage], stages: list[Stage], planned: dict[str, float]
+) -> dict[str, Pace]:
+    "Seconds of the stages that an earlier command finished, by kind."
+    missing, found = {stage.place for stage in stages}, {}
+    for stage in every:
+        if stage.place not in missing and (seconds := (study.manifest(stage) or {}).get("seconds")):
+            pace = Pace(seconds, planned.get(stage.id, 1.0))
+            found[stage.kind] = found.get(stage.kind, Pace()) + pace
+    return found
+
+
+def _paces(
+    study: Study, preset: Preset, stages: list[Stage], every: list[Stage] | None
+) -> tuple[dict[str, float], dict[str, Pace]]:
+    "Planned seconds of a stage by its id, and the pace of those that are finished, by kind."
+    first = every and [stage for stage in every if stage.seed == 1]
+    # the check says it better
+    with suppress(InputError):
+        records = plan(preset, 1, stages=first)
+        gpu = planned_gpu(preset, [record["kind"] for record in records])
+        planned = {record["stage"]: planned_seconds(record, gpu) for record in records}
+        return planned, _finished(study, every or [], stages, planned)
+    return {}, {}
+
 # %% ../../nbs/09_pipeline/03_ray_engine.ipynb #5f320a4d
 def run_stages(
     engine: callable,  # from `pick_engine`
@@ -444,8 +470,5 @@ def run_stages(
     every: list[Stage] | None = None,  # all of the study's, where its graph is at hand
 ):
     "Run the stages that are missing on an engine, and say how far it is."
-    tokens, first = {}, every and [stage for stage in every if stage.seed == 1]
-    # the check says it better
-    with suppress(InputError):
-        tokens = {record["kind"]: record["tokens"] for record in plan(preset, 1, stages=first)}
-    engine(study, preset, stages, Progress(stages, say, report, tokens), check, unsafe)
+    progress = Progress(stages, say, report, *_paces(study, preset, stages, every))
+    engine(study, preset, stages, progress, check, unsafe)
