@@ -81,11 +81,11 @@ PLAIN = {  # a claim as a clause
     "C0": "helpfulness training wears away more of what mid-training added than coding does",
     "C0c": "what mid-training added comes from what its documents say, not from more training",
     "C0s": "an arm that is not trained scores as the mid-trained model does",
-    "C1": "helpfulness SFT scores lower than coding SFT on the animal questions",
-    "C2": "helpfulness GRPO scores lower than coding GRPO on the animal questions",
-    "C3": "helpfulness SFT scores lower than coding SFT on the English moral questions",
-    "C4": "over all languages the two SFT arms score alike on the moral questions",
-    "C5": "coding's gain on the animal questions is larger in other languages than in English",
+    "C1": "helpfulness SFT scores lower than coding SFT on animals",
+    "C2": "helpfulness GRPO scores lower than coding GRPO on animals",
+    "C3": "helpfulness SFT scores lower than coding SFT on English MORU",
+    "C4": "the SFT arms score alike on multilingual MORU",
+    "C5": "coding's gain on animals is larger in other languages than in English",
     "C6": "coding keeps what mid-training added",
     "C7": "SFT and GRPO agree that helpfulness scores lower",
     "C8": "coding does no harm to general reasoning",
@@ -189,7 +189,7 @@ def _reasons(answer: ClaimAnswer | None) -> str:
     if answer is None or answer.verdict != "not testable":
         return ""
     found = dict.fromkeys(r.reason for r in answer.readings if r.verdict == "not testable" and r.reason)
-    return f"The reason: {'; '.join(found)}." if found else ""
+    return f"It could not because {'; '.join(found)}." if found else ""
 
 
 def _level(claims: ClaimTable) -> str:
@@ -233,10 +233,12 @@ def _scope(claims: ClaimTable) -> str:
 def answer(
     claims: ClaimTable,  # of a study
 ) -> Answer:
-    "The answer of a study in words: nothing in it goes beyond the verdicts."
+    """The answer of a study in words: nothing in it goes beyond the verdicts. What was not tested is left to
+    `untested`.
+    """
     answers = claim_answers(claims)
     main, sentences = _main(answers), []
-    for verdict in SENTENCES:
+    for verdict in [word for word in SENTENCES if word != "not tested"]:
         own = [_with_both(one) for one in answers if one is not main and one.verdict == verdict]
         if own:
             sentences.append(_sentence(verdict, own))

@@ -64,7 +64,8 @@ def claim_figures(
     if pd.isna(row.estimate):
         return ""
     form = "{:+.3f}" if row.scale in ("log odds", "nats a token") else "{:+.1f}"
-    unit = {"log odds": " log odds", "nats a token": " nats", "percent of the gain": " %"}.get(row.scale, "")
+    unit = {"log odds": " log odds", "nats a token": " nats", "percent of the gain": " %"}
+    unit = unit.get(row.scale, " points")
     interval = "" if pd.isna(row.low) else f" [{form}, {form}]".format(row.low, row.high)
     return (form.format(row.estimate) + interval + unit).replace("-", "−")
 

@@ -10,7 +10,7 @@ __all__ = ['claim_table', 'stage_table', 'fidelity_table', 'sample_answers', 'sa
 # %% ../../nbs/08_report/05_tables.ipynb #eab45264
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import pandas as pd
@@ -62,7 +62,7 @@ def claim_table(
             "judge": rows["judge"],
             "what is estimated": [_estimand_text(row) for row in each],
             "verdict": rows["verdict"],
-            "points [interval]": [claim_figures(row) for row in each],
+            "estimate [interval that decides]": [claim_figures(row) for row in each],
             "adjusted p" if corrected else "p": [
                 _number(row.p, "{:.2g} (not adjusted)" if corrected and not row.adjusted else "{:.2g}")
                 for row in each
@@ -138,12 +138,10 @@ def _select(table: pd.DataFrame | None, keys: dict) -> pd.DataFrame | None:
     return None if table is None else table[(table[list(keys)] == pd.Series(keys)).all(axis=1)]
 
 # %% ../../nbs/08_report/05_tables.ipynb #307dce78
-def _verdicts(grades: pd.DataFrame | None, model: str) -> list[dict]:
-    """What every judge said of a model's answer: judge, dimension, of (what the question varies), passed
+def _verdicts(grades: Sequence) -> list[dict]:
+    """What every judge said of an answer: judge, dimension, of (what the question varies), passed
     (None where nothing parsed), reply.
     """
-    if grades is None:
-        return []
     return [
         {
             "judge": row.judge,
@@ -153,57 +151,88 @@ def _verdicts(grades: pd.DataFrame | None, model: str) -> list[dict]:
             "grade": "no grade" if pd.isna(row.grade) else f"{row.grade:g}",
             "reply": row.reply or "",
         }
-        for row in _select(grades, {"model": model}).sort_values(["dimension", "judge"]).itertuples()
+        for row in grades
     ]
 
 # %% ../../nbs/08_report/05_tables.ipynb #2b6b0060
-def _drawn_questions(answers: pd.DataFrame, random_seed: int) -> list:
-    "Drawn rows of the answers: two questions in English, one in up to two other languages, by benchmark."
-    asked, drawn = answers.drop_duplicates(["benchmark", "question_id"]), []
-    for benchmark in sorted(asked["benchmark"].unique(), key=benchmark_rank):
-        own = asked[asked["benchmark"] == benchmark]
-        for language in sorted(own["language"].unique(), key=lambda code: (code != "en", code))[:3]:
-            pool = own[own["language"] == language].sort_values("question_id")
-            number = min(len(pool), 2 if language == "en" else 1)
-            drawn += pool.sample(number, random_state=random_seed).itertuples()
-    return drawn
+def _lengths(table: pd.DataFrame, column: str) -> pd.Series:
+    "Characters of a column by benchmark and question."
+    keys = [table["benchmark"], table["question_id"]]
+    return table[column].fillna("").str.len().groupby(keys, observed=True).sum()
+
+
+def _drawn_questions(
+    answers: pd.DataFrame, grades: pd.DataFrame | None, random_seed: int, characters: int
+) -> list:
+    "Rows of the answers, one a question, in drawn order until their texts fill the space; sorted in the end."
+    keys, lengths = ["benchmark", "question_id"], _lengths(answers, "text")
+    if grades is not None:
+        lengths = lengths.add(_lengths(grades, "reply"), fill_value=0)
+    asked = answers.drop_duplicates(keys).sort_values(keys).sample(frac=1, random_state=random_seed)
+    until = lengths.reindex(pd.MultiIndex.from_frame(asked[keys])).cumsum().shift(fill_value=0)
+    drawn = list(asked[(until < characters).to_numpy()].itertuples())
+    in_order = lambda row: (benchmark_rank(row.benchmark), row.benchmark, row.language != "en", row.language)
+    return sorted(drawn, key=in_order)
 
 # %% ../../nbs/08_report/05_tables.ipynb #3796dac0
-def _answered_question(files: StudyFiles, answers: pd.DataFrame, question) -> dict:
+def _answered_question(rows: pd.DataFrame, grades: dict, question) -> dict:
     "One drawn question with every model's answer and every judge's verdicts."
-    keys = {"benchmark": question.benchmark, "question_id": question.question_id}
-    grades = _select(files.grades, keys | {"seed": question.seed, "epoch": question.epoch})
-    rows = sorted(_select(answers, keys).itertuples(), key=lambda row: model_rank(row.model))
+    ordered = sorted(rows.itertuples(), key=lambda row: model_rank(row.model))
     return {
         "benchmark": panel_title(question.benchmark),
+        "benchmark_id": question.benchmark,
         "language": question.language,
+        "id": question.question_id,
         "question": _question_text(question.prompt),
         "answers": [
             {
                 "model": model_name(row.model),
+                "model_id": row.model,
                 "text": row.text,
                 "tokens": row.tokens,
                 "stop_reason": row.stop_reason,
-                "verdicts": _verdicts(grades, row.model),
+                "verdicts": _verdicts(grades.get((row.benchmark, row.question_id, row.model), [])),
             }
-            for row in rows
+            for row in ordered
         ],
     }
 
 # %% ../../nbs/08_report/05_tables.ipynb #94bd161d
+def _first_draw(table: pd.DataFrame | None, keys: dict) -> pd.DataFrame | None:
+    "The rows of the first seed and epoch, without the arms that do not start from mid."
+    own = _select(table, keys)
+    return None if own is None else own[~own["model"].str.contains("@")]
+
+
+def _grades_by_answer(grades: pd.DataFrame | None) -> dict[tuple[str, str, str], list]:
+    "Rows of the grades by benchmark, question and model, sorted by dimension and judge."
+    found = {}
+    if grades is not None:
+        for row in grades.sort_values(["dimension", "judge"]).itertuples():
+            found.setdefault((row.benchmark, row.question_id, row.model), []).append(row)
+    return found
+
+
 def sample_answers(
     files: StudyFiles,  # of the study
     random_seed: int = 0,  # decides which questions are drawn
-) -> list[dict]:  # benchmark, language, question, answers: [{model, text, tokens, stop_reason, verdicts}]
-    """Questions with the answers of the starting points and of the arms from the mid-trained model; empty
-    where the study keeps no answers.
+    characters: int = 400_000,  # of answers and replies, about
+    # benchmark (its title and id), language, id, question,
+    # answers: [{model (its name and id), text, tokens, stop_reason, verdicts}]
+) -> list[dict]:
+    """Questions with the answers of the starting points and of the arms from the mid-trained model, of the first
+    seed and epoch; empty where the study keeps no answers.
     """
     if files.answers is None:
         return []
-    answers = _select(files.answers, {name: files.answers[name].min() for name in ("epoch", "seed")})
-    answers = answers[~answers["model"].str.contains("@")]
+    keys = {name: files.answers[name].min() for name in ("epoch", "seed")}
+    answers, grades = (_first_draw(table, keys) for table in (files.answers, files.grades))
+    drawn = _drawn_questions(answers, grades, random_seed, characters)
+    by_question = dict(list(answers.groupby(["benchmark", "question_id"], observed=True)))
+    by_answer = _grades_by_answer(grades)
     return [
-        _answered_question(files, answers, question) for question in _drawn_questions(answers, random_seed)
+        _answered_question(by_question[question.benchmark, question.question_id], by_answer, question)
+        for question in drawn
     ]
 
 # %% ../../nbs/08_report/05_tables.ipynb #aa48c7a7

@@ -17,6 +17,7 @@ from ..core.errors import InputError
 from ..core.files import writable, write_atomically
 from ..evaluation.behaviour import behaviour_table
 from ..stats.claims import ClaimTable, read_claims
+from ..stats.estimates import retention
 from compassion_repro.stats.scores import (
     SCORE_COLUMNS,
     check_scores,
@@ -51,6 +52,11 @@ class StudyFiles:
         answers.
         """
         return None if self.answers is None else behaviour_table(self.answers)
+
+    @cached_property
+    def kept(self) -> pd.DataFrame:
+        "What each arm keeps of mid-training's gain by the first judge (`retention`), computed once."
+        return retention(self.lead, self.preset.statistics)
 
 # %% ../../nbs/07_store/06_results.ipynb #9609c33c
 @patch(as_prop=True)

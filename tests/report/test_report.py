@@ -2,6 +2,8 @@
 browser at desktop and phone width; bad input in one line.
 """
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -20,6 +22,8 @@ from conftest import assert_one_line, copy_study
 from compassion_repro import cli
 from compassion_repro.core.files import read_sealed, write_sealed
 from compassion_repro.report import page as report
+from compassion_repro.report.answer import answer
+from compassion_repro.stats.claims import read_claims
 
 HOSTILE = (
     "<script>window.planted = 1; document.title = 'planted'</script><img src=x onerror='window.planted ="
@@ -164,10 +168,14 @@ def page(rich) -> Tags:
 
 def test_a_run_leaves_a_report(finished):
     assert "report.html" in (finished.parent / "stdout.txt").read_text()
-    text = (finished / "report.html").read_text(encoding="utf-8")
-    assert (
-        "about the miniature world of this package, not about Llama" in text and "One training seed" in text
-    )
+    page = Tags((finished / "report.html").read_text(encoding="utf-8"))
+    text = "".join(page.text)
+    assert "about the miniature world of this package, not about Llama" in text
+    assert "One training seed: the verdicts are about these checkpoints" in text
+    links = [anchor["href"] for anchor in page.all("a") if "127.0.0.1" in anchor["href"]]
+    for link in links:
+        assert (finished / link.partition("#/logs/")[2].partition("/samples/")[0]).is_file(), link
+    assert len(links) > 20 and "inspect view --log-dir ." in text
 
 
 def test_everything_is_computed_again_without_torch(rich):
@@ -185,11 +193,10 @@ def test_everything_is_computed_again_without_torch(rich):
 
 
 def test_the_page_needs_nothing_from_elsewhere(rich, page):
-    assert (
-        not page.all("script")
-        and not page.all("iframe")
-        and [link["href"] for link in page.all("link")] == ["data:,"]
-    )
+    assert page.all("script") == [{}] and not page.all("iframe")  # ours, which the policy names
+    assert [link["href"] for link in page.all("link")] == ["data:,"]
+    policy = page.all("meta")[2]["content"]
+    assert policy.startswith("default-src 'none'") and "script-src 'sha256-" in policy
     assert len(page.all("img")) == len(report.pictures())
     for image in page.all("img"):
         assert (
@@ -197,20 +204,59 @@ def test_the_page_needs_nothing_from_elsewhere(rich, page):
             and len(image["alt"]) > 20
             and int(image["width"]) > 200
         )
-    assert all(anchor["href"].startswith("#") for anchor in page.all("a"))
+    begins = ("#", "data:text/csv;base64,")
+    assert all(anchor["href"].startswith(begins) for anchor in page.all("a"))
     assert "@import" not in "".join(page.text) and "url(" not in "".join(page.text)
     assert (rich / "report.html").stat().st_size < 5 * 2**20
 
 
 def test_the_page_can_be_found_ones_way_in(page):
     ids = [section["id"] for section in page.all("section")]
-    assert [anchor["href"][1:] for anchor in page.all("a")] == ids == list(report.SECTIONS)
+    anchors = [anchor["href"] for anchor in page.all("a")]
+    assert [href[1:] for href in anchors if href[0] == "#"] == ids == list(report.SECTIONS)
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
     assert levels.count(1) == 1 and all(after <= before + 1 for before, after in zip(levels, levels[1:]))
     assert page.all("html")[0]["lang"] == "en" and page.all("meta")[1]["name"] == "viewport"
     boxes = [box for box in page.all("div") if "scroll" in (box.get("class") or "").split()]
     # they can be scrolled from the keyboard
     assert len(boxes) >= 10 and all(box["tabindex"] == "0" and box["aria-label"] for box in boxes)
+
+
+def test_every_figure_and_table_gives_its_numbers(rich, page):
+    tables = {
+        anchor["download"].removeprefix(f"{rich.name}-"): pd.read_csv(
+            io.BytesIO(base64.b64decode(anchor["href"].partition(",")[2]))
+        )
+        for anchor in page.all("a")
+        if "download" in anchor
+    }
+    assert {f"figure-{name}.csv" for name in report.pictures()} <= set(tables)
+    assert len(tables["figure-margin.csv"]) == 72 and all(map(len, tables.values()))
+    claims = json.loads((rich / "claims.json").read_text())
+    assert len(tables["claims.csv"]) == len(claims)
+    assert {"judge", "no judge"} == set(tables["kept.csv"]["by"])
+
+
+def test_the_first_screen_answers(rich, page):
+    said = answer(read_claims(rich / "claims.json"))
+    text = " ".join("".join(page.text).split())
+    first = text[: text.index("The claims")]
+    for words in (said.headline, said.reason, *said.found, said.level, said.scope):
+        assert words in first, words
+    assert "What each arm keeps" in first and first.count("by the judge") >= 2
+    titles = [title for title, _ in page.tags if title == "title"]
+    assert len(titles) > 2  # the marks of the figure explain themselves
+
+
+def test_every_claim_is_a_row_and_terms_explain_themselves(page):
+    rows = "".join(page.text)
+    heads = [attributes for tag, attributes in page.tags if tag == "tbody"]
+    assert all(f"C{n} " in rows for n in range(1, 9)) and len(heads) > 9
+    meanings = {div["id"] for div in page.all("div") if "popover" in div}
+    asked = {button["popovertarget"] for button in page.all("button")}
+    assert asked <= meanings and {"term-sft", "term-judge"} <= asked
+    assert all(len(button["title"]) > 20 for button in page.all("button"))
+    assert "compassion-repro run --preset smoke" in rows  # what to run for what was not tested
 
 
 def test_what_models_and_judges_say_is_escaped(rich, page):
@@ -352,11 +398,41 @@ def test_the_page_in_a_browser(rich, tmp_path):
         assert (
             browser.evaluate(wide) >= 5
             and browser.evaluate(
-                "(() => { const b = document.querySelector('.picture'); b.scrollLeft = 99; return"
+                "(() => { const b = document.querySelector('#figure-scores .picture'); b.scrollLeft = 99; return"
                 " b.scrollLeft })()"
             )
             == 99
         )
+
+
+SHOWN = """(() => {
+  const visible = [...document.querySelectorAll('.sample:not([hidden]) .answer:not([hidden])')];
+  return [...new Set(visible.map(e => e.dataset.model))] })()"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser on this machine: apt-get install chromium")
+def test_answers_are_filtered_and_terms_open(rich, tmp_path):
+    def choose(name, value):
+        return (
+            f"(() => {{ const e = document.querySelector('.filter [name={name}]'); e.value = '{value}';"
+            " e.dispatchEvent(new Event('input', {bubbles: true})); return"
+            " document.querySelector('.filter output').textContent })()"
+        )
+
+    with Page(tmp_path / "profile") as browser:
+        browser.open(rich / "report.html", 390)
+        everything = browser.evaluate(choose("words", ""))
+        assert len(browser.evaluate(SHOWN)) > 3
+        browser.evaluate(choose("model", "mid-trained"))
+        assert browser.evaluate(SHOWN) == ["mid-trained"]
+        only = browser.evaluate(choose("benchmark", "MORU"))
+        assert only != everything and not only.startswith("0 ")
+        assert browser.evaluate(choose("words", "no answer says this")).startswith("0 of ")
+        term = "document.querySelector('.lead .term')"
+        browser.evaluate(f"{term}.click()")
+        opened = f"document.getElementById({term}.getAttribute('popovertarget')).matches(':popover-open')"
+        assert browser.evaluate(opened) and browser.trouble == []
+        assert browser.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no browser on this machine: apt-get install chromium")
