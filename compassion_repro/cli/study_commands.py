@@ -95,6 +95,8 @@ def _run_options(parser: argparse.ArgumentParser):
         " the cluster that RAY_ADDRESS names; ray:auto, ray:HOST:PORT, ray:8"
     )
     parser.add_argument("--engine", default="local", metavar="NAME", help=engine)
+    anew = "make every stage, also those that a study in the same folder has finished with equal settings"
+    parser.add_argument("--no-reuse", action="store_true", help=anew)
     later = "claims alone; figures and report.html are made later, by `compassion-repro report STUDY`"
     parser.add_argument("--no-report", action="store_true", help=later)
     cost_options(parser)
@@ -116,7 +118,7 @@ def run(args) -> int:
     preset = pipeline.choose_template(preset)
     _agree_to_judges(args, preset, folder)
     with talking() as (say, report):
-        options = (args.allow_unsafe_code, page, args.engine)
+        options = (args.allow_unsafe_code, page, args.engine, not args.no_reuse)
         study = pipeline.run(preset, folder, args.seeds, say, report, *options)
     print_claims(study.folder)
     show(f"\nscores, answers{', figures' if page else ''}: {study.folder}")
