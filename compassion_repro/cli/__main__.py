@@ -161,7 +161,9 @@ COUNTS = ("seeds", "epochs", "limit", "max_tokens", "batch_size")  # options tha
 
 def _act(words: list[str]) -> int:
     "Do what a command line asks; returns the exit status."
-    args = build_parser().parse_args(words)
+    parser = build_parser()
+    args = parser.parse_args(words)
+    args.parser = parser
     for name in COUNTS:
         value = getattr(args, name, None)
         if value is not None and value < 1:

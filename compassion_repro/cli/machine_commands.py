@@ -208,8 +208,7 @@ def _completion_options(parser: argparse.ArgumentParser):
 )
 def completion(args) -> int:
     "Print the completion script of a shell."
-    from compassion_repro.cli.__main__ import build_parser
     from compassion_repro.cli.completion import completion_script
 
-    sys.stdout.write(completion_script(build_parser(), args.shell) + "\n")
+    sys.stdout.write(completion_script(args.parser, args.shell) + "\n")
     return 0

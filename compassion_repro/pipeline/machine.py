@@ -140,7 +140,8 @@ def package_advice() -> str:  # empty where every package is in order
     stale = [
         name
         for name in ("torch", "numpy", "transformers", "pandas")
-        if name in sys.modules and sys.modules[name].__version__.partition("+")[0] != version(name).partition("+")[0]
+        if name in sys.modules
+        and sys.modules[name].__version__.partition("+")[0] != version(name).partition("+")[0]
     ]
     if stale:
         return (
