@@ -126,7 +126,7 @@ def _act(words: list[str]) -> int:
     args = build_parser().parse_args(words)
     for name in COUNTS:
         value = getattr(args, name, None)
-        if value is not None and value < 1:
+        if isinstance(value, int) and value < 1:
             option = f"--{name.replace('_', '-')}"
             raise InputError(f"{option} needs a number of at least 1, got {value}")
     return args.action(args)
