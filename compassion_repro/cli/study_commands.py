@@ -295,6 +295,8 @@ def _push_options(parser: argparse.ArgumentParser):
     parser.add_argument("--private", action="store_true", help="a new repository is private")
     adapter = "the adapter alone, where the study kept one"
     parser.add_argument("--adapter", action="store_true", help=adapter)
+    judge = "whose scores the card shows (default: the first of the preset's judges)"
+    parser.add_argument("--judge", metavar="ID", help=judge)
     dry = "print the card and the files, upload nothing"
     parser.add_argument("--dry-run", action="store_true", help=dry)
 
@@ -311,7 +313,7 @@ def push(args) -> int:
 
     what = (args.study, args.model, args.to, args.seed)
     say = lambda line: print(line, flush=True)
-    card.push(*what, args.private, args.dry_run, args.adapter, say=say)
+    card.push(*what, args.private, args.dry_run, args.adapter, say=say, judge=args.judge)
     return 0
 
 # %% ../../nbs/11_cli/03_study_commands.ipynb #9f0fe797
