@@ -21,7 +21,7 @@ from ..core.errors import InputError
 from ..core.files import write_atomically
 from . import answer, figures, forest, glossary, tables
 from .limitations import limitations
-from .pictures import Picture, draw_pictures, pictures
+from .pictures import Picture, draw_pictures
 from .retention import kept_rows, kept_sentence, kept_shares, kept_ticks
 from ..stats.claim_table import MEANINGS, SIGNS, ClaimTable
 from ..stats.verdicts import ClaimRecord

@@ -23,6 +23,7 @@ from compassion_repro import cli
 from compassion_repro.core.files import read_sealed, write_sealed
 from compassion_repro.report import page as report
 from compassion_repro.report.answer import answer
+from compassion_repro.report.pictures import pictures
 from compassion_repro.stats.claims import read_claims
 
 HOSTILE = (
@@ -184,7 +185,7 @@ def test_everything_is_computed_again_without_torch(rich):
         r["verdict"] != "not tested" for r in records
     )
     assert {p.name for p in (rich / "figures").iterdir()} == {
-        f"{name}.{kind}" for name in report.pictures() for kind in ("png", "svg")
+        f"{name}.{kind}" for name in pictures() for kind in ("png", "svg")
     }
     assert (
         "C1" in (rich.parent / "said.txt").read_text()
@@ -197,7 +198,7 @@ def test_the_page_needs_nothing_from_elsewhere(rich, page):
     assert [link["href"] for link in page.all("link")] == ["data:,"]
     policy = page.all("meta")[2]["content"]
     assert policy.startswith("default-src 'none'") and "script-src 'sha256-" in policy
-    assert len(page.all("img")) == len(report.pictures())
+    assert len(page.all("img")) == len(pictures())
     for image in page.all("img"):
         assert (
             image["src"].startswith("data:image/svg+xml;base64,")
@@ -230,7 +231,7 @@ def test_every_figure_and_table_gives_its_numbers(rich, page):
         for anchor in page.all("a")
         if "download" in anchor
     }
-    assert {f"figure-{name}.csv" for name in report.pictures()} <= set(tables)
+    assert {f"figure-{name}.csv" for name in pictures()} <= set(tables)
     assert len(tables["figure-margin.csv"]) == 72 and all(map(len, tables.values()))
     claims = json.loads((rich / "claims.json").read_text())
     assert len(tables["claims.csv"]) == len(claims)
@@ -375,7 +376,7 @@ def test_the_page_in_a_browser(rich, tmp_path):
             assert browser.evaluate(
                 "[...document.images].every(i => i.complete && i.naturalWidth > 100) &&"
                 " document.images.length"
-            ) == len(report.pictures())
+            ) == len(pictures())
             # no page that scrolls sideways
             assert browser.evaluate("document.documentElement.scrollWidth") <= width
             outside = browser.evaluate(
