@@ -53,7 +53,7 @@ def test_leaks_and_faults_are_listed_and_end_with_status_1(tmp_path, capsys):
     assert cli.main(["value", "check", str(own), "--rows", str(rows)]) == 1
     said = capsys.readouterr().out
     for line in (
-        "admitting-1: the continuations have 26 and 4 words",
+        "admitting-1: the continuations have 25 and 4 words",
         "'Admiting' is no dimension of this value",
         f"the value of correcting-4 is quoted in row 1 of {rows}",
         "3 to put right",
