@@ -43,13 +43,16 @@ if _is_program():
 
 # %% ../../nbs/11_cli/06_program.ipynb #7e51a103
 from .. import __version__
-from . import evaluation_commands, machine_commands, study_commands
+from . import audit_commands, evaluation_commands, machine_commands, study_commands
 from .command import Command
 from .terminal import print
 from ..core.errors import InputError, redact, redact_error, top_line
 
 # %% ../../nbs/11_cli/06_program.ipynb #0daf48ee
-COMMANDS = study_commands.COMMANDS | evaluation_commands.COMMANDS | machine_commands.COMMANDS  # as `--help`
+_MODULES = (study_commands, evaluation_commands, audit_commands, machine_commands)  # as `--help`
+COMMANDS: dict[str, Command] = {}
+for _module in _MODULES:
+    COMMANDS |= _module.COMMANDS
 
 # %% ../../nbs/11_cli/06_program.ipynb #e7fa35a7
 class _Parser(argparse.ArgumentParser):
@@ -77,6 +80,7 @@ EPILOG = """examples:
   compassion-repro claims studies/tiny                     the verdict on each claim
   compassion-repro report studies/tiny                     claims, figures and report.html again, from the scores
   compassion-repro eval MODEL --bench tiny-anima --judge indicator --out evals/mine
+  compassion-repro audit BEFORE AFTER                      is a value still there after some training?
   compassion-repro judge studies/tiny --judge strict       the same answers under another judge
   compassion-repro export studies/tiny --to csv            a row for each answer with its scores
   compassion-repro push studies/tiny mid --to me/mid       publish a model with its card (--dry-run shows it first)
@@ -122,7 +126,7 @@ def _act(words: list[str]) -> int:
     args = build_parser().parse_args(words)
     for name in COUNTS:
         value = getattr(args, name, None)
-        if value is not None and value < 1:
+        if isinstance(value, int) and value < 1:
             option = f"--{name.replace('_', '-')}"
             raise InputError(f"{option} needs a number of at least 1, got {value}")
     return args.action(args)

@@ -18,7 +18,7 @@ from ..core.errors import InputError
 from ..core.files import is_local
 from ..data import hub, pocket, world
 from ..evaluation.cost import estimate_study, load_prices
-from ..store.graph import Stage, graph
+from ..store.graph import Seeds, Stage, graph
 from compassion_repro.study import (
     Benchmark,
     DataSource,
@@ -360,7 +360,7 @@ def _stage_record(preset: Preset, stage: Stage, answers: int | None, judging: di
 # %% ../../nbs/09_pipeline/00_plan.ipynb #b95e126d
 def plan(
     preset: Preset,  # the study
-    seeds: int = 1,  # how many seeds
+    seeds: Seeds = 1,  # how many seeds, or which
     table: dict[str, tuple[float, float]] | None = None,  # prices of judges; default: the package's
     stages: list[Stage] | None = None,  # its graph of so many seeds, where it is at hand
     # one record a stage: stage, kind, seed, rows, steps, tokens, answers, judge_calls, cost (dollars),
