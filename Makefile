@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help repro confirm pocket test notebooks tests check export readme figures base install bench faults audit clean
+.PHONY: help repro confirm pocket test notebooks tests check export readme figures base install bench faults audit docs clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -77,6 +77,11 @@ faults: $(READY) ## break it on purpose: 100 studies killed and started again, e
 
 audit: $(READY)  ## look the pinned dependencies up among the known vulnerabilities (network)
 	$(BIN)/python tools/audit.py
+
+docs: $(READY)   ## the documentation site from the notebooks into build/site, its links checked
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python tools/docs.py
+	@echo "the site is in build/site: python -m http.server --directory build/site"
 
 clean:           ## remove what was built (studies stay)
 	rm -rf build dist *.egg-info _proc .pytest_cache

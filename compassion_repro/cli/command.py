@@ -4,13 +4,17 @@
 
 # %% auto #0
 __all__ = ['Command', 'register', 'study_argument', 'set_option', 'seeds_of', 'study_options', 'prices_option', 'cost_options',
-           'prepare_libraries']
+           'prepare_libraries', 'read_env_file']
 
 # %% ../../nbs/11_cli/02_command.ipynb #fedd2504
 import argparse
+import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
+
+from ..core.errors import InputError, first_line
 
 # %% ../../nbs/11_cli/02_command.ipynb #485dbd6f
 class Command(NamedTuple):
@@ -92,3 +96,24 @@ def prepare_libraries():
     from compassion_repro.presets import load_preset
 
     stages.prepare(load_preset("tiny"))
+
+# %% ../../nbs/11_cli/02_command.ipynb #d753487c
+_SERVICE = re.compile(r"\w*(_API_KEY|_TOKEN|_ACCESS_KEY|_ACCESS_KEY_ID|_BASE_URL|_ENDPOINT)")
+
+
+def read_env_file(
+    folder: str | Path = ".",  # where the file `.env` may be
+) -> list[str]:  # names of the variables that were set
+    "Set the keys and addresses of services that `.env` has and the environment has not."
+    file = Path(folder) / ".env"
+    if not file.is_file():
+        return []
+    from dotenv import dotenv_values
+
+    try:
+        values = dotenv_values(file, interpolate=False)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f".env cannot be read ({first_line(error)}): mend it, or move it away") from None
+    new = {n: v for n, v in values.items() if v and _SERVICE.fullmatch(n) and n not in os.environ}
+    os.environ.update(new)
+    return list(new)

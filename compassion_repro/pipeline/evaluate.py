@@ -74,11 +74,23 @@ def _try_benchmarks(setup: Setup, say: Callable[[str], None]) -> dict:  # Loaded
             say(f"warning: {name}: {remark}")
     return tasks
 
+# %% ../../nbs/09_pipeline/14_evaluate.ipynb #64c56871
+def _no_judge(tasks: dict) -> str:
+    """A judge that costs nothing and is asked nothing; raises `InputError` where a benchmark needs one, since
+    none has a default.
+    """
+    if judged := [name for name, task in tasks.items() if not task.own]:
+        raise InputError(
+            f"{', '.join(judged)} {'is' if len(judged) == 1 else 'are'} scored by a judge: name one with"
+            " --judge, such as indicator or google/gemini-2.5-flash-lite"
+        )
+    return "indicator"
+
 # %% ../../nbs/09_pipeline/14_evaluate.ipynb #b1d511c8
 def evaluate_models(
     models: list[str],  # folders, adapter folders, hub ids, Inspect model ids
     benchmarks: list[str],  # names, see `evaluation.benchmarks.named_benchmark`, or tasks of inspect_evals
-    judges: str,  # one judge or several with commas
+    judges: str | None,  # one judge or several with commas; None where no benchmark needs one
     out: str | Path,  # evaluation folder, new or to be carried on
     generation: Generation = Generation(),  # how the models answer
     seed: int = 1,  # of the draws
@@ -97,7 +109,8 @@ def evaluate_models(
     from compassion_repro.evaluation.benchmark_data import language_code
     from compassion_repro.pipeline.preflight import look_at_judge
 
-    folder, named = Path(out), [*judge_names(judges), *filter(None, [judging.get("substitute")])]
+    folder = Path(out)
+    named = [*(judge_names(judges) if judges else []), *filter(None, [judging.get("substitute")])]
     _check_names(models, named)
     sections, called = _find_benchmarks(benchmarks, epochs)
     if any(sections.values()):
@@ -108,6 +121,7 @@ def evaluate_models(
     weights = {model: weights_identity(model, generation.template) for model in models}
     setup = Setup(sections, called, generation, seed, codes, limit, epochs, weights)
     tasks = _try_benchmarks(setup, say)
+    judges = judges or _no_judge(tasks)
     with Study(folder).lock("eval", say):
         setup = record_setup(folder, setup)
         generate(folder, setup, models, {name: tasks[name] for name in sections}, say, report, python)

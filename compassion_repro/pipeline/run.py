@@ -26,6 +26,7 @@ from ..store.checks import check_for_report, check_passes, note_sources_of_table
 from ..store.folder import Study
 from ..store.graph import Seeds, Stage, data_settings, seed_numbers, source_settings
 from ..store.registration import analysis_of, changes, concerning, read_registration
+from ..store.reuse import reuse_stages
 from ..study import Preset
 from ..study.arms import REWARD_MODEL, measured
 
@@ -155,6 +156,7 @@ def run(
     unsafe: bool = False,  # run model-written code even without a jail
     page: bool = True,  # draw the figures and write the report
     engine: str = "local",  # local, ray, or ray:WHERE, see `ray_engine.pick_engine`
+    reuse: bool = False,  # take over equal stages of studies in the same folder, see `store.reuse`
 ) -> Study:  # finished
     """Run a study, or carry on with one.
 
@@ -171,6 +173,8 @@ def run(
         say(line)
     _say_jail(left_out, unsafe, say)
     pending = take_stock(study, preset, wanted, say, report, every)
+    if reuse:
+        pending = reuse_stages(study, pending, say)
     say(f"{study.folder}: {len(wanted)} stages, {len(wanted) - len(pending)} done, {len(pending)} to run")
     with raise_on_signal():
         if pending:

@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from ..core.errors import InputError
 from ..core.files import digest, is_local, path_digest
 from ..data import hub, pocket, world
+from ..data.values import find_value
 from compassion_repro.study import (
     DETERMINISTIC,
     Benchmark,
@@ -68,6 +69,8 @@ def source_digest(
                 f"unknown embedded source {source!r}: choose one of {', '.join(sorted(EMBEDDED))}"
             )
         return f"{source}#{_embedded_digest(source.removeprefix('world:'))}"
+    if source.startswith("value:"):
+        return f"{source}#{path_digest(find_value(source))}"
     if source.startswith("pocket:"):
         files = pocket.corpus_files(source.removeprefix("pocket:"))
         return f"{source}#{digest([path_digest(file) for file in files])}"
@@ -301,10 +304,15 @@ def pair_digests(
     preset: Preset,  # the study
 ) -> dict[str, str]:  # source of pairs -> identity
     "What the matched pairs hold that the measure without a judge is made on."
-    files = {name: world.assets() / "margin" / f"{name}.yaml" for name in preset.margin.pairs}
+    files = {}
+    for name in preset.pair_sources:
+        if name.startswith("value:"):
+            files[name] = find_value(name)
+        else:
+            files[name] = world.assets() / "margin" / f"{name}.yaml"
     if "world" in files:
         files["world"] = world.assets() / "world" / "bank.yaml"
-    return {name: path_digest(files[name]) for name in preset.margin.pairs}
+    return {name: path_digest(file) for name, file in files.items()}
 
 # %% ../../nbs/07_store/00_graph.ipynb #89697a11
 def _probe_stages(preset: Preset, seed: int, measured: list[Stage], mid: Stage) -> list[Stage]:
