@@ -19,7 +19,7 @@ import yaml
 
 from ..core.errors import InputError
 from ..core.files import write_atomically
-from . import answer, figures, forest, glossary, tables
+from . import answer, figures, forest, glossary, tables, tradeoff
 from .limitations import limitations
 from .pictures import Picture, draw_pictures
 from .retention import kept_rows, kept_sentence, kept_shares, kept_ticks
@@ -31,6 +31,7 @@ from ..store.results import StudyFiles, read_study_files
 SECTIONS = {
     "verdicts": "The claims",
     "scores": "Scores",
+    "tradeoff": "Value against skill",
     "moved": "What moved besides",
     "answers": "Answers side by side",
     "judges": "Judges",
@@ -172,6 +173,13 @@ def _log_links(files: StudyFiles, logs: Mapping) -> Callable[[dict, dict], str]:
 
     return link
 
+# %% ../../nbs/08_report/10_page.ipynb #13d2e282
+def _weighed(files: StudyFiles) -> list:
+    "Title and table of a study's trade-off and half-lives; none where it has no points of its arms."
+    if not files.preset.points:
+        return []
+    return tradeoff.titled_tables(tradeoff.tradeoff(files), tradeoff.study_half_lives(files))
+
 # %% ../../nbs/08_report/10_page.ipynb #372b0637
 def _hash_of(script: str) -> str:
     "How a page's policy names a script that it allows."
@@ -200,13 +208,14 @@ def render(
     logs: Mapping[tuple[str, int, str], str] = {},  # from `inspect_logs`
 ) -> str:  # HTML
     "The page of a study."
-    missing = answer.untested(files.claims, files.preset)
+    missing, weighed = answer.untested(files.claims, files.preset), _weighed(files)
     return _environment().render(
         files=files,
         first=_first_screen(files),
         pictures=drawn,
         tables=_tables(files),
-        sections=SECTIONS,
+        sections={name: title for name, title in SECTIONS.items() if weighed or name != "tradeoff"},
+        weighed=weighed,
         lines=claim_lines(files),
         missing=missing,
         to_test=answer.untested_command(missing, files.preset, len(files.seeds)),

@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..core.errors import InputError
 from ..paper import of_papers_model
-from . import diagnostics, figures, forest, tables
+from . import diagnostics, figures, forest, tables, tradeoff
 from .looks import save_figure
 from .retention import plot_retention
 from ..stats.means import model_means
@@ -40,12 +40,12 @@ class Picture:
 
 # %% ../../nbs/08_report/09_pictures.ipynb #88f49d76
 def _lead(files: StudyFiles):
-    "The scores of the first judge: a figure shows one judge at a time."
+    "The scores of the first judge: a figure shows one judge at a time, and points of arms have figures of their own."
     if not files.judges:
         raise InputError("the study has no benchmark, so nothing was scored")
     if files.lead["score"].isna().all():
         raise InputError(f"not one answer was graded by {files.judges[0]}")
-    return files.lead
+    return files.lead[~files.lead["model"].isin(files.preset.points)]
 
 # %% ../../nbs/08_report/09_pictures.ipynb #ca3daadc
 def _kept(files: StudyFiles) -> pd.DataFrame:
@@ -168,6 +168,30 @@ def _behaviour_pictures() -> dict[str, Picture]:
         ),
     }
 
+# %% ../../nbs/08_report/09_pictures.ipynb #7b20d012
+def _weighing_pictures(files: StudyFiles) -> dict[str, Picture]:
+    "Value along the trainings and against skill, of a study that has points of its arms."
+    if not files.preset.points:
+        return {}
+    return {
+        "decay": Picture(
+            "The value along each training",
+            "Where a line falls below the dashed one, half of what mid-training added is gone; its band is the 95 %"
+            " interval.",
+            "Share of what mid-training added that each arm keeps, by optimiser step, a panel a measure.",
+            lambda f: tradeoff.plot_decay(tradeoff.study_curve(f)),
+            tradeoff.study_curve,
+        ),
+        "tradeoff": Picture(
+            "Value kept against skill gained",
+            "Right is more skill in the arm’s own domain, up is more of the value. A remedy is worth having where its"
+            " point lies above the line from the start (top left) to the arm that nothing was done to.",
+            "Share of mid-training that is kept against skill gained, a point an arm or a point of one.",
+            lambda f: tradeoff.plot_tradeoff(tradeoff.tradeoff(f)),
+            tradeoff.tradeoff,
+        ),
+    }
+
 # %% ../../nbs/08_report/09_pictures.ipynb #c2bff4ca
 def _training_pictures() -> dict[str, Picture]:
     "Whether the arms were trained."
@@ -218,7 +242,7 @@ def draw_pictures(
 
     Raises `InputError` where the folder cannot be written.
     """
-    drawn = pictures()
+    drawn = pictures() | _weighing_pictures(files)
     for name, picture in drawn.items():
         report(f"figure {name}")
         try:

@@ -111,7 +111,7 @@ def _free_shares(files: StudyFiles) -> pd.DataFrame:
 def kept_shares(
     files: StudyFiles,  # of a study
 ) -> pd.DataFrame:  # KEPT_COLUMNS: share, low and high in percent; level is what the interval is about
-    "What each arm keeps of mid-training's gain, by the judge and without one; null where it cannot be given."
+    "What each arm keeps of mid-training's gain, by the judge and without one; null where it cannot be given; without points of arms."
     parts = []
     if files.judges and files.lead["score"].notna().any():
         parts.append(_judged_shares(files))
@@ -119,7 +119,10 @@ def kept_shares(
     if files.margins is not None and known & set(files.margins["source"]):
         parts.append(_free_shares(files))
     parts = [part for part in parts if len(part)]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=KEPT_COLUMNS)
+    if not parts:
+        return pd.DataFrame(columns=KEPT_COLUMNS)
+    shares = pd.concat(parts, ignore_index=True)
+    return shares[~shares["model"].isin(files.preset.points)].reset_index(drop=True)
 
 # %% ../../nbs/08_report/03_retention.ipynb #8a51c004
 def _share_text(row) -> str:
