@@ -516,3 +516,11 @@ def test_a_new_preset_overwrites_nothing(name, words, tmp_path, capsys, monkeypa
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [
         ("mine.yaml", "extends: paper\n")
     ]
+
+
+def test_a_plan_in_a_narrow_terminal_cuts_no_name(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["plan", "--preset", "smoke"]) == 0
+    tables = capsys.readouterr().out.partition("\nstages:")[2]
+    assert "answers-sft-help@base" in tables and "activations" in tables and "…" not in tables
+    assert max(map(len, tables.splitlines())) <= 80
