@@ -243,7 +243,7 @@ def test_equal_stages_of_a_neighbour_are_taken_over(study_copy, capsys):
     words = ["run", "--preset", "smoke", "--out", str(other), "--no-report", *settings()]
     assert cli.main(words) == 0
     said = capsys.readouterr().out
-    assert f"stages are equal to those of {study_copy.name} and taken over: base, mid" in said, said
+    assert f"stages are equal to those of {study_copy.name} and taken over: base, answers-base" in said, said
     assert "(--no-reuse makes them anew)" in said and "[1/" not in said
     weights = [folder / "seed-1" / "mid" / "model.safetensors" for folder in (study_copy, other)]
     assert weights[0].samefile(weights[1]) and same_scores(study_copy, other)
