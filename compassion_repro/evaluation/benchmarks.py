@@ -262,7 +262,7 @@ def named_benchmark(
             )
     elif name not in OFFICIAL and not data:
         return None
-    task = "moru" if name == "moru" else "anima"
+    task = "moru" if name in ("moru", "moru-2") else "anima"
     source = data or f"{OFFICIAL[name]}@{PINS[OFFICIAL[name]]}"
     return name, Benchmark(task=task, data=source, **({} if epochs is None else {"epochs": epochs}))
 

@@ -18,7 +18,7 @@ from ..core.errors import InputError
 from ..core.files import is_local
 from ..data import hub, pocket, world
 from ..evaluation.cost import estimate_study, load_prices
-from ..store.graph import Stage, graph
+from ..store.graph import Seeds, Stage, graph
 from compassion_repro.study import (
     Benchmark,
     DataSource,
@@ -356,7 +356,7 @@ def _stage_record(preset: Preset, stage: Stage, answers: int | None, judging: di
 # %% ../../nbs/09_pipeline/00_plan.ipynb #b95e126d
 def plan(
     preset: Preset,  # the study
-    seeds: int = 1,  # how many seeds
+    seeds: Seeds = 1,  # how many seeds, or which
     table: dict[str, tuple[float, float]] | None = None,  # prices of judges; default: the package's
     stages: list[Stage] | None = None,  # its graph of so many seeds, where it is at hand
     # one record a stage: stage, kind, seed, rows, steps, tokens, answers, judge_calls, cost (dollars),
@@ -448,8 +448,8 @@ def _stage_rows(records: list[dict]) -> tuple[list[str], list[list]]:
     columns = ["seed", "stage", *_COUNTED, "disk_gb"]
 
     def cell(column, value):
-        "A value as it is printed; next to no disk is none."
-        if value is None or column == "disk_gb" and value < 0.005:
+        "A value as it is printed; next to no disk is none, and a free judge costs nothing."
+        if value is None or column in ("disk_gb", "cost") and value < 0.005:
             return None
         return round(value, 2) if isinstance(value, float) else value
 
