@@ -39,6 +39,7 @@ HEAVY = {
     "evaluation.judges",
     "evaluation.replies",
     "evaluation.scoring",
+    "evaluation.values",
     "training.adapters",
     "training.advantages",
     "training.checkpoints",

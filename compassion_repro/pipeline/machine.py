@@ -374,7 +374,8 @@ def _hours(preset: Preset, machine: Machine) -> float | None:
 def _rubric_is_on_hub(benchmark: study.Benchmark) -> bool:
     "Whether a benchmark's rubric is a published one, and not the package's or a folder's."
     data = benchmark.data
-    return bool(benchmark.judged and not data.startswith("world:") and not Path(data).expanduser().exists())
+    packaged = benchmark.judged and data.startswith(("world:", "value:"))
+    return bool(benchmark.judged and not packaged and not Path(data).expanduser().exists())
 
 # %% ../../nbs/09_pipeline/04_machine.ipynb #8acdf107
 def blind_judges(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOVED', 'SHADES', 'SYMBOLS', 'CLASSES', 'SIGNS', 'short_names', 'with_interval', 'checkpoint_sentence',
-           'checkpoint_table', 'group_table', 'behaviour_frame', 'benchmark_frame', 'plot_differences', 'plot_course',
-           'render_audit', 'write_audit_page']
+           'checkpoint_table', 'group_table', 'specificity_table', 'behaviour_frame', 'benchmark_frame',
+           'plot_differences', 'plot_course', 'render_audit', 'write_audit_page']
 
 # %% ../../nbs/08_report/09_audit_page.ipynb #7a494a8f
 import tempfile
@@ -32,7 +32,7 @@ def short_names(
             return ends
     return {model: model for model in parts}
 
-# %% ../../nbs/08_report/09_audit_page.ipynb #a6447634
+# %% ../../nbs/08_report/09_audit_page.ipynb #1304d240
 def with_interval(
     found: dict,  # estimate, low, high
     digits: int = 3,
@@ -49,7 +49,9 @@ def checkpoint_sentence(
 ) -> str:
     "One checkpoint's word with everything that it rests on."
     level, unit = f"{100 * record['confidence']:g} % interval", record["unit"]
-    said = f"{own['verdict']}: {with_interval(own['difference'])} {unit} ({level}, tolerance {record['tolerance']:g})"
+    value = f"{own['value']} {own['verdict']}" if own["verdict"] != UNSURE else f"{UNSURE} ({own['value']})"
+    said = f"{value}: {with_interval(own['difference'])} {unit}"
+    said += f" ({level}, tolerance {record['tolerance']:g})"
     if own["certain"] and own["verdict"] == UNSURE:
         said += f"; a {own['certain']} is certain, not whether it is beyond the tolerance"
     if own["certain"] == "loss" and own["verdict"] == KEPT:
@@ -58,7 +60,7 @@ def checkpoint_sentence(
         said += f"; {own['retention']['words']} of before − base is left"
     return said
 
-# %% ../../nbs/08_report/09_audit_page.ipynb #fae55d0b
+# %% ../../nbs/08_report/09_audit_page.ipynb #4b3de577
 def checkpoint_table(
     record: dict,  # from `pipeline.audit.audit`
 ) -> pd.DataFrame:  # columns of text, a row a checkpoint after
@@ -67,11 +69,12 @@ def checkpoint_table(
     rows = [
         {
             "checkpoint": short[own["model"]],
+            "value": own["value"],
             "verdict": own["verdict"],
             f"after − before, {record['unit']}": with_interval(own["difference"]),
             "left of before − base": own["retention"]["words"] if own["retention"] else "",
             "KL from before, nats a token": "" if own["kl"] is None else f"{own['kl']:.3f}",
-            "margin": f"{record['margins'][own['model']]:+.3f}".replace("-", "−"),
+            "margin": f"{own['margin']:+.3f}".replace("-", "−"),
             "pairs": f"{own['difference']['items']}",
         }
         for own in record["checkpoints"]
@@ -88,6 +91,7 @@ def group_table(
     rows = [
         {
             "checkpoint": short[own["model"]],
+            "value": own["value"],
             "by": group["group"],
             "of": group["name"],
             "after − before": with_interval(group),
@@ -95,6 +99,22 @@ def group_table(
         }
         for own in record["checkpoints"]
         for group in own["groups"]
+    ]
+    return pd.DataFrame(rows)
+
+# %% ../../nbs/08_report/09_audit_page.ipynb #92404e35
+def specificity_table(
+    record: dict,  # from `pipeline.audit.audit`
+) -> pd.DataFrame:  # columns of text, a row a checkpoint and other value
+    "How much more the first value changed than each other one."
+    short = short_names(list(record["margins"]))
+    rows = [
+        {
+            "checkpoint": short[row["model"]],
+            "changes compared": f"{row['first']} − {row['other']}",
+            f"difference, {record['unit']}": with_interval(row),
+        }
+        for row in record["specificity"]
     ]
     return pd.DataFrame(rows)
 
@@ -162,14 +182,15 @@ def _mark_zero(line, tolerance: float):
     line(0, color="black", linewidth=0.8)
     line(-tolerance, color="black", linewidth=0.8, linestyle="--")
 
-# %% ../../nbs/08_report/09_audit_page.ipynb #bf331bea
+# %% ../../nbs/08_report/09_audit_page.ipynb #f418c2ff
 def plot_differences(
     record: dict,  # from `pipeline.audit.audit`
 ):  # a matplotlib figure
     "Differences with intervals: a row a checkpoint, under it its sets and languages; dashed: the tolerance."
     short, rows = short_names(list(record["margins"])), []
     for own in record["checkpoints"]:
-        rows.append((short[own["model"]], own["difference"], own["verdict"], True))
+        name = short[own["model"]] + (f", {own['value']}" if len(record["values"]) > 1 else "")
+        rows.append((name, own["difference"], own["verdict"], True))
         groups = [g for g in own["groups"] if g["group"] != "dimension"]
         rows += [(f"{g['group']}: {g['name']}", g, own["verdict"], False) for g in groups]
     with new_figure(1, 1, (7, 1.2 + 0.32 * len(rows))) as (figure, [[axis]]):
@@ -182,29 +203,36 @@ def plot_differences(
     return figure
 
 
+def _draw_course(axis, record: dict, value: str, style: str):
+    "The course of one value."
+    own = [part for part in record["checkpoints"] if part["value"] == value]
+    estimates = [0, *(part["difference"]["estimate"] for part in own)]
+    axis.plot(range(len(own) + 1), estimates, style, color="#444444", linewidth=1, label=value)
+    for place, part in enumerate(own, 1):
+        found, colour = part["difference"], SHADES[part["verdict"]]
+        if found["low"] is not None:
+            axis.plot([place] * 2, [found["low"], found["high"]], color=colour, linewidth=3)
+        axis.plot([place], [found["estimate"]], SYMBOLS[part["verdict"]], color=colour)
+
+
 def plot_course(
     record: dict,  # from `pipeline.audit.audit`
 ):  # a matplotlib figure
-    "The difference over several checkpoints in their order; dashed: the tolerance."
+    "The difference over several checkpoints in their order, a line a value; dashed: the tolerance."
     short = short_names(list(record["margins"]))
+    models = list(dict.fromkeys(own["model"] for own in record["checkpoints"]))
     with new_figure(1, 1, (7, 3.2)) as (figure, [[axis]]):
-        found = [own["difference"] for own in record["checkpoints"]]
-        axis.plot(
-            range(len(found) + 1), [0, *(own["estimate"] for own in found)], color="#444444", linewidth=1
-        )
-        for place, own in enumerate(record["checkpoints"], 1):
-            low, high = own["difference"]["low"], own["difference"]["high"]
-            colour = SHADES[own["verdict"]]
-            if low is not None:
-                axis.plot([place] * 2, [low, high], color=colour, linewidth=3)
-            axis.plot([place], [own["difference"]["estimate"]], SYMBOLS[own["verdict"]], color=colour)
-        names = [short[record["before"]], *(short[own["model"]] for own in record["checkpoints"])]
+        for value, style in zip(record["values"], ("-", ":", "-.", "--") * len(record["values"])):
+            _draw_course(axis, record, value, style)
+        names = [short[model] for model in (record["before"], *models)]
         axis.set_xticks(range(len(names)), names, rotation=20, ha="right")
         _mark_zero(axis.axhline, record["tolerance"])
         axis.set_ylabel(f"margin − before, {record['unit']}")
+        if len(record["values"]) > 1:
+            axis.legend(frameon=False)
     return figure
 
-# %% ../../nbs/08_report/09_audit_page.ipynb #bf0ce693
+# %% ../../nbs/08_report/09_audit_page.ipynb #da824aca
 CLASSES = {KEPT: "supported", UNSURE: "inconclusive", WORN: "contradicted"}  # CSS class of a word
 SIGNS = {KEPT: "●", UNSURE: "▲", WORN: "■"}
 
@@ -212,7 +240,7 @@ SIGNS = {KEPT: "●", UNSURE: "▲", WORN: "■"}
 def _figures(record: dict) -> list[dict]:
     "The figures as data URIs."
     drawn = [(plot_differences, "Differences with their intervals; the dashed line is the tolerance.")]
-    if len(record["checkpoints"]) > 1:
+    if len({own["model"] for own in record["checkpoints"]}) > 1:
         drawn.append(
             (plot_course, "The difference over the checkpoints, in the order in which they were named.")
         )
@@ -223,7 +251,7 @@ def _figures(record: dict) -> list[dict]:
             pictures.append(inline_picture(svg) | {"alt": text})
     return pictures
 
-# %% ../../nbs/08_report/09_audit_page.ipynb #aeee22e1
+# %% ../../nbs/08_report/09_audit_page.ipynb #3b6b28e0
 def render_audit(
     record: dict,  # from `pipeline.audit.audit`
 ) -> str:  # HTML
@@ -240,6 +268,7 @@ def render_audit(
         sentences=[checkpoint_sentence(record, own) for own in record["checkpoints"]],
         checkpoints=checkpoint_table(record),
         groups=group_table(record),
+        specificity=specificity_table(record),
         behaviour=behaviour_frame(record),
         benchmarks=benchmark_frame(record),
         pictures=_figures(record),

@@ -43,14 +43,16 @@ def models(tmp_path_factory):
 def test_an_adapter_on_its_base_with_a_benchmark(models, tmp_path, capsys):
     words = ["world:base", str(models / "adapter"), *SMALL, "--out", str(tmp_path / "out")]
     bench = ["--bench", "tiny-anima", "--judge", "indicator", "--limit", "2", "--epochs", "1"]
-    status = cli.main(["audit", *words, *bench, "--json"])
+    status = cli.main(["audit", *words, *bench, "--value", "compassion,honesty", "--json"])
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "out" / "audit.json").read_text(encoding="utf-8"))
-    [own] = printed["checkpoints"]
+    own, honest = printed["checkpoints"]
+    assert (own["value"], honest["value"]) == ("compassion", "honesty") and len(printed["specificity"]) == 1
+    assert printed["pairs"]["honesty"] == honest["difference"]["items"] == 40
     assert status == printed["status"] in (0, 3, 4) and own["kl"] > 0 and own["difference"]["estimate"] != 0
     assert {row["benchmark"] for row in printed["benchmarks"]} == {"anima"}
     table = pd.read_parquet(tmp_path / "out" / "margins.parquet")
-    means = table.groupby("model", sort=False)["margin"].mean()
+    means = table[table["value"] == "compassion"].groupby("model", sort=False)["margin"].mean()
     assert own["difference"]["estimate"] == pytest.approx(means.iloc[1] - means.iloc[0])
     page = (tmp_path / "out" / "audit.html").read_text(encoding="utf-8")
     assert own["verdict"] in page and "ANIMA" not in page and "anima" in page
@@ -76,6 +78,7 @@ def test_other_tokenizers_are_compared_by_the_byte(models, tmp_path, capsys, mon
         (["./nowhere"], "unknown model './nowhere'"),
         (["world:base", "--pairs", "writen"], "unknown pairs 'writen'"),
         (["world:base", "--pairs", "world,world"], "named twice"),
+        (["world:base", "--value", "courage"], "unknown value 'courage'"),
         (["world:base", "--tolerance", "-0.1"], "--tolerance is a loss"),
         (["world:base", "--confidence", "95"], "--confidence is between 0 and 1"),
         (["world:base", "--bench", "hellaswag"], "--bench and --judge go together"),
