@@ -20,7 +20,7 @@ from compassion_repro.cli.command import (
     study_argument,
     study_options,
 )
-from .terminal import asking, fitting_table, print, show, talking, text_width
+from .terminal import asking, fitting_table, plain_table, print, show, talking, text_width
 from ..core.errors import InputError, redact
 
 # %% ../../nbs/11_cli/03_study_commands.ipynb #7c4413be
