@@ -125,7 +125,7 @@ def _credited(answers: pd.DataFrame, scores: pd.DataFrame | None, pattern: re.Pa
     if "judge" in scores and scores["judge"].nunique() > 1:
         raise InputError("scores of several judges: choose one, an answer has one class")
     overall = scores[scores["dimension"] == "overall"].set_index(_KEYS)["score"]
-    return answers.join(overall, on=_KEYS)["score"].fillna(0).gt(0).to_numpy()
+    return answers[_KEYS].join(overall, on=_KEYS)["score"].fillna(0).gt(0).to_numpy()
 
 
 def outcomes(
@@ -151,7 +151,7 @@ def outcome_shares(
     """Shares of the classes, and the mean score (percent) of what is left without refusals and incoherent
     answers; null without scores.
     """
-    named = answers.assign(outcome=outcomes(answers, scores, pattern))
+    named = answers[_KEYS].assign(outcome=outcomes(answers, scores, pattern))
     if scores is not None:
         overall = scores[scores["dimension"] == "overall"].set_index(_KEYS)["score"]
         named = named.join(overall.rename("score"), on=_KEYS)

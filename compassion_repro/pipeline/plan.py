@@ -228,7 +228,7 @@ def _stage_disk(preset: Preset, record: dict, shape) -> float:
     "GB of 2**30 bytes that a finished stage leaves, without what it links to."
     if record["kind"] == "eval":
         return CALL_GB * (record["judge_calls"] or 0)
-    if record["kind"] not in TRAINING or shape is None:
+    if record["kind"] not in (*TRAINING, "point") or shape is None:
         return 0.0
     how = memory.held(preset, "cuda" if preset.compute.device == "cuda" else "cpu")
     if how.quantize != "nf4":
@@ -310,18 +310,22 @@ def _training_record(preset: Preset, stage: Stage) -> dict:
     training = preset.training_of(arm) if arm else preset.midtrain
     rows, size = corpus_rows(source, training.rows, training.limit), training.batch_size * training.length
     size *= 1 + isinstance(training, Dpo)  # a pair is two sequences
+    longest = max(1, *preset.doses_of(arm), 0) if arm else 1
     if training.dose != "full":
-        return {"rows": rows, "steps": training.steps, "tokens": training.steps * size}
+        steps = round(longest * training.steps)
+        return {"rows": rows, "steps": steps, "tokens": steps * size}
     known = HUB_TOKENS.get(data_label(source).partition("@")[0])
-    steps = math.ceil(rows * known[0] / size) if known and rows else None
+    steps = math.ceil(longest * rows * known[0] / size) if known and rows else None
     return {"rows": rows, "steps": steps, "tokens": steps and steps * size}
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #35c29562
 def _grpo_record(preset: Preset, stage: Stage) -> dict:
     "Prompts, steps and at most so many tokens of a GRPO arm."
-    grpo, source = preset.training_of(preset.arm(stage.model)), _training_source(preset, stage)
-    tokens = grpo.steps * grpo.completions * grpo.value("max_new_tokens")
-    return {"rows": corpus_rows(source, grpo.rows, grpo.limit), "steps": grpo.steps, "tokens": tokens}
+    arm, source = preset.arm(stage.model), _training_source(preset, stage)
+    grpo = preset.training_of(arm)
+    steps = round(max(1, *preset.doses_of(arm), 0) * grpo.steps)
+    tokens = steps * grpo.completions * grpo.value("max_new_tokens")
+    return {"rows": corpus_rows(source, grpo.rows, grpo.limit), "steps": steps, "tokens": tokens}
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #7a243ce6
 def _counts(benchmarks: dict[str, Benchmark]) -> tuple[int | None, int | None]:
@@ -516,6 +520,15 @@ def _length_notes(preset: Preset, kinds: set[str]) -> list[str]:
     known = {label: HUB_TOKENS[label] for label in labels if label in HUB_TOKENS}
     return [f"{label}: {tokens} tokens a row ({why})" for label, (tokens, why) in known.items()]
 
+# %% ../../nbs/09_pipeline/00_plan.ipynb #b86c5e89
+def _point_notes(preset: Preset) -> list[str]:
+    "What the points of the arms' trainings cost."
+    if not preset.points:
+        return []
+    longest = max((dose for arm in preset.trained_arms for dose in preset.doses_of(arm)), default=0)
+    longer = f"; their trainings are {longest:g} times as long" * (longest > 1)
+    return [f"points of arms: {len(preset.points)} more models a seed to evaluate, none to train{longer}"]
+
 # %% ../../nbs/09_pipeline/00_plan.ipynb #a44540f7
 def _guess_notes(preset: Preset) -> list[str]:
     "Counts of benchmarks that nobody has published."
@@ -561,7 +574,7 @@ def footnotes(
     kinds, lines = {r["kind"] for r in records}, _power_notes(preset, len({r["seed"] for r in records}))
     if on_machines(preset, records):
         lines.append(_hours_note())
-    lines += _dose_notes(preset, kinds)
+    lines += _dose_notes(preset, kinds) + _point_notes(preset)
     if any(r["judge_calls"] for r in records):
         lines += _guess_notes(preset)
     if any(r["cost"] for r in records):

@@ -19,7 +19,7 @@ import yaml
 from ..core.errors import InputError
 from ..core.files import write_atomically
 from ..paper import of_papers_model
-from . import diagnostics, figures, forest, tables
+from . import diagnostics, figures, forest, tables, tradeoff
 from .limitations import limitations
 from .looks import save_figure
 from .retention import plot_retention
@@ -42,12 +42,12 @@ class Picture:
 
 # %% ../../nbs/08_report/07_page.ipynb #88f49d76
 def _lead(files: StudyFiles):
-    "The scores of the first judge: a figure shows one judge at a time."
+    "The scores of the first judge: a figure shows one judge at a time, and points of arms have figures of their own."
     if not files.judges:
         raise InputError("the study has no benchmark, so nothing was scored")
     if files.lead["score"].isna().all():
         raise InputError(f"not one answer was graded by {files.judges[0]}")
-    return files.lead
+    return files.lead[~files.lead["model"].isin(files.preset.points)]
 
 # %% ../../nbs/08_report/07_page.ipynb #ca3daadc
 def _need(table, what: str):
@@ -141,6 +141,28 @@ def _behaviour_pictures() -> dict[str, Picture]:
     }
 
 # %% ../../nbs/08_report/07_page.ipynb #c2bff4ca
+def _weighing_pictures(files: StudyFiles) -> dict[str, Picture]:
+    "Value along the trainings and against skill, of a study that has points of its arms."
+    if not files.preset.points:
+        return {}
+    return {
+        "decay": Picture(
+            "The value along each training",
+            "Where a line falls below the dashed one, half of what mid-training added is gone; its band is the 95 %"
+            " interval.",
+            "Share of what mid-training added that each arm keeps, by optimiser step, a panel a measure.",
+            lambda f: tradeoff.plot_decay(tradeoff.study_curve(f)),
+        ),
+        "tradeoff": Picture(
+            "Value kept against skill gained",
+            "Right is more skill in the arm’s own domain, up is more of the value. A remedy is worth having where its"
+            " point lies above the line from the start (top left) to the arm that nothing was done to.",
+            "Share of mid-training that is kept against skill gained, a point an arm or a point of one.",
+            lambda f: tradeoff.plot_tradeoff(tradeoff.tradeoff(f)),
+        ),
+    }
+
+
 def _training_pictures() -> dict[str, Picture]:
     "Whether the arms were trained."
     return {
@@ -187,7 +209,7 @@ def draw_pictures(
 
     Raises `InputError` where the folder cannot be written.
     """
-    drawn = pictures()
+    drawn = pictures() | _weighing_pictures(files)
     for name, picture in drawn.items():
         report(f"figure {name}")
         try:
@@ -209,6 +231,7 @@ SECTIONS = {
     "moved": "What else moved",
     "judges": "Judges",
     "training": "Training",
+    "tradeoff": "Value against skill",
     "fidelity": "Fidelity to the paper",
     "environment": "Environment",
 }
@@ -292,6 +315,13 @@ def _tables(files: StudyFiles) -> dict:
         "agreement": None if grades is None else tables.agreement_table(tables.judge_agreement(grades)),
     }
 
+# %% ../../nbs/08_report/07_page.ipynb #13d2e282
+def _weighed(files: StudyFiles) -> list:
+    "Title and table of a study's trade-off and half-lives; none where it has no points of its arms."
+    if not files.preset.points:
+        return []
+    return tradeoff.titled_tables(tradeoff.tradeoff(files), tradeoff.study_half_lives(files))
+
 # %% ../../nbs/08_report/07_page.ipynb #372b0637
 def render(
     files: StudyFiles,  # of the study
@@ -304,12 +334,13 @@ def render(
     assets = package_files("compassion_repro") / "assets" / "report"
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["shape"] = cell_shape
+    weighed = _weighed(files)
     template = environment.from_string((assets / "report.html.jinja").read_text(encoding="utf-8"))
     return template.render(
         files=files,
         pictures=drawn,
         tables=_tables(files),
-        sections=SECTIONS,
+        sections={name: title for name, title in SECTIONS.items() if weighed or name != "tradeoff"},
         signs=SIGNS,
         cards=claim_cards(files),
         claims=files.claims,
@@ -322,6 +353,7 @@ def render(
         completions=tables.sample_completions(files.completions),
         environment=tables.environment(files),
         settings=yaml.safe_dump(files.preset.resolved(), sort_keys=False, allow_unicode=True, width=100),
+        weighed=weighed,
         style=Markup((assets / "report.css").read_text(encoding="utf-8")),
     )
 

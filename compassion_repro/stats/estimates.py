@@ -306,8 +306,11 @@ def _share_of_gain(cells: CellSums, reading: Reading, settings: Statistics, full
     tail = tail_probability(beyond, spread)
     interval = _percent(share.at(level))
     checkpoints = _percent(share_of(cells, cells.weights, below, at, False).at(level))
-    own = abs(share.denominator) > 1e-9 and share.beyond(share.numerator / share.denominator)[1][0][0] ** 0.5
-    error = 100 * own / abs(share.denominator) if own else 0.0
+    known = abs(share.denominator) > 1e-9
+    variance = share.beyond(share.numerator / share.denominator)[1][0][0] if known else 0.0
+    error = (
+        100 * max(variance, 0.0) ** 0.5 / abs(share.denominator) if known else 0.0
+    )  # rounding may go below 0
     more = {}
     if full:
         points = share_of(cells.on("points"), cells.weights, below, at)

@@ -31,6 +31,7 @@ from compassion_repro.study import (
     judge_names,
 )
 from ..study.arms import PARADIGMS, REWARD_MODEL, Arm
+from ..study.points import point_of
 from ..training.gguf import gguf_file
 from ..training.model_files import adapter_base, same_source
 
@@ -151,7 +152,7 @@ def judge_identity(
 
 # %% ../../nbs/07_store/00_graph.ipynb #cf31a16f
 # raise one when the code of that kind of stage changes its result
-KINDS = ("base", "midtrain", "reward", *PARADIGMS, "answers", "eval", "probe")
+KINDS = ("base", "midtrain", "reward", *PARADIGMS, "point", "answers", "eval", "probe")
 VERSIONS = dict.fromkeys(KINDS, 1)
 
 
@@ -243,6 +244,8 @@ def _trained_stage(
     config = _training_config(preset, preset.training_of(arm), preset.lora_of(arm), sources, known)
     if arm.rows != arm.name.partition("+")[0]:
         config["rows"] = arm.rows
+    if doses := preset.doses_of(arm):
+        config["doses"] = list(doses)
     inputs = (start,)
     if arm.reward:
         config["reward"] = arm.reward
@@ -252,11 +255,20 @@ def _trained_stage(
             config["weights"] = preset.code_reward
     return Stage(arm.model, arm.paradigm, seed, arm.model, inputs, config)
 
+# %% ../../nbs/07_store/00_graph.ipynb #b45606cb
+def _point_stage(preset: Preset, seed: int, model: str, made: dict[str, Stage]) -> Stage:
+    "A point of an arm, from the stages of its start and of the arm, by model id."
+    point = point_of(model)
+    arm, start = made[point.arm], made[preset.arm(point.arm).start]
+    reward = () if arm.kind == "base" else arm.inputs[1:]
+    measure = {name: arm.config[name] for name in ("reward", "weights") if name in arm.config}
+    return Stage(model, "point", seed, model, (start, *reward, arm), {point.kind: point.share, **measure})
+
 # %% ../../nbs/07_store/00_graph.ipynb #4fde4e4e
 def _arm_stages(
     preset: Preset, seed: int, starts: dict[str, Stage], reward: Stage | None, known: Mapping[str, str]
 ) -> list[Stage]:
-    "The arms, trained or given; each follows the arm that it starts from."
+    "The arms, trained or given, each after the arm that it starts from; then their points."
     made = dict(starts)
     for model in preset.arms:
         if model in preset.models.given:
@@ -264,7 +276,8 @@ def _arm_stages(
         else:
             arm = preset.arm(model)
             made[model] = _trained_stage(preset, seed, arm, made[arm.start], reward, known)
-    return [made[model] for model in preset.arms]
+    points = [_point_stage(preset, seed, model, made) for model in preset.points]
+    return [made[model] for model in preset.arms] + points
 
 # %% ../../nbs/07_store/00_graph.ipynb #152b07c2
 def benchmark_config(

@@ -15,6 +15,8 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ..study.arms import measured
+
 # %% ../../nbs/07_store/02_manifest.ipynb #530d3ae8
 PACKAGES = ("compassion_repro", "torch", "transformers", "trl", "peft", "bitsandbytes")
 PACKAGES += ("datasets", "inspect_ai", "inspect_evals", "scipy", "statsmodels")
@@ -132,7 +134,15 @@ def _probe_facts(r: dict) -> str:
     return f"{r['pairs']} pairs, margin {r['margin_mean']:+.3f} nats a token{distance}"
 
 # %% ../../nbs/07_store/02_manifest.ipynb #f00eec95
+def _point_facts(r: dict) -> str:
+    "How far a point is on its way, and what it gained."
+    so_far = f"after {r['steps']} steps" if "steps" in r else r["merge"]
+    gain = "" if r.get("gain") is None else f"; gain {r['gain']:+.3f} {measured(r).gain}"
+    return so_far + gain
+
+
 _FACTS = {  # a value that only one kind of result has, and what is said of that kind
+    "point": _point_facts,
     "margin_mean": _probe_facts,
     "reward_after": _grpo_facts,
     "reward_margin_after": _pair_facts,

@@ -8,6 +8,7 @@ __all__ = ['DETERMINISTIC', 'Lora', 'Training', 'Midtrain', 'Dpo', 'Generation',
 
 # %% ../../nbs/01_study/00_study.ipynb #f57099b7
 import re
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastcore.basics import patch
@@ -16,6 +17,7 @@ from pydantic import BeforeValidator, Field, field_serializer, field_validator, 
 from ..core.errors import InputError
 from .arms import STARTS, Arm, ArmsByModel, find_arm, parse_model, plain_arms
 from .grpo_settings import Grpo
+from .points import MOST, check_shares, dose_steps, point_name, point_of
 from .sections import EMBEDDED_ROWS, MANY, Count, DataSource, DataSpec, Section, Source
 
 # %% ../../nbs/01_study/00_study.ipynb #5a10d00a
@@ -102,8 +104,9 @@ class Generation(Section):
     temperature: float = Field(1.0, ge=0)  # 0 takes the most likely token
     top_p: float = Field(1.0, gt=0, le=1)  # nucleus share
     batch_size: int = Field(64, ge=1, le=MANY)  # questions a batch
-    # what generates; vllm draws other random numbers, so its answers are others of the same distribution
-    engine: Literal["transformers", "vllm"] = "transformers"
+    # what generates; static is transformers with a cache of fixed size, its steps recorded on a GPU: for small
+    # models; vllm draws other random numbers, so its answers are others of the same distribution
+    engine: Literal["transformers", "static", "vllm"] = "transformers"
     # forms in which every model is asked as well, to see how much the form matters; the claims rest on
     # `template` alone
     templates: tuple[Literal["plain", "own", "raw", "user"], ...] = ()
@@ -310,6 +313,21 @@ def _check_replay(preset: "Preset"):
         )
 
 
+def _check_points(preset: "Preset"):
+    "Raise ValueError where a point between start and end of a training has no meaning."
+    check_shares("doses", preset.doses, MOST)
+    check_shares("between", preset.between, 1)
+    asked = [arm for arm in map(preset.arm, preset.arms) if preset.doses_of(arm)]
+    if asked and preset.compute.sharding != "none":
+        raise ValueError("doses are kept where every process holds all weights: set compute.sharding=none")
+    for arm in asked:
+        if arm.doses and arm.model in preset.models.given:
+            raise ValueError(f"{arm.model} is given finished, so its training has no doses: leave them out")
+        training = preset.training_of(arm)
+        if getattr(training, "dose", "steps") == "steps":
+            dose_steps(preset.doses_of(arm), training.steps)
+
+
 def _check_given(preset: "Preset"):
     "Raise ValueError where a finished model is given and not compared."
     idle = [name for name in preset.models.given if name not in preset.models_compared]
@@ -357,6 +375,11 @@ class Preset(Section):
     data: Data
     # arms to run: a list of names, or a mapping from a name to its paradigm, rows, starts, steps and so on
     arms: ArmsByModel
+    # points of every arm's training that are evaluated as well, as shares of its steps: [0.25, 0.5, 2]; one
+    # above 1 makes the training longer
+    doses: tuple[float, ...] = ()
+    # points between the start and every arm in weight space, as shares of the way: [0.5]
+    between: tuple[float, ...] = ()
     threads: int = Field(2, ge=1, le=1024)  # CPU threads
     compute: Compute = Compute()  # device, kernels, memory
     lora: Lora = Lora()
@@ -407,6 +430,7 @@ class Preset(Section):
     @model_validator(mode="after")
     def _consistent(self):
         _check_replay(self)
+        _check_points(self)
         _check_given(self)
         return self
 
@@ -416,14 +440,39 @@ def arm(
     self: Preset,
     model: str,  # model id
 ) -> Arm | None:  # as it is to be trained; None for a starting point
-    "An arm of the study, or one that the paper has; raises `InputError` for any other model."
+    """An arm of the study, or one that the paper has, or the arm that a model is a point of; raises `InputError`
+    for any other model.
+    """
+    if point := point_of(model):
+        return replace(find_arm(point.arm, self.arms), point=model.removeprefix(point.arm))
     return None if model in STARTS else find_arm(model, self.arms)
+
+# %% ../../nbs/01_study/00_study.ipynb #1dd4702f
+@patch
+def doses_of(self: Preset, arm: Arm) -> tuple[float, ...]:
+    "Points of an arm's training, as shares of its steps, the arm itself left out."
+    sham = arm.learning_rate == 0  # all its points are its start
+    doses = arm.doses if arm.doses is not None else () if sham else self.doses
+    return tuple(dose for dose in sorted(doses) if dose != 1)
+
+# %% ../../nbs/01_study/00_study.ipynb #e5c03f4a
+@patch(as_prop=True)
+def points(self: Preset) -> tuple[str, ...]:
+    "Model ids of the points of every arm."
+    found = []
+    for model in self.arms:
+        doses = () if model in self.models.given else self.doses_of(self.arm(model))
+        found += [point_name(model, "dose", dose) for dose in doses]
+        found += [point_name(model, "between", share) for share in sorted(self.between)]
+    return tuple(found)
 
 # %% ../../nbs/01_study/00_study.ipynb #c06afc6b
 @patch(as_prop=True)
 def trained(self: Preset) -> tuple[str, ...]:
     "Model ids that the study trains itself: neither the base nor given."
-    return tuple(name for name in self.models_compared if name != "base" and name not in self.models.given)
+    arm = lambda name: point.arm if (point := point_of(name)) else name
+    given = {"base", *self.models.given}
+    return tuple(name for name in self.models_compared if arm(name) not in given)
 
 # %% ../../nbs/01_study/00_study.ipynb #d3e6985a
 @patch(as_prop=True)
@@ -436,7 +485,7 @@ def trained_arms(self: Preset) -> list[Arm]:
 def models_compared(self: Preset) -> tuple[str, ...]:
     "Model ids that the study evaluates, starting points first."
     control = self.midtrain.control or any(self.arm(model).start == "mid-control" for model in self.arms)
-    return ("base", "mid", *["mid-control"] * control, *self.arms)
+    return ("base", "mid", *["mid-control"] * control, *self.arms, *self.points)
 
 # %% ../../nbs/01_study/00_study.ipynb #15d24a48
 @patch(as_prop=True)

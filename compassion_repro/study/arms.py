@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from pydantic import BeforeValidator, Field, field_validator, model_serializer
 
 from ..core.errors import InputError
+from .points import MOST, check_shares, point_of
 from .sections import MANY, DataSpec, Section
 
 # %% ../../nbs/01_study/04_arms.ipynb #a2b50006
@@ -71,6 +72,8 @@ class Arm:
     steps: int | None = None  # optimiser steps; None: those of the preset's section
     learning_rate: float | None = None  # peak; None: that of the section
     rank: int | None = None  # of the adapter; None: the preset's
+    doses: tuple[float, ...] | None = None  # points of its training; None: the preset's
+    point: str = ""  # ending of the model id where it is a point of the arm: `:0.5`, `~0.5`
 
 # %% ../../nbs/01_study/04_arms.ipynb #bc3add9c
 @patch(as_prop=True)
@@ -94,8 +97,8 @@ def reward(self: Arm) -> str | None:
 # %% ../../nbs/01_study/04_arms.ipynb #fc7bf141
 @patch(as_prop=True)
 def model(self: Arm) -> str:
-    "Model id: the arm id, with `@start` when the start is not `mid`."
-    return self.name if self.start == "mid" else f"{self.name}@{self.start}"
+    "Model id: the arm id, with `@start` when the start is not `mid`, and the point if it is one."
+    return self.name + f"@{self.start}" * (self.start != "mid") + self.point
 
 # %% ../../nbs/01_study/04_arms.ipynb #a2b5000a
 @patch(as_prop=True)
@@ -128,7 +131,8 @@ def start_of(
     model: str,  # any model id
 ) -> str | None:  # model id of the start; None for a starting point, and for a model of another kind
     "What an arm started from, read from its id alone."
-    name, _, start = model.partition("@")
+    point = point_of(model)
+    name, _, start = (point.arm if point else model).partition("@")
     return None if model in STARTS or not re.fullmatch(_NAME, name) else start or "mid"
 
 
@@ -148,6 +152,7 @@ class ArmSettings(Section):
     learning_rate: float | None = Field(None, ge=0)  # peak; 0 is a sham arm, whose weights stay its start's
     # of the adapter; alpha / rank stays as it is in `lora`
     rank: int | None = Field(None, ge=1, le=65_536)
+    doses: tuple[float, ...] | None = None  # as in the preset, for this arm; [] keeps no points of it
     like: str | None = None  # an arm that has the values left out here, apart from its start
 
     @field_validator("paradigm")
@@ -156,6 +161,12 @@ class ArmSettings(Section):
         if paradigm is not None and paradigm not in PARADIGMS:
             raise ValueError(f"unknown paradigm: use one of {', '.join(PARADIGMS)}")
         return paradigm
+
+    @field_validator("doses")
+    @classmethod
+    def _whole_doses(cls, doses):
+        check_shares("doses", doses or (), MOST)
+        return doses
 
     @model_serializer
     def _changed(self) -> dict[str, Any]:
@@ -337,7 +348,7 @@ def find_arm(
         rows_of=None if arm.rows == rows else rows,
         source=source,
         setting=owner and f"arms.{owner}.rows",
-        **{word: _nearest_value(layers, word)[0] for word in ("steps", "learning_rate", "rank")},
+        **{word: _nearest_value(layers, word)[0] for word in ("steps", "learning_rate", "rank", "doses")},
     )
 
 # %% ../../nbs/01_study/04_arms.ipynb #a2b50017

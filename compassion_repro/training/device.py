@@ -161,6 +161,8 @@ class TrainRun:
     checkpoints: str | Path | None = None
     # how the model is held in training; default: plainly, as the machine has it
     setup: TrainSetup = field(default_factory=train_setup)
+    # points at which its adapter is kept, as shares of the steps, see `training.points`
+    doses: tuple[float, ...] = ()
 
 # %% ../../nbs/04_training/11_device.ipynb #9075c78e
 @patch
@@ -173,6 +175,7 @@ def open_folder(
     if not self.checkpoints:
         return None
     adapter, setup = self.lora and self.lora.model_dump(), self.setup
+    identity += (self.doses,) if self.doses else ()
     return open_run_folder(
         self.checkpoints, settings, adapter, setup.quantize, str(setup.dtype), self.template, *identity
     )

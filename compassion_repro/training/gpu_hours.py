@@ -81,7 +81,17 @@ def sampling_hours(
 STARTING, READING, LOADS = (
     20,
     0.5,
-    {"base": 1, "reward": 1, "midtrain": 3, "sft": 3, "grpo": 5, "dpo": 3, "answers": 1, "probe": 2},
+    {
+        "base": 1,
+        "reward": 1,
+        "midtrain": 3,
+        "sft": 3,
+        "grpo": 5,
+        "dpo": 3,
+        "point": 3,
+        "answers": 1,
+        "probe": 2,
+    },
 )
 JUDGED = {True: 5, False: 250}  # calls a second: of a judge behind an API, of a program
 

@@ -30,6 +30,7 @@ from .fitting import fitted, with_less_memory
 from .merging import CHECKED, save_trained, trained_once
 from .models import load_model, row_losses
 from .packed_rows import PaddedRows, keeps_rows_apart
+from .points import last_step, point_callbacks, rewind
 from .templates import load_tokenizer
 
 # %% ../../nbs/04_training/16_supervised.ipynb #0e3c6b72
@@ -103,11 +104,15 @@ def train(
     set_seed(run.seed)
     sequences, batch = pack(rows, tokenizer, training.length, run.seed), training.batch_size * count()
     # several processes read the sequences in the order in which one would draw them
-    shown = laid_out(sequences, batch, steps, run.seed, tokenizer.pad_token_id) if count() > 1 else sequences
+    last = last_step(run, steps)
+    shown = laid_out(sequences, batch, last, run.seed, tokenizer.pad_token_id) if count() > 1 else sequences
     with tempfile.TemporaryDirectory() as temporary:
         place = str(folder or temporary)
-        trainer = _make_trainer(model, tokenizer, shown, training, steps, run, checkpointing, place)
+        trainer = _make_trainer(model, tokenizer, shown, training, last, run, checkpointing, place)
+        for callback in point_callbacks(run, steps):
+            trainer.add_callback(callback)
         Checkpoints(folder, run.setup.compute, run.report, run.label).train(trainer)
+    rewind(trainer.model, run, steps)
     split = sum(len(encode_row(row, tokenizer)["input_ids"]) > training.length for row in rows)
     return trainer.model.eval(), {
         "rows": len(rows),

@@ -181,3 +181,36 @@ def test_one_arm_of_each_paradigm_by_yaml_alone(tmp_path, monkeypatch):
     assert scores.loc["dpo-manners", ["paradigm", "domain"]].tolist() == ["dpo", "manners"]
     reason = run.training_record(study.manifests())["dpo-manners"]["reason"]
     assert "of reward margin on held-out pairs" in reason
+
+
+def test_points_change_the_keys_of_nothing_else():
+    small = ["arms=[sft-help, sft-code]", "benchmarks={}"]
+    keys = lambda *more: {s.id: s.key for s in graph(load_preset("smoke", [*small, *more]))}
+    plain, between, doses = keys(), keys("between=[0.5]"), keys("doses=[0.5]", "arms.sft-code.doses=[]")
+    assert {name: between[name] for name in plain} == plain
+    assert set(between) - set(plain) == {
+        f"{part}{arm}~0.5" for part in ("", "probe-") for arm in ("sft-help", "sft-code")
+    }
+    changed = {name for name in plain if doses[name] != plain[name]}
+    assert changed == {"sft-help", "probe-sft-help"}
+    assert set(doses) - set(plain) == {"sft-help:0.5", "probe-sft-help:0.5"}
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (["doses=[20]"], "20 is beyond the training"),
+        (["doses=[0]"], "0 is beyond the training"),
+        (["doses=[0.5, 0.5]"], "names a point twice"),
+        (["between=[1.5]"], "1.5 is not between start and arm"),
+        (["sft.dose=steps", "sft.steps=4", "doses=[0.1]"], "0.1 of 4 steps is no step"),
+        (["arms.sft-help={start: sft-help}"], "starts from itself"),
+        (["arms.x={paradigm: orpo, rows: r.jsonl}"], "unknown paradigm"),
+        (["models.given.sft-help=m", "arms.sft-help.doses=[0.5]"], "is given finished"),
+        (["compute.sharding=fsdp", "doses=[0.5]"], "set compute.sharding=none"),
+    ],
+)
+def test_points_and_arms_that_have_no_meaning_are_refused_in_a_line(settings, words):
+    with pytest.raises(InputError, match=words) as refused:
+        load_preset("smoke", settings)
+    assert "\n" not in str(refused.value)

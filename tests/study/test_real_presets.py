@@ -335,6 +335,8 @@ def test_silence_names_the_template_to_try(template, model, wanted):
 
 VALUES = {  # another valid value, where doubling or halving gives none
     "scope": "about mine",
+    "doses": "[0.5]",
+    "between": "[0.5]",
     "models.base": "my/model",
     "models.reward": "my/reward",
     "models.quantize": "nf4",
