@@ -261,7 +261,13 @@ def test_released_leaves_the_template_to_the_checkpoints_and_plans_for_the_deare
         (T4, "released", ["take one of at least 17 GB, with --set generation.batch_size=4"]),
         (T4, "colab", ["yes", "about 2.6 hours", "no bfloat16, so float16 with scaled losses"]),
         (H100, "paper", ["yes", "about 18 hours by the plan's estimate"]),
-        (replace(H100, gpu="another"), "paper", ["yes", "everything is here"]),
+        (
+            replace(H100, gpu="another"),
+            "paper",
+            ["yes", "meta-llama/Llama-3.1-8B comes from the hub, which was not asked"],
+        ),
+        (T4, "pocket", ["yes", "nothing is missing here; HuggingFaceTB/SmolLM2-135M-Instruct comes from"]),
+        (T4, "tiny", ["yes", "everything is here"]),
         (replace(H100, gpu_gb=24.0), "paper", ["--set models.quantize=nf4 --set generation.batch_size=16"]),
         (replace(H100, gpu_gb=32.0), "paper", ["--set models.quantize=nf4"]),
         (
