@@ -136,7 +136,7 @@ def _score_row(row: dict) -> list:
         row["judge"] + (f" (for {instead})" if isinstance(instead, str) else ""),
         int(row["questions"]),
         _with_interval(row["score"], row["low"], row["high"]),
-        *(_percent(row.get(name, float("nan"))) for name in ("no_grade", "empty")),
+        *(_percent(row.get(name, float("nan"))) for name in ("no_grade", "empty", "refuses", "incoherent")),
     ]
 
 # %% ../../nbs/11_cli/04_evaluation_commands.ipynb #96ee3109
@@ -144,7 +144,13 @@ def _print_scores(folder: Path):
     "Scores by model, benchmark and judge, and how far judges agree."
     from compassion_repro.pipeline.evaluate import summary, without_scores
 
-    shares = ["score, % [95 %]", "replies without a grade, %", "empty answers, %"]
+    shares = [
+        "score, % [95 %]",
+        "replies without a grade, %",
+        "empty answers, %",
+        "refuses, %",
+        "incoherent, %",
+    ]
     rows = [_score_row(row) for row in summary(folder).to_dict("records")]
     show(plain_table(["model", "benchmark", "judge", "questions", *shares], rows))
     if not (folder / "study.yaml").is_file():

@@ -135,6 +135,7 @@ def _tables(files: StudyFiles) -> dict:
         "fidelity": tables.fidelity_table(),
         "judges": None if grades is None else tables.judge_table(grades),
         "agreement": None if grades is None else tables.agreement_table(tables.judge_agreement(grades)),
+        "outcomes": tables.outcome_table(files),
         "environment": pd.DataFrame(tables.environment(files), columns=["what", "value"]),
     }
 
