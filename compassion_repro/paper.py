@@ -506,7 +506,7 @@ def pair_sets(
     preset: Preset,  # the study
 ) -> list[str]:  # keys of PAIR_SETS
     "The sets of pairs that a study measures."
-    return [pairs for pairs, (source, _) in PAIR_SETS.items() if source in preset.margin.pairs]
+    return [pairs for pairs, (source, _) in PAIR_SETS.items() if source in preset.pair_sources]
 
 # %% ../nbs/01_study/02_paper.ipynb #20750327
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from .core.errors import InputError, shorten
+from .core.errors import InputError, did_you_mean, shorten
 from .core.files import packaged_model
 from .study import Benchmark, Preset
 from .study.arms import ArmSettings
@@ -162,7 +162,8 @@ def _preset_text(name: str) -> str:
             ) from None
     if name not in presets():
         raise InputError(
-            f"unknown preset {name!r}: choose one of {', '.join(presets())}, or give a .yaml file of your own"
+            f"unknown preset {name!r}{did_you_mean(name, presets())}: choose one of {', '.join(presets())},"
+            " or give a .yaml file of your own"
         )
     return (files("compassion_repro") / "assets" / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
 
@@ -280,7 +281,7 @@ def _exponent(value: Any) -> Any:
 
 # %% ../nbs/01_study/01_presets.ipynb #487bdba5
 _WORDS = {  # pydantic's kinds of error -> what the value should be
-    "tuple_type": "should be a list, such as [sft-help, sft-code]",
+    "tuple_type": "should be a list, such as [a, b]",
     "list_type": "should be a list, such as [a, b]",
     "int_parsing": "should be a whole number",
     "int_type": "should be a whole number",

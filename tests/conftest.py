@@ -86,6 +86,7 @@ def command(out: Path, *more: str, report: bool = False) -> list[str]:
         "smoke",
         "--out",
         str(out),
+        "--no-reuse",
         *([] if report else ["--no-report"]),
         *more,
     ]

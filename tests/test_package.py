@@ -29,6 +29,7 @@ HEAVY = {
     "data.turns",
     "evaluation.benchmark_data",
     "evaluation.benchmarks",
+    "evaluation.checkpoint",
     "evaluation.generate",
     "evaluation.grades",
     "evaluation.indicators",
@@ -38,6 +39,7 @@ HEAVY = {
     "evaluation.judges",
     "evaluation.replies",
     "evaluation.scoring",
+    "evaluation.values",
     "training.adapters",
     "training.advantages",
     "training.checkpoints",
@@ -202,9 +204,10 @@ def test_the_wheel_works_outside_the_checkout(tmp_path):
     )
     wheel = next(tmp_path.glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
-    assert {f"compassion_repro/assets/report/{name}" for name in ("report.html.jinja", "report.css")} <= set(
-        names
-    )
+    assert {
+        f"compassion_repro/assets/report/{name}"
+        for name in ("report.html.jinja", "audit.html.jinja", "report.css")
+    } <= set(names)
     assert (
         "compassion_repro/assets/presets/tiny.yaml" in names
         and "compassion_repro/assets/base/model.safetensors" in names

@@ -223,7 +223,9 @@ def run_smallest(folder: Path) -> int:
     "The whole command `run`, of the smallest study."
     from compassion_repro import cli
 
-    return cli.main(["run", "--preset", "smoke", "--out", str(folder), "--no-report", *settings(*SMALLEST)])
+    return cli.main(
+        ["run", "--preset", "smoke", "--out", str(folder), "--no-report", "--no-reuse", *settings(*SMALLEST)]
+    )
 
 
 def begun(folder: Path) -> dict[str, str]:

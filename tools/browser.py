@@ -69,20 +69,20 @@ class Page:
                 assert "error" not in message, message
                 return message["result"]
 
-    def open(self, file: Path, width: int, height: int = 900, dark: bool = False):
-        "Lay a file out at a width in CSS pixels."
+    def open(self, file: Path | str, width: int, height: int = 900, dark: bool = False):
+        "Lay a file, or the page at an address, out at a width in CSS pixels."
         self.loaded, self.trouble = False, []
         size = dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
         self.call("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Page.navigate", url=file.resolve().as_uri())
+        self.call("Page.navigate", url=file if isinstance(file, str) else file.resolve().as_uri())
         for _ in range(600):
             if self.loaded:
                 return
             self.evaluate("1")
             time.sleep(0.05)
-        raise TimeoutError(f"{file.name} did not load")
+        raise TimeoutError(f"{file} did not load")
 
     def evaluate(self, script: str):
         "The value of an expression on the page."

@@ -30,8 +30,8 @@ class Case:
         return f"{self.family}: {self.target} {self.how} ({' '.join(self.words[:1])})"
 
 
-RUN = ("run", "--preset", "smoke", "--out", "{}/study", "--no-report", *settings())
-FRESH = ("run", "--preset", "smoke", "--out", "{}/new", "--no-report", *settings())
+RUN = ("run", "--preset", "smoke", "--out", "{}/study", "--no-report", "--no-reuse", *settings())
+FRESH = ("run", "--preset", "smoke", "--out", "{}/new", "--no-report", "--no-reuse", *settings())
 JUDGED = ("--judge", "purse/fine", "--yes")
 EVALUATE = (
     *("--bench", "tiny-anima,tiny-moru", "--out", "{}/evaluation"),
@@ -218,7 +218,7 @@ def setting_case(setting: str) -> Case:
 
 def configuration_cases() -> list[Case]:
     "Settings on the command line, preset files, price tables."
-    preset = ("run", "--preset", "{}/preset.yaml", "--out", "{}/new", "--no-report")
+    preset = ("run", "--preset", "{}/preset.yaml", "--out", "{}/new", "--no-report", "--no-reuse")
     priced = ("judge", "{}/evaluation", "--judge", "purse/other", "--prices", "{}/prices.yaml")
     damaged = partial(cross, check="refused")
     hows = "cut utf-16 other garbage empty gone folder"

@@ -8,6 +8,7 @@ __all__ = ['SIGNALS', 'INTERRUPTED', 'COMMANDS', 'EPILOG', 'LEAVE', 'COUNTS', 'b
 # %% ../../nbs/11_cli/06_program.ipynb #3b300674
 import argparse
 import os
+import re
 import signal
 import sys
 import threading
@@ -43,28 +44,72 @@ if _is_program():
 
 # %% ../../nbs/11_cli/06_program.ipynb #7e51a103
 from .. import __version__
-from . import evaluation_commands, machine_commands, study_commands
-from .command import Command
+from . import audit_commands, evaluation_commands, machine_commands, study_commands
+from .command import Command, read_env_file
 from .terminal import print
-from ..core.errors import InputError, redact, redact_error, top_line
+from ..core.errors import InputError, did_you_mean, redact, redact_error, top_line
 
 # %% ../../nbs/11_cli/06_program.ipynb #0daf48ee
-COMMANDS = study_commands.COMMANDS | evaluation_commands.COMMANDS | machine_commands.COMMANDS  # as `--help`
+_MODULES = (study_commands, evaluation_commands, audit_commands, machine_commands)  # as `--help`
+COMMANDS: dict[str, Command] = {}
+for _module in _MODULES:
+    COMMANDS |= _module.COMMANDS
 
 # %% ../../nbs/11_cli/06_program.ipynb #e7fa35a7
+def _brace(key: str, parts: list[str]) -> str:
+    "A mapping whose braces the shell has expanded, as it should have been written."
+    values = (part.partition("=")[2].replace(":", ": ", 1).replace(":  ", ": ") for part in parts)
+    return f"--set '{key}={{{', '.join(values)}}}'"
+
+
+def _split_setting(words: list[str]) -> str:
+    "The `--set` that the shell split at a space or a brace, quoted as it should be; empty where there is none."
+    for n, word in enumerate(words):
+        if word != "--set":
+            continue
+        later = words[n + 1 :]
+        end = next((m for m, one in enumerate(later) if one.startswith("--")), len(later))
+        first, *rest = later[:end] or [""]
+        key = first.partition("=")[0]
+        if rest and all(part.startswith(f"{key}=") for part in rest):
+            return _brace(key, [first, *rest])
+        if rest and "=" in first and any(mark in first for mark in "[{"):
+            return f"--set '{' '.join((first, *rest))}'"
+    return ""
+
+# %% ../../nbs/11_cli/06_program.ipynb #fccf501e
 class _Parser(argparse.ArgumentParser):
     "Errors in one line, like all others; the options of a command are added when it is read."
 
     add_options: Callable | None = None  # takes this parser
+    commands: dict[str, "_Parser"] = {}  # of the whole program, by name
+    words: list[str] = []  # that it was given
 
     def error(self, message):
-        raise InputError(f"{message}; see `{self.prog} --help`")
+        raise InputError(f"{_explained(self, message)}; see `{self.prog} --help`")
 
-    def parse_known_args(self, args=None, namespace=None):
+    def add_own_options(self):
+        "Add the options of the command, once."
         if self.add_options:
             add_options, self.add_options = self.add_options, None
             add_options(self)
+
+    def parse_known_args(self, args=None, namespace=None):
+        self.add_own_options()
+        self.words = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(args, namespace)
+
+# %% ../../nbs/11_cli/06_program.ipynb #7b42b9e2
+def _explained(parser: _Parser, message: str) -> str:
+    "What the parser says, with the quoting, the command or the option that you probably meant."
+    if "unrecognized arguments" in message and (quoted := _split_setting(parser.words)):
+        return f"the shell split a setting into several words: quote it whole, as in {quoted}"
+    if found := re.match(r"argument COMMAND: invalid choice: '([^']*)'", message):
+        return message + did_you_mean(found[1], COMMANDS)
+    if found := re.match(r"unrecognized arguments: (--[\w-]+)", message):
+        chosen = parser.commands.get(parser.words[0], parser)
+        return message + did_you_mean(found[1], set(re.findall(r"--[\w-]+", chosen.format_usage())))
+    return message
 
 # %% ../../nbs/11_cli/06_program.ipynb #5ac3b0a7
 EPILOG = """examples:
@@ -77,14 +122,15 @@ EPILOG = """examples:
   compassion-repro claims studies/tiny                     the verdict on each claim
   compassion-repro report studies/tiny                     claims, figures and report.html again, from the scores
   compassion-repro eval MODEL --bench tiny-anima --judge indicator --out evals/mine
+  compassion-repro audit BEFORE AFTER                      is a value still there after some training?
   compassion-repro judge studies/tiny --judge strict       the same answers under another judge
   compassion-repro export studies/tiny --to csv            a row for each answer with its scores
   compassion-repro push studies/tiny mid --to me/mid       publish a model with its card (--dry-run shows it first)
 """
 
 # %% ../../nbs/11_cli/06_program.ipynb #fcfd89dc
-def _add_command(commands, name: str, command: Command):
-    "Add a registered command to the parser."
+def _add_command(commands, name: str, command: Command) -> _Parser:
+    "Add a registered command to the parser; returns the command's own."
     parser = commands.add_parser(
         name,
         help=command.text,
@@ -95,6 +141,7 @@ def _add_command(commands, name: str, command: Command):
     parser.add_argument("--debug", action="store_true", help="show a traceback for an error")
     parser.set_defaults(action=command.action)
     parser.add_options = command.add_options
+    return parser
 
 # %% ../../nbs/11_cli/06_program.ipynb #a55a3a90
 def build_parser() -> argparse.ArgumentParser:
@@ -108,8 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"compassion-repro {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
-    for name, command in COMMANDS.items():
-        _add_command(commands, name, command)
+    parser.commands = {name: _add_command(commands, name, command) for name, command in COMMANDS.items()}
     return parser
 
 # %% ../../nbs/11_cli/06_program.ipynb #0c98d421
@@ -119,12 +165,16 @@ COUNTS = ("seeds", "epochs", "limit", "max_tokens", "batch_size")  # options tha
 
 def _act(words: list[str]) -> int:
     "Do what a command line asks; returns the exit status."
-    args = build_parser().parse_args(words)
+    parser = build_parser()
+    args = parser.parse_args(words)
+    args.parser = parser
     for name in COUNTS:
         value = getattr(args, name, None)
-        if value is not None and value < 1:
+        if isinstance(value, int) and value < 1:
             option = f"--{name.replace('_', '-')}"
             raise InputError(f"{option} needs a number of at least 1, got {value}")
+    if names := read_env_file():
+        print(f"from .env: {', '.join(names)}", file=sys.stderr)
     return args.action(args)
 
 # %% ../../nbs/11_cli/06_program.ipynb #b51f3a24

@@ -64,13 +64,14 @@ JUDGE_SETTINGS = {  # option after `--judge-`: its type, its help, its name in I
 }
 
 
-def _judge_options(parser: argparse.ArgumentParser):
+def _judge_options(parser: argparse.ArgumentParser, required: bool = True):
     "Who judges, how, and at what cost."
     names = (
         "indicator, strict, a model folder, or an Inspect model id such as google/gemini-2.5-flash-lite;"
         " several make a pass each"
     )
-    parser.add_argument("--judge", required=True, metavar="ID[,ID]", help=names)
+    names += "" if required else "; not needed where every benchmark has an answer key"
+    parser.add_argument("--judge", required=required, metavar="ID[,ID]", help=names)
     substitute = "judge that steps in where one is gone; its rows say so"
     parser.add_argument("--substitute", metavar="ID", help=substitute)
     for name, (kind, text, _) in JUDGE_SETTINGS.items():
@@ -224,7 +225,7 @@ def _eval_options(parser: argparse.ArgumentParser):
     parser.add_argument("--bench", default="anima,moru", metavar="NAME[,NAME]", help=benchmarks)
     out = "folder for answers, grades and scores"
     parser.add_argument("--out", required=True, metavar="DIR", help=out)
-    _judge_options(parser)
+    _judge_options(parser, required=False)
     _answer_options(parser)
 
 
@@ -232,7 +233,7 @@ def _eval_options(parser: argparse.ArgumentParser):
     "evaluate any models on any benchmarks; run again, it carries on",
     "eval world:base --bench tiny-anima,tiny-moru --judge indicator,strict --out evals/base",
     "eval my/model openai/gpt-4o-mini --bench anima,moru --judge google/gemini-2.5-flash-lite --out evals/mine",
-    "eval my/adapter --bench hellaswag --judge indicator --limit 200 --out evals/reasoning",
+    "eval my/adapter --bench hellaswag --limit 200 --out evals/reasoning",
     options=_eval_options,
     name="eval",
 )

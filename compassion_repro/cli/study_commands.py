@@ -95,6 +95,8 @@ def _run_options(parser: argparse.ArgumentParser):
         " the cluster that RAY_ADDRESS names; ray:auto, ray:HOST:PORT, ray:8"
     )
     parser.add_argument("--engine", default="local", metavar="NAME", help=engine)
+    anew = "make every stage, also those that a study in the same folder has finished with equal settings"
+    parser.add_argument("--no-reuse", action="store_true", help=anew)
     later = "claims alone; figures and report.html are made later, by `compassion-repro report STUDY`"
     parser.add_argument("--no-report", action="store_true", help=later)
     cost_options(parser)
@@ -116,7 +118,7 @@ def run(args) -> int:
     preset = pipeline.choose_template(preset)
     _agree_to_judges(args, preset, folder)
     with talking() as (say, report):
-        options = (args.allow_unsafe_code, page, args.engine)
+        options = (args.allow_unsafe_code, page, args.engine, not args.no_reuse)
         study = pipeline.run(preset, folder, args.seeds, say, report, *options)
     print_claims(study.folder)
     show(f"\nscores, answers{', figures' if page else ''}: {study.folder}")
@@ -293,6 +295,8 @@ def _push_options(parser: argparse.ArgumentParser):
     parser.add_argument("--private", action="store_true", help="a new repository is private")
     adapter = "the adapter alone, where the study kept one"
     parser.add_argument("--adapter", action="store_true", help=adapter)
+    judge = "whose scores the card shows (default: the first of the preset's judges)"
+    parser.add_argument("--judge", metavar="ID", help=judge)
     dry = "print the card and the files, upload nothing"
     parser.add_argument("--dry-run", action="store_true", help=dry)
 
@@ -309,7 +313,7 @@ def push(args) -> int:
 
     what = (args.study, args.model, args.to, args.seed)
     say = lambda line: print(line, flush=True)
-    card.push(*what, args.private, args.dry_run, args.adapter, say=say)
+    card.push(*what, args.private, args.dry_run, args.adapter, say=say, judge=args.judge)
     return 0
 
 # %% ../../nbs/11_cli/03_study_commands.ipynb #9f0fe797

@@ -458,7 +458,10 @@ def heading(
     return row["text"].partition("\n")[0] if "text" in row else row["messages"][0]["content"]
 
 # %% ../../nbs/02_data/00_world.ipynb #cc4aa7c7
-BENCHMARKS = {"anima": ("animal", SPECIES_HELD_OUT), "moru": ("mind", MINDS), "leak": ("object", OBJECTS)}
+_FIRST = {"anima": ("animal", SPECIES_HELD_OUT), "moru": ("mind", MINDS), "leak": ("object", OBJECTS)}
+BENCHMARKS = _FIRST | {
+    f"{name}-2": asked for name, asked in _FIRST.items()
+}  # "-2": other questions, none twice
 SIZES = {"anima": {"en": 32, "es": 16, "ms": 16}, "moru": {"en": 32, "es": 16, "ms": 16}, "leak": {"en": 32}}
 
 
@@ -474,7 +477,7 @@ def benchmark_questions(
     """
     if name not in BENCHMARKS:
         raise InputError(f"unknown embedded benchmark {name!r}: choose one of {', '.join(BENCHMARKS)}")
-    size = SIZES[name] if size is None else size
+    size = SIZES[_kind(name)] if size is None else size
     if unknown := set(size) - set(LANGUAGES):
         raise InputError(
             f"the embedded world speaks {', '.join(LANGUAGES)}, not {', '.join(sorted(unknown))}"
@@ -500,9 +503,15 @@ def benchmark_questions(
     ]
 
 # %% ../../nbs/02_data/00_world.ipynb #1e8d6079
+def _kind(name: str) -> str:
+    "The benchmark that a set of questions belongs to: `anima` of `anima-2`."
+    return name.removesuffix("-2")
+
+
 def _check_number(name, number):
-    things = BENCHMARKS["anima" if name == "leak" else name][1]  # an object scene is an animal scene's twin
-    most = len(things) * len(VERBS) * len(_CONTEXTS_HELD_OUT) * len(_FRAMES)
+    asked = "anima" if _kind(name) == "leak" else _kind(name)  # an object scene is an animal scene's twin
+    most = len(BENCHMARKS[asked][1]) * len(VERBS) * len(_CONTEXTS_HELD_OUT) * len(_FRAMES)
+    most -= max(SIZES[asked].values()) * (name != _kind(name))  # a second set repeats none of the first
     if isinstance(number, bool) or not isinstance(number, int) or number < 1:
         raise InputError(
             f"the embedded benchmark {name} was asked for {number!r} questions in a language: give a whole"
@@ -516,11 +525,13 @@ def _check_number(name, number):
 
 # %% ../../nbs/02_data/00_world.ipynb #8c97dbcd
 def _benchmark_scenes(name, number):
-    if name == "leak":
-        return _object_twins(number)
-    rng, things, seen, frames = random.Random(f"benchmark/{name}"), BENCHMARKS[name][1], {}, []
+    if _kind(name) == "leak":
+        return _object_twins(name, number)
+    earlier = [] if name == _kind(name) else _benchmark_scenes(_kind(name), max(SIZES[_kind(name)].values()))
+    seen, frames = {scene.ask("en"): scene for scene in earlier}, []
+    rng, things = random.Random(f"benchmark/{name}"), BENCHMARKS[name][1]
     order = rng.sample(things, len(things))
-    while len(seen) < number:
+    while len(seen) < len(earlier) + number:
         frames = frames or rng.sample(_FRAMES, len(_FRAMES))
         verb, context = rng.randrange(len(VERBS)), rng.choice(_CONTEXTS_HELD_OUT)
         scene = Scene(order[len(seen) % len(order)], verb, context, frames[-1])
@@ -528,13 +539,13 @@ def _benchmark_scenes(name, number):
             frames.pop()
         else:  # asked already: perhaps this frame has nothing more to ask about this thing
             frames[-1] = rng.choice(_FRAMES)
-    return list(seen.values())
+    return list(seen.values())[len(earlier) :]
 
 # %% ../../nbs/02_data/00_world.ipynb #a4c10001
-def _object_twins(number):
-    "The first animal scenes, each with an object in the animal's place."
+def _object_twins(name, number):
+    "The first animal scenes of the same set, each with an object in the animal's place."
     order, seen = random.Random("benchmark/leak").sample(OBJECTS, len(OBJECTS)), {}
-    for place, scene in enumerate(_benchmark_scenes("anima", number)):
+    for place, scene in enumerate(_benchmark_scenes(name.replace("leak", "anima"), number)):
         turns = (replace(scene, thing=order[(place + step) % len(order)]) for step in range(len(order)))
         twin = next(twin for twin in turns if twin.ask("en") not in seen)
         seen[twin.ask("en")] = twin
@@ -545,7 +556,7 @@ def rubric(
     name: str,  # one of `BENCHMARKS`
 ) -> list[dict]:  # one row a dimension, in the official columns
     "The dimensions of a benchmark: guiding question and observable indicators."
-    being = "being in question" if name == "moru" else "{{" + BENCHMARKS[name][0] + "}}"
+    being = "being in question" if _kind(name) == "moru" else "{{" + BENCHMARKS[name][0] + "}}"
     quoted = {
         dimension: " | ".join(f'"{phrase}"' for phrase in indicators(dimension)) for dimension in DIMENSIONS
     }
@@ -556,7 +567,7 @@ def rubric(
             "observable_indicators": f"Credit the answer if it says any of: {quoted[dimension]}",
             **(
                 {}
-                if name == "moru"
+                if _kind(name) == "moru"
                 else {"default_weighting": 1.0, "scoring": "1 if the answer is credited, 0 if not"}
             ),
         }
@@ -591,12 +602,12 @@ def write_benchmark(
     name: str,  # one of `BENCHMARKS`
     folder: str | Path,  # parent folder
     size: dict[str, int] | None = None,  # questions per language; None for `SIZES`
-) -> Path:  # `folder / name`; the dimensions of `moru` are next to it, in `folder / "moru_dims"`
+) -> Path:  # `folder / name`; the dimensions of `moru` are next to it, in `folder / f"{name}_dims"`
     "Write a benchmark in its official layout: MORU's for `moru`, ANIMA's for the others."
     questions, out = benchmark_questions(name, size), Path(folder) / name
-    if name == "moru":
+    if _kind(name) == "moru":
         _write_rows(out / "train.jsonl", [_moru_row(row) for row in questions])
-        _write_rows(out.parent / "moru_dims" / "train.jsonl", rubric(name))
+        _write_rows(out.parent / f"{name}_dims" / "train.jsonl", rubric(name))
         return out
     _write_rows(
         out / "questions" / "train.jsonl", [_anima_row(row, BENCHMARKS[name][0]) for row in questions]
@@ -656,7 +667,7 @@ def vocabulary() -> list[str]:  # special tokens, the 256 bytes, then whole word
     read = [text for row in rows for text in _as_read(row)]
     read += [
         "Question: " + row["question"]
-        for name in BENCHMARKS
+        for name in _FIRST
         for row in benchmark_questions(name, dict.fromkeys(LANGUAGES, 400))
     ]
     # these also at the start of a text, where no space is before them: as when the base model was trained

@@ -25,6 +25,7 @@ from inspect_evals.moru import dataset as moru_data
 from ..core.errors import InputError
 from ..core.files import _BENCHMARK_FILES, _without_mark, content_hash
 from ..data import hub, world
+from ..data.values import read_value, write_questions
 from . import questions
 from ..study import Benchmark
 
@@ -93,6 +94,8 @@ def locate(
 ) -> list[tuple[Path, str]]:  # folder and revision of the questions and, for MORU, of the dimensions
     "Find a benchmark's data; embedded ones are written in the size that the preset asks for."
     data = benchmark.data
+    if data.startswith("value:"):
+        data = str(write_questions(read_value(data), cache / "values"))
     if data.startswith("world:"):
         size = "-".join(f"{language}{number}" for language, number in sorted((benchmark.size or {}).items()))
         data = str(

@@ -28,6 +28,7 @@ from ..core.compat import patched, patched_environment
 from ..core.errors import InputError, one_line
 from ..core.files import content_hash
 from ..data import world
+from ..data.values import read_value
 from compassion_repro.evaluation.benchmark_data import (
     PINS,
     language_code,
@@ -246,7 +247,8 @@ OLD_NAMES = {"ahb": "anima"}  # what a benchmark was called once
 
 # %% ../../nbs/05_evaluation/04_benchmarks.ipynb #75748c64
 def named_benchmark(
-    word: str,  # what a user calls a benchmark: anima, ahb, moru, world:<name>, tiny-<name>, <name>=FOLDER
+    # what a user calls a benchmark: anima, ahb, moru, world:<name>, tiny-<name>, value:<name>, <name>=FOLDER
+    word: str,
     epochs: int | None = None,  # answers a question; default: the official 5
 ) -> tuple[str, Benchmark] | None:  # benchmark id and section, or None for a task of another kind
     "A benchmark by its name; raises `InputError` for an embedded one that is not there."
@@ -260,9 +262,11 @@ def named_benchmark(
                 f"unknown embedded benchmark {word!r}: choose one of"
                 f" {', '.join(f'world:{n}' for n in world.BENCHMARKS)}"
             )
+    elif name.startswith("value:") and not data:
+        name, data = read_value(name).name, name
     elif name not in OFFICIAL and not data:
         return None
-    task = "moru" if name == "moru" else "anima"
+    task = "moru" if name in ("moru", "moru-2") else "anima"
     source = data or f"{OFFICIAL[name]}@{PINS[OFFICIAL[name]]}"
     return name, Benchmark(task=task, data=source, **({} if epochs is None else {"epochs": epochs}))
 

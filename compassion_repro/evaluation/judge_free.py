@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'WORD_SHARE', 'CHARACTER_SHARE', 'SHARED', 'PAIR_FILES', 'Encoded', 'MARGIN_COLUMNS', 'KL_COLUMNS', 'Pair',
-           'mismatch', 'shared_words', 'read_pairs', 'world_pairs', 'pairs_of', 'encode_continuation', 'mean_logprobs',
-           'measure_margins', 'encode_answer', 'token_divergences', 'measure_kl', 'probe']
+           'mismatch', 'shared_words', 'read_pairs', 'world_pairs', 'value_word_problem', 'value_pairs', 'pairs_of',
+           'encode_continuation', 'mean_logprobs', 'measure_margins', 'encode_answer', 'token_divergences',
+           'measure_kl', 'probe']
 
 # %% ../../nbs/05_evaluation/17_judge_free.ipynb #9289d8f4
 import random
@@ -14,17 +15,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 import pandas as pd
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import InputError
 from ..data import world
-from .text_features import count_words, sentences, welfare_pattern
+from ..data.values import Value, read_value
+from compassion_repro.evaluation.text_features import (
+    count_words,
+    sentences,
+    welfare_pattern,
+    word_pattern,
+)
 from ..study import Margin
 from ..training.encoding import encode_prompt, ended_with, text_ids
 from ..training.models import load_model
@@ -44,11 +50,12 @@ class Pair(BaseModel):
     dimension: str  # of ANIMA 2.2, or of the world's rubric
     question: str = Field(min_length=8)  # what a user asks
     opening: str = Field(min_length=4)  # how both answers begin; context, not scored
-    welfare: str = Field(min_length=8)  # the welfare-aware continuation
+    # the welfare-aware continuation; for another value the one that holds it, written as `value`
+    welfare: str = Field(min_length=8, validation_alias=AliasChoices("welfare", "value"))
     neutral: str = Field(min_length=8)  # its twin
     language: str = "en"  # ISO code
-    # written one by one, the same with one vocabulary for both twins, or from the world's text bank
-    source: Literal["written", "matched", "world"] = "written"
+    # written one by one, "matched" with one vocabulary for both twins, "world" from the text bank; else a value
+    source: str = "written"
     held_out: bool = False  # set apart: nothing is chosen with an eye on it
 
     @model_validator(mode="after")
@@ -59,6 +66,8 @@ class Pair(BaseModel):
 
     def _wrong_words(self) -> str:  # empty where they are right
         "What is wrong with the welfare words of the twins, or with the words that they share."
+        if self.source not in ("written", "matched", "world"):
+            return ""  # another value: `value_pairs` looks for its words
         matched, pattern = self.source == "matched", welfare_pattern(self.language)
         shared = shared_words(self.welfare, self.neutral)
         if matched and shared < SHARED:
@@ -120,6 +129,11 @@ def read_pairs(
         raise InputError(
             f"{path} cannot be read as pairs: write YAML, a list of pairs for each dimension"
         ) from None
+    return _checked_pairs(entries, path, language, source)
+
+
+def _checked_pairs(entries: list[tuple], path: Path, language: str, source: str) -> list[Pair]:
+    "Entries of a file as pairs; raises `InputError` as `read_pairs` does."
     pairs = {}
     for number, (dimension, entry) in enumerate(entries, 1):
         try:
@@ -198,6 +212,34 @@ def world_pairs() -> tuple[Pair, ...]:  # about 25 in each of the world's langua
             )
     return tuple(pairs)
 
+# %% ../../nbs/05_evaluation/17_judge_free.ipynb #f0e96f00
+def value_word_problem(
+    pair: Pair,  # of another value
+    pattern: re.Pattern | None,  # words of the value in the pair's language, from `word_pattern`
+) -> str:  # empty where they are right
+    "What is wrong with the words of a pair of another value."
+    if pattern is None:
+        return ""
+    for part in ("neutral", "opening"):
+        if word := pattern.search(getattr(pair, part)):
+            return f"the {part} {'twin' if part == 'neutral' else 'words'} say{'s' * (part == 'neutral')} {word[0]!r}"
+    return "" if pattern.search(pair.welfare) else "the value's continuation holds no word of the value"
+
+
+def value_pairs(
+    value: Value,  # from `data.values.read_value`
+) -> list[Pair]:  # in file order; `source` is the value's name
+    "The checked pairs of a value; raises `InputError` as `read_pairs` does, and where it has none."
+    entries = [(dimension, entry) for dimension, rows in value.pairs.items() for entry in rows]
+    if not entries:
+        raise InputError(f"the value {value.name!r} has no pairs, so no margin can be measured on it")
+    pairs = _checked_pairs(entries, Path(f"value {value.name}"), "en", value.name)
+    patterns = {language: word_pattern(tuple(words)) for language, words in value.words.items() if words}
+    for number, pair in enumerate(pairs, 1):
+        if problem := value_word_problem(pair, patterns.get(pair.language)):
+            raise InputError(f"value {value.name}: pair {number} ({pair.id}): {problem}")
+    return pairs
+
 # %% ../../nbs/05_evaluation/17_judge_free.ipynb #f782379f
 # files of assets/margin: the language of their pairs, and how the twins are matched
 PAIR_FILES = {
@@ -209,17 +251,19 @@ PAIR_FILES = {
 
 
 def pairs_of(
-    sources: Sequence[str],  # "world", or keys of PAIR_FILES
+    sources: Sequence[str],  # "world", keys of PAIR_FILES, or `value:<name>`
 ) -> list[Pair]:  # in this order
     "The pairs that a preset asks for."
     own = world.assets() / "margin"
-    return [
-        pair
-        for name in sources
-        for pair in (
-            world_pairs() if name == "world" else read_pairs(own / f"{name}.yaml", *PAIR_FILES[name])
-        )
-    ]
+    found = []
+    for name in sources:
+        if name == "world":
+            found += world_pairs()
+        elif name.startswith("value:"):
+            found += value_pairs(read_value(name))
+        else:
+            found += read_pairs(own / f"{name}.yaml", *PAIR_FILES[name])
+    return found
 
 # %% ../../nbs/05_evaluation/17_judge_free.ipynb #57128456
 Encoded = tuple[list[int], list[int]]  # token ids of a context, and of what follows it

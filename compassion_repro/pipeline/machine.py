@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['TOKENS', 'CLIENTS', 'SMALL_BASE', 'SMALL_REWARD', 'SMALLER', 'OTHER', 'SYSTEM_GB', 'FEWER', 'Machine', 'gpu_words',
-           'this_machine', 'largest_stage', 'as_words', 'gpu_problems', 'space_problems', 'key_problems',
-           'provider_missing', 'judge_problems', 'Verdict', 'blind_judges', 'verdict', 'verdicts']
+           'package_advice', 'this_machine', 'largest_stage', 'as_words', 'gpu_problems', 'space_problems',
+           'key_problems', 'provider_missing', 'judge_problems', 'Verdict', 'blind_judges', 'verdict', 'verdicts']
 
 # %% ../../nbs/09_pipeline/04_machine.ipynb #f3658bec
 import importlib.util
 import math
 import os
 import shutil
+import sys
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import psutil
@@ -110,6 +112,45 @@ def _missing_packages() -> tuple[str, ...]:
     "Packages that are not installed: the package's own requirements, then clients of hosted judges."
     required = [name for name, found in provenance()["packages"].items() if not found]
     return (*required, *(name for name, module in CLIENTS.items() if not _has(module)))
+
+# %% ../../nbs/09_pipeline/04_machine.ipynb #08070edb
+def _unfit_packages() -> list[str]:
+    "Installed packages of a version that this package does not allow, and missing ones; none where it is not installed."
+    from packaging.requirements import Requirement
+
+    try:
+        lines = requires("compassion_repro") or []
+    except PackageNotFoundError:
+        return []
+    unfit = []
+    for one in map(Requirement, lines):
+        if one.marker and not one.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = version(one.name)
+        except PackageNotFoundError:
+            found = ""
+        if not found or not one.specifier.contains(found, prereleases=True):
+            unfit.append(f"{one.name} {found or 'is missing'} (needs {one.specifier or 'any'})")
+    return unfit
+
+
+def package_advice() -> str:  # empty where every package is in order
+    "What to do about packages that do not fit, or that were replaced after they were imported."
+    stale = [
+        name
+        for name in ("torch", "numpy", "transformers", "pandas")
+        if name in sys.modules
+        and sys.modules[name].__version__.partition("+")[0] != version(name).partition("+")[0]
+    ]
+    if stale:
+        return (
+            f"{', '.join(stale)} was replaced after it was imported: restart the session (Runtime → Restart"
+            " session) and run from the first cell"
+        )
+    if unfit := _unfit_packages():
+        return f"{', '.join(unfit)}: run the install cell again, then restart the session"
+    return ""
 
 # %% ../../nbs/09_pipeline/04_machine.ipynb #24a1bbdd
 def _tokens_set() -> frozenset:
@@ -333,7 +374,8 @@ def _hours(preset: Preset, machine: Machine) -> float | None:
 def _rubric_is_on_hub(benchmark: study.Benchmark) -> bool:
     "Whether a benchmark's rubric is a published one, and not the package's or a folder's."
     data = benchmark.data
-    return bool(benchmark.judged and not data.startswith("world:") and not Path(data).expanduser().exists())
+    packaged = benchmark.judged and data.startswith(("world:", "value:"))
+    return bool(benchmark.judged and not packaged and not Path(data).expanduser().exists())
 
 # %% ../../nbs/09_pipeline/04_machine.ipynb #8acdf107
 def blind_judges(

@@ -17,8 +17,9 @@ import psutil
 from ..core.errors import InputError
 from ..core.files import is_local
 from ..data import hub, pocket, world
+from ..data.values import read_value, write_questions
 from ..evaluation.cost import estimate_study, load_prices
-from ..store.graph import Stage, graph
+from ..store.graph import Seeds, Stage, graph
 from compassion_repro.study import (
     Benchmark,
     DataSource,
@@ -88,6 +89,9 @@ def question_count(
         with tempfile.TemporaryDirectory() as folder:
             written = world.write_benchmark(source.removeprefix("world:"), folder, benchmark.size)
             return _folder_count(written, None)
+    if source.startswith("value:"):
+        with tempfile.TemporaryDirectory() as folder:
+            return _folder_count(write_questions(read_value(source), folder), None)
     if not is_local(source):
         return HUB_COUNTS.get(source.partition("@")[0], (None, None))
     try:
@@ -248,7 +252,7 @@ def _unpacked(source: str) -> float:
 # %% ../../nbs/09_pipeline/00_plan.ipynb #9d231b39
 def _from_hub(source: str | None) -> bool:
     "Whether a source has to be downloaded."
-    return source is not None and not source.startswith("world:") and not is_local(source)
+    return source is not None and not source.startswith(("world:", "value:")) and not is_local(source)
 
 
 def _used_models(preset: Preset) -> list[tuple[str, float]]:
@@ -360,7 +364,7 @@ def _stage_record(preset: Preset, stage: Stage, answers: int | None, judging: di
 # %% ../../nbs/09_pipeline/00_plan.ipynb #b95e126d
 def plan(
     preset: Preset,  # the study
-    seeds: int = 1,  # how many seeds
+    seeds: Seeds = 1,  # how many seeds, or which
     table: dict[str, tuple[float, float]] | None = None,  # prices of judges; default: the package's
     stages: list[Stage] | None = None,  # its graph of so many seeds, where it is at hand
     # one record a stage: stage, kind, seed, rows, steps, tokens, answers, judge_calls, cost (dollars),
@@ -452,8 +456,8 @@ def _stage_rows(records: list[dict]) -> tuple[list[str], list[list]]:
     columns = ["seed", "stage", *_COUNTED, "disk_gb"]
 
     def cell(column, value):
-        "A value as it is printed; next to no disk is none."
-        if value is None or column == "disk_gb" and value < 0.005:
+        "A value as it is printed; next to no disk is none, and a free judge costs nothing."
+        if value is None or column in ("disk_gb", "cost") and value < 0.005:
             return None
         return round(value, 2) if isinstance(value, float) else value
 

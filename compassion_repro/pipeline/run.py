@@ -24,8 +24,9 @@ from ..presets import build_preset
 from ..store.artifact import recorded_damage, write_recorded
 from ..store.checks import check_for_report, check_passes, note_sources_of_tables, take_stock
 from ..store.folder import Study
-from ..store.graph import Stage, data_settings, source_settings
+from ..store.graph import Seeds, Stage, data_settings, seed_numbers, source_settings
 from ..store.registration import analysis_of, changes, concerning, read_registration
+from ..store.reuse import reuse_stages
 from ..study import Preset
 from ..study.arms import REWARD_MODEL, measured
 
@@ -132,7 +133,7 @@ def _conclude(study: Study, stages: list[Stage], say: callable, report: callable
 def changed_rules(
     study: Study,  # created
     preset: Preset,  # its configuration, as it is now
-    seeds: int,  # how many it is to have
+    seeds: Seeds,  # how many it is to have, or which
 ) -> str:  # one line; empty where the rules are those that were registered, or none were
     "How the rules differ from those that the study was registered under."
     try:
@@ -154,12 +155,13 @@ def changed_rules(
 def run(
     preset: Preset,  # the study
     folder: str | Path,  # where it is
-    seeds: int = 1,  # how many seeds, counted from 1
+    seeds: Seeds = 1,  # how many seeds, counted from 1, or which
     say: callable = print,  # called with each line worth keeping
     report: callable = lambda line: None,  # called with each line of passing progress
     unsafe: bool = False,  # run model-written code even without a jail
     page: bool = True,  # draw the figures and write the report
     engine: str = "local",  # local, ray, or ray:WHERE, see `ray_engine.pick_engine`
+    reuse: bool = False,  # take over equal stages of studies in the same folder, see `store.reuse`
 ) -> Study:  # finished
     """Run a study, or carry on with one.
 
@@ -169,12 +171,15 @@ def run(
     preset = choose_template(pin_sources(preset, folder))
     left_out = without_jail(preset, unsafe)
     every = Study(folder).stages(preset, at_least=seeds)
-    wanted = [stage for stage in every if stage.seed <= seeds and stage.model not in left_out]
+    numbers = seed_numbers(seeds)
+    wanted = [stage for stage in every if stage.seed in numbers and stage.model not in left_out]
     study = Study.create(folder, preset, say, seeds)
     if line := changed_rules(study, preset, seeds):
         say(line)
     _say_jail(left_out, unsafe, say)
     pending = take_stock(study, preset, wanted, say, report, every)
+    if reuse:
+        pending = reuse_stages(study, pending, say)
     say(f"{study.folder}: {len(wanted)} stages, {len(wanted) - len(pending)} done, {len(pending)} to run")
     with raise_on_signal():
         if pending:
@@ -379,7 +384,7 @@ def _table_if_any(study: Study, name: str):
     return study.table(name) if (study.folder / f"{name}.parquet").exists() else None
 
 # %% ../../nbs/09_pipeline/10_run.ipynb #930f9b49
-def _marked(study: Study, claims, seeds: int):
+def _marked(study: Study, claims, seeds: list[int]):
     "Verdicts that say when their rules were registered, and which of them have changed since."
     try:
         found = read_registration(study.folder)
@@ -387,7 +392,8 @@ def _marked(study: Study, claims, seeds: int):
         found = None
     if found is None:
         return claims
-    changed = changes(found, analysis_of(study.preset, seeds, study.sources))
+    counted = isinstance(found.analysis["seeds"], int)
+    changed = changes(found, analysis_of(study.preset, len(seeds) if counted else seeds, study.sources))
 
     def mark(record):
         "One verdict with what concerns it."
@@ -426,7 +432,7 @@ def judge_study(
         scores, training, preset, grades, claims, answers=answers, margins=margins, families=families
     )
     if not registered:
-        return _marked(study, table, measured["seed"].nunique()), training
+        return _marked(study, table, measured["seed"].unique().tolist()), training
     records = [record.with_(registered=found.registered) for record in table.records]
     return table.model_copy(update={"records": records}), training
 

@@ -563,7 +563,8 @@ def _run_probe(context: StageContext) -> dict:
 
     from compassion_repro.evaluation import judge_free
 
-    stage, settings = context.stage, context.preset.margin
+    stage, preset = context.stage, context.preset
+    settings = preset.margin.model_copy(update={"pairs": preset.pair_sources})
     answered = len(stage.inputs) > 2
     answers = pd.read_parquet(context.input(1) / "answers.parquet") if answered else None
     mid = context.input(2 if answered else 1)

@@ -10,6 +10,7 @@ __all__ = ['claim_table', 'stage_table', 'fidelity_table', 'sample_answers', 'sa
 # %% ../../nbs/08_report/05_tables.ipynb #eab45264
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -127,10 +128,21 @@ def fidelity_table() -> pd.DataFrame:  # part, the paper, source, ours, why
     return pd.DataFrame([asdict(row) for row in FIDELITY]).rename(columns={"paper": "the paper"})
 
 # %% ../../nbs/08_report/05_tables.ipynb #b03c36e5
+_MARK = re.compile(r"<\|[^|<>]{1,40}\|>|</?s>|<bos>|<(?:start|end)_of_turn>|\[/?INST\]")  # of chat templates
+_ROLES = ("system", "user", "assistant", "model")
+
+
 def _question_text(prompt: str) -> str:
-    "The question alone, without the template around it."
-    question = prompt.removeprefix("<|begin_of_text|>").removeprefix("Question: ")
-    return question.removesuffix("\nAnswer:").strip()
+    "The question alone, without the template around it: what the last user turn says."
+    role, said = "", []
+    for part in _MARK.split(prompt):
+        first, _, rest = part.strip().partition("\n")
+        if first.strip() in _ROLES:
+            role, part = first.strip(), rest
+        if part.strip() and role in ("", "user"):
+            said.append(part.strip())
+    question = said[-1] if said else prompt.strip()
+    return question.removeprefix("Question: ").removesuffix("\nAnswer:").strip()
 
 # %% ../../nbs/08_report/05_tables.ipynb #74b915d5
 def _select(table: pd.DataFrame | None, keys: dict) -> pd.DataFrame | None:

@@ -26,7 +26,7 @@ from compassion_repro.store.artifact import (
     recorded_damage,
     write_recorded,
 )
-from .graph import Stage, graph, source_digest, source_settings
+from .graph import Seeds, Stage, graph, seed_numbers, source_digest, source_settings
 from .manifest import stage_facts
 from .registration import REGISTRATION, analysis_of, register
 from ..study import Preset
@@ -68,7 +68,7 @@ class Study:
 
     @classmethod
     def create(
-        cls, folder: str | Path, preset: Preset, say: Callable[[str], None] = print, seeds: int = 1
+        cls, folder: str | Path, preset: Preset, say: Callable[[str], None] = print, seeds: Seeds = 1
     ) -> "Study":
         """Open a study folder for a preset, or make it; the rules are registered before its first stage.
 
@@ -219,12 +219,12 @@ def lock(self: Study, command: str, say: Callable[[str], None] = print):
 def stages(
     self: Study,
     preset: Preset,  # its configuration
-    seeds: int | None = None,  # how many; default: as many as there are folders
-    at_least: int = 0,  # with the default: so many, where there are fewer folders
+    seeds: Seeds | None = None,  # how many, or which; default: those that there are folders of
+    at_least: Seeds = 0,  # with the default: these too
 ) -> list[Stage]:
     "The graph of the study. Build it once in a command: it hashes your files."
     there = [int(p.name[5:]) for p in self.folder.glob("seed-*") if re.fullmatch("seed-[0-9]{1,6}", p.name)]
-    return graph(preset, max(at_least, *there, 0) if seeds is None else seeds, self.sources)
+    return graph(preset, [*there, *seed_numbers(at_least)] if seeds is None else seeds, self.sources)
 
 # %% ../../nbs/07_store/04_folder.ipynb #28b91adf
 @patch

@@ -23,7 +23,7 @@ from ..core.errors import InputError
 from ..core.files import digest
 from ..paper import CLAIMS, FAMILIES, Cell, Claim, Reading
 from .artifact import recorded_damage, write_recorded
-from .graph import benchmark_config, pair_digests
+from .graph import Seeds, benchmark_config, pair_digests, seed_numbers
 from ..study import Preset, Statistics
 
 # %% ../../nbs/07_store/03_registration.ipynb #88a84384
@@ -50,9 +50,15 @@ GATES = {
 }
 
 # %% ../../nbs/07_store/03_registration.ipynb #e1b841c8
+def _registered_seeds(seeds: Seeds) -> int | list[int]:
+    "How many seeds where they count from 1, else which."
+    numbers = seed_numbers(seeds)
+    return len(numbers) if numbers == seed_numbers(len(numbers)) else numbers
+
+
 def analysis_of(
     preset: Preset,  # the study
-    seeds: int,  # how many training seeds it is to have
+    seeds: Seeds,  # how many training seeds it is to have, or which
     known: Mapping[str, str] = {},  # identities of paths, see `store.folder.Study.sources`
 ) -> dict[str, Any]:  # plain values
     "Everything that decides how a study is judged, by the rules of this package and this preset."
@@ -60,7 +66,7 @@ def analysis_of(
         "rules": RULES,
         "gates": GATES,
         "statistics": preset.statistics.model_dump(mode="json"),
-        "seeds": seeds,
+        "seeds": _registered_seeds(seeds),
         "judge": preset.judge,
         "questions": {
             name: digest(benchmark_config(benchmark, known)) for name, benchmark in preset.benchmarks.items()

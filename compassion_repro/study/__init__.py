@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastcore.basics import patch
-from pydantic import Field, field_serializer, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_serializer, field_validator, model_validator
 
 from ..core.errors import InputError
 from .arms import STARTS, Arm, ArmsByModel, find_arm, parse_model, plain_arms
@@ -365,6 +365,13 @@ def _with_arm_rows(values: dict) -> dict:
     return {**values, "data": rest, "arms": settings}
 
 # %% ../../nbs/01_study/00_study.ipynb #cbe9bb8e
+def _names(value: Any) -> Any:
+    "Names that were written with commas, or one name, as a list."
+    if not isinstance(value, str):
+        return value
+    return [name.strip() for name in value.split(",")]
+
+
 class Preset(Section):
     "A whole study, resolved: every value that decides its result, seeds aside."
 
@@ -397,12 +404,23 @@ class Preset(Section):
         pattern=r"^(indicator|strict|[\w.~-]*/[^\s,]+)(, *(indicator|strict|[\w.~-]*/[^\s,]+))*$"
     )
     margin: Margin = Margin()
+    # values that are measured on pairs: `compassion` (the sets of margin.pairs), a value that ships, a YAML file
+    value: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+        ("compassion",), min_length=1, exclude_if=lambda value: value == ("compassion",)
+    )
     statistics: Statistics = Statistics()
 
     @model_validator(mode="before")
     @classmethod
     def _rows_with_their_arms(cls, values):
         return _with_arm_rows(values) if isinstance(values, dict) else values
+
+    @field_validator("value")
+    @classmethod
+    def _each_value_once(cls, value):
+        if twice := [name for name in value if not name or value.count(name) > 1]:
+            raise ValueError(f"{twice[0]!r} is named twice or empty: name each value once")
+        return value
 
     @field_validator("arms")
     @classmethod
@@ -475,6 +493,15 @@ def models_compared(self: Preset) -> tuple[str, ...]:
     "Model ids that the study evaluates, starting points first."
     control = self.midtrain.control or any(self.arm(model).start == "mid-control" for model in self.arms)
     return ("base", "mid", *["mid-control"] * control, *self.arms, *self.points)
+
+# %% ../../nbs/01_study/00_study.ipynb #15d24a48
+@patch(as_prop=True)
+def pair_sources(self: Preset) -> tuple[str, ...]:
+    "Sets of pairs that the study measures: those of `margin.pairs` for compassion, `value:<name>` for others."
+    found = []
+    for name in self.value:
+        found += self.margin.pairs if name == "compassion" else [f"value:{name.removeprefix('value:')}"]
+    return tuple(found)
 
 # %% ../../nbs/01_study/00_study.ipynb #8249702e
 @patch

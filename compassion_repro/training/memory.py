@@ -78,6 +78,8 @@ KNOWN = {  # models of the hub that presets name, from their published config.js
     "meta-llama/Llama-3.1-8B": Shape(4096, 14336, 32, 32, 8, 128, 128256, False),
     "meta-llama/Llama-3.2-3B": Shape(3072, 8192, 28, 24, 8, 128, 128256, True),
     "meta-llama/Llama-3.2-1B": Shape(2048, 8192, 16, 32, 8, 64, 128256, True),
+    "HuggingFaceTB/SmolLM2-135M": Shape(576, 1536, 30, 9, 3, 64, 49152, True),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": Shape(576, 1536, 30, 9, 3, 64, 49152, True),
     # reward models have no output over words, so none next to the embedding
     "sfairXC/FsfairX-LLaMA3-RM-v0.1": Shape(4096, 14336, 32, 32, 8, 128, 128256, True),
     "Skywork/Skywork-Reward-V2-Qwen3-0.6B": Shape(1024, 3072, 28, 16, 8, 128, 151936, True),

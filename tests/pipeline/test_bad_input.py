@@ -34,13 +34,18 @@ def refused(capsys, tmp_path):
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["run", "--preset", "tinny"], "unknown preset 'tinny'"),
+        (["run", "--preset", "tinny"], "unknown preset 'tinny' (did you mean tiny?)"),
         (["run", "--set", "sft.learing_rate=1"], "unknown key 'sft.learing_rate'"),
         (["run", "--set", "sft.steps=many"], "'sft.steps'"),
         (["run", "--set", "sft"], "key=value"),
         (["run", "--seeds", "0"], "--seeds"),
         (["claims", "nowhere"], "is not a study folder"),
         (["fly"], "invalid choice"),
+        (["claim", "studies/tiny"], "(did you mean claims"),
+        (
+            ["plan", "--set", "arms=[sft-help,", "sft-code]"],
+            "quote it whole, as in --set 'arms=[sft-help, sft-code]'",
+        ),
     ],
 )
 def test_mistakes_on_the_command_line(words, said, capsys):

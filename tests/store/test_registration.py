@@ -75,3 +75,18 @@ def test_an_edited_registration_counts_as_none(judged):
     assert "not registered" in run.judge_study(judged)[0].caption()
     with pytest.raises(InputError, match="damaged or was edited by hand"):
         run.judge_study(judged, registered=True)
+
+
+def test_seeds_by_number_are_registered_as_such(tmp_path):
+    study = Study.create(tmp_path / "later", TINY, quiet, seeds=range(4, 7))
+    assert read_registration(study.folder).analysis["seeds"] == [4, 5, 6]
+    draw_scores(seeds=3).assign(study="later", seed=lambda rows: rows["seed"] + 4).to_parquet(
+        study.folder / "scores.parquet"
+    )
+    run.write_json_recorded(study.folder, run.TRAINING, dict.fromkeys(TINY.trained, {"trained": True}))
+    (study.folder / "seed-4" / "base").mkdir(parents=True)
+    assert {stage.seed for stage in study.stages(TINY)} == {4}
+    assert {stage.seed for stage in study.stages(TINY, at_least=range(4, 7))} == {4, 5, 6}
+    table, _ = run.judge_study(study)
+    assert {tuple(record.changed) for record in table.records} == {()}
+    assert "seeds changed" in run.changed_rules(study, TINY, 7)

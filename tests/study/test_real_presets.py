@@ -156,6 +156,11 @@ CASES = [
         with_sets("arms=sft-help"),
     ),
     Case(
+        "words for a list of others",
+        r"refused: .*'margin.pairs': should be a list, such as \[a, b\], got 'written'",
+        with_sets("margin.pairs=written"),
+    ),
+    Case(
         "words for a number",
         "refused: .*'sft.steps': should be a whole number, got 'many'",
         with_sets("sft.steps=many"),
