@@ -9,7 +9,9 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("dev", "judge", "gpu", "ray", "gguf", "docs")}
+extras = {
+    name: cfg[f"{name}_requirements"].split() for name in ("dev", "judge", "gpu", "ray", "gguf", "docs")
+}
 
 setup(
     name=cfg["lib_name"],

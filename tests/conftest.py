@@ -1,6 +1,7 @@
 """What the end-to-end tests share: the smallest study, and a finished copy of it."""
 
 import atexit
+import gc
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,7 @@ SHARED_DATA = Path(os.environ.get("COMPASSION_SHARED_DATA", ROOT.parent / "share
 
 # The smoke preset at the size of a crash test: every stage of the graph, seconds in all.
 CRASH_SIZE = (
+    "threads=1",  # the tests run in two workers
     "midtrain.rows=24",
     "midtrain.held_out=6",
     "midtrain.steps=2",
@@ -107,6 +110,20 @@ def same_threads():
         os.environ["OMP_NUM_THREADS"] = THREADS
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(int(THREADS or len(os.sched_getaffinity(0))))
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "long: a further round of what a quicker test shows (`make test-long`)"
+    )
+
+
+def pytest_collection_finish(session):
+    """Python's garbage collector need not look through the libraries again: every training collects, and by
+    then all of them are imported.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 FORKS = Forks()
@@ -206,6 +223,17 @@ def written_to(config) -> list[str]:
 def copy_study(study: Path, to: Path, *leave_out: str) -> Path:
     "Copy a study that other workers may be reading: without its lock, which comes and goes."
     return Path(shutil.copytree(study, to, ignore=shutil.ignore_patterns(".lock*", "..lock*", *leave_out)))
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    "Reports without their figures, which take most of the time."
+    from compassion_repro.report import page
+
+    def none(files, *more):
+        return {name: replace(picture, missing="not drawn") for name, picture in page.pictures().items()}
+
+    monkeypatch.setattr(page, "draw_pictures", none)
 
 
 @pytest.fixture

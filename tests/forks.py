@@ -33,6 +33,8 @@ IMPORTED_ONCE = [
     "scipy.io",
     "openai",
     "inspect_ai.agent",
+    "inspect_ai.agent._acp.server",
+    "inspect_ai.model._openai_responses",
     "inspect_ai.hooks",
     "markdown_it",
 ]

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import CRASH_SIZE
-from forks import Forks
+from conftest import CRASH_SIZE, FORKS
 
 from compassion_repro.presets import load_preset
 
@@ -30,6 +29,8 @@ FLAGS = FLAGS["DEFAULT"]["tst_flags"].split()
 RUNNER = """
 import json, sys
 from pathlib import Path
+import datasets.config, huggingface_hub.constants as hub
+hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # what they load must be on this machine
 from execnb.shell import CaptureShell
 from nbdev.test import test_nb
 
@@ -54,19 +55,11 @@ def cells_to_run(path: Path) -> int:
     return sum(not flagged.search(source) and "nbdev_export(" not in source for source in sources)
 
 
-@pytest.fixture(scope="module")
-def forks():
-    "The notebooks' own: what they load must be on this machine."
-    forks = Forks(HF_HUB_OFFLINE="1")
-    yield forks
-    forks.close()
-
-
-def run_notebook(forks: Forks, path: Path, folder: Path, preset: str = "smoke", seconds: int = 900) -> dict:
+def run_notebook(path: Path, folder: Path, preset: str = "smoke", seconds: int = 900) -> dict:
     "Execute a notebook in a process of its own; raises AssertionError with the notebook's error text."
     environment = os.environ | {"COMPASSION_PRESET": preset, "STUDY": str(folder / "study")}
     environment |= {"HF_HUB_OFFLINE": "1"}
-    job = forks.start(RUNNER, [str(path), str(ROOT), *FLAGS], folder, {"OMP_NUM_THREADS": "2"} | environment)
+    job = FORKS.start(RUNNER, [str(path), str(ROOT), *FLAGS], folder, {"OMP_NUM_THREADS": "2"} | environment)
     stdout, stderr = job.communicate(timeout=seconds)
     status = job.returncode
     said = (stdout + stderr)[-6000:]
@@ -118,7 +111,14 @@ def test_there_are_notebooks():
 
 
 # What a notebook that runs a study is to run: every kind of stage, at the crash tests' size.
-WALKED = (*CRASH_SIZE, "arms=[sft-help, grpo-code]", "grpo.max_new_tokens=24")
+WALKED = (
+    *CRASH_SIZE,
+    "arms=[sft-help, grpo-code]",
+    "grpo.max_new_tokens=24",
+    "grpo.steps=2",
+    "grpo.held_out=4",
+    "grpo.samples=1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -132,19 +132,20 @@ def walkthroughs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook(path, forks, walkthroughs, tmp_path):
+def test_notebook(path, walkthroughs, tmp_path):
     walks = not path.stem[0].isdigit()
     loads = walks and "load_preset" in path.read_text(encoding="utf-8")  # another only asks for the name
     folder, preset = walkthroughs if walks else tmp_path, "smoke"
     if loads:
         preset = str(walkthroughs / "smoke.yaml")
-    assert run_notebook(forks, path, folder, preset)["passed"]
+    assert run_notebook(path, folder, preset)["passed"]
 
 
-def test_a_good_notebook_passes_and_flagged_cells_are_left_out(forks, tmp_path):
+def test_a_good_notebook_passes_and_flagged_cells_are_left_out(tmp_path):
     flagged = [f"#| {flag}\nraise SystemError('a flagged cell was run')" for flag in FLAGS]
-    path = write_notebook(tmp_path / "good.ipynb", "x = 1", *flagged, "assert x == 1")
-    assert run_notebook(forks, path, tmp_path)["executed"] == 2
+    offline = "from transformers.utils.hub import is_offline_mode\nassert is_offline_mode()"
+    path = write_notebook(tmp_path / "good.ipynb", "x = 1", *flagged, "assert x == 1", offline)
+    assert run_notebook(path, tmp_path)["executed"] == 3
 
 
 @pytest.mark.parametrize(
@@ -157,13 +158,13 @@ def test_a_good_notebook_passes_and_flagged_cells_are_left_out(forks, tmp_path):
         ((), "no cell was executed"),
     ],
 )
-def test_a_notebook_that_fails_or_does_not_run_is_seen_to_fail(sources, words, forks, tmp_path):
+def test_a_notebook_that_fails_or_does_not_run_is_seen_to_fail(sources, words, tmp_path):
     path = write_notebook(tmp_path / "bad.ipynb", *sources)
     with pytest.raises(AssertionError, match=words):
-        run_notebook(forks, path, tmp_path)
+        run_notebook(path, tmp_path)
 
 
-def test_front_matter_cannot_switch_a_notebook_off(forks, tmp_path):
+def test_front_matter_cannot_switch_a_notebook_off(tmp_path):
     path = write_notebook(tmp_path / "off.ipynb", "assert False")
     notebook = json.loads(path.read_text())
     notebook["cells"].insert(
@@ -171,10 +172,10 @@ def test_front_matter_cannot_switch_a_notebook_off(forks, tmp_path):
     )
     path.write_text(json.dumps(notebook))
     with pytest.raises(AssertionError, match="0 of 1 cells"):
-        run_notebook(forks, path, tmp_path)
+        run_notebook(path, tmp_path)
 
 
-def test_a_notebook_finds_nothing_that_another_left(forks, tmp_path):
+def test_a_notebook_finds_nothing_that_another_left(tmp_path):
     leaves = (
         "import os, sys, compassion_repro.study as left",
         "os.environ['LEFT'], sys.left = 'x', left",
@@ -187,11 +188,11 @@ def test_a_notebook_finds_nothing_that_another_left(forks, tmp_path):
     )
     for number, sources in enumerate((leaves, finds)):
         path = write_notebook(tmp_path / f"{number}.ipynb", *sources)
-        assert run_notebook(forks, path, tmp_path)["executed"] == 3
+        assert run_notebook(path, tmp_path)["executed"] == 3
 
 
-def test_a_notebook_that_hangs_is_ended(forks, tmp_path):
+def test_a_notebook_that_hangs_is_ended(tmp_path):
     path = write_notebook(tmp_path / "hangs.ipynb", "import time; time.sleep(600)")
     with pytest.raises(TimeoutError):
-        run_notebook(forks, path, tmp_path, seconds=1)
-    assert run_notebook(forks, write_notebook(path, "x = 1"), tmp_path)["executed"] == 1
+        run_notebook(path, tmp_path, seconds=1)
+    assert run_notebook(write_notebook(path, "x = 1"), tmp_path)["executed"] == 1

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['GRPO_PARTS', 'patched', 'patched_environment', 'current_sample', 'provider_names', 'load_task_file', 'make_tasks',
-           'retry_after', 'inspect_folder', 'rewritten_logs', 'common_console', 'token_counts', 'extend',
-           'anima_explanation', 'accelerate_environment', 'die_with_parent', 'hold_to_one_gpu', 'replace_saving',
-           'running_totals', 'resume_totals', 'load_weights']
+           'retry_after', 'inspect_folder', 'rewritten_logs', 'common_console', 'token_counts', 'distributions_once',
+           'extend', 'anima_explanation', 'accelerate_environment', 'die_with_parent', 'hold_to_one_gpu',
+           'replace_saving', 'running_totals', 'resume_totals', 'load_weights']
 
 # %% ../../nbs/00_core/04_compat.ipynb #558b5da9
+import functools
 import os
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 # %% ../../nbs/00_core/04_compat.ipynb #e1b04d46
@@ -123,6 +125,23 @@ def token_counts(
     from inspect_ai.model import ModelAPI
 
     return patched(ModelAPI, count_text_tokens=count)
+
+# %% ../../nbs/00_core/04_compat.ipynb #2d877fd7
+@functools.cache
+def _distribution_of(module: str) -> Any:
+    "What `get_distribution_for_object` says of an object of a module; it reads no more than the module's name."
+    from inspect_ai._util.package import get_distribution_for_object
+
+    return get_distribution_for_object(SimpleNamespace(__module__=module))
+
+# %% ../../nbs/00_core/04_compat.ipynb #1fab195a
+def distributions_once():  # a context manager
+    "Look up once for each module which package a task comes from, while the work inside lasts."
+    from inspect_ai._eval.task import log
+
+    if not hasattr(log, "get_distribution_for_object"):  # a version that looks it up elsewhere, or not at all
+        return nullcontext()
+    return patched(log, get_distribution_for_object=lambda task: _distribution_of(task.__module__))
 
 # %% ../../nbs/00_core/04_compat.ipynb #a8c93fe4
 def extend(

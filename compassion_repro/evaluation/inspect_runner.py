@@ -27,6 +27,7 @@ from rich.console import Console
 from compassion_repro.core.compat import (
     common_console,
     current_sample,
+    distributions_once,
     inspect_folder,
     patched_environment,
     rewritten_logs,
@@ -117,6 +118,7 @@ def run_inspect(
         _writable_home(),
         rewritten_logs(redact),
         token_counts(about_tokens),
+        distributions_once(),
     ):
         logs = inspect_eval(
             tasks,

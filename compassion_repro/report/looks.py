@@ -196,6 +196,9 @@ def paper_mark():  # matplotlib Line2D
     return Line2D([], [], linestyle="", **look, label=PAPER_LABEL)
 
 # %% ../../nbs/08_report/00_looks.ipynb #3eb1d5be
+_NO_LAYOUT = {"figure.autolayout": False, "figure.constrained_layout.use": False}
+
+
 def save_figure(
     figure,  # matplotlib Figure
     folder: str | Path,  # made if it is not there
@@ -212,11 +215,11 @@ def save_figure(
         folder.mkdir(parents=True, exist_ok=True)
         for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
             path = folder / f"{name}.{kind}"
-            with matplotlib.rc_context({"svg.hashsalt": name}):
+            with matplotlib.rc_context({"svg.hashsalt": name, **_NO_LAYOUT}):
                 write_atomically(
                     path, lambda partial: figure.savefig(partial, format=kind, dpi=200, metadata=metadata)
                 )
-            figure.set_layout_engine("none")  # the layout is computed once, for both
+                figure.set_layout_engine(None)  # the layout is computed once, for both
             paths.append(path)
     except OSError as error:
         raise InputError(f"cannot write figures to {folder}: {error.strerror or error}") from None

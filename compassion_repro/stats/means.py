@@ -31,7 +31,8 @@ LEVELS = {False: "these checkpoints", True: "the procedure"}  # what an interval
 def _spread_of_mean(scored: pd.DataFrame, mean: float, strata: pd.Series, procedure: bool) -> Spread:
     "Source of variation of a mean over questions: its items, crossed with training runs if it has three."
     table = scored.pivot(index=[strata.index.name, "question_id"], columns="seed", values="score")
-    table = table.apply(lambda run: run.fillna(table.mean(axis=1)))
+    if table.isna().any(axis=None):
+        table = table.apply(lambda run: run.fillna(table.mean(axis=1)))
     by_item = table.groupby(level=strata.index.name)
     sizes = by_item.size().reindex(strata.index).to_numpy()[:, None]
     influence = (by_item.sum().reindex(strata.index).to_numpy() - mean * sizes) / sizes.sum()

@@ -79,6 +79,16 @@ def _stake_reading(reading: Reading, languages: str) -> Reading:
     return Reading("to lose", "", "superiority", reading.benchmark, cells)
 
 # %% ../../nbs/06_stats/07_verdicts.ipynb #85048127
+def _stake(scores: pd.DataFrame | Items, reading: Reading, languages: str, settings: Statistics) -> Interval:
+    "The gain in one group of languages; many readings share it, so that `Items` keep it."
+    stake = _stake_reading(reading, languages)
+    kept = scores.cache if isinstance(scores, Items) else {}
+    key = ("stake", stake.benchmark, stake.cells, settings)
+    if key not in kept:
+        kept[key] = contrast(scores, stake, settings, full=False).interval
+    return kept[key]
+
+
 def gain_at_stake(
     scores: pd.DataFrame | Items,  # of one judge
     reading: Reading,  # whose benchmark and languages count
@@ -88,7 +98,7 @@ def gain_at_stake(
     results = []
     for group in dict.fromkeys(cell.languages for cell in reading.cells):
         try:
-            results.append(contrast(scores, _stake_reading(reading, group), settings, full=False).interval)
+            results.append(_stake(scores, reading, group, settings))
         except InputError:
             return None
     return min(results, key=lambda interval: -np.inf if interval.low is None else interval.low)

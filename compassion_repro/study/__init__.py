@@ -105,8 +105,9 @@ class Generation(Section):
     temperature: float = Field(1.0, ge=0)  # 0 takes the most likely token
     top_p: float = Field(1.0, gt=0, le=1)  # nucleus share
     batch_size: int = Field(64, ge=1, le=MANY)  # questions a batch
-    # what generates; vllm draws other random numbers, so its answers are others of the same distribution
-    engine: Literal["transformers", "vllm"] = "transformers"
+    # what generates; static is transformers with a cache of fixed size, its steps recorded on a GPU: for small
+    # models; vllm draws other random numbers, so its answers are others of the same distribution
+    engine: Literal["transformers", "static", "vllm"] = "transformers"
     # forms in which every model is asked as well, to see how much the form matters; the claims rest on
     # `template` alone
     templates: tuple[Literal["plain", "own", "raw", "user"], ...] = ()

@@ -450,7 +450,7 @@ def test_a_benchmark_takes_the_same_road(server, tmp_path, monkeypatch):
 # ----------------------------------------------------------------------
 
 SMALL = (
-    "threads=2",
+    "threads=1",
     "compute.device=cpu",
     "judge=indicator",
     "midtrain.limit=20",
@@ -599,7 +599,7 @@ def test_the_released_checkpoints_are_compared_without_training(whole_hub, tmp_p
     assert not [path for _, path, _ in whole_hub.requests if "dolly" in path or "prompt-collection" in path]
 
 
-def test_the_colab_preset_is_the_papers_graph_with_other_values(whole_hub, tmp_path):
+def test_the_colab_preset_is_the_papers_graph_with_other_values():
     from compassion_repro.presets import load_preset
     from compassion_repro.store.graph import graph
 
@@ -608,6 +608,10 @@ def test_the_colab_preset_is_the_papers_graph_with_other_values(whole_hub, tmp_p
         for name in ("paper", "colab", "smoke")
     ]
     assert shapes[0] == shapes[1] == shapes[2]
+
+
+@pytest.mark.long
+def test_the_colab_preset_runs_from_hub_to_claims_in_four_bits(whole_hub, tmp_path):
     study, _ = run_preset(
         "colab",
         tmp_path / "study",

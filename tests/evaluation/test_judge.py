@@ -507,7 +507,7 @@ def test_a_preset_with_two_judges(study_copy, tmp_path):
     )
 
 
-def test_a_study_is_judged_again_and_keeps_it(study_copy, capsys):
+def test_a_study_is_judged_again_and_keeps_it(study_copy, capsys, no_pictures):
     assert cli.main(["judge", str(study_copy), "--judge", "strict"]) == 0
     out = capsys.readouterr().out
     assert "strict" in out and "Krippendorff's alpha" in out

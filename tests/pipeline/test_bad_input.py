@@ -2,19 +2,20 @@
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import types
 from pathlib import Path
 
 import pytest
-from conftest import SHARED_DATA, assert_one_line, command, run_study, settings
+from conftest import FORKS, SHARED_DATA, assert_one_line, command, run_study, settings
+from forks import COMMAND
 
 from compassion_repro import cli
 from compassion_repro.data import world
 from compassion_repro.store.folder import Study
 
+NO_BENCHMARK = ("benchmarks={}",)  # where the answers are not the point: base, training, margins
 ANIMA_ALONE = ("benchmarks.moru=null", "benchmarks.leak=null")  # where the questions are not the point
 
 
@@ -105,8 +106,10 @@ def test_folders_that_cannot_be_written(refused, tmp_path):
 
 def test_a_disk_that_fills_up_keeps_what_is_finished(study_copy, finished):
     shutil.rmtree(study_copy / "seed-1" / "mid")
-    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
-    done = run_study(study_copy, preexec_fn=small)
+    small = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)); "
+    process = FORKS.start(small + COMMAND, [*command(study_copy), *settings()][3:])
+    _, stderr = process.communicate()
+    done = types.SimpleNamespace(returncode=process.returncode, stderr=stderr)
     assert_one_line(done, "no room left", "free some space")
     assert (
         not list((study_copy / "seed-1").glob(".*.partial"))
@@ -179,7 +182,7 @@ def test_real_rows_are_trained_on_and_none_is_lost(tmp_path):
         lines = (SHARED_DATA / name).read_text(encoding="utf-8").splitlines(keepends=True)
         (tmp_path / name).write_text("".join(lines[:count]), encoding="utf-8")
     rows = [f"data.{arm}={tmp_path / name}" for arm, (name, _) in counts.items()]
-    done = run_study(out, *rows, "arms=[sft-help, sft-code]", *ANIMA_ALONE)
+    done = run_study(out, *rows, "arms=[sft-help, sft-code]", *NO_BENCHMARK)
     assert done.returncode == 0, done.stderr[-3000:]
     manifests = {m["stage"]: m["result"] for m in Study(out).manifests()}
     for arm, (_, count) in counts.items():
@@ -249,7 +252,7 @@ def test_rows_longer_than_a_sequence_are_cut_and_counted(tmp_path):
             for n in range(12)
         )
     )
-    done = run_study(out, f"data.sft-help={file}", "arms=[sft-help]", *ANIMA_ALONE)
+    done = run_study(out, f"data.sft-help={file}", "arms=[sft-help]", *NO_BENCHMARK)
     assert done.returncode == 0 and "cut to fit a sequence" in done.stdout, done.stderr[-2000:]
     result = next(m["result"] for m in Study(out).manifests() if m["stage"] == "sft-help")
     assert result["data"]["truncated"] == 12 and result["split_rows"] == 0

@@ -176,14 +176,16 @@ def test_a_second_run_has_nothing_to_do(study_copy):
     assert before == {p: p.stat().st_mtime_ns for p in study_copy.rglob("manifest.json")}
 
 
-def test_more_seeds_extend_a_study(study_copy, finished):
-    done = run_study(study_copy, words=("--seeds", "2"))
-    assert done.returncode == 0 and "24 done, 24 to run" in done.stdout, done.stderr[-2000:]
-    scores = table(study_copy, "scores")
+def test_more_seeds_extend_a_study(tmp_path):
+    small = ("arms=[sft-help]", "benchmarks.moru=null", "benchmarks.leak=null")
+    assert run_study(tmp_path / "study", *small).returncode == 0
+    first = table(tmp_path / "study", "scores")
+    done = run_study(tmp_path / "study", *small, words=("--seeds", "2"))
+    assert done.returncode == 0 and "12 done, 12 to run" in done.stdout, done.stderr[-2000:]
+    scores = table(tmp_path / "study", "scores")
     assert set(scores.seed) == {1, 2}
-    first = scores[scores.seed == 1].drop(columns="study").reset_index(drop=True)
     pd.testing.assert_frame_equal(
-        first, table(finished, "scores").drop(columns="study").reset_index(drop=True), check_exact=True
+        scores[scores.seed == 1].reset_index(drop=True), first.reset_index(drop=True), check_exact=True
     )
 
 
@@ -219,8 +221,9 @@ def test_another_configuration_is_refused_with_the_difference(study_copy):
     )
 
 
-STRUCK = [(signal.SIGINT, stage) for stage in ("base", "mid", "sft-help", "answers-mid", "eval-mid")]
-STRUCK += [(signal.SIGKILL, stage) for stage in ("mid", "eval-mid")]  # one training and one evaluation stage
+STRUCK = [(signal.SIGINT, stage) for stage in ("base", "mid", "eval-mid")] + [(signal.SIGKILL, "mid")]
+FURTHER = [(signal.SIGINT, "sft-help"), (signal.SIGINT, "answers-mid"), (signal.SIGKILL, "eval-mid")]
+STRUCK += [pytest.param(*pair, marks=pytest.mark.long) for pair in FURTHER]
 
 
 @pytest.mark.parametrize("how, stage", STRUCK)

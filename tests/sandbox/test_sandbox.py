@@ -1023,7 +1023,8 @@ def test_processor_time_is_limited_too(where):
     assert alone.status == result.status == "timeout" and result.seconds < 5 * alone.seconds
 
 
-def test_five_hundred_programs_leave_nothing(where):
+@pytest.mark.parametrize("rounds", [20, pytest.param(100, marks=pytest.mark.long)])
+def test_hundreds_of_programs_leave_nothing(where, rounds):
     kinds = [
         (ADD, ADD_TESTS, "ok"),
         ("import os\nos._exit(0)", ADD_TESTS, "failed"),
@@ -1032,7 +1033,7 @@ def test_five_hundred_programs_leave_nothing(where):
         ("import ctypes\nctypes.string_at(0)", "", "killed"),
     ]
     before = traces()
-    rounds = 10 if "ORDINARY" in os.environ else 100  # fewer when the file runs a second time
+    rounds = 10 if "ORDINARY" in os.environ else rounds  # fewer when the file runs a second time
     results = run_many([kind[:2] for kind in kinds * rounds], using=where, timeout_s=60)
     assert [result.status for result in results] == [kind[2] for kind in kinds * rounds]
     assert traces() == before  # nor was any thread waited for: each sleeps longer than a program may run
@@ -1197,9 +1198,18 @@ def test_room_is_light():
     assert done.stdout == "[]\n"
 
 
+# what no user changes
+SAME = (
+    "weak_comparisons or benchmark or bad_arguments or room_is_light or processor_time or do_not_compile"
+    " or missing_package"
+)
+SLOW = " or hundreds or limits_follow or host_that_dies or other_users"
+
+
+@pytest.mark.parametrize("left_out", [SAME + SLOW, pytest.param(SAME, marks=pytest.mark.long)])
 @pytest.mark.skipif(os.geteuid() != 0, reason="runs as an ordinary user already")
-def test_all_of_this_as_an_ordinary_user():
-    """The whole file again as user 65534, in a view of the file system where that user can reach the
+def test_all_of_this_as_an_ordinary_user(left_out):
+    """The file again as user 65534, in a view of the file system where that user can reach the
     interpreter.
     """
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
@@ -1222,15 +1232,10 @@ def test_all_of_this_as_an_ordinary_user():
         "PYTHONDONTWRITEBYTECODE=1",
         "ORDINARY=1",
     ]
-    # what no user changes
-    same = (
-        "weak_comparisons or benchmark or bad_arguments or room_is_light or processor_time or do_not_compile"
-        " or missing_package"
-    )
     mounts = " && ".join(f"mount --bind '{source}' '{folder}/{name}'" for name, source in places.items())
     command = (
         f"{mounts} && cd '{folder}/repository' && exec setpriv --reuid=65534 --regid=65534 --clear-groups env"
-        f" -i {' '.join(environment)} '{python}' -m pytest -q -rs -p no:cacheprovider -k 'not ({same})'"
+        f" -i {' '.join(environment)} '{python}' -m pytest -q -rs -p no:cacheprovider -k 'not ({left_out})'"
         " tests/sandbox/test_sandbox.py"
     )
     try:

@@ -603,6 +603,7 @@ def test_retention_is_a_share_or_says_why_not(scores):
     assert headless["retention"].isna().all() and set(headless["note"]) == {"no scores of base"}
 
 
+@pytest.mark.long
 def test_interval_of_a_difference_of_gains_covers_at_three_seeds():
     "150 drawn studies of C0 at the floor through `contrast` itself, in log odds and in points."
     odds = next(reading for reading in readings() if reading.id == "C0-SFT")

@@ -9,22 +9,51 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 import urllib.request
 from collections import Counter
 from pathlib import Path
 
 import damage
+import kills
 import pandas as pd
 import pytest
-from conftest import copy_study
+from conftest import FORKS, command, copy_study, settings
 from damage_cases import all_cases
+from forks import COMMAND, Job
 from judge_server import JUDGE, PaidJudge, kept_replies, reference
 from kills import contents, differences, is_whole, killed_study, manifests, phase
 
 
-def test_killed_twice_a_study_ends_as_if_nothing_had_happened(finished, tmp_path):
+class Forked(Job):
+    "What `kills` uses of a process, of a fork that leads a group of processes."
+
+    def __init__(self, job: Job, log: Path):
+        super().__init__(job.pid, job.folder)
+        self.log = log
+
+    def wait(self, timeout: float | None = None) -> int:
+        end = time.monotonic() + (timeout or 600)
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("the study", timeout)
+            time.sleep(0.02)
+        self.log.write_text("".join((self.folder / name).read_text() for name in ("stdout", "stderr")))
+        return self.returncode
+
+
+def start_fork(out: Path, *more: str, environment: dict = {}) -> Forked:
+    "As `kills.start`, but that the libraries are loaded, so that the kill strikes the study's own work."
+    out.parent.mkdir(parents=True, exist_ok=True)
+    words = [*command(out, "--yes"), *settings(*more)][3:]
+    job = FORKS.start(f"import os; os.setsid(); {COMMAND}", words, environment=dict(os.environ) | environment)
+    return Forked(job, kills.log_of(out))
+
+
+def test_killed_twice_a_study_ends_as_if_nothing_had_happened(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(kills, "start", start_fork)
     rng = random.Random(6)
-    delays = [rng.uniform(4, 9), rng.uniform(5, 9)]
+    delays = [rng.uniform(1, 4), rng.uniform(2, 4)]
     with PaidJudge() as judge:
         for attempt in range(6):  # on a machine that is done before the kill, sooner
             study = copy_study(finished, tmp_path / str(attempt) / "study")
@@ -39,23 +68,25 @@ def test_killed_twice_a_study_ends_as_if_nothing_had_happened(finished, tmp_path
     assert record.good and len(record.phases) == 2 and min(record.whole) >= 20, record
 
 
+def walked(*words: str) -> dict:
+    "What `tests/walk.py` found in the making of a study."
+    walk = [sys.executable, Path(__file__).resolve().parents[1] / "walk.py", "creation", *words]
+    found = json.loads(subprocess.run(walk, capture_output=True, text=True).stdout)
+    assert not found["bad"] and found["operations"] >= 20, found
+    return found
+
+
+def test_killed_or_failing_during_its_making_a_study_is_made_by_the_next_start():
+    assert walked("--most", "16")["struck"] == 16
+
+
+@pytest.mark.long
 def test_killed_or_failing_at_any_file_operation_a_study_is_made_by_the_next_start():
-    walk = [
-        sys.executable,
-        Path(__file__).resolve().parents[1] / "walk.py",
-        "creation",
-        "--sample",
-        "--workers",
-        "2",
-    ]
-    done = subprocess.run(walk, capture_output=True, text=True)
-    found = json.loads(done.stdout)
-    assert not found["bad"] and found["operations"] >= 20 and found["struck"] == 2 * found["operations"], (
-        found
-    )
+    found = walked("--sample", "--workers", "2")
+    assert found["struck"] == 2 * found["operations"], found
 
 
-CASES = {
+CASES = {  # the first of each is quick enough for `make test`
     "weights": ("zeros", "gone"),
     "answers": ("flip", "other"),
     "grades and scores": ("empty",),
@@ -69,6 +100,10 @@ CASES = {
     "preset files": ("utf-16",),
     "--set values": ("wrong",),
 }
+FIRST = [(family, hows[0]) for family, hows in CASES.items()]
+FURTHER = [
+    pytest.param(family, how, marks=pytest.mark.long) for family, hows in CASES.items() for how in hows[1:]
+]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +115,7 @@ def sound(finished, tmp_path_factory):
     return bases
 
 
-@pytest.mark.parametrize("family, how", [(family, how) for family, hows in CASES.items() for how in hows])
+@pytest.mark.parametrize("family, how", [*FIRST, *FURTHER])
 def test_damaged_inputs_are_refused_or_repaired(family, how, sound, tmp_path):
     case = next(case for case in all_cases() if (case.family, case.how) == (family, how))
     done = damage.try_case(case, sound, 1, tmp_path)
@@ -133,8 +168,6 @@ def test_the_stand_in_judge_counts_what_it_is_asked(tmp_path):
 
 def test_a_call_for_a_reply_that_was_kept_counts_as_paid_twice(study_copy, finished, monkeypatch):
     "A judge whose every call was kept before: the count must see that they are made again."
-    import kills
-
     script = """if True:
         import os, sys, time, urllib.request
         urllib.request.urlopen(os.environ["STANDIN_BASE_URL"] + "/chat/completions", b'{"messages": [{"content": "May I?"}]}').read()

@@ -89,7 +89,13 @@ def test_what_is_damaged_is_made_again_and_nothing_else(study_copy, finished):
 
 @pytest.mark.parametrize(
     "name",
-    ["study.yaml", "record.json", "claims.json", "scores.parquet", "answers.parquet", "grades.parquet"],
+    [
+        "study.yaml",
+        "record.json",
+        "claims.json",
+        "scores.parquet",
+        *(pytest.param(f"{name}.parquet", marks=pytest.mark.long) for name in ("answers", "grades")),
+    ],
 )
 def test_damaged_files_of_the_study_are_refused_or_written_anew(study_copy, finished, capsys, name):
     for how in ("flipped", list(SPOIL)[sum(map(ord, name)) % len(SPOIL)]):

@@ -3,11 +3,15 @@ when something goes wrong.
 """
 
 import json
+import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
+from dataclasses import replace
 from functools import partial
+from multiprocessing import forkserver
 
 import numpy as np
 import psutil
@@ -146,8 +150,32 @@ def all_three(how, report):
     return model, {"adapter": adapter, "whole": whole, "grpo": rewarded, "policy": weights(policy)}
 
 
+REAL, CONFIG = processes._process, processes._launch_config
+
+
+def from_the_server(*words):
+    "A process whose parent is the one that forks, and not this one."
+    return REAL(*words[:-1], os.getppid())
+
+
 @pytest.fixture(scope="module")
-def one_and_two():
+def quick_start():
+    """Processes that are forks of one that has imported the libraries, which takes most of the time; those of
+    users are new Pythons, as in the test of Ctrl-C.
+    """
+    multiprocessing.set_forkserver_preload(["trl.trainer.grpo_trainer", "trl.trainer.sft_trainer", "peft"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENBLAS_NUM_THREADS", "1")
+        patch.setattr(processes, "_process", from_the_server)
+        patch.setattr(
+            processes, "_launch_config", lambda *words: replace(CONFIG(*words), start_method="forkserver")
+        )
+        yield
+    forkserver._forkserver._stop()
+
+
+@pytest.fixture(scope="module")
+def one_and_two(quick_start):
     lines = []
     (one, alone), _ = run_distributed(partial(all_three, held(1)), BASE, held(1), lambda line: None)
     (two, together), spent = run_distributed(partial(all_three, held(2)), BASE, held(2), lines.append)
@@ -190,10 +218,11 @@ def test_grpo_in_two_processes_has_the_same_rewards_and_losses(one_and_two):
 
 
 def no_process_left() -> bool:
-    "Whether this process has no child but those that were there before: the tracker, the one that forks."
+    "Whether this process has no child but those that were there before: the tracker, the ones that fork."
     forks = FORKS.process.pid if FORKS.process else None
     return all(
-        child.pid == forks or "resource_tracker" in " ".join(child.cmdline())
+        child.pid == forks
+        or {"resource_tracker", "forkserver"} & set(re.split(r"\W", " ".join(child.cmdline())))
         for child in psutil.Process().children()
     )
 
@@ -209,10 +238,7 @@ def told_to_be_gpus(*words):
         state.distributed_type = DistributedType.MULTI_GPU
 
     PartialState.set_device = set_device
-    return REAL(*words)
-
-
-REAL = processes._process
+    return from_the_server(*words)
 
 
 def spread_weights(folder, how, report):
@@ -257,9 +283,11 @@ def waits(how, report):
     time.sleep(900)
 
 
-def test_ctrl_c_leaves_no_process_behind():
+def test_ctrl_c_leaves_no_process_behind(monkeypatch):
     from compassion_repro.core.signals import raise_on_signal
 
+    monkeypatch.setattr(processes, "_process", REAL)
+    monkeypatch.setattr(processes, "_launch_config", CONFIG)
     lines = []
 
     def report(line):
