@@ -128,7 +128,10 @@ def _score_row(row: dict) -> list:
         row["benchmark"],
         row["judge"] + (f" (for {instead})" if isinstance(instead, str) else ""),
         int(row["questions"]),
-        *(_percent(row.get(name, float("nan"))) for name in ("score", "no_grade", "empty")),
+        *(
+            _percent(row.get(name, float("nan")))
+            for name in ("score", "no_grade", "empty", "refuses", "incoherent")
+        ),
     ]
 
 # %% ../../nbs/11_cli/04_evaluation_commands.ipynb #96ee3109
@@ -136,7 +139,7 @@ def _print_scores(folder: Path):
     "Scores by model, benchmark and judge, and how far judges agree."
     from compassion_repro.pipeline.evaluate import summary, without_scores
 
-    shares = ["score, %", "replies without a grade, %", "empty answers, %"]
+    shares = ["score, %", "replies without a grade, %", "empty answers, %", "refuses, %", "incoherent, %"]
     rows = [_score_row(row) for row in summary(folder).to_dict("records")]
     show(plain_table(["model", "benchmark", "judge", "questions", *shares], rows))
     for line in without_scores(folder):

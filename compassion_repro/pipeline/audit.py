@@ -283,18 +283,22 @@ def specificity(
             rows.append({"model": name, "first": first, "other": other} | _bounds(apart))
     return rows
 
-# %% ../../nbs/09_pipeline/16_audit.ipynb #78a9edab
+# %% ../../nbs/09_pipeline/16_audit.ipynb #c58c6e0e
 def behaviour_of(
     found: dict[str, Measured],  # from `measure_all`
 ) -> list[dict]:  # a row a checkpoint; none without answers
-    "Length, empty, looping, cut-off, wrong-language and code-shaped answers of every checkpoint, in percent."
+    "Length, refusals and other odd answers of every checkpoint, in percent."
     from compassion_repro.evaluation.behaviour import behaviour_table
+    from compassion_repro.evaluation.outcomes import outcome_shares
 
     answers = [own.answers for own in found.values() if own.answers is not None]
     if not answers:
         return []
-    table = behaviour_table(pd.concat(answers, ignore_index=True))
+    every = pd.concat(answers, ignore_index=True)
+    table = behaviour_table(every)
     pooled = table[table["language"] == "all"].drop(columns=["benchmark", "language"])
+    classes = outcome_shares(every)[["model", "refuses", "incoherent"]]
+    pooled = pooled.merge(classes, on="model")
     return json.loads(pooled.to_json(orient="records"))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.errors import InputError
+from ..evaluation.outcomes import outcome_shares
 from .evaluation_setup import Setup, load_setup, record_setup
 from .judging import judge_folder
 from .model_answers import generate, weights_identity
@@ -149,8 +150,8 @@ def _grades_of(study: Study):
 # %% ../../nbs/09_pipeline/14_evaluate.ipynb #ed89c59a
 def summary(
     folder: str | Path,  # study or evaluation folder
-    # model, benchmark, judge, questions, score (percent), no_grade (percent of calls), empty (percent of
-    # answers), substitute_for
+    # model, benchmark, judge, questions, score (percent), no_grade (percent of calls), empty, refuses,
+    # incoherent (percent of answers), substitute_for
 ):
     """Mean scores by model, benchmark and judge; null where the judge could not read the rubric or its
     replies held no grade.
@@ -163,6 +164,8 @@ def summary(
     if (grades := _grades_of(study)) is not None:
         table = table.merge(_without_grade(grades, keys), on=keys, how="left")
     empty = answers.groupby(keys[:2])["empty"].mean().mul(100).reset_index()
+    classes = outcome_shares(answers)[[*keys[:2], "refuses", "incoherent"]]
+    empty = empty.merge(classes, on=keys[:2], how="left")
     stand_in = scores.get("substitute_for", pd.Series(index=scores.index, dtype=object))
     marked = scores.assign(substitute_for=stand_in).groupby(keys)["substitute_for"].first().reset_index()
     return table.merge(empty, on=keys[:2], how="left").merge(marked, on=keys, how="left")

@@ -311,6 +311,7 @@ def _tables(files: StudyFiles) -> dict:
         "stages": tables.stage_table(files.manifests),
         "fidelity": tables.fidelity_table(),
         "judges": None if grades is None else tables.judge_table(grades),
+        "outcomes": tables.outcome_table(files),
         "agreement": None if grades is None else tables.agreement_table(tables.judge_agreement(grades)),
     }
 

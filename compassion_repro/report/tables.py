@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['claim_table', 'stage_table', 'fidelity_table', 'sample_answers', 'sample_completions', 'judge_table',
-           'judge_agreement', 'agreement_table', 'drift', 'at_matched_length', 'environment', 'verdict_counts',
-           'headline']
+           'judge_agreement', 'agreement_table', 'drift', 'at_matched_length', 'outcome_table', 'environment',
+           'verdict_counts', 'headline']
 
 # %% ../../nbs/08_report/05_tables.ipynb #eab45264
 import hashlib
@@ -20,6 +20,7 @@ from ..core.errors import InputError
 from ..evaluation.agreement import agreement
 from ..evaluation.behaviour import kl_points
 from ..evaluation.matched_length import matched_length
+from ..evaluation.outcomes import OUTCOMES, outcome_shares
 from ..paper import FIDELITY
 from .forest import claim_figures, claim_rows
 from .looks import benchmark_rank, model_name, panel_title
@@ -342,6 +343,21 @@ def at_matched_length(
     known = set(scored.loc[scored["benchmark"] == "anima", "model"])
     pairs = [pair for pair in (("sft-code", "sft-help"), ("grpo-code", "grpo-help")) if set(pair) <= known]
     return [_matched_sentence(files, *pair) for pair in pairs]
+
+# %% ../../nbs/08_report/05_tables.ipynb #73d1996d
+def outcome_table(
+    files: StudyFiles,  # of the study
+) -> pd.DataFrame | None:  # columns of text, a row a model and benchmark; None without answers or scores
+    "Refuses, incoherent, answers without the value and with it, by the first judge."
+    if files.answers is None or not files.judges:
+        return None
+    scored = files.lead[files.lead["judge"] == files.judges[0]]
+    answers = files.answers[files.answers["benchmark"].isin(scored["benchmark"].unique())]
+    found = outcome_shares(answers, scored)
+    table = {"benchmark": found["benchmark"].map(panel_title), "model": found["model"].map(model_name)}
+    table |= {f"{words}, %": found[name].map("{:.1f}".format) for name, words in OUTCOMES.items()}
+    left = found["score_of_answers"].map(lambda value: "" if pd.isna(value) else f"{value:.1f}")
+    return pd.DataFrame(table | {"score without the first two, %": left})
 
 # %% ../../nbs/08_report/05_tables.ipynb #5e4a2f18
 def _recorded(manifests: list[dict], key: str) -> str:

@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..core.errors import InputError
+from ..evaluation.outcomes import COUNTED
 from ..paper import JUDGE_FREE
 from .verdicts import ClaimRecord
 
@@ -212,6 +213,7 @@ def caption(
     return (
         f"Verdicts {self.records[0].scope}. {judged}"
         + free * any(record.judge == JUDGE_FREE for record in self.records)
+        + f" {COUNTED}" * bool(self.judges)
         + _level_note(tested)
         + _correction_note(tested, decisive)
         + _registration_note(self.records)
