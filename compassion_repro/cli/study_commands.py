@@ -20,7 +20,7 @@ from compassion_repro.cli.command import (
     study_argument,
     study_options,
 )
-from .terminal import asking, plain_table, print, show, talking
+from .terminal import asking, fitting_table, plain_table, print, show, talking, text_width
 from ..core.errors import InputError, redact
 
 # %% ../../nbs/11_cli/03_study_commands.ipynb #7c4413be
@@ -167,9 +167,9 @@ def _print_plan(args, preset) -> str:
     records = planning.plan(preset, args.seeds, load_prices(args.prices))
     print(yaml.safe_dump(preset.resolved(), sort_keys=False, allow_unicode=True, width=100))
     for title, columns, rows in planning.tables(preset, records):
-        show(f"{title}:", plain_table(columns, rows), "")
+        show(f"{title}:", fitting_table(columns, rows), "")
     for line in planning.footnotes(preset, records):
-        print(textwrap.fill(line, 100, break_long_words=False))
+        print(textwrap.fill(line, text_width(), break_long_words=False))
     return _plan_sums(records)
 
 # %% ../../nbs/11_cli/03_study_commands.ipynb #b80efa2f
@@ -187,7 +187,7 @@ def _plan_sums(records: list[dict]) -> str:
 # %% ../../nbs/11_cli/03_study_commands.ipynb #9a1f1aa6
 def _fill(line: str):
     "Print a line of the preflight, folded, without a key or token."
-    print(textwrap.fill(redact(line), 100, break_long_words=False, break_on_hyphens=False))
+    print(textwrap.fill(redact(line), text_width(), break_long_words=False, break_on_hyphens=False))
 
 
 def _print_preflight(preset, refused: list[str]) -> int:

@@ -22,6 +22,7 @@ from fastcore.basics import patch
 
 from .. import presets as hub
 from .. import study
+from ..core.files import is_local
 from ..data.hub import has_token
 from . import plan
 from ..presets import load_preset, presets, with_settings
@@ -420,6 +421,14 @@ def _float16_remark(preset: Preset, machine: Machine) -> list[str]:
     return ["this GPU has no bfloat16, so float16 with scaled losses is used"]
 
 # %% ../../nbs/09_pipeline/04_machine.ipynb #c203c1c9
+def _from_the_hub(preset: Preset) -> list[str]:
+    "A line where the model is on the hub, which was not asked."
+    base = preset.models.base
+    if base.startswith(("world:", "pip:")) or is_local(base):
+        return []
+    return [f"nothing is missing here; {base.partition('@')[0]} comes from the hub, which was not asked"]
+
+
 def verdict(
     preset: Preset,  # the study
     machine: Machine,  # to run it on
@@ -430,6 +439,8 @@ def verdict(
     if not problems and (hours := _hours(preset, machine)):
         remarks.append(f"about {hours:.{0 if hours > 3 else 1}f} hours by the plan's estimate")
     remarks += _float16_remark(preset, machine)
+    if not problems and not remarks:
+        remarks = _from_the_hub(preset)
     return Verdict(preset.name, tuple(problems), tuple(remarks))
 
 # %% ../../nbs/09_pipeline/04_machine.ipynb #f6b5fa70

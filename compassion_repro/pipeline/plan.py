@@ -456,8 +456,8 @@ def _stage_rows(records: list[dict]) -> tuple[list[str], list[list]]:
     columns = ["seed", "stage", *_COUNTED, "disk_gb"]
 
     def cell(column, value):
-        "A value as it is printed; next to no disk is none, and a free judge costs nothing."
-        if value is None or column in ("disk_gb", "cost") and value < 0.005:
+        "A value as it is printed; next to no disk is none."
+        if value is None or column == "disk_gb" and value < 0.005:
             return None
         return round(value, 2) if isinstance(value, float) else value
 

@@ -745,6 +745,7 @@ def test_a_model_of_a_real_study_is_published_with_its_card(finished, server, mo
     there, out = server.repositories["model", "me/tiny-help"], capsys.readouterr()
     folder = finished / "seed-1" / "sft-help"
     assert there.private and set(there.files) == {
+        "DATA.md",
         "README.md",
         "manifest.json",
         "config.json",

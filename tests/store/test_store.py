@@ -13,7 +13,7 @@ from compassion_repro.core import files
 from compassion_repro.core.errors import InputError
 from compassion_repro.pipeline import run
 from compassion_repro.presets import load_preset
-from compassion_repro.store import checks
+from compassion_repro.store import artifact, checks
 from compassion_repro.store.folder import Study
 
 PRESET = load_preset("smoke", CRASH_SIZE)
@@ -242,3 +242,28 @@ def test_what_others_read_is_verified(study_copy, capsys):
             in told
         ), told
     assert not (study_copy.parent / "eval").exists()
+
+
+def test_equal_stages_of_a_neighbour_are_taken_over(study_copy, capsys):
+    other = study_copy.with_name("other")
+    words = ["run", "--preset", "smoke", "--out", str(other), "--no-report", *settings()]
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    assert f"stages are equal to those of {study_copy.name} and taken over: base, answers-base" in said, said
+    assert "(--no-reuse makes them anew)" in said and "[1/" not in said
+    weights = [folder / "seed-1" / "mid" / "model.safetensors" for folder in (study_copy, other)]
+    assert weights[0].samefile(weights[1]) and same_scores(study_copy, other)
+
+
+def test_a_study_that_was_judged_again_is_published_with_one_judge(study_copy, capsys):
+    table = pd.read_parquet(study_copy / "scores.parquet")
+    both = pd.concat([table, table.assign(judge="strict", score=0.0)], ignore_index=True)
+    artifact.write_recorded(study_copy, "scores.parquet", both.to_parquet)
+    words = ["push", str(study_copy), "mid", "--to", "me/mid", "--dry-run"]
+    for more, judge in (([], "indicator"), (["--judge", "strict"], "strict")):
+        assert cli.main([*words, *more]) == 0
+        card = capsys.readouterr().out
+        assert f"Judge: `{judge}`." in card and "## What is left of the value" in card
+        assert "about these checkpoints alone" in card and "Margin without a judge, how much" in card
+    assert cli.main([*words, "--judge", "gemini"]) == 2
+    assert "there are indicator, strict" in capsys.readouterr().err

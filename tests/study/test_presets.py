@@ -151,18 +151,12 @@ def test_a_plan_prints_its_parts_within_a_hundred_columns(name, capsys):
     out = capsys.readouterr().out
     tables = out[out.index("\nstages:") :]
     assert all(len(line) <= 100 for line in tables.splitlines()), max(tables.splitlines(), key=len)
-    for word in (
-        "rows",
-        "tokens",
-        "steps",
-        "judge calls",
-        "cost, $",
-        "disk, GB",
-        "weights",
-        "cache",
-        "downloads",
-        "checkpoints",
-    ):
+    stages = tables.splitlines()[2]  # the heading; a column without a value is left out
+    trained = ("rows", "steps", "tokens")
+    assert [word for word in trained if word in stages] == ([] if name == "released" else [*trained])
+    for word in ("answers", "judge calls", "cost, $"):
+        assert word in stages, word
+    for word in ("weights", "cache", "downloads", "checkpoints"):
         assert word in tables, word
     assert all((word in tables) == (name != "released") for word in ("adapter", "optimiser", "activations"))
     assert ("T4" in tables and "H100" in tables and "of the data sheet's arithmetic" in tables) == (
@@ -267,7 +261,13 @@ def test_released_leaves_the_template_to_the_checkpoints_and_plans_for_the_deare
         (T4, "released", ["take one of at least 17 GB, with --set generation.batch_size=4"]),
         (T4, "colab", ["yes", "about 2.6 hours", "no bfloat16, so float16 with scaled losses"]),
         (H100, "paper", ["yes", "about 18 hours by the plan's estimate"]),
-        (replace(H100, gpu="another"), "paper", ["yes", "everything is here"]),
+        (
+            replace(H100, gpu="another"),
+            "paper",
+            ["yes", "meta-llama/Llama-3.1-8B comes from the hub, which was not asked"],
+        ),
+        (T4, "pocket", ["yes", "nothing is missing here; HuggingFaceTB/SmolLM2-135M-Instruct comes from"]),
+        (T4, "tiny", ["yes", "everything is here"]),
         (replace(H100, gpu_gb=24.0), "paper", ["--set models.quantize=nf4 --set generation.batch_size=16"]),
         (replace(H100, gpu_gb=32.0), "paper", ["--set models.quantize=nf4"]),
         (
@@ -516,3 +516,11 @@ def test_a_new_preset_overwrites_nothing(name, words, tmp_path, capsys, monkeypa
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [
         ("mine.yaml", "extends: paper\n")
     ]
+
+
+def test_a_plan_in_a_narrow_terminal_cuts_no_name(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["plan", "--preset", "smoke"]) == 0
+    tables = capsys.readouterr().out.partition("\nstages:")[2]
+    assert "answers-sft-help@base" in tables and "activations" in tables and "…" not in tables
+    assert max(map(len, tables.splitlines())) <= 80
