@@ -206,7 +206,7 @@ def test_the_wheel_works_outside_the_checkout(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert {
         f"compassion_repro/assets/report/{name}"
-        for name in ("report.html.jinja", "audit.html.jinja", "report.css")
+        for name in ("report.html.jinja", "audit.html.jinja", "score.html.jinja", "report.css")
     } <= set(names)
     assert (
         "compassion_repro/assets/presets/tiny.yaml" in names

@@ -21,6 +21,7 @@ FIRST = (
     "plain_version",
     "reproduce_tiny",
     "reproduce_pocket",
+    "your_study",
     "colab_qlora",
     "colab_evaluate",
     "bench",

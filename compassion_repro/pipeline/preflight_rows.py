@@ -25,6 +25,9 @@ def row_sources(
         arm.rows_setting: (preset.rows_source(arm), PARADIGMS[arm.paradigm].rows)
         for arm in preset.trained_arms
     }
+    for arm in preset.trained_arms:
+        if arm.replay:
+            used[arm.replay_setting] = (preset.replay_source(arm), "text")
     midtrained = {"mid", "mid-control"}.intersection(preset.trained)
     if "mid" in midtrained:
         used["data.documents"] = (preset.data.documents, "text")

@@ -42,7 +42,12 @@ def _used_sources(preset: Preset) -> dict[str, str]:
         "control": "mid-control" in midtrained,
         "replay": midtrained and preset.midtrain.replay,
     }
-    corpora = [arm.rows_setting for arm in arms] + [f"data.{name}" for name, read in needed.items() if read]
+    replayed = [arm.replay_setting for arm in arms if arm.replay]
+    corpora = (
+        [arm.rows_setting for arm in arms]
+        + replayed
+        + [f"data.{name}" for name, read in needed.items() if read]
+    )
     values = preset.corpora()
     return used | {key: "dataset" for name in corpora for key in data_settings(name, values[name])}
 

@@ -263,6 +263,18 @@ def _answer_rows(context: StageContext, fit: dict) -> dict[str, tuple]:
     }
 
 # %% ../../nbs/09_pipeline/01_stages.ipynb #deb5f813
+def _replayed_rows(context: StageContext, rows: int) -> list[dict]:
+    "The rows of mid-training, or of another source, that an arm replays among so many of its own."
+    from compassion_repro.training import midtrain
+
+    arm = context.arm
+    count = midtrain.replay_rows(rows, arm.replay or 0)
+    if not count:
+        return []
+    source = context.preset.replay_source(arm)
+    return training_rows(source, "text", count, 1, context.stage.seed, count)[0]
+
+
 def _run_sft(context: StageContext) -> dict:
     "Supervised fine-tuning of one arm, by as many steps as the other supervised arms."
     from compassion_repro.training import sft, tokens
@@ -272,13 +284,18 @@ def _run_sft(context: StageContext) -> dict:
     fit = sft.longest_answer(start, settings, template)
     rows = _answer_rows(context, fit)
     train, held_out, report = rows[arm.rows]
-    _save_rows(context, train, held_out)
+    replayed = _replayed_rows(context, len(train))
+    _save_rows(context, train + replayed, held_out)
     source, truncated = preset.rows_source(arm), report.get("truncated", 0)
-    account = tokens.stage_account(train, start, settings.length, template, source, seed, truncated, **fit)
+    account = tokens.stage_account(
+        train + replayed, start, settings.length, template, source, seed, truncated, **fit
+    )
     matched = [train] if settings.dose == "full" else [own[0] for own in rows.values()]
     steps = sft.matched_steps(start, matched, settings, template)
     training = _train_run(context, context.stage.model)
-    done = sft.sft(start, train, held_out, context.out, settings, steps, training)
+    done = sft.sft(start, train + replayed, held_out, context.out, settings, steps, training)
+    if replayed:
+        done["replayed"] = len(replayed)
     return {**done, "data": report, "account": account}
 
 # %% ../../nbs/09_pipeline/01_stages.ipynb #8892ca54

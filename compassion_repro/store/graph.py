@@ -244,6 +244,8 @@ def _trained_stage(
     config = _training_config(preset, preset.training_of(arm), preset.lora_of(arm), sources, known)
     if arm.rows != arm.name.partition("+")[0]:
         config["rows"] = arm.rows
+    if arm.replay:
+        config["replay"] = {"share": arm.replay, "rows": spec_digest(preset.replay_source(arm), known)}
     if doses := preset.doses_of(arm):
         config["doses"] = list(doses)
     inputs = (start,)

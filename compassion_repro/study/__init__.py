@@ -43,7 +43,7 @@ class Lora(Section):
 class Training(Section):
     "One training stage."
 
-    keyed_when_changed: ClassVar = ("limit",)
+    keyed_when_changed: ClassVar = ("limit", "kl")
     rows: int | None = Field(None, ge=1, le=EMBEDDED_ROWS)  # rows drawn from an embedded corpus
     limit: int | None = Field(None, ge=1, le=MANY)  # most rows to train on; None takes the corpus whole
     held_out: int = Field(100, ge=1, le=MANY)  # rows kept back to measure the gain in the stage's own domain
@@ -57,6 +57,7 @@ class Training(Section):
     length: int = Field(256, ge=16, le=MANY)  # tokens a packed sequence
     warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps that warm up
     replay: float = Field(0.0, ge=0, lt=1)  # share of the training rows that are base documents
+    kl: float = Field(0.0, ge=0)  # weight of the KL from the start in the loss, nats a token
 
     @model_validator(mode="after")
     def _whole_accumulation(self):
@@ -309,8 +310,14 @@ def _check_replay(preset: "Preset"):
             continue
         raise ValueError(
             f"{name}.replay does nothing, only mid-training mixes in documents of the base: leave it out, or"
-            " set midtrain.replay"
+            " set midtrain.replay (an SFT arm has arms.NAME.replay, for rows of mid-training)"
         )
+
+
+def _check_kl(preset: "Preset"):
+    "Raise ValueError where a KL is asked for twice, or of a paradigm that has a setting for it."
+    if preset.dpo.kl:
+        raise ValueError("dpo.kl does nothing, DPO is held to its start by dpo.beta: set that")
 
 
 def _check_points(preset: "Preset"):
@@ -430,6 +437,7 @@ class Preset(Section):
     @model_validator(mode="after")
     def _consistent(self):
         _check_replay(self)
+        _check_kl(self)
         _check_points(self)
         _check_given(self)
         return self
@@ -508,12 +516,18 @@ def rows_source(self: Preset, arm: Arm) -> str | DataSource | tuple[DataSource, 
     "Sources of the rows that an arm trains on."
     return self.data.source(arm.rows) if arm.source is None else arm.source
 
+# %% ../../nbs/01_study/00_study.ipynb #14a52ea9
+@patch
+def replay_source(self: Preset, arm: Arm) -> str | DataSource | tuple[DataSource, ...]:
+    "Sources of the rows that an arm replays: mid-training's documents where it names none."
+    return self.data.documents if arm.replayed is None else arm.replayed
+
 # %% ../../nbs/01_study/00_study.ipynb #5a10d006
 @patch
 def training_of(self: Preset, arm: Arm) -> Training | Grpo:
     "The settings that an arm is trained with: its paradigm's section, with the arm's own steps and rate."
     section = getattr(self, arm.paradigm)
-    own = {"steps": arm.steps, "learning_rate": arm.learning_rate}
+    own = {"steps": arm.steps, "learning_rate": arm.learning_rate, "kl": arm.kl}
     changes = {name: value for name, value in own.items() if value is not None}
     if arm.steps is not None and isinstance(section, Training):
         changes["dose"] = "steps"
@@ -547,7 +561,12 @@ def matched_rows(self: Preset, arm: Arm) -> dict[str, Any]:
 def corpora(self: Preset) -> dict[str, Any]:
     "Every source of rows as plain values, by the dotted name of its setting."
     values, arms = self.resolved(), self.resolved()["arms"]
-    own = {f"arms.{model}.rows": arms[model]["rows"] for model in self.arms if self.arms[model].rows}
+    own = {
+        f"arms.{model}.{word}": arms[model][word]
+        for model in self.arms
+        for word in ("rows", "replay_rows")
+        if getattr(self.arms[model], word)
+    }
     return {f"data.{name}": source for name, source in values["data"].items()} | own
 
 # %% ../../nbs/01_study/00_study.ipynb #69a3bcb4

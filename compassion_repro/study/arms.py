@@ -73,6 +73,10 @@ class Arm:
     learning_rate: float | None = None  # peak; None: that of the section
     rank: int | None = None  # of the adapter; None: the preset's
     doses: tuple[float, ...] | None = None  # points of its training; None: the preset's
+    kl: float | None = None  # weight of the KL from the start; None: that of the section
+    replay: float | None = None  # share of its rows that are rows of mid-training, or of `replayed`
+    replayed: Any = field(default=None, hash=False)  # where replayed rows come from; None: `data.documents`
+    replay_setting: str = "data.documents"  # dotted name of the setting that says so
     point: str = ""  # ending of the model id where it is a point of the arm: `:0.5`, `~0.5`
 
 # %% ../../nbs/01_study/04_arms.ipynb #bc3add9c
@@ -152,6 +156,11 @@ class ArmSettings(Section):
     learning_rate: float | None = Field(None, ge=0)  # peak; 0 is a sham arm, whose weights stay its start's
     # of the adapter; alpha / rank stays as it is in `lora`
     rank: int | None = Field(None, ge=1, le=65_536)
+    kl: float | None = Field(None, ge=0)  # SFT: weight of the KL from the start in the loss, as in `sft`
+    # SFT: share of its training rows that are rows of mid-training; it takes as many steps as without
+    replay: float | None = Field(None, ge=0, lt=1)
+    # where these come from; default: data.documents. Neutral rows are the control
+    replay_rows: DataSpec | None = None
     doses: tuple[float, ...] | None = None  # as in the preset, for this arm; [] keeps no points of it
     like: str | None = None  # an arm that has the values left out here, apart from its start
 
@@ -293,6 +302,16 @@ def _check_complete(model: str, paradigm: str | None, reward: str | None, has_ro
     if paradigm != "grpo" and paid:
         raise ValueError(f"arms.{name} has a reward, which is for the paradigm grpo: leave it out")
 
+
+def _check_remedies(name: str, paradigm: str, layers: list[tuple]):
+    "Raise ValueError where a remedy has no meaning for an arm."
+    for word in ("kl", "replay", "replay_rows"):
+        if paradigm != "sft" and _nearest_value(layers, word)[0]:
+            beta = f"; the weight of the KL from the start is {paradigm}.beta" * (word == "kl")
+            raise ValueError(f"arms.{name} has {word}, which is for the paradigm sft{beta}: leave it out")
+    if _nearest_value(layers, "replay_rows")[0] and not _nearest_value(layers, "replay")[0]:
+        raise ValueError(f"arms.{name} names rows to replay and no share of them: set arms.{name}.replay")
+
 # %% ../../nbs/01_study/04_arms.ipynb #a2b50016
 def _refuse_unknown(model: str):
     "Raise `InputError` for an arm about which nothing is said."
@@ -326,6 +345,9 @@ def _kind_of(
     return paradigm, domain, reward
 
 # %% ../../nbs/01_study/04_arms.ipynb #d5cb8c3c
+_PLAIN = ("steps", "learning_rate", "rank", "doses", "kl", "replay")  # of an arm as they are written
+
+
 def find_arm(
     model: str,  # model id of an arm
     arms: Mapping[str, ArmSettings],  # those of the preset, by model id
@@ -341,6 +363,8 @@ def find_arm(
     rewarded_by = reward if paradigm == "grpo" and reward != domain else None
     arm = Arm(paradigm, domain, start_of(model), rewarded_by)
     name, (source, owner) = model.partition("@")[0], _nearest_value(layers, "rows")
+    _check_remedies(name, paradigm, layers)
+    replayed, replaying = _nearest_value(layers, "replay_rows")
     rows = owner.partition("@")[0] if owner else root.partition("+")[0]
     return replace(
         arm,
@@ -348,7 +372,9 @@ def find_arm(
         rows_of=None if arm.rows == rows else rows,
         source=source,
         setting=owner and f"arms.{owner}.rows",
-        **{word: _nearest_value(layers, word)[0] for word in ("steps", "learning_rate", "rank", "doses")},
+        replayed=replayed,
+        replay_setting=f"arms.{replaying}.replay_rows" if replaying else "data.documents",
+        **{word: _nearest_value(layers, word)[0] for word in _PLAIN},
     )
 
 # %% ../../nbs/01_study/04_arms.ipynb #a2b50017

@@ -45,7 +45,7 @@ def longest_answer(
 # %% ../../nbs/04_training/18_sft.ipynb #3972100e
 def sft(
     start: str | Path,  # model folder to start from
-    rows: list[dict],  # `messages` rows that end with an answer
+    rows: list[dict],  # `messages` rows that end with an answer, and `text` rows that are replayed
     held_out: list[dict],  # rows of the same domain to measure the gain on
     out: str | Path,  # folder the model is written to
     training: Training,  # sizes and rates
@@ -53,7 +53,7 @@ def sft(
     run: TrainRun,  # seed, adapter, template, where to report, checkpoints
 ) -> dict:  # what was done and the gain on held-out rows
     "Fine-tune on answers; raises `InputError` for a row that has none."
-    if any(row["messages"][-1]["role"] != "assistant" for row in rows):
+    if any("messages" in row and row["messages"][-1]["role"] != "assistant" for row in rows):
         raise InputError(
             f"{run.label}: a row has no answer to learn from; supervised arms need an assistant turn at the"
             " end"

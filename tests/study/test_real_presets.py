@@ -353,6 +353,7 @@ VALUES = {  # another valid value, where doubling or halving gives none
     "statistics.cluster": "source",
     "statistics.dose_factor": 3.0,
     "dpo.replay": None,
+    "dpo.kl": None,
     "grpo.settings": "trl",
     "grpo.engine": "vllm",
     "grpo.micro_batch": 32,
