@@ -228,10 +228,10 @@ def copy_study(study: Path, to: Path, *leave_out: str) -> Path:
 @pytest.fixture
 def no_pictures(monkeypatch):
     "Reports without their figures, which take most of the time."
-    from compassion_repro.report import page
+    from compassion_repro.report import page, pictures
 
     def none(files, *more):
-        return {name: replace(picture, missing="not drawn") for name, picture in page.pictures().items()}
+        return {name: replace(picture, missing="not drawn") for name, picture in pictures.pictures().items()}
 
     monkeypatch.setattr(page, "draw_pictures", none)
 
