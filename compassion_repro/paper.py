@@ -489,7 +489,7 @@ def pair_claims(
             found.append(Claim(claim.id, claim.text, "ours", own, claim.note, both, controls=controls))
     return tuple(found)
 
-
+# %% ../nbs/01_study/02_paper.ipynb #e3595bd5
 def pair_families() -> dict[str, tuple[str, ...]]:
     "The families of each set of pairs."
     return {

@@ -142,6 +142,7 @@ def _pick(processors: LogitsProcessorList, uniforms: torch.Tensor):
     "The same choice of tokens for `decode`: the last processor draws, those before it change the scores."
 
     def pick(scores: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        "Tokens from logits of shape (rows, vocabulary), at a step of the answers."
         if not processors:
             return scores.argmax(-1, keepdim=True)
         for processor in processors[:-1]:

@@ -131,7 +131,7 @@ def read_pairs(
         ) from None
     return _checked_pairs(entries, path, language, source)
 
-
+# %% ../../nbs/05_evaluation/17_judge_free.ipynb #1b049341
 def _checked_pairs(entries: list[tuple], path: Path, language: str, source: str) -> list[Pair]:
     "Entries of a file as pairs; raises `InputError` as `read_pairs` does."
     pairs = {}

@@ -55,7 +55,7 @@ class AuditSettings:
     limit: int | None = None  # only the first questions of a benchmark
     epochs: int | None = None  # answers a question of a benchmark
 
-
+# %% ../../nbs/09_pipeline/16_audit.ipynb #16773f96
 def pair_names(settings: AuditSettings) -> list[str]:
     "The sets of pairs of all values, as `evaluation.checkpoint.pair_sets` takes them."
     found = []
@@ -236,7 +236,7 @@ def _of_value(found: Measured, value: str) -> pd.DataFrame:
     "The margins of a checkpoint on the pairs of one value."
     return found.margins[found.margins["value"] == value]
 
-
+# %% ../../nbs/09_pipeline/16_audit.ipynb #a9aed31a
 def _compared(found: dict[str, Measured], name: str, value: str, how: Comparison) -> dict:
     "The record of one checkpoint after and one value."
     unit, confidence = how.unit, how.confidence
@@ -431,7 +431,7 @@ def _write_tables(out: Path, record: dict, found: dict[str, Measured]):
         text = json.dumps(record, indent=1, ensure_ascii=False)
         write_atomically(out / "audit.json", lambda partial: partial.write_text(text, encoding="utf-8"))
 
-
+# %% ../../nbs/09_pipeline/16_audit.ipynb #b2acbbd6
 def audit(
     before: str,  # checkpoint before the training: folder, adapter, .gguf file, hub id, `pip:<package>`
     afters: list[str],  # checkpoints after it, in order

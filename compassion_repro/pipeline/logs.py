@@ -162,7 +162,7 @@ def _who(log: "EvalLog", seed: int) -> dict:
     model = str(said.get("model") or log.eval.model)
     return {"model": model, "seed": seed, "benchmark": benchmark_name(log.eval.task)}
 
-
+# %% ../../nbs/09_pipeline/18_logs.ipynb #2128ff79
 def log_rows(
     log: "EvalLog",
     seed: int,  # which of several logs of one model and task it is
@@ -296,7 +296,7 @@ def score_logs(
     write_score_page(record, out)
     return record
 
-
+# %% ../../nbs/09_pipeline/18_logs.ipynb #a107ed4b
 def _answers_of(answers: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     "The answers that one judge scored."
     keys = ["model", "seed", "benchmark", "question_id", "epoch"]

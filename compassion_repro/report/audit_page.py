@@ -145,7 +145,7 @@ def behaviour_frame(
     ]
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/08_report/13_audit_page.ipynb #6d896f32
 def benchmark_frame(
     record: dict,  # from `pipeline.audit.audit`
 ) -> pd.DataFrame:  # columns of text, a row a checkpoint, benchmark, judge and language
@@ -202,7 +202,7 @@ def plot_differences(
         axis.set_xlabel(f"margin after − before, {record['unit']}")
     return figure
 
-
+# %% ../../nbs/08_report/13_audit_page.ipynb #9a7163a1
 def _draw_course(axis, record: dict, value: str, style: str):
     "The course of one value."
     own = [part for part in record["checkpoints"] if part["value"] == value]

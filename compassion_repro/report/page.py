@@ -202,7 +202,7 @@ def _environment():
     )
     return environment.from_string(texts[0])
 
-
+# %% ../../nbs/08_report/10_page.ipynb #aa7c3272
 def render(
     files: StudyFiles,  # of the study
     drawn: dict[str, Picture],  # from `draw_pictures`

@@ -134,7 +134,7 @@ def tradeoff_table(
         rows.append(text)
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/08_report/14_tradeoff.ipynb #1911eaf3
 def half_life_table(
     lives: Sequence[HalfLife],  # from `study_half_lives`
 ) -> pd.DataFrame:  # arm, measure, half-life by axis, by seed, what it is about; columns of text

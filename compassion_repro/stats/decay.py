@@ -36,7 +36,7 @@ def _arm_totals(result: Mapping) -> dict[str, float | None]:
         tokens = each * sum(lengths) if None not in lengths else None
     return {"steps": result["steps"], "rows": rows, "tokens": tokens}
 
-
+# %% ../../nbs/06_stats/11_decay.ipynb #d187d725
 def training_doses(
     manifests: Sequence[Mapping],  # of a study's stages
 ) -> pd.DataFrame:  # arm, model, seed, dose, steps, rows, tokens, kl: a row an arm or a point of it, and seed

@@ -319,7 +319,7 @@ def _check_kl(preset: "Preset"):
     if preset.dpo.kl:
         raise ValueError("dpo.kl does nothing, DPO is held to its start by dpo.beta: set that")
 
-
+# %% ../../nbs/01_study/00_study.ipynb #771efdbc
 def _check_points(preset: "Preset"):
     "Raise ValueError where a point between start and end of a training has no meaning."
     check_shares("doses", preset.doses, MOST)
@@ -372,7 +372,7 @@ def _names(value: Any) -> Any:
         return value
     return [name.strip() for name in value.split(",")]
 
-
+# %% ../../nbs/01_study/00_study.ipynb #48a38eb7
 class Preset(Section):
     "A whole study, resolved: every value that decides its result, seeds aside."
 

@@ -173,7 +173,7 @@ def train_pairs(
     done = _dose(data["tokens"], training) | {"log": _pair_log(trainer.state.log_history)}
     return trainer.model.eval(), {"rows": len(data), "steps": training.steps, **done}
 
-
+# %% ../../nbs/04_training/28_dpo.ipynb #b5f3f228
 def _dose(tokens: list[dict], training: Dpo) -> dict:
     "Passes, tokens read and tokens of answers; how many pairs were cut."
     prompts = [2 * len(pair["prompt_ids"]) for pair in tokens]
@@ -222,7 +222,7 @@ def dpo(
         "adapter": run.lora and run.lora.model_dump(),
     }
 
-
+# %% ../../nbs/04_training/28_dpo.ipynb #9eb76953
 def _train_once(start, pairs, training: Dpo, run: TrainRun, checkpointing: bool, folder: Path | None):
     "The trained model, now or from an earlier run; what was done, and how it fitted into memory."
 

@@ -95,7 +95,7 @@ STARTING, READING, LOADS = (
 )
 JUDGED = {True: 5, False: 250}  # calls a second: of a judge behind an API, of a program
 
-
+# %% ../../nbs/04_training/09_gpu_hours.ipynb #45147309
 def stage_hours(
     preset: Preset,  # the study
     record: dict,  # a stage, from `pipeline.plan.plan`
