@@ -94,7 +94,9 @@ def _section_lines(section: type[BaseModel], values: dict, seen: set, indent: st
     seen.update(kinds)
     for name, field in section.model_fields.items():
         key, kind = field.alias or name, field.annotation
-        value = values.get(key)
+        value = (
+            values[key] if key in values else field.get_default()
+        )  # some say their ordinary value by silence
         if isinstance(kind, type) and issubclass(kind, Section):
             lines += [*_heading(kind, key, indent), *_section_lines(kind, value, seen, indent + "  "), ""]
         elif Benchmark in get_args(kind):

@@ -477,7 +477,7 @@ def test_a_new_preset_is_the_same_study_as_tiny(tmp_path, capsys, monkeypatch):
 
 def test_a_new_preset_lists_and_explains_every_setting(tmp_path):
     text = preset_template()
-    assert len(text.splitlines()) < 250 and max(map(len, text.splitlines())) <= 110
+    assert len(text.splitlines()) < 270 and max(map(len, text.splitlines())) <= 110
     assert "# dropout: 0.0  # dropout on the adapter's input" in text.replace("#   ", "# ")
     sections = [line.removeprefix("# ") for line in text.splitlines() if re.match(r"# \S+:$", line)]
     assert sections == [
