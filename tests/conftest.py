@@ -99,6 +99,12 @@ THREADS = os.environ.get("OMP_NUM_THREADS")
 
 
 @pytest.fixture(autouse=True)
+def same_width(monkeypatch):
+    "A library may set COLUMNS for its own display: every test begins with output as wide as a file's."
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture(autouse=True)
 def same_threads():
     """A study sets the threads of its process. Sums differ in their last digits by them, so every test begins
     with those of the first.

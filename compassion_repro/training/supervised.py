@@ -29,7 +29,7 @@ from .encoding import IGNORE, encode_row
 from .fitting import fitted, with_less_memory
 from .merging import CHECKED, save_trained, trained_once
 from .models import load_model, row_losses
-from .near_start import trainer_class
+from .near_start import near_start
 from .packed_rows import PaddedRows, keeps_rows_apart
 from .points import last_step, point_callbacks, rewind
 from .templates import load_tokenizer
@@ -135,7 +135,8 @@ def _make_trainer(
         slower = "slower, with the same rows in every step"
         reason = "this model does not keep packed rows apart, so they are padded side by side"
         run.report(Notice(f"{run.label}: {reason}: {slower}"))
-    trainer = trainer_class(training.kl, run.lora is not None)(
+    kind = near_start(training.kl, run.lora is not None) if training.kl else SFTTrainer
+    trainer = kind(
         model.train(),
         _config(training, steps, run, checkpointing, folder, packed),
         train_dataset=sequences,
