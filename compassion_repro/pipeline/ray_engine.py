@@ -448,7 +448,7 @@ def _paces(
     study: Study, preset: Preset, stages: list[Stage], every: list[Stage] | None
 ) -> tuple[dict[str, float], dict[str, Pace]]:
     "Planned seconds of a stage by its id, and the pace of those that are finished, by kind."
-    first = every and [stage for stage in every if stage.seed == 1]
+    first = every and [stage for stage in every if stage.seed == every[0].seed]
     # the check says it better
     with suppress(InputError):
         records = plan(preset, 1, stages=first)
