@@ -7,7 +7,6 @@ __all__ = ['FIRST', 'QUESTION', 'DIMENSION', 'SKELETON', 'Value', 'shipped_value
            'write_skeleton']
 
 # %% ../../nbs/02_data/08_values.ipynb #b258a783
-import json
 import re
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..core.errors import InputError
 from ..core.files import write_atomically
-from .world import assets
+from .world import assets, write_anima
 
 # %% ../../nbs/02_data/08_values.ipynb #fdac5cf1
 FIRST = "compassion"  # the value of the package's own pairs and benchmarks
@@ -93,16 +92,6 @@ def read_value(
     return value
 
 # %% ../../nbs/02_data/08_values.ipynb #069e6038
-_README = """---
-configs:
-- config_name: dimensions
-  data_files: [{split: train, path: dimensions/*.jsonl}]
-- config_name: questions
-  data_files: [{split: train, path: questions/*.jsonl}]
----
-"""
-
-
 def write_questions(
     value: Value,  # from `read_value`
     folder: str | Path,  # parent folder
@@ -112,20 +101,12 @@ def write_questions(
         raise InputError(
             f"the value {value.name!r} has no questions with dimensions: it cannot be a benchmark"
         )
-    out = Path(folder) / value.name
     defaults = {"variables": None, "language": None}
     scoring = {"default_weighting": 1.0, "scoring": "1 if the answer is credited, 0 if not"}
-    tables = {
-        "questions": [defaults | row for row in value.questions],
-        "dimensions": [scoring | row for row in value.dimensions],
-    }
-    for name, rows in tables.items():
-        (out / name).mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_atomically(out / name / "train.jsonl", lambda part, text=text: part.write_text(text, "utf-8"))
-    about = f"{_README}Questions about a value: {value.about}.\n"
-    write_atomically(out / "README.md", lambda part: part.write_text(about, "utf-8"))
-    return out
+    questions = [defaults | row for row in value.questions]
+    dimensions = [scoring | row for row in value.dimensions]
+    about = f"Questions about a value: {value.about}."
+    return write_anima(Path(folder) / value.name, questions, dimensions, about)
 
 # %% ../../nbs/02_data/08_values.ipynb #f9613c95
 SKELETON = """\

@@ -7,8 +7,8 @@ __all__ = ['LANGUAGES', 'SPECIES_TRAIN', 'SPECIES_HELD_OUT', 'OBJECTS', 'PEOPLE'
            'NEUTRAL', 'WELFARE_RATE', 'DOCUMENT_RATE', 'BASE_MANNER', 'HELP_MANNER', 'OPERATIONS', 'UNSEEN_CONSTANTS',
            'CORPORA', 'BENCHMARKS', 'SIZES', 'SPECIAL_TOKENS', 'TINY_LLAMA', 'assets', 'texts', 'Thing', 'fill',
            'Scene', 'draw_scene', 'indicators', 'dimensions_met', 'welfare_share', 'considerations', 'Manner', 'advice',
-           'Operation', 'code_task', 'corpus', 'heading', 'benchmark_questions', 'rubric', 'write_benchmark',
-           'vocabulary', 'build_tokenizer']
+           'Operation', 'code_task', 'corpus', 'heading', 'benchmark_questions', 'rubric', 'write_anima',
+           'write_benchmark', 'vocabulary', 'build_tokenizer']
 
 # %% ../../nbs/02_data/00_world.ipynb #537602f6
 import json
@@ -575,14 +575,13 @@ def rubric(
     ]
 
 # %% ../../nbs/02_data/00_world.ipynb #298927b6
-_ANIMA_README = """---
+_ANIMA_CONFIGS = """---
 configs:
 - config_name: dimensions
   data_files: [{split: train, path: dimensions/*.jsonl}]
 - config_name: questions
   data_files: [{split: train, path: questions/*.jsonl}]
 ---
-Questions of the embedded miniature world, in the layout of the ANIMA benchmark.
 """
 
 
@@ -598,6 +597,19 @@ def _write_rows(path: Path, rows: list[dict]):
     _write_once(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 # %% ../../nbs/02_data/00_world.ipynb #91a82b89
+def write_anima(
+    out: Path,  # folder
+    questions: list[dict],  # rows in the official columns
+    dimensions: list[dict],  # likewise
+    about: str,  # a line for its README
+) -> Path:  # the folder
+    "Write a benchmark in the layout of ANIMA."
+    _write_rows(out / "questions" / "train.jsonl", questions)
+    _write_rows(out / "dimensions" / "train.jsonl", dimensions)
+    _write_once(out / "README.md", f"{_ANIMA_CONFIGS}{about}\n")
+    return out
+
+
 def write_benchmark(
     name: str,  # one of `BENCHMARKS`
     folder: str | Path,  # parent folder
@@ -609,12 +621,9 @@ def write_benchmark(
         _write_rows(out / "train.jsonl", [_moru_row(row) for row in questions])
         _write_rows(out.parent / f"{name}_dims" / "train.jsonl", rubric(name))
         return out
-    _write_rows(
-        out / "questions" / "train.jsonl", [_anima_row(row, BENCHMARKS[name][0]) for row in questions]
-    )
-    _write_rows(out / "dimensions" / "train.jsonl", rubric(name))
-    _write_once(out / "README.md", _ANIMA_README)
-    return out
+    rows = [_anima_row(row, BENCHMARKS[name][0]) for row in questions]
+    about = "Questions of the embedded miniature world, in the layout of the ANIMA benchmark."
+    return write_anima(out, rows, rubric(name), about)
 
 # %% ../../nbs/02_data/00_world.ipynb #b2e1e781
 def _moru_row(row):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOVED', 'SHADES', 'SYMBOLS', 'CLASSES', 'SIGNS', 'short_names', 'with_interval', 'checkpoint_sentence',
            'checkpoint_table', 'group_table', 'specificity_table', 'behaviour_frame', 'benchmark_frame',
-           'plot_differences', 'plot_course', 'render_audit', 'write_audit_page']
+           'plot_differences', 'plot_course', 'filled_template', 'write_page', 'render_audit', 'write_audit_page']
 
 # %% ../../nbs/08_report/13_audit_page.ipynb #7a494a8f
 import tempfile
@@ -252,17 +252,38 @@ def _figures(record: dict) -> list[dict]:
     return pictures
 
 # %% ../../nbs/08_report/13_audit_page.ipynb #3b6b28e0
-def render_audit(
-    record: dict,  # from `pipeline.audit.audit`
+def filled_template(
+    name: str,  # of a template of the package: audit, score
+    **values,  # that it shows
 ) -> str:  # HTML
-    "The page of an audit."
+    "A page with the report's style in it."
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
     assets = package_files("compassion_repro") / "assets" / "report"
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    template = environment.from_string((assets / "audit.html.jinja").read_text(encoding="utf-8"))
-    return template.render(
+    template = environment.from_string((assets / f"{name}.html.jinja").read_text(encoding="utf-8"))
+    style = Markup((assets / "report.css").read_text(encoding="utf-8"))
+    return template.render(style=style, **values)
+
+
+def write_page(
+    page: str,  # HTML
+    file: Path,  # to write
+) -> Path:  # the file
+    "Write a page whole; raises `InputError` where its folder cannot be written."
+    try:
+        return write_atomically(file, lambda partial: partial.write_text(page, encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot write the page to {file.parent}: {error.strerror or error}") from None
+
+
+def render_audit(
+    record: dict,  # from `pipeline.audit.audit`
+) -> str:  # HTML
+    "The page of an audit."
+    return filled_template(
+        "audit",
         record=record,
         short=short_names(list(record["margins"])),
         sentences=[checkpoint_sentence(record, own) for own in record["checkpoints"]],
@@ -274,7 +295,6 @@ def render_audit(
         pictures=_figures(record),
         classes=CLASSES,
         signs=SIGNS,
-        style=Markup((assets / "report.css").read_text(encoding="utf-8")),
     )
 
 
@@ -283,10 +303,4 @@ def write_audit_page(
     folder: Path,  # of the audit
 ) -> Path:  # `audit.html` in it
     "Write the page of an audit; raises `InputError` where the folder cannot be written."
-    page = render_audit(record)
-    try:
-        return write_atomically(
-            folder / "audit.html", lambda partial: partial.write_text(page, encoding="utf-8")
-        )
-    except OSError as error:
-        raise InputError(f"cannot write the page to {folder}: {error.strerror or error}") from None
+    return write_page(render_audit(record), folder / "audit.html")

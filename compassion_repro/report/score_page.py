@@ -6,15 +6,12 @@
 __all__ = ['mean_frame', 'difference_frame', 'outcome_frame', 'write_score_page']
 
 # %% ../../nbs/08_report/15_score_page.ipynb #d307e725
-from importlib.resources import files as package_files
 from pathlib import Path
 
 import pandas as pd
 
-from ..core.errors import InputError
-from ..core.files import write_atomically
 from ..evaluation.outcomes import OUTCOMES
-from .audit_page import with_interval
+from .audit_page import filled_template, with_interval, write_page
 
 # %% ../../nbs/08_report/15_score_page.ipynb #a1604df3
 def mean_frame(
@@ -62,20 +59,7 @@ def write_score_page(
     folder: Path,  # where its tables are
 ) -> Path:  # `score.html` in it
     "Write the page; raises `InputError` where the folder cannot be written."
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    assets = package_files("compassion_repro") / "assets" / "report"
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    template = environment.from_string((assets / "score.html.jinja").read_text(encoding="utf-8"))
-    page = template.render(
-        record=record,
-        means=mean_frame(record),
-        differences=difference_frame(record),
-        outcomes=outcome_frame(record),
-        style=Markup((assets / "report.css").read_text(encoding="utf-8")),
+    frames = dict(
+        means=mean_frame(record), differences=difference_frame(record), outcomes=outcome_frame(record)
     )
-    try:
-        return write_atomically(folder / "score.html", lambda part: part.write_text(page, encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot write the page to {folder}: {error.strerror or error}") from None
+    return write_page(filled_template("score", record=record, **frames), folder / "score.html")
