@@ -186,6 +186,15 @@ def spread(self: CellSums, weights: np.ndarray | None = None, procedure: bool | 
 
 # %% ../../nbs/06_stats/02_cells.ipynb #ed53f298
 @patch
+def sources(self: CellSums) -> Spread:
+    "The sources of variation one by one: questions and, where there are three training runs or more, runs."
+    if not self.procedure:
+        return self.spread()
+    found = crossed_spread(self.influences(), self.strata)
+    return [tuple(map(float, source)) for source in (found.questions, found.runs)]
+
+
+@patch
 def contributions(self: CellSums) -> np.ndarray:
     "Each item's share of the estimate in each seed, (items, seeds)."
     return np.einsum("c,cis->is", self.weights / self.counts.sum(axis=1), self.sums)

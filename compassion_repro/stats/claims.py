@@ -143,7 +143,8 @@ def _with_bounds(
     dimensions, found = dimension_weights(items.scores), []
     for record in records:
         if record.estimate is not None and record.reading in by_id:
-            bounds = bounds_of_unreadable(own, by_id[record.reading], preset.statistics, items, dimensions)
+            reading, wide = by_id[record.reading], record.general
+            bounds = bounds_of_unreadable(own, reading, preset.statistics, items, dimensions, wide)
             record = record.with_(unreadable=bounds)
         found.append(record)
     return found

@@ -60,7 +60,10 @@ def _apart(one: str, other: str) -> Reading:
     return Reading(f"G3-{one}-over-{other}", f"{one} − {other}", "superiority", "", _difference(one, other))
 
 # %% ../../nbs/06_stats/13_general.ipynb #7e1d130c
-_NOTE = "read for the study's own arms, on every judged benchmark and every set of pairs"
+_NOTE = (
+    "read for the study's own arms, on every judged benchmark and every set of pairs; over training seeds the"
+    " half-widths of questions and runs are added in quadrature (a share crosses them)"
+)
 
 
 def general_claims(

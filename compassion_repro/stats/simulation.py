@@ -232,7 +232,8 @@ def _record(setting: Setting, drawn: Drawn, reading: Reading, settings: Statisti
     "A reading's record in a drawn study, before correction."
 
     def made(in_favour=None):
-        return contrast_of(study_cells(setting, drawn, reading, in_favour), reading, settings, full=False)
+        cells = study_cells(setting, drawn, reading, in_favour)
+        return contrast_of(cells, reading, settings, full=False, wide=reading in tried_general())
 
     margins = {"superiority": None, "retention": settings.retention}
     return ClaimRecord(

@@ -212,7 +212,7 @@ def decisive(self: ClaimRecord) -> Interval:
 # %% ../../nbs/06_stats/07_verdicts.ipynb #8b9b9186
 @patch(as_prop=True)
 def general(self: ClaimRecord) -> bool:
-    "Whether it is about the study's own arms (`stats.general`); without the second opinions then."
+    "Whether it is about the study's own arms (`stats.general`): no second opinions, and the wider interval."
     return self.claim in GENERAL
 
 
@@ -249,22 +249,26 @@ def estimate_reading(
     if missing:
         return record.with_(reason=f"no scores of {', '.join(missing)} on {reading.benchmark}")
     try:
-        record = record.with_(**dict(contrast(items, reading, settings, full=not record.general)))
+        record = record.with_(**dict(contrast(items, reading, settings, not record.general, record.general)))
     except InputError as error:
         return record.with_(reason=str(error))
-    wrong = record.interval if counted_wrong is items else _counted_wrong(counted_wrong, reading, settings)
+    wrong = record.interval
+    if counted_wrong is not items:
+        wrong = _counted_wrong(counted_wrong, reading, settings, record.general)
     record = record.with_(estimate_counting_unparsed_as_wrong=wrong, **_agreement_with_paper(record))
     record = record.with_(added_by_midtraining=gain_at_stake(items, reading, settings))
     margins = {"superiority": None, "retention": settings.retention}
     return record.with_(margin=margins.get(reading.kind, settings.margin))
 
 # %% ../../nbs/06_stats/07_verdicts.ipynb #95f48b3d
-def _counted_wrong(items: Items | None, reading: Reading, settings: Statistics) -> Interval | None:
+def _counted_wrong(
+    items: Items | None, reading: Reading, settings: Statistics, wide: bool
+) -> Interval | None:
     "The estimate with unreadable replies as wrong; None where the grades do not hold what it needs."
     if items is None:
         return None
     try:
-        return contrast(items, reading, settings, full=False).interval
+        return contrast(items, reading, settings, full=False, wide=wide).interval
     except InputError:
         return None
 
