@@ -59,6 +59,7 @@ HEAVY = {
     "training.packed_rows",
     "training.points",
     "training.processes",
+    "training.replay",
     "training.sft",
     "training.supervised",
     "training.templates",
