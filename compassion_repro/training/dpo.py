@@ -30,6 +30,7 @@ from .models import load_model, row_losses
 from .near_start import start_distance
 from .points import last_step, point_callbacks, rewind
 from .processes import on_one_gpu
+from .replay import replaying
 from .supervised import held_out_gain
 from .templates import load_tokenizer
 
@@ -158,7 +159,7 @@ def train_pairs(
     data = _data_set(pairs, tokenizer, training.length, run.label)
     longer = training.model_copy(update={"steps": last_step(run, training.steps)})
     with tempfile.TemporaryDirectory() as temporary:
-        trainer = DPOTrainer(
+        trainer = replaying(DPOTrainer, run, tokenizer, training.length)(
             model.train(),
             args=_config(longer, run, checkpointing, str(folder or temporary)),
             train_dataset=data,

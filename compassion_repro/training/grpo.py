@@ -44,6 +44,7 @@ from .models import load_model, row_losses
 from .near_start import start_distance
 from .points import last_step, point_callbacks, rewind
 from .processes import count, on_one_gpu, run_distributed, share, trainer_words
+from .replay import replaying
 from .templates import load_tokenizer, on_one_day
 from .vllm_sampler import engine_ended, engine_options
 
@@ -106,7 +107,8 @@ def make_trainer(
         )
     disable_progress_bars()
     model, tokenizer = _policy(start, run)
-    trainer = GRPOTrainer(
+    length = training.max_prompt_tokens + training.value("max_new_tokens")
+    trainer = replaying(GRPOTrainer, run, tokenizer, length)(
         model.train(),
         reward,
         _config(start, training, run, folder, save, checkpointing, end_ids(tokenizer)),
