@@ -59,6 +59,7 @@ HEAVY = {
     "training.packed_rows",
     "training.points",
     "training.processes",
+    "training.replay",
     "training.sft",
     "training.supervised",
     "training.templates",
@@ -169,6 +170,30 @@ def test_private_names_of_libraries_are_in_one_module():
     found = {name: names for name in sources if (names := private_names_of_libraries(sources[name], own))}
     assert set(found) == {COMPAT}, found
     assert {"_tr_loss", "_n_gpu"} < set(found[COMPAT])
+
+
+PAPERS_NAMES = re.compile(r"^[-@]?(help|code)$|\b(sft|grpo)-(help|code)\b")  # its domains, its arms
+
+
+def papers_names(source: str) -> list[str]:
+    "Strings of a module, docstrings aside, that name a domain or an arm of the paper."
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = list(ast.walk(ast.parse(source)))
+    bodies = [node.body[0] for node in nodes if isinstance(node, documented) and node.body]
+    docs = {id(first.value) for first in bodies if isinstance(first, ast.Expr)}
+    strings = [n.value for n in nodes if isinstance(n, ast.Constant) and id(n) not in docs]
+    return [text for text in strings if isinstance(text, str) and PAPERS_NAMES.search(text)]
+
+
+def test_no_arm_or_domain_of_the_paper_is_named_where_arms_are_data():
+    found = {}
+    for package in ("training", "evaluation", "stats", "pipeline"):
+        for path in sorted((ROOT / "compassion_repro" / package).glob("*.py")):
+            if names := papers_names(path.read_text(encoding="utf-8")):
+                found[path.relative_to(ROOT).as_posix()] = names
+    assert not found
+    arms = (ROOT / "compassion_repro" / "study" / "arms.py").read_text(encoding="utf-8")
+    assert {"help", "code", "sft-help", "grpo-code"} <= set(papers_names(arms))  # where they are named
 
 
 def test_no_module_imports_upward():

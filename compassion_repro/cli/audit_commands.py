@@ -7,12 +7,19 @@ __all__ = ['COMMANDS', 'command', 'default_folder', 'audit', 'value', 'score']
 
 # %% ../../nbs/11_cli/08_audit_commands.ipynb #f6cce459
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 
 from .command import Command, cost_options, prepare_libraries, register
-from .terminal import asking, plain_table, show, talking
+from compassion_repro.cli.terminal import (
+    asking,
+    json_option,
+    plain_table,
+    print_json,
+    set_aside,
+    show,
+    talking,
+)
 
 # %% ../../nbs/11_cli/08_audit_commands.ipynb #d1128559
 COMMANDS: dict[str, Command] = {}  # of this module, by name, in the order of `--help`
@@ -69,9 +76,7 @@ def _audit_options(parser: argparse.ArgumentParser):
     _benchmark_options(parser)
     out = "folder for the page and its tables (default audits/<name of the last AFTER>)"
     parser.add_argument("--out", metavar="DIR", help=out)
-    parser.add_argument(
-        "--json", action="store_true", help="print the whole record as JSON, and nothing else"
-    )
+    json_option(parser)
 
 # %% ../../nbs/11_cli/08_audit_commands.ipynb #ac2fcd39
 def _audit_settings(args):
@@ -145,13 +150,12 @@ def audit(args) -> int:
     pipeline.check_settings(settings)
     out = Path(args.out) if args.out else default_folder(args.afters[-1])
     prepare_libraries()
-    with talking() as (say, report):
-        heard = (lambda line: None) if args.json else say
+    with set_aside(args.json), talking() as (say, report):
         judging = {"prices": args.prices, "yes": args.yes, "answer": asking(report)} if args.bench else {}
-        options = dict(say=heard, report=report, **judging)
+        options = dict(say=say, report=report, **judging)
         record = pipeline.audit(args.before, args.afters, out, args.base, settings, **options)
     if args.json:
-        print(json.dumps(record))
+        print_json(record)
     else:
         _print_audit(record, out)
     return record["status"]
@@ -200,9 +204,7 @@ def _score_options(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--out", metavar="DIR", help="folder for the tables and the page (default scores/logs)"
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print the whole record as JSON, and nothing else"
-    )
+    json_option(parser)
 
 
 @command(
@@ -217,10 +219,10 @@ def score(args) -> int:
 
     prepare_libraries()
     out = Path(args.out or "scores/logs")
-    with talking() as (say, _):
-        record = score_logs(args.logs, out, (lambda line: None) if args.json else say)
+    with set_aside(args.json), talking() as (say, _):
+        record = score_logs(args.logs, out, say)
     if args.json:
-        print(json.dumps(record))
+        print_json(record)
         return 0
     from compassion_repro.report import score_page
 

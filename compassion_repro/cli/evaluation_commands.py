@@ -8,11 +8,20 @@ __all__ = ['COMMANDS', 'command', 'JUDGE_SETTINGS', 'ANSWER_OPTIONS', 'export', 
 
 # %% ../../nbs/11_cli/04_evaluation_commands.ipynb #7ba63c48
 import argparse
+import json
 from functools import partial
 from pathlib import Path
 
 from .command import Command, cost_options, prepare_libraries, register, study_argument
-from .terminal import asking, plain_table, show, talking
+from compassion_repro.cli.terminal import (
+    asking,
+    json_option,
+    plain_table,
+    print_json,
+    set_aside,
+    show,
+    talking,
+)
 from ..core.errors import InputError
 
 # %% ../../nbs/11_cli/04_evaluation_commands.ipynb #b02bc68a
@@ -262,13 +271,26 @@ def _eval_options(parser: argparse.ArgumentParser):
     parser.add_argument("--out", required=True, metavar="DIR", help=out)
     _judge_options(parser, required=False)
     _answer_options(parser)
+    json_option(parser)
 
+# %% ../../nbs/11_cli/04_evaluation_commands.ipynb #e6575aa2
+def _eval_record(folder: Path) -> dict:
+    "What an evaluation found, for other programs: scores, differences, and judges without a usable score."
+    from compassion_repro.pipeline.evaluate import differences, summary, without_scores
 
+    def rows(frame):
+        return json.loads(frame.to_json(orient="records"))
+
+    found = {"scores": rows(summary(folder)), "differences": rows(differences(folder))}
+    return {"folder": str(folder), **found, "without_scores": without_scores(folder)}
+
+# %% ../../nbs/11_cli/04_evaluation_commands.ipynb #ad67b750
 @command(
     "evaluate any models on any benchmarks; run again, it carries on",
     "eval world:base --bench tiny-anima,tiny-moru --judge indicator,strict --out evals/base",
     "eval my/model openai/gpt-4o-mini --bench anima,moru --judge google/gemini-2.5-flash-lite --out evals/mine",
     "eval my/adapter --bench hellaswag --limit 200 --out evals/reasoning",
+    "eval world:base --bench tiny-anima --judge indicator --out evals/base --json > scores.json",
     options=_eval_options,
     name="eval",
 )
@@ -281,11 +303,14 @@ def evaluate(args) -> int:
     languages = args.languages and _split(args.languages)
     what = (args.models, _split(args.bench), args.judge, args.out, generation)
     size = (args.seed, args.epochs, languages, args.limit)
-    with talking() as (say, report):
+    with set_aside(args.json), talking() as (say, report):
         options = dict(say=say, report=report, python=args.vllm, answer=asking(report))
         folder = evaluate_models(*what, *size, **options, **_judging(args))
-    _print_scores(folder)
-    show(f"\nanswers, grades, scores: {folder}")
+    if args.json:
+        print_json(_eval_record(folder))
+    else:
+        _print_scores(folder)
+        show(f"\nanswers, grades, scores: {folder}")
     return 1 if without_scores(folder, args.judge) else 0
 
 # %% ../../nbs/11_cli/04_evaluation_commands.ipynb #1fb5094b

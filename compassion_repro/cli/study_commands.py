@@ -7,6 +7,7 @@ __all__ = ['COMMANDS', 'command', 'run', 'plan', 'new', 'print_claims', 'claims'
 
 # %% ../../nbs/11_cli/03_study_commands.ipynb #d4dfb5d6
 import argparse
+import json
 import sys
 import textwrap
 from functools import partial
@@ -20,7 +21,18 @@ from compassion_repro.cli.command import (
     study_argument,
     study_options,
 )
-from .terminal import asking, fitting_table, plain_table, print, show, talking, text_width
+from compassion_repro.cli.terminal import (
+    asking,
+    fitting_table,
+    json_option,
+    plain_table,
+    print,
+    print_json,
+    set_aside,
+    show,
+    talking,
+    text_width,
+)
 from ..core.errors import InputError, redact
 
 # %% ../../nbs/11_cli/03_study_commands.ipynb #7c4413be
@@ -99,31 +111,54 @@ def _run_options(parser: argparse.ArgumentParser):
     parser.add_argument("--no-reuse", action="store_true", help=anew)
     later = "claims alone; figures and report.html are made later, by `compassion-repro report STUDY`"
     parser.add_argument("--no-report", action="store_true", help=later)
+    json_option(parser)
     cost_options(parser)
 
-
-@command(
-    "run a study; run again, it carries on where it stopped",
-    "run",
-    "run --preset smoke --seeds 3",
-    "run --set data.sft-help=rows.jsonl --set sft.steps=60 --out studies/mine",
-    options=_run_options,
-)
-def run(args) -> int:
-    "Run the study, or carry on with it, and print the claims."
+# %% ../../nbs/11_cli/03_study_commands.ipynb #7e80d42a
+def _run_study(args) -> Path:
+    "Run the study that the options name, or carry on with it; returns its folder."
     preset = _preset(args)
-    folder, page = _study_folder(args, preset), not args.no_report
+    folder = _study_folder(args, preset)
     from compassion_repro.pipeline import run as pipeline
 
     preset = pipeline.choose_template(preset)
     _agree_to_judges(args, preset, folder)
     with talking() as (say, report):
-        options = (args.allow_unsafe_code, page, args.engine, not args.no_reuse)
-        study = pipeline.run(preset, folder, args.seeds, say, report, *options)
-    print_claims(study.folder)
-    show(f"\nscores, answers{', figures' if page else ''}: {study.folder}")
+        options = (args.allow_unsafe_code, not args.no_report, args.engine, not args.no_reuse)
+        return pipeline.run(preset, folder, args.seeds, say, report, *options).folder
+
+
+def _study_record(folder: Path, page: bool) -> dict:
+    "A finished study for other programs: its folder, its report, what it found, and `claims.json`."
+    from compassion_repro.report.answer import summary_lines
+    from compassion_repro.stats.claims import read_claims
+
+    table = read_claims(folder / "claims.json")
+    report = str(folder / "report.html") if page else None
+    found = {"answer": summary_lines(table), "claims": json.loads(table.to_json())}
+    return {"study": str(folder), "report": report, **found}
+
+# %% ../../nbs/11_cli/03_study_commands.ipynb #c7fa665b
+@command(
+    "run a study; run again, it carries on where it stopped",
+    "run",
+    "run --preset smoke --seeds 3",
+    "run --set data.sft-help=rows.jsonl --set sft.steps=60 --out studies/mine",
+    "run --preset smoke --json > result.json",
+    options=_run_options,
+)
+def run(args) -> int:
+    "Run the study, or carry on with it, and print the claims."
+    with set_aside(args.json):
+        folder = _run_study(args)
+    page = not args.no_report
+    if args.json:
+        print_json(_study_record(folder, page))
+        return 0
+    print_claims(folder)
+    show(f"\nscores, answers{', figures' if page else ''}: {folder}")
     if page:
-        show(f"report: {study.folder / 'report.html'}")
+        show(f"report: {folder / 'report.html'}")
     return 0
 
 # %% ../../nbs/11_cli/03_study_commands.ipynb #f070848b
@@ -131,6 +166,7 @@ def _plan_options(parser: argparse.ArgumentParser):
     "Which study, and what its judges cost."
     study_options(parser)
     prices_option(parser)
+    json_option(parser)
 
 
 @command(
@@ -139,6 +175,7 @@ def _plan_options(parser: argparse.ArgumentParser):
     "plan",
     "plan --preset smoke --set lora.rank=8",
     "plan --preset paper --set models.quantize=nf4",
+    "plan --preset tiny --json",
     options=_plan_options,
 )
 def plan(args) -> int:
@@ -147,14 +184,16 @@ def plan(args) -> int:
     Status 2 where a run would refuse.
     """
     preset, refused, summary = _preset(args), [], None
+    if args.json:
+        return _plan_json(args, preset)
     try:
         summary = _print_plan(args, preset)
     except InputError as error:
         refused.append(str(error))
-    status = _print_preflight(preset, refused)
+    problems = _print_preflight(preset, refused)["problems"]
     if summary:
         print(f"\n{summary}\nstudy folder: {_study_folder(args, preset)}")
-    return status
+    return 2 if problems else 0
 
 # %% ../../nbs/11_cli/03_study_commands.ipynb #027539b8
 def _print_plan(args, preset) -> str:
@@ -190,8 +229,11 @@ def _fill(line: str):
     print(textwrap.fill(redact(line), text_width(), break_long_words=False, break_on_hyphens=False))
 
 
-def _print_preflight(preset, refused: list[str]) -> int:
-    "Open what a preset names, and print what was found: a line for each problem; returns the exit status."
+def _print_preflight(preset, refused: list[str]) -> dict[str, list[str]]:
+    """Open what a preset names, and print what was found, a line for each problem.
+
+    Returns the problems, what this machine lacks, and the sources that were not looked at.
+    """
     import tempfile
 
     from compassion_repro.pipeline.preflight import preflight
@@ -202,12 +244,36 @@ def _print_preflight(preset, refused: list[str]) -> int:
         _fill(f"this machine lacks something: {line}")
     if unseen := ", ".join(source.partition("@")[0] for source in found.unseen):
         _fill(f"not looked at, since it is on the hub: {unseen} (`run` looks before it trains)")
-    problems = list(dict.fromkeys([*refused, *found.problems]))
+    problems = [redact(line) for line in dict.fromkeys([*refused, *found.problems])]
     for line in problems:
-        print(f"compassion-repro: {redact(line)}", file=sys.stderr)
+        print(f"compassion-repro: {line}", file=sys.stderr)
     if not problems:
         print("checked: everything that can be opened here is in order")
-    return 2 if problems else 0
+    return {"problems": problems, "lacks": found.lacks, "not_looked_at": found.unseen}
+
+# %% ../../nbs/11_cli/03_study_commands.ipynb #c20ca52a
+def _plan_record(args, preset) -> dict:
+    "Stages, disk and footnotes of a plan, as `pipeline.plan` has them."
+    from compassion_repro.evaluation.cost import load_prices
+    from compassion_repro.pipeline import plan as planning
+
+    records = planning.plan(preset, args.seeds, load_prices(args.prices))
+    size, notes = planning.disk(preset, records), planning.footnotes(preset, records)
+    return {"summary": _plan_sums(records), "stages": records, "disk_gb": size, "notes": notes}
+
+
+def _plan_json(args, preset) -> int:
+    "Print a plan and what the preflight found as JSON; returns the exit status."
+    record = {"study": str(_study_folder(args, preset)), "preset": preset.resolved()}
+    refused = []
+    with set_aside():
+        try:
+            record |= _plan_record(args, preset)
+        except InputError as error:
+            refused.append(str(error))
+        record |= _print_preflight(preset, refused)
+    print_json(record)
+    return 2 if record["problems"] else 0
 
 # %% ../../nbs/11_cli/03_study_commands.ipynb #e1a7c3d2
 def _new_options(parser: argparse.ArgumentParser):

@@ -29,7 +29,7 @@ from ..presets import load_preset, presets, with_settings
 from ..sandbox import jail as sandbox
 from ..store.manifest import provenance
 from ..study import Preset
-from ..study.arms import REWARD_PROGRAMS
+from ..study.arms import ARMS, REWARD_PROGRAMS
 from ..training import gpu_hours, memory
 
 # %% ../../nbs/09_pipeline/04_machine.ipynb #693d1336
@@ -260,7 +260,7 @@ def gpu_problems(
 
 # %% ../../nbs/09_pipeline/04_machine.ipynb #48075536
 SYSTEM_GB = 3.0  # of memory for the program and its libraries
-FEWER = ("arms=[sft-help, sft-code]",)  # what makes a study smaller on the disk
+FEWER = (f"arms=[{', '.join(ARMS[:2])}]",)  # what makes a study smaller on the disk
 
 
 def _disk_needed(preset: Preset) -> float:

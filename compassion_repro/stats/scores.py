@@ -40,15 +40,9 @@ ITEM_KEYS = ["judge", "model", "seed", "benchmark", "language", "item_id", "ques
 _ANSWER_KEYS = [*ITEM_KEYS, "epoch"]
 
 # %% ../../nbs/06_stats/01_scores.ipynb #f121d195
-# log-odds of a point
-DRAWN = {
-    "base": -3.5,
-    "mid": -0.9,
-    "sft-help": -2.2,
-    "sft-code": -0.9,
-    "sft-help@base": -3.6,
-    "sft-code@base": -3.5,
-}
+# log-odds of a point: two arms of the paper, from mid and from base
+DRAWN = {"base": -3.5, "mid": -0.9}
+DRAWN |= dict(zip(ARMS, (-2.2, -0.9))) | dict(zip((f"{arm}@base" for arm in ARMS), (-3.6, -3.5)))
 # questions by benchmark and language
 DRAWN_SIZE = {"anima": {"en": 32, "es": 16, "ms": 16}, "moru": {"en": 32, "es": 16, "ms": 16}}
 

@@ -16,6 +16,7 @@ from textwrap import dedent
 
 from ..core.errors import InputError
 from ..data import world
+from ..study.arms import REWARD_PROGRAMS
 
 # %% ../../nbs/04_training/20_rewards.ipynb #6a13d217
 def answer_text(
@@ -140,7 +141,7 @@ def find_code(
 
 # %% ../../nbs/04_training/20_rewards.ipynb #b1b8e00e
 WORLD_REWARD = "world:helpfulness"  # the embedded reward model, trained on the spot
-CODE_REWARD = "code"
+CODE_REWARD = REWARD_PROGRAMS  # the programs that the model writes are run
 
 # %% ../../nbs/04_training/20_rewards.ipynb #daa759bf
 def refuse_pair(

@@ -13,8 +13,9 @@ KEYS = ["question_id", "epoch", "dimension"]
 def test_official_logs_give_the_same_scores(tmp_path, capsys):
     words = ["world:base", "--bench", "tiny-anima,tiny-moru", "--judge", "indicator", "--limit", "4"]
     options = ["--epochs", "2", "--max-tokens", "8", "--out", str(tmp_path / "out")]
-    assert cli.main(["eval", *words, *options]) == 0
-    capsys.readouterr()
+    assert cli.main(["eval", *words, *options, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert {row["benchmark"] for row in printed["scores"]} == {"anima", "moru"} and not printed["differences"]
     assert (
         cli.main(["score", str(tmp_path / "out" / "judges"), "--out", str(tmp_path / "scores"), "--json"])
         == 0

@@ -171,8 +171,11 @@ def test_saved_models_open_with_transformers(finished):
 
 def test_a_second_run_has_nothing_to_do(study_copy):
     before = {p: p.stat().st_mtime_ns for p in study_copy.rglob("manifest.json")}
-    done = run_study(study_copy)
-    assert done.returncode == 0 and "24 done, 0 to run" in done.stdout
+    done = run_study(study_copy, words=("--json",))
+    assert done.returncode == 0 and "24 done, 0 to run" in done.stderr
+    record = json.loads(done.stdout)
+    assert record["claims"] == json.loads((study_copy / "claims.json").read_text(encoding="utf-8"))
+    assert record["study"] == str(study_copy) and record["report"] is None and len(record["answer"]) == 3
     assert before == {p: p.stat().st_mtime_ns for p in study_copy.rglob("manifest.json")}
 
 

@@ -524,3 +524,16 @@ def test_a_plan_in_a_narrow_terminal_cuts_no_name(capsys, monkeypatch):
     tables = capsys.readouterr().out.partition("\nstages:")[2]
     assert "answers-sft-help@base" in tables and "activations" in tables and "…" not in tables
     assert max(map(len, tables.splitlines())) <= 80
+
+
+def test_a_plan_as_json_holds_what_the_tables_hold(capsys):
+    assert cli.main(["plan", "--preset", "smoke", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    planned = plan.plan(load_preset("smoke"))
+    assert [row["stage"] for row in record["stages"]] == [row["stage"] for row in planned]
+    assert record["preset"]["name"] == "smoke" and record["problems"] == [] and record["disk_gb"]
+    assert cli.main(["plan", "--preset", "smoke", "--set", "data.sft-help=nowhere.jsonl", "--json"]) == 2
+    printed = capsys.readouterr()
+    record = json.loads(printed.out)
+    assert len(record["problems"]) == 1 and "nowhere.jsonl" in record["problems"][0]
+    assert f"compassion-repro: {record['problems'][0]}\n" in printed.err
