@@ -15,7 +15,8 @@ from conftest import CRASH_SIZE
 from test_study import same_scores, table
 
 from compassion_repro.core.errors import InputError
-from compassion_repro.pipeline import ray_engine, run
+from compassion_repro.core.files import hidden
+from compassion_repro.pipeline import ray_cluster, ray_engine, run
 from compassion_repro.pipeline.progress import Progress
 from compassion_repro.presets import load_preset
 from compassion_repro.store.folder import Study
@@ -33,7 +34,7 @@ def cluster():
     It leaves SIGTERM to us, and ends whole.
     """
     before, others = signal.getsignal(signal.SIGTERM), psutil.Process().children(recursive=True)
-    with ray_engine.connected("4", 1) as connected:
+    with ray_cluster.connected("4", 1) as connected:
         assert signal.getsignal(signal.SIGTERM) is before
         yield connected
         # what earlier files of this worker left is not ours; a process is known by its number and its start
@@ -190,7 +191,7 @@ def test_a_stage_that_no_machine_has_room_for_is_told(cluster):
 def test_a_process_that_dies_slowly_leaves_nothing(tmp_path, late):
     """Ended by force, a stage counts as finished while its process still writes: what it leaves goes too."""
     stage = next(stage for stage in graph(PRESET) if stage.id == "sft-code")
-    partial = ray_engine.hidden(tmp_path / stage.place, "partial")
+    partial = hidden(tmp_path / stage.place, "partial")
     stop = time.monotonic() + late
 
     def dying():
