@@ -37,6 +37,7 @@ HEAVY = {
     "evaluation.inspect_tasks",
     "evaluation.judge_free",
     "evaluation.judges",
+    "evaluation.outcome_judge",
     "evaluation.replies",
     "evaluation.scoring",
     "evaluation.static_decoding",

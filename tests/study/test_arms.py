@@ -43,6 +43,7 @@ def own(tmp_path_factory):
     return Study(folder / "study"), said
 
 
+@pytest.mark.long
 def test_a_study_of_own_arms(own):
     study, said = own
     assert list(study.preset.arms) == ARMS
