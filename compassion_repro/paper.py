@@ -455,10 +455,11 @@ BETWEEN = "-languages"  # ending of the benchmark that holds only pairs which ex
 
 
 def pair_source(
-    pairs: str,  # a key of PAIR_SETS, or the name of a value
+    pairs: str,  # a key of PAIR_SETS, or `<name of a value>-pairs`
 ) -> tuple[str, str]:  # source in the table of margins, and in words
     "Where the margins of a set of pairs are; those of a value have its name as their source."
-    return PAIR_SETS.get(pairs, (pairs, f"pairs about {pairs}"))
+    name = pairs.removesuffix("-pairs")
+    return PAIR_SETS.get(pairs, (name, f"pairs about {name}"))
 
 
 def _keeps_half(arm: str) -> tuple[Cell, ...]:
@@ -495,7 +496,7 @@ _PAIRED_CONTROLS = ("C0c",)  # those of controls, corrected by themselves
 
 
 def pair_claims(
-    pairs: str,  # a key of PAIR_SETS; or the name of a value, on which no claim of the paper can be read
+    pairs: str,  # as for `pair_source`; no claim of the paper can be read on the pairs of another value
     claims: Sequence[Claim] = CLAIMS,  # what stands next to them
 ) -> tuple[Claim, ...]:  # ours, with the ids of the claims that they stand next to
     "The claims as they are read on one set of pairs."

@@ -180,7 +180,7 @@ def _with_intersections(records: list[ClaimRecord], claims: Sequence[Claim]) -> 
 # %% ../../nbs/06_stats/09_claims.ipynb #8ad1ff4d
 def pair_scores(
     margins: pd.DataFrame,  # rows of `margin.parquet`
-    pairs: str,  # a key of `paper.PAIR_SETS`, or the name of a value
+    pairs: str,  # as for `paper.pair_source`
 ) -> pd.DataFrame:  # rows as of `scores.parquet`; benchmarks: the set, and the set between languages
     "Margins of one set of pairs as scores: 0.5 + nats / 100, so that `contrast` gives nats."
     own = margins[margins["source"] == pair_source(pairs)[0]]
@@ -218,7 +218,7 @@ def judge_pairs(
     records, measured = [], dict.fromkeys(margins["source"])
     named = {source: pairs for pairs, (source, _) in PAIR_SETS.items()}
     known = [pairs for source, pairs in named.items() if source in measured]
-    for pairs in [*known, *(source for source in measured if source not in named)]:
+    for pairs in [*known, *(f"{source}-pairs" for source in measured if source not in named)]:
         scores, own = pair_scores(margins, pairs), pair_claims(pairs, claims)
         items = Items(scores, weights=weights_of(training))
         blank = _estimated_records(items, None, JUDGE_FREE, own, preset, families)

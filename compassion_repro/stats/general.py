@@ -93,9 +93,9 @@ def study_claims(
 
 # %% ../../nbs/06_stats/13_general.ipynb #7e1d130f
 def _pairs_measured(preset: Preset) -> list[str]:
-    "The sets of pairs of a study, as readings name them: keys of `paper.PAIR_SETS`, and values by their name."
+    "The sets of pairs of a study, as readings name them, see `paper.pair_source`."
     values = [source for source in preset.pair_sources if source.startswith("value:")]
-    return [*pair_sets(preset), *(read_value(source).name for source in values)]
+    return [*pair_sets(preset), *(f"{read_value(source).name}-pairs" for source in values)]
 
 
 def general_families(
