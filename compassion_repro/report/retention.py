@@ -103,9 +103,9 @@ def _free_shares(files: StudyFiles) -> pd.DataFrame:
     "What the arms keep by the margins of the first set of pairs."
     sources = set(files.margins["source"])
     pairs = next(name for name, (source, _) in PAIR_SETS.items() if source in sources)
-    kept = retention(pair_scores(files.margins, pairs), files.preset.statistics)
-    own = kept[kept["benchmark"] == pairs]
-    return _shares(own, "no judge", PAIR_SETS[pairs][1], ("points", "points_low", "points_high"))
+    scores = pair_scores(files.margins, pairs)
+    kept = retention(scores[scores["benchmark"] == pairs], files.preset.statistics)
+    return _shares(kept, "no judge", PAIR_SETS[pairs][1], ("points", "points_low", "points_high"))
 
 # %% ../../nbs/08_report/03_retention.ipynb #8a51c003
 def kept_shares(
