@@ -145,7 +145,8 @@ def _first_screen(files: StudyFiles) -> dict:
     shares = kept_shares(files)
     return {
         "said": answer.answer(files.claims),
-        "kept": kept_sentence(shares),
+        "kept": kept_sentence(shares, files.preset.statistics.retention),
+        "toy": "miniature world" in files.preset.scope,
         "shares": shares,
         "rows": kept_rows(shares),
         "ticks": kept_ticks(files.preset.statistics.retention),
