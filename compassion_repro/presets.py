@@ -20,6 +20,7 @@ from .core.files import packaged_model
 from .study import Benchmark, Preset
 from .study.arms import ArmSettings
 from .study.published import PUBLISHED, Published  # noqa: F401
+from .study.value_questions import with_questions
 
 # %% ../nbs/01_study/01_presets.ipynb #400c7849
 def presets() -> list[str]:
@@ -416,6 +417,22 @@ def _with_packaged_models(values: dict) -> dict:
         return values
     return {**values, "models": {**models, "base": packaged_model(models["base"])}}
 
+# %% ../nbs/01_study/01_presets.ipynb #f59df519
+def _settled(
+    values: dict,  # plain values of a preset
+    overrides: tuple[str, ...] | list[str],  # `key=value`, later ones win
+    settled: bool = False,  # they are a whole study's, which has said what it asks
+) -> dict:
+    "The values with all settings laid over them, `value` first, and the questions of the values."
+    named = [setting for setting in overrides if _override(setting)[0] == ["value"]]
+    for setting in named:
+        values = _set(values, setting)
+    if named or not settled:
+        values = with_questions(values)
+    for setting in overrides:
+        values = values if setting in named else _set(values, setting)
+    return values
+
 # %% ../nbs/01_study/01_presets.ipynb #5d3fe4d9
 def load_preset(
     name: str = "tiny",  # a preset of the package, or a YAML file of one's own
@@ -428,9 +445,7 @@ def load_preset(
     values, own = _preset_values(name)
     low = _preset_values(_packaged(name))[0]
     values = {"name": re.sub(r"[^\w.-]", "-", Path(name).stem) if _is_user_file(name) else name, **values}
-    for setting in overrides:
-        values = _set(values, setting)
-    values = _with_packaged_models(values)
+    values = _with_packaged_models(_settled(values, overrides))
     said = {_override(setting)[0][0] for setting in overrides}
     return build_preset(
         _own_scope(values, low, {**own, **dict.fromkeys(said)}), name if _is_user_file(name) else None
@@ -453,7 +468,4 @@ def with_settings(
     overrides: tuple[str, ...] | list[str],  # `key=value` by dotted name
 ) -> Preset:  # validated
     "A preset with some values changed; raises `InputError` as `load_preset` does."
-    values = preset.resolved()
-    for setting in overrides:
-        values = _set(values, setting)
-    return build_preset(_with_packaged_models(values))
+    return build_preset(_with_packaged_models(_settled(preset.resolved(), overrides, settled=True)))

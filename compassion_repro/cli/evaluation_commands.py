@@ -73,13 +73,13 @@ JUDGE_SETTINGS = {  # option after `--judge-`: its type, its help, its name in I
 }
 
 
-def _judge_options(parser: argparse.ArgumentParser, required: bool = True):
+def _judge_options(parser: argparse.ArgumentParser, required: bool = True, otherwise: str = ""):
     "Who judges, how, and at what cost."
     names = (
         "indicator, strict, a model folder, or an Inspect model id such as google/gemini-2.5-flash-lite;"
         " several make a pass each"
     )
-    names += "" if required else "; not needed where every benchmark has an answer key"
+    names += otherwise
     parser.add_argument("--judge", required=required, metavar="ID[,ID]", help=names)
     substitute = "judge that steps in where one is gone; its rows say so"
     parser.add_argument("--substitute", metavar="ID", help=substitute)
@@ -162,6 +162,8 @@ def _print_scores(folder: Path):
     ]
     rows = [_score_row(row) for row in summary(folder).to_dict("records")]
     show(plain_table(["model", "benchmark", "judge", "questions", *shares], rows))
+    if (folder / "forms.parquet").is_file():
+        show("\nrefuses, incoherent: a model classed these answers (forms.parquet), in place of the rules")
     if not (folder / "study.yaml").is_file():
         _print_differences(folder)
     for line in without_scores(folder):
@@ -269,7 +271,7 @@ def _eval_options(parser: argparse.ArgumentParser):
     parser.add_argument("--bench", default="anima,moru", metavar="NAME[,NAME]", help=benchmarks)
     out = "folder for answers, grades and scores"
     parser.add_argument("--out", required=True, metavar="DIR", help=out)
-    _judge_options(parser, required=False)
+    _judge_options(parser, False, "; not needed where every benchmark has an answer key")
     _answer_options(parser)
     json_option(parser)
 
@@ -322,7 +324,9 @@ def _split(names: str) -> list[str]:
 def _rejudge_options(parser: argparse.ArgumentParser):
     "Whose answers are judged, and by whom."
     study_argument(parser, "study or evaluation folder")
-    _judge_options(parser)
+    _judge_options(parser, False, "; not needed with --outcomes")
+    outcomes = "a model that says which answers refuse or are incoherent, in place of the rules"
+    parser.add_argument("--outcomes", metavar="ID", help=outcomes)
     again = "judge everything anew; replies that are kept are not paid for again"
     parser.add_argument("--again", action="store_true", help=again)
 
@@ -331,18 +335,25 @@ def _rejudge_options(parser: argparse.ArgumentParser):
     "have the answers of a study or an evaluation judged again",
     "judge studies/tiny --judge strict",
     "judge evals/mine --judge hf/Qwen/Qwen3-4B,google/gemini-2.5-flash-lite --yes",
+    "judge studies/tiny --outcomes google/gemini-2.5-flash-lite",
     options=_rejudge_options,
 )
 def judge(args) -> int:
     "Have the answers of a study or an evaluation judged again, and print the scores."
     from compassion_repro.pipeline.evaluate import without_scores
     from compassion_repro.pipeline.judging import judge_folder
+    from compassion_repro.pipeline.outcome_judging import class_folder
 
+    if not args.judge and not args.outcomes:
+        raise InputError("judge needs --judge ID for the scores, or --outcomes ID for the classes of answers")
     folder = _answered_folder(args.study)
     prepare_libraries()
     with talking() as (say, report):
         options = dict(say=say, report=report, answer=asking(report))
-        judge_folder(folder, args.judge, again=args.again, **options, **_judging(args))
+        if args.judge:
+            judge_folder(folder, args.judge, again=args.again, **options, **_judging(args))
+        if args.outcomes:
+            class_folder(folder, args.outcomes, args.prices, args.yes, **options)
     _print_scores(folder)
     _analyse_again(folder)
     return 1 if without_scores(folder, args.judge) else 0

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INCOHERENT', 'REFUSES', 'WITHOUT', 'WITH', 'OUTCOMES', 'COUNTED', 'FEWEST_WORDS', 'HEAP', 'REPEATED', 'DISTINCT',
-           'refuses', 'incoherent', 'labelled_answers', 'form', 'outcomes', 'outcome_shares']
+           'refuses', 'incoherent', 'labelled_answers', 'form', 'with_forms', 'outcomes', 'outcome_shares']
 
 # %% ../../nbs/05_evaluation/20_outcomes.ipynb #1e22db6a
 import re
@@ -116,6 +116,14 @@ def form(
 _KEYS = ["model", "seed", "benchmark", "question_id", "epoch"]
 
 
+def with_forms(
+    answers: pd.DataFrame,  # rows of `answers.parquet`
+    forms: pd.DataFrame | None,  # rows of `forms.parquet`: what a judge of the classes said; None: the rules
+) -> pd.DataFrame:  # with the columns form and form_judge, where somebody judged
+    "Answers with the classes that a judge gave them."
+    return answers if forms is None else answers.merge(forms[[*_KEYS, "form", "form_judge"]], "left", _KEYS)
+
+
 def _credited(answers: pd.DataFrame, scores: pd.DataFrame | None, pattern: re.Pattern | None) -> np.ndarray:
     "Whether each answer was credited; False where a judge gave no grade."
     if scores is None:
@@ -128,13 +136,17 @@ def _credited(answers: pd.DataFrame, scores: pd.DataFrame | None, pattern: re.Pa
 
 
 def outcomes(
-    answers: pd.DataFrame,  # rows of `answers.parquet`
+    answers: pd.DataFrame,  # rows of `answers.parquet`; a class in a column `form` counts in place of the rules
     scores: pd.DataFrame | None = None,  # of one judge; None: the value's words decide
     pattern: re.Pattern | None = None,  # the value's words; None: the welfare lexicon of each language
 ) -> pd.Series:  # a key of OUTCOMES for each answer
     "The class of every answer; raises `InputError` for scores of several judges."
     looping = answers["looping"] if "looping" in answers else pd.Series(False, answers.index)
-    forms = [form(*row) for row in zip(answers["text"], answers["language"], looping)]
+    forms = pd.Series(
+        [form(*row) for row in zip(answers["text"], answers["language"], looping)], answers.index
+    )
+    if "form" in answers:
+        forms = answers["form"].where(answers["form"].notna(), forms)
     credited = np.where(_credited(answers, scores, pattern), WITH, WITHOUT)
     named = [own if own != "answers" else value for own, value in zip(forms, credited)]
     return pd.Series(named, index=answers.index, name="outcome")

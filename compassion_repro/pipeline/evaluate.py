@@ -13,11 +13,12 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.errors import InputError
-from ..evaluation.outcomes import outcome_shares
+from ..evaluation.outcomes import outcome_shares, with_forms
 from ..paper import Cell, Reading
 from .evaluation_setup import Setup, load_setup, record_setup
 from .judging import judge_folder
 from .model_answers import generate, weights_identity
+from .outcome_judging import read_forms
 from ..stats.estimates import contrast
 from ..stats.means import model_means
 from ..store.folder import Study
@@ -168,7 +169,7 @@ def summary(
     replies held no grade.
     """
     study, keys = Study(folder), ["model", "benchmark", "judge"]
-    scores, answers = study.table("scores"), study.table("answers")
+    scores, answers = study.table("scores"), with_forms(study.table("answers"), read_forms(study))
     table = _item_means(scores, keys).merge(_intervals(scores, keys), on=keys, how="left")
     table.loc[table["score"].isna(), ["low", "high"]] = float("nan")
     if (grades := _grades_of(study)) is not None:

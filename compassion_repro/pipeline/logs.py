@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
+from pydantic import ValidationError
 
 from ..core.errors import InputError, first_line
 from ..core.files import writable, write_atomically
@@ -30,18 +31,32 @@ if TYPE_CHECKING:  # importing Inspect takes seconds
     from inspect_ai.log import EvalLog, EvalSample
 
 # %% ../../nbs/09_pipeline/18_logs.ipynb #f8959bf6
+_FORMS = (
+    "*.eval",
+    "[12]*T*_*_*.json",
+)  # names of logs in a folder; JSON as Inspect names them, by time and task
+
+
 def find_logs(
-    words: Sequence[str],  # .eval or .json files, or folders that hold .eval files
+    words: Sequence[str],  # .eval or .json files, or folders of them
 ) -> list[Path]:  # each once, in order
     "The log files that are meant; raises `InputError` where there are none."
     found: list[Path] = []
     for word in words:
         path = Path(word).expanduser()
-        inside = [*path.rglob("*.eval")] if path.is_dir() else [path]
+        inside = [file for form in _FORMS for file in path.rglob(form)] if path.is_dir() else [path]
         if not path.exists() or not inside:
             raise InputError(f"no Inspect log in {word!r}: give .eval files, or a folder that holds some")
         found += sorted(inside)
     return list(dict.fromkeys(found))
+
+# %% ../../nbs/09_pipeline/18_logs.ipynb #a3cd59af
+def _damage(error: Exception) -> str:
+    "What Inspect says of a log that it cannot read: of a missing field its place, else its first line."
+    if not isinstance(error, ValidationError):
+        return first_line(error)
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def read_log(
@@ -53,7 +68,7 @@ def read_log(
     try:
         log = read_eval_log(str(file))
     except Exception as error:  # each kind of damage raises another error
-        raise InputError(f"{file} cannot be read as an Inspect log: {first_line(error)}") from None
+        raise InputError(f"{file} cannot be read as an Inspect log: {_damage(error)}") from None
     if not any(sample.scores for sample in log.samples or []):
         raise InputError(
             f"{file} has no scored sample (status {log.status}): score it with `inspect score`, or leave it out"

@@ -287,11 +287,12 @@ def _weights_digest(manifest: dict) -> str | None:
 
 
 def _add_seed(record: dict[str, dict], manifest: dict):
-    "Note the gain and the weights of one stage under its model."
-    model, seed, gain = manifest["model"], str(manifest.get("seed")), manifest["result"].get("gain")
+    "Note the gain, the distance from the start and the weights of one stage under its model."
+    model, seed, result = manifest["model"], str(manifest.get("seed")), manifest["result"]
     weights = _weights_digest(manifest) if manifest.get("stage") == model else None
-    if gain is not None and model in record:
-        record[model].setdefault("gains", {})[seed] = gain
+    for name, measured_as in (("gains", "gain"), ("kl", "kl_from_start")):
+        if model in record and result.get(measured_as) is not None:
+            record[model].setdefault(name, {})[seed] = result[measured_as]
     if weights is not None:
         given = {"trained": True, "reason": "it was not trained in this study"}
         record.setdefault(model, given).setdefault("weights", {})[seed] = weights
@@ -299,9 +300,10 @@ def _add_seed(record: dict[str, dict], manifest: dict):
 # %% ../../nbs/09_pipeline/10_run.ipynb #4ba181dc
 def training_record(
     manifests: list[dict],  # of one study
-) -> dict[str, dict]:  # model id to {"trained": bool, "reason": str, "gains": by seed, "weights": by seed}
+) -> dict[str, dict]:  # model id to {"trained": bool, "reason": str}, "gains", "kl" and "weights" by seed
     """Whether each model was trained: the mean gain over the seeds, with its 95 % interval, is above 0. With the
-    gain and a digest of the weights of each seed; a model that was not trained here has its weights only.
+    gain, the KL from its own start (nats a token; older stages did not measure it) and a digest of the weights
+    of each seed; a model that was not trained here has its weights only.
     """
     results = {}
     for manifest in manifests:

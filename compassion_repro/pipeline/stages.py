@@ -268,9 +268,9 @@ def _replayed_rows(context: StageContext, rows: int) -> list[dict]:
     from compassion_repro.training import midtrain
 
     arm = context.arm
-    count = midtrain.replay_rows(rows, arm.replay or 0)
-    if not count:
+    if not arm.replay:
         return []
+    count = max(1, midtrain.replay_rows(rows, arm.replay))
     source = context.preset.replay_source(arm)
     return training_rows(source, "text", count, 1, context.stage.seed, count)[0]
 
@@ -354,6 +354,19 @@ def _own_rows(context: StageContext) -> tuple[list[dict], list[dict], dict]:
     sizes = training.rows, training.held_out, context.stage.seed, training.limit
     return training_rows(source, shape, *sizes, check=check)
 
+# %% ../../nbs/09_pipeline/01_stages.ipynb #48259e86
+def _replaying(context: StageContext, rows: int):  # a `TrainRun`
+    "What a stage of pairs or prompts is given, with the documents that it replays among so many rows."
+    documents = _replayed_rows(context, rows)
+    return replace(
+        _train_run(context, context.stage.model), replay=context.arm.replay or 0.0, replayed=documents
+    )
+
+
+def _replayed(training) -> dict:
+    "How many documents a stage replayed, for its manifest; nothing where it replayed none."
+    return {"replayed": len(training.replayed)} if training.replayed else {}
+
 # %% ../../nbs/09_pipeline/01_stages.ipynb #3e08c646
 def _run_grpo(context: StageContext) -> dict:
     "Group-relative policy optimisation of one arm."
@@ -365,10 +378,10 @@ def _run_grpo(context: StageContext) -> dict:
     if context.stage.config["reward"] == REWARD_PROGRAMS:
         prompts = _with_sound_tests(context, prompts, record)
         held_out = _with_sound_tests(context, held_out, record)
-    _save_rows(context, prompts, held_out)
-    training = _train_run(context, context.stage.model)
+    training = _replaying(context, len(prompts))
+    _save_rows(context, prompts + training.replayed, held_out)
     done = grpo.grpo(start, prompts, held_out, context.out, settings, reward, training)
-    return {**done, **record, "data": report}
+    return {**done, **record, **_replayed(training), "data": report}
 
 # %% ../../nbs/09_pipeline/01_stages.ipynb #5a10f002
 def _run_dpo(context: StageContext) -> dict:
@@ -376,10 +389,10 @@ def _run_dpo(context: StageContext) -> dict:
     from compassion_repro.training import dpo
 
     pairs, held_out, report = _own_rows(context)
-    _save_rows(context, pairs, held_out)
-    settings, training = context.preset.training_of(context.arm), _train_run(context, context.stage.model)
+    settings, training = context.preset.training_of(context.arm), _replaying(context, len(pairs))
+    _save_rows(context, pairs + training.replayed, held_out)
     done = dpo.dpo(context.input(), pairs, held_out, context.out, settings, training)
-    return {**done, "data": report}
+    return {**done, **_replayed(training), "data": report}
 
 # %% ../../nbs/09_pipeline/01_stages.ipynb #97dc9574
 def _checkpoints(context: StageContext) -> Path:

@@ -12,6 +12,7 @@ from ..evaluation.behaviour import score_warnings
 from ..paper import FIDELITY
 from .forest import claim_rows
 from .looks import model_name, panel_title
+from ..stats.gates import unmeasured_kl
 from ..store.results import StudyFiles
 
 # %% ../../nbs/08_report/06_limitations.ipynb #b2ce8c54
@@ -110,6 +111,18 @@ def _unequal_doses(manifests: list[dict]) -> list[str]:
         f" {doses[most]:,} ({most})."
     ]
 
+# %% ../../nbs/08_report/06_limitations.ipynb #6a7e0002
+def _unmeasured_kl(manifests: list[dict]) -> list[str]:
+    "Whether arms and their twins were compared by their gains alone."
+    record = {}
+    for m in manifests:
+        if m["kind"] != "point" and m["result"].get("gain") is not None:
+            own, result = record.setdefault(m["model"], {"gains": {}, "kl": {}}), m["result"]
+            own["gains"][m["seed"]] = result["gain"]
+            if result.get("kl_from_start") is not None:
+                own["kl"][m["seed"]] = result["kl_from_start"]
+    return list(filter(None, [unmeasured_kl(record)]))
+
 # %% ../../nbs/08_report/06_limitations.ipynb #da5b68c9
 def _faults_by_model(manifests: list[dict]) -> list[str]:
     "Each fault of the stages once, with its model and the seeds that share it."
@@ -134,7 +147,8 @@ def _training(files: StudyFiles) -> list[str]:
         notes.append(
             f"Not shown to be trained (the interval of the gain on held-out data touches zero): {names}."
         )
-    return notes + _unequal_doses(files.manifests) + _faults_by_model(files.manifests)
+    notes += _unequal_doses(files.manifests) + _unmeasured_kl(files.manifests)
+    return notes + _faults_by_model(files.manifests)
 
 # %% ../../nbs/08_report/06_limitations.ipynb #69c17f74
 def _odd_answers(behaviour: pd.DataFrame) -> list[str]:

@@ -385,6 +385,8 @@ def outcome_table(
     found = outcome_shares(answers, scored)
     table = {"benchmark": found["benchmark"].map(panel_title), "model": found["model"].map(model_name)}
     table |= {f"{words}, %": found[name].map("{:.1f}".format) for name, words in OUTCOMES.items()}
+    if "form_judge" in answers:
+        table["classed by"] = ", ".join(answers["form_judge"].dropna().unique()) or "the rules"
     left = found["score_of_answers"].map(lambda value: "" if pd.isna(value) else f"{value:.1f}")
     return pd.DataFrame(table | {"score without the first two, %": left})
 

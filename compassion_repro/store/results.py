@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from ..core.errors import InputError
 from ..core.files import writable, write_atomically
 from ..evaluation.behaviour import behaviour_table
+from ..evaluation.outcomes import with_forms
 from ..stats.claims import ClaimTable, read_claims
 from ..stats.estimates import model_means, retention
 from compassion_repro.stats.scores import (
@@ -163,6 +164,8 @@ def read_study_files(
     scores = _study_scores(study, manifests)
     claims = read_claims(claims_file)
     tables = {name: _read_table(folder / f"{name}.parquet") for name in ("answers", "grades", "kl")}
+    if tables["answers"] is not None:
+        tables["answers"] = with_forms(tables["answers"], _read_table(folder / "forms.parquet"))
     tables["margins"] = _read_table(folder / "margin.parquet")
     tables["completions"] = _read_completions(folder, manifests)
     return StudyFiles(folder.name, preset, scores, claims, manifests, **tables)

@@ -310,7 +310,7 @@ def _check_replay(preset: "Preset"):
             continue
         raise ValueError(
             f"{name}.replay does nothing, only mid-training mixes in documents of the base: leave it out, or"
-            " set midtrain.replay (an SFT arm has arms.NAME.replay, for rows of mid-training)"
+            " set midtrain.replay (an arm has arms.NAME.replay, for rows of mid-training)"
         )
 
 

@@ -157,7 +157,8 @@ class ArmSettings(Section):
     # of the adapter; alpha / rank stays as it is in `lora`
     rank: int | None = Field(None, ge=1, le=65_536)
     kl: float | None = Field(None, ge=0)  # SFT: weight of the KL from the start in the loss, as in `sft`
-    # SFT: share of its training rows that are rows of mid-training; it takes as many steps as without
+    # share of its training rows that are rows of mid-training (DPO, GRPO: of its loss, too); it takes as
+    # many steps as without
     replay: float | None = Field(None, ge=0, lt=1)
     # where these come from; default: data.documents. Neutral rows are the control
     replay_rows: DataSpec | None = None
@@ -305,10 +306,11 @@ def _check_complete(model: str, paradigm: str | None, reward: str | None, has_ro
 
 def _check_remedies(name: str, paradigm: str, layers: list[tuple]):
     "Raise ValueError where a remedy has no meaning for an arm."
-    for word in ("kl", "replay", "replay_rows"):
-        if paradigm != "sft" and _nearest_value(layers, word)[0]:
-            beta = f"; the weight of the KL from the start is {paradigm}.beta" * (word == "kl")
-            raise ValueError(f"arms.{name} has {word}, which is for the paradigm sft{beta}: leave it out")
+    if paradigm != "sft" and _nearest_value(layers, "kl")[0]:
+        raise ValueError(
+            f"arms.{name} has kl, which is for the paradigm sft; the weight of the KL from the start is"
+            f" {paradigm}.beta: leave it out"
+        )
     if _nearest_value(layers, "replay_rows")[0] and not _nearest_value(layers, "replay")[0]:
         raise ValueError(f"arms.{name} names rows to replay and no share of them: set arms.{name}.replay")
 

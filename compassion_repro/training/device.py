@@ -38,6 +38,7 @@ from .packed_rows import VARLEN
 # %% ../../nbs/04_training/11_device.ipynb #63d7e9ae
 from ..core.errors import InputError
 from ..core.files import open_run_folder
+from ..data.rows import rows_sha256
 from ..study import Compute, Grpo, Lora, Models, Training
 
 # %% ../../nbs/04_training/11_device.ipynb #29105b25
@@ -163,6 +164,9 @@ class TrainRun:
     setup: TrainSetup = field(default_factory=train_setup)
     # points at which its adapter is kept, as shares of the steps, see `training.points`
     doses: tuple[float, ...] = ()
+    # DPO and GRPO: share of the loss that is the loss of these documents, see `training.replay`
+    replay: float = 0.0
+    replayed: list[dict] = field(default_factory=list)
 
 # %% ../../nbs/04_training/11_device.ipynb #9075c78e
 @patch
@@ -176,6 +180,7 @@ def open_folder(
         return None
     adapter, setup = self.lora and self.lora.model_dump(), self.setup
     identity += (self.doses,) if self.doses else ()
+    identity += (self.replay, rows_sha256(self.replayed)) if self.replay else ()
     return open_run_folder(
         self.checkpoints, settings, adapter, setup.quantize, str(setup.dtype), self.template, *identity
     )

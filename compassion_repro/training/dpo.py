@@ -27,8 +27,10 @@ from .encoding import IGNORE, encode_row
 from .fitting import fitted, with_less_memory
 from .merging import CHECKED, save_trained, trained_once
 from .models import load_model, row_losses
+from .near_start import start_distance
 from .points import last_step, point_callbacks, rewind
 from .processes import on_one_gpu
+from .replay import replaying
 from .supervised import held_out_gain
 from .templates import load_tokenizer
 
@@ -157,7 +159,7 @@ def train_pairs(
     data = _data_set(pairs, tokenizer, training.length, run.label)
     longer = training.model_copy(update={"steps": last_step(run, training.steps)})
     with tempfile.TemporaryDirectory() as temporary:
-        trainer = DPOTrainer(
+        trainer = replaying(DPOTrainer, run, tokenizer, training.length)(
             model.train(),
             args=_config(longer, run, checkpointing, str(folder or temporary)),
             train_dataset=data,
@@ -209,6 +211,7 @@ def dpo(
     fit, again = fitted(training, start, run.lora, setup)
     model, trained = _train_once(start, pairs, fit, run, again, folder)
     live = row_losses(model, tokenizer, rows[:CHECKED], max_tokens=training.length)
+    moved = start_distance(model, tokenizer, rows, start, setup, training.length)
     saved, after = save_trained(
         model, tokenizer, start, out, setup, live, lambda: losses(out), run.report, run.label, folder
     )
@@ -216,6 +219,7 @@ def dpo(
     return {
         **trained["done"],
         **margin_gain(*both, training.beta),
+        **moved,
         **saved,
         **trained["fit"],
         "checkpointing": again,

@@ -41,8 +41,10 @@ from .encoding import encode_prompt, end_ids
 from .held_out import held_out_answers, measured_before, prompt_rewards, reward_gain
 from .merging import CHECKED, save_trained, trained_once
 from .models import load_model, row_losses
+from .near_start import start_distance
 from .points import last_step, point_callbacks, rewind
 from .processes import count, on_one_gpu, run_distributed, share, trainer_words
+from .replay import replaying
 from .templates import load_tokenizer, on_one_day
 from .vllm_sampler import engine_ended, engine_options
 
@@ -105,7 +107,8 @@ def make_trainer(
         )
     disable_progress_bars()
     model, tokenizer = _policy(start, run)
-    trainer = GRPOTrainer(
+    length = training.max_prompt_tokens + training.value("max_new_tokens")
+    trainer = replaying(GRPOTrainer, run, tokenizer, length)(
         model.train(),
         reward,
         _config(start, training, run, folder, save, checkpointing, end_ids(tokenizer)),
@@ -331,6 +334,7 @@ def answered_prompts(rows: list[dict], answers: pd.DataFrame) -> list[dict]:
 def _save(model, tokenizer, start, out, rows: list[dict], run: TrainRun, folder: Path | None) -> dict:
     "Write the trained policy, checked on these rows; what the manifest says of it."
     live = row_losses(model, tokenizer, rows)
+    moved = start_distance(model, tokenizer, rows, start, run.setup)
 
     def measure():
         return row_losses(load_model(out), tokenizer, rows)
@@ -338,7 +342,7 @@ def _save(model, tokenizer, start, out, rows: list[dict], run: TrainRun, folder:
     saved, _ = save_trained(
         model, tokenizer, start, out, run.setup, live, measure, run.report, run.label, folder
     )
-    return saved
+    return moved | saved
 
 # %% ../../nbs/04_training/27_grpo.ipynb #ee389168
 def _write_tables(out: str | Path, completions: pd.DataFrame, before: pd.DataFrame, after: pd.DataFrame):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOGITS', 'pick_device', 'pick_dtype', 'load_model', 'as_shipped', 'write_ends', 'save_model', 'attention_extras',
-           'find_tokenizer', 'find_model', 'row_losses']
+           'find_tokenizer', 'find_model', 'row_losses', 'padded_rows']
 
 # %% ../../nbs/04_training/06_models.ipynb #e235851a
 import logging
@@ -273,16 +273,30 @@ def row_losses(
     return losses
 
 # %% ../../nbs/04_training/06_models.ipynb #0321f1c7
-def _batch_losses(model, encoded, pad, max_tokens):
+def padded_rows(
+    encoded: list[dict],  # from `encode_row`
+    pad: int,  # token
+    max_tokens: int,  # tokens kept of a row
+    device: torch.device | str = "cpu",  # of the model
+) -> dict[str, torch.Tensor]:  # input_ids, attention_mask, labels, each of shape (rows, longest row)
+    "Rows side by side, padded on the right."
+
     def padded(key, fill):
         return torch.nn.utils.rnn.pad_sequence(
             [torch.tensor(e[key][:max_tokens]) for e in encoded], True, fill
-        ).to(model.device)
+        ).to(device)
 
-    ids, labels = padded("input_ids", pad), padded("labels", IGNORE)[:, 1:]
-    lengths = torch.tensor([min(len(e["input_ids"]), max_tokens) for e in encoded], device=model.device)
-    mask = (torch.arange(ids.shape[1], device=model.device) < lengths[:, None]).long()
-    logits = model(ids, attention_mask=mask).logits[:, :-1].float()
+    ids, labels = padded("input_ids", pad), padded("labels", IGNORE)
+    lengths = torch.tensor([min(len(e["input_ids"]), max_tokens) for e in encoded], device=device)
+    mask = (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def _batch_losses(model, encoded, pad, max_tokens):
+    "Mean loss of each row of a batch."
+    batch = padded_rows(encoded, pad, max_tokens, model.device)
+    labels = batch.pop("labels")[:, 1:]
+    logits = model(**batch).logits[:, :-1].float()
     loss = torch.nn.functional.cross_entropy(
         logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none"
     )

@@ -29,7 +29,7 @@ from .encoding import IGNORE, encode_row
 from .fitting import fitted, with_less_memory
 from .merging import CHECKED, save_trained, trained_once
 from .models import load_model, row_losses
-from .near_start import near_start
+from .near_start import near_start, start_distance
 from .packed_rows import PaddedRows, keeps_rows_apart
 from .points import last_step, point_callbacks, rewind
 from .templates import load_tokenizer
@@ -239,12 +239,14 @@ def train_stage(
     training, again = fitted(share(training, setup.compute.processes), start, run.lora, setup)
     model, trained = _train_once(start, rows, training, steps, run, again, folder)
     live = row_losses(model, tokenizer, held_out[:CHECKED])
+    moved = start_distance(model, tokenizer, held_out, start, setup)
     saved, after = save_trained(
         model, tokenizer, start, out, setup, live, lambda: losses(out), run.report, run.label, folder
     )
     return {
         **trained["done"],
         **held_out_gain(before, after),
+        **moved,
         **saved,
         **trained["fit"],
         "checkpointing": again,

@@ -29,6 +29,7 @@ def words(): return Task(dataset=[Sample(input=f"Say {i} words.", target=str(i))
 """
 
 
+@pytest.mark.long
 def test_a_study_reads_c8_on_a_task_of_its_own(tmp_path):
     (tmp_path / "tasks.py").write_text(SUMS)
     preset = load_preset(

@@ -9,7 +9,8 @@ import yaml
 from compassion_repro import cli
 from compassion_repro.core.errors import InputError
 from compassion_repro.data.values import find_value, read_value
-from compassion_repro.presets import load_preset
+from compassion_repro.pipeline import run
+from compassion_repro.presets import load_preset, with_settings
 from compassion_repro.store import graph
 
 
@@ -17,9 +18,12 @@ def keys(*settings: str) -> dict[str, str]:
     return {stage.id: stage.key for stage in graph.graph(load_preset("smoke", list(settings)), seeds=1)}
 
 
-def test_a_value_changes_the_probes_alone():
+def test_a_value_adds_its_pairs_and_its_questions():
     before, after = keys(), keys("value=[compassion, honesty]")
     changed = {name for name in before if before[name] != after[name]}
+    assert {name.partition("-")[0] for name in changed} == {"probe", "answers", "eval"}
+    without = keys("value=[compassion, honesty]", "benchmarks.honesty=null")
+    changed = {name for name in before if before[name] != without[name]}
     assert changed and all(name.startswith("probe") for name in changed)
     assert keys("value=compassion") == before and keys("value=honesty") != after
     assert "value" not in load_preset("smoke").resolved()
@@ -29,6 +33,30 @@ def test_questions_of_a_value_are_a_benchmark_of_a_study():
     setting = 'benchmarks.honesty={task: anima, data: "value:honesty", epochs: 1}'
     config = graph.benchmark_config(load_preset("smoke", [setting]).benchmarks["honesty"])
     assert config["data"].startswith("value:honesty#") and "size" not in config
+    added = load_preset("smoke", ["value=honesty", "benchmarks.honesty.epochs=1"])
+    assert graph.benchmark_config(added.benchmarks["honesty"]) == config
+    again = with_settings(added, ["lora.rank=2"])
+    without = load_preset("smoke", ["value=honesty", "benchmarks.honesty=null"])
+    assert "honesty" not in with_settings(without, ["lora.rank=2"]).benchmarks
+    assert again.benchmarks == added.benchmarks and list(added.benchmarks)[-1] == "honesty"
+
+
+def test_a_study_of_a_second_value_is_one_setting(tmp_path):
+    small = [
+        *(
+            "arms=[]",
+            "midtrain={rows: 24, held_out: 6, steps: 1}",
+            "threads=1",
+            "generation.max_new_tokens=8",
+        ),
+        *("benchmarks.moru=null", "benchmarks.leak=null", "benchmarks.anima={size: {en: 1}, epochs: 1}"),
+    ]
+    preset = load_preset("smoke", ["value=honesty", "benchmarks.honesty.epochs=1", *small])
+    study = run.run(preset, tmp_path / "study", say=lambda line: None, page=False)
+    scores, margins = study.table("scores"), study.table("margin")
+    asked = scores[(scores["benchmark"] == "honesty") & (scores["dimension"] == "overall")]
+    assert asked.groupby("model")["question_id"].nunique().to_dict() == {"base": 20, "mid": 20}
+    assert asked["score"].notna().all() and set(margins["source"]) == {"honesty"} and len(margins) >= 80
 
 
 def test_a_value_of_ones_own_is_asked_and_judged(tmp_path, capsys):

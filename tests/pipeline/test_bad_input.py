@@ -104,6 +104,7 @@ def test_folders_that_cannot_be_written(refused, tmp_path):
     assert (tmp_path / "full" / "thesis.txt").read_text() == "somebody's work"
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_up_keeps_what_is_finished(study_copy, finished):
     shutil.rmtree(study_copy / "seed-1" / "mid")
     small = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)); "
@@ -175,6 +176,7 @@ def test_a_users_own_benchmark_is_run_whole_under_a_size_that_would_cut_it(tmp_p
 
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the sample rows are not beside this checkout")
+@pytest.mark.long
 def test_real_rows_are_trained_on_and_none_is_lost(tmp_path):
     out = tmp_path / "study"
     counts = {"sft-help": ("dolly_rows.jsonl", 20), "sft-code": ("code_rows.jsonl", 28)}

@@ -34,6 +34,7 @@ def differing(one: Path, other: Path, *names: str) -> list[str]:
     ]
 
 
+@pytest.mark.long
 def test_rows_and_weights_repeat_byte_for_byte(finished, again):
     names = [
         f"seed-1/{model}/{file}"
@@ -47,6 +48,7 @@ def test_rows_and_weights_repeat_byte_for_byte(finished, again):
     )
 
 
+@pytest.mark.long
 def test_answers_grades_scores_and_claims_repeat_byte_for_byte(finished, again):
     assert (
         differing(
@@ -59,6 +61,7 @@ def test_answers_grades_scores_and_claims_repeat_byte_for_byte(finished, again):
     )
 
 
+@pytest.mark.long
 def test_what_a_stage_found_repeats(finished, again):
     timed = re.compile("seconds|_per_|memory|peak|log$")  # how long it took, and what it took
 
@@ -96,6 +99,7 @@ def shown(study: Path) -> str:
     return re.sub(r"(\d of \d seeds)\s+[\d.,]+\s+[\d.,]+", r"\1 #", words)
 
 
+@pytest.mark.long
 def test_the_report_says_the_same(finished, again, no_pictures):
     one, other = (shown(study).split("\n") for study in (finished, again))
     assert len(one) == len(other) and len(one) > 100

@@ -15,7 +15,8 @@ from conftest import CRASH_SIZE
 from test_study import same_scores, table
 
 from compassion_repro.core.errors import InputError
-from compassion_repro.pipeline import ray_engine, run
+from compassion_repro.core.files import hidden
+from compassion_repro.pipeline import ray_cluster, ray_engine, run
 from compassion_repro.pipeline.progress import Progress
 from compassion_repro.presets import load_preset
 from compassion_repro.store.folder import Study
@@ -33,7 +34,7 @@ def cluster():
     It leaves SIGTERM to us, and ends whole.
     """
     before, others = signal.getsignal(signal.SIGTERM), psutil.Process().children(recursive=True)
-    with ray_engine.connected("4", 1) as connected:
+    with ray_cluster.connected("4", 1) as connected:
         assert signal.getsignal(signal.SIGTERM) is before
         yield connected
         # what earlier files of this worker left is not ours; a process is known by its number and its start
@@ -76,6 +77,7 @@ def finished_stages(lines):
     return sorted(line.split("] seed 1, ")[1].split(": ")[0] for line in lines if line.startswith("["))
 
 
+@pytest.mark.long
 def test_ray_ends_with_what_the_local_engine_ends_with(cluster, study_copy, finished):
     """Two arms side by side; the process that trains one is killed.
 
@@ -183,6 +185,29 @@ def test_a_stage_that_no_machine_has_room_for_is_told(cluster):
         ray_engine._at_once(cluster, {"num_cpus": 1, "num_gpus": 3, "memory": 2**20}, False, said.append) == 1
         and "waiting for one that joins" in said[0]
     )
+
+
+@pytest.mark.parametrize("late", [0, 0.5, 1.5])  # seconds after which it writes again
+def test_a_process_that_dies_slowly_leaves_nothing(tmp_path, late):
+    """Ended by force, a stage counts as finished while its process still writes: what it leaves goes too."""
+    stage = next(stage for stage in graph(PRESET) if stage.id == "sft-code")
+    partial = hidden(tmp_path / stage.place, "partial")
+    stop = time.monotonic() + late
+
+    def dying():
+        "Writes file after file, and makes the folder anew where it is gone."
+        while time.monotonic() < stop:
+            with suppress(OSError):
+                partial.mkdir(parents=True, exist_ok=True)
+                (partial / f"{time.monotonic()}").write_text("half")
+            time.sleep(0.3)
+
+    partial.mkdir(parents=True)
+    thread = threading.Thread(target=dying)
+    thread.start()
+    ray_engine._clear(Study(tmp_path), [stage], quiet=1)
+    thread.join()
+    assert not partial.exists()
 
 
 @pytest.mark.skipif(

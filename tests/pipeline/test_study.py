@@ -179,6 +179,7 @@ def test_a_second_run_has_nothing_to_do(study_copy):
     assert before == {p: p.stat().st_mtime_ns for p in study_copy.rglob("manifest.json")}
 
 
+@pytest.mark.long
 def test_more_seeds_extend_a_study(tmp_path):
     small = ("arms=[sft-help]", "benchmarks.moru=null", "benchmarks.leak=null")
     assert run_study(tmp_path / "study", *small).returncode == 0
@@ -192,6 +193,7 @@ def test_more_seeds_extend_a_study(tmp_path):
     )
 
 
+@pytest.mark.long
 def test_a_study_without_a_benchmark_gets_verdicts(tmp_path):
     done = run_study(
         tmp_path / "study", "benchmarks={}", "margin.pairs=[written, spanish, matched]", report=True

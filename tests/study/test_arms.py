@@ -43,6 +43,7 @@ def own(tmp_path_factory):
     return Study(folder / "study"), said
 
 
+@pytest.mark.long
 def test_a_study_of_own_arms(own):
     study, said = own
     assert list(study.preset.arms) == ARMS
@@ -150,8 +151,8 @@ EACH = """
 extends: smoke
 arms:
   sft-schedule: {rows: "pocket:schedule", steps: 1}
-  dpo-manners: {rows: "pocket:preferences", steps: 2}
-  grpo-advice: {rows: "world:help", reward: help, steps: 1}
+  dpo-manners: {rows: "pocket:preferences", steps: 2, replay: 0.04}
+  grpo-advice: {rows: "world:help", reward: help, steps: 1, replay: 0.0001}
 """
 QUICK = (
     "dpo={held_out: 4, batch_size: 2, micro_batch: 2, length: 256}",
@@ -172,6 +173,7 @@ def test_one_arm_of_each_paradigm_by_yaml_alone(tmp_path, monkeypatch):
     for arm in preset.trained_arms:
         assert measured(made[arm.model]) is PARADIGMS[arm.paradigm] and "gain_low" in made[arm.model]
     pairs = made["dpo-manners"]
+    assert pairs["replayed"] == 4 and made["grpo-advice"]["replayed"] == 1  # one at least
     assert pairs["rows"] == 96 and pairs["steps"] == len(pairs["log"]) == 2
     assert pairs["gain"] == pairs["reward_margin_after"] != 0
     kept = (study.folder / "seed-1" / "dpo-manners" / "held_out.jsonl").read_text().splitlines()

@@ -251,3 +251,15 @@ def test_the_sampling_of_held_out_answers_leaves_the_chance_alone():
         == held_out.sample_answers(model, tokenizer, rows, settings, 1)
         != held_out.sample_answers(model, tokenizer, rows, settings, 2)
     )
+
+
+def test_replayed_documents_are_learned_next_to_the_reward(whole, tmp_path):
+    documents = data.load("world:documents", "text", limit=2, seed=1).rows
+    replay = TrainRun(1, LORA, lambda line: None, replay=0.8, replayed=documents)
+    done = grpo.grpo(BASE, ROWS, HELD_OUT, tmp_path / "arm", study.Grpo(**SMALL), short_words, replay)
+    tokenizer = templates.load_tokenizer(BASE)
+    start, plain, replayed = (
+        models.row_losses(models.load_model(place), tokenizer, documents).mean()
+        for place in (BASE, whole[0], tmp_path / "arm")
+    )
+    assert replayed < min(start, plain) - 0.01 and done["accumulation"] == 2

@@ -35,6 +35,7 @@ def crash_preset(*more):
 
 
 @pytest.mark.skipif(jail.level() == "none", reason="no jail on this machine")
+@pytest.mark.long
 def test_grpo_arms_join_the_study(monkeypatch, finished, tmp_path):
     said, out = [], tmp_path / "study"
     preset = crash_preset(f"arms=[{', '.join(ARMS)}]", *QUICK, "grpo.steps=1")
@@ -84,6 +85,7 @@ def grpo_stage():
 
 
 @pytest.mark.skipif(jail.level() == "none", reason="no jail on this machine")
+@pytest.mark.long
 def test_a_stage_cut_off_carries_on_and_ends_the_same(finished, tmp_path):
     ends = {}
     for name in ("whole", "cut"):

@@ -283,6 +283,7 @@ def waits(how, report):
     time.sleep(900)
 
 
+@pytest.mark.long
 def test_ctrl_c_leaves_no_process_behind(monkeypatch):
     from compassion_repro.core.signals import raise_on_signal
 
