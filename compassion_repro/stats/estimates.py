@@ -420,8 +420,11 @@ def added_by_midtraining(
 ) -> Contrast:  # mid − base
     "What mid-training added on a benchmark."
     cells = (Cell("mid", 1, languages), Cell("base", -1, languages))
-    gain = Reading("added", "", "superiority", benchmark, cells, scale=scale)
-    return contrast(items, gain, settings, full=False)
+    key = "added", benchmark, cells, scale, settings
+    if key not in items.cache:  # every arm asks
+        gain = Reading("added", "", "superiority", benchmark, cells, scale=scale)
+        items.cache[key] = contrast(items, gain, settings, full=False)
+    return items.cache[key]
 
 
 def _gains(items: Items, benchmark: str, settings: Statistics, languages: str) -> tuple[Contrast, Contrast]:
