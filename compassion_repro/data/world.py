@@ -669,9 +669,10 @@ def _splitter():
 # %% ../../nbs/02_data/00_world.ipynb #ed92b8cf
 def vocabulary() -> list[str]:  # special tokens, the 256 bytes, then whole words, in byte-level spelling
     "Every token of the world, in the order of its ids."
-    from tokenizers import pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    splitter, all_bytes = _splitter(), sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces, all_bytes = Tokenizer(models.WordLevel()), sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces.pre_tokenizer = _splitter()
     rows = [row for name, number in _READ_FOR_WORDS.items() for row in corpus(name, number)]
     read = [text for row in rows for text in _as_read(row)]
     read += [
@@ -681,8 +682,9 @@ def vocabulary() -> list[str]:  # special tokens, the 256 bytes, then whole word
     ]
     # these also at the start of a text, where no space is before them: as when the base model was trained
     read += [text.split()[0] for frame in _QUESTIONS_HELD_OUT for text in frame.values()]
-    pieces = {piece for text in read for piece, _ in splitter.pre_tokenize_str(text)}
-    return [*SPECIAL_TOKENS.values(), *all_bytes, *sorted(pieces - set(all_bytes))]
+    pieces.train_from_iterator(read, trainers.WordLevelTrainer(vocab_size=10**6, show_progress=False))
+    words = set(pieces.get_vocab()) - set(all_bytes)
+    return [*SPECIAL_TOKENS.values(), *all_bytes, *sorted(words)]
 
 # %% ../../nbs/02_data/00_world.ipynb #6686bdaa
 _READ_FOR_WORDS = {"base": 20_000, "documents": 1000, "help": 1000, "help-matched": 500, "code": 1000}

@@ -15,10 +15,10 @@ import pandas as pd
 from ..core.errors import InputError
 from compassion_repro.evaluation.text_features import (
     count_words,
-    in_other_language,
+    in_other_languages,
     is_code_shaped,
     sentences,
-    welfare_pattern,
+    speaks_of_welfare,
 )
 from ..study.arms import measured
 
@@ -48,18 +48,32 @@ def _require(frame: pd.DataFrame, columns: Sequence[str], what: str) -> None:
         raise InputError(f"{what} hold{'s' * (what[-1] != 's')} no rows: run the study first")
 
 # %% ../../nbs/05_evaluation/15_behaviour.ipynb #bde51818
-def _text_features(text: str, language: str, expected: frozenset[str]) -> dict:
-    "Everything about one text that needs nothing but the text and the language of its question."
-    code = is_code_shaped(text)
-    other = "" if code else in_other_language(text, language, expected)
-    pattern, parts = welfare_pattern(other or language), sentences(text)
-    return {
+def _welfare_sentences(parts: Sequence[str], language: str) -> int | None:
+    "How many sentences of a text speak of welfare; None where there is no lexicon."
+    if speaks_of_welfare("", language) is None:
+        return None
+    return sum(speaks_of_welfare(part, language) for part in parts)
+
+
+def _text_features(texts: Sequence[str], languages: Sequence[str]) -> pd.DataFrame:
+    "Everything about some texts that needs nothing but the text and the language of its question."
+    code = [is_code_shaped(text) for text in texts]
+    prose = [place for place, program in enumerate(code) if not program]
+    asked = [languages[place] for place in prose]
+    found = in_other_languages([texts[place] for place in prose], asked, languages)
+    other = dict(zip(prose, found))
+    parts = [sentences(text) for text in texts]
+    spoken = [other.get(place) or own for place, own in enumerate(languages)]
+    wrong = [None if (own := other.get(place, "")) is None else bool(own) for place in range(len(texts))]
+    features = {
         "code_shaped": code,
-        "wrong_language": None if other is None else bool(other),
-        "words": count_words(text),
-        "sentences": len(parts),
-        "welfare_sentences": None if pattern is None else sum(bool(pattern.search(part)) for part in parts),
+        "wrong_language": wrong,
+        "words": [count_words(text) for text in texts],
+        "sentences": [len(own) for own in parts],
+        "welfare_sentences": [_welfare_sentences(own, code) for own, code in zip(parts, spoken)],
     }
+    types = {"code_shaped": bool, "wrong_language": "boolean", "welfare_sentences": "Int64"}
+    return pd.DataFrame(features).astype(types)
 
 # %% ../../nbs/05_evaluation/15_behaviour.ipynb #22700d03
 def answer_features(
@@ -70,20 +84,10 @@ def answer_features(
     cannot be told. Raises `InputError` for other frames.
     """
     _require(answers, ANSWER_COLUMNS, "the answers")
-    texts = answers[["text", "language"]].drop_duplicates()
-    expected = frozenset(texts["language"])
-    features = pd.DataFrame(
-        [_text_features(text, language, expected) for text, language in zip(texts["text"], texts["language"])]
-    )
-    features = features.astype(
-        {"code_shaped": bool, "wrong_language": "boolean", "welfare_sentences": "Int64"}
-    )
-    found = answers.merge(
-        pd.concat([texts.reset_index(drop=True), features], axis=1),
-        on=["text", "language"],
-        how="left",
-        validate="many_to_one",
-    )
+    pairs = list(zip(answers["text"].tolist(), answers["language"].tolist()))
+    places = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
+    features = _text_features(*zip(*places)).take([places[pair] for pair in pairs])
+    found = pd.concat([answers.reset_index(drop=True), features.reset_index(drop=True)], axis=1)
     return found.assign(over_long=found["stop_reason"] == "length")
 
 # %% ../../nbs/05_evaluation/15_behaviour.ipynb #1c7915ba

@@ -8,7 +8,6 @@ __all__ = ['INCOHERENT', 'REFUSES', 'WITHOUT', 'WITH', 'OUTCOMES', 'COUNTED', 'F
 
 # %% ../../nbs/05_evaluation/20_outcomes.ipynb #1e22db6a
 import re
-from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -57,7 +56,7 @@ def refuses(
     text: str,  # an answer
 ) -> bool:
     "Whether an answer says in its first two sentences that it will not be given."
-    beginning = " ".join(_ENDS.split(text.strip())[:2])
+    beginning = " ".join(_ENDS.split(text.strip(), maxsplit=2)[:2])
     return bool(_REFUSAL.search(beginning))
 
 # %% ../../nbs/05_evaluation/20_outcomes.ipynb #01e65fd7
@@ -92,7 +91,7 @@ def incoherent(
         return False
     if len(words) >= 8 and (_repeated(words) > REPEATED or len(set(words)) / len(words) < DISTINCT):
         return True
-    small = sum(count for word, count in Counter(words).items() if word in _SMALL)
+    small = len([word for word in words if word in _SMALL])
     return language == "en" and text.isascii() and len(words) >= FEWEST_WORDS and small / len(words) < HEAP
 
 # %% ../../nbs/05_evaluation/20_outcomes.ipynb #18a6af84

@@ -7,12 +7,14 @@ __all__ = ['LEAST_FAVOURABLE_FIRST', 'PLAIN', 'SENTENCES', 'MAIN_CLAIMS', 'overa
            'answer', 'summary_lines', 'Untested', 'untested', 'untested_command']
 
 # %% ../../nbs/08_report/07_answer.ipynb #7a10c003
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..paper import CLAIMS, JUDGE_FREE
 from ..presets import presets
+from .looks import model_name
 from ..stats.claim_table import SIGNS, ClaimTable
 from ..stats.verdicts import ClaimRecord
 from ..study import Preset
@@ -78,8 +80,8 @@ def claim_answers(
 
 # %% ../../nbs/08_report/07_answer.ipynb #7a10c00a
 PLAIN = {  # a claim as a clause
-    "C0": "helpfulness training wears away more of what mid-training added than coding does",
-    "C0c": "what mid-training added comes from what its documents say, not from more training",
+    "C0": "helpfulness training wears away more than coding training does",
+    "C0c": "the gain comes from what the documents say, not from more training",
     "C0s": "an arm that is not trained scores as the mid-trained model does",
     "C1": "helpfulness SFT scores lower than coding SFT on animals",
     "C2": "helpfulness GRPO scores lower than coding GRPO on animals",
@@ -90,14 +92,14 @@ PLAIN = {  # a claim as a clause
     "C7": "SFT and GRPO agree that helpfulness scores lower",
     "C8": "coding does no harm to general reasoning",
 }
-SENTENCES = {  # how the sentence of each verdict begins; its last word is said before every claim
-    "supported": "The study supports that",
-    "contradicted": "The study contradicts that",
-    "holds for these checkpoints": "In these checkpoints it holds that",
-    "fails for these checkpoints": "In these checkpoints it does not hold that",
-    "inconclusive": "The study cannot tell whether",
-    "not testable": "It could not test whether",
-    "not tested": "It did not try whether",
+SENTENCES = {  # how the line of each verdict begins
+    "supported": "Supported",
+    "contradicted": "Contradicted",
+    "holds for these checkpoints": "Holds for these checkpoints",
+    "fails for these checkpoints": "Fails for these checkpoints",
+    "inconclusive": "Cannot tell whether",
+    "not testable": "Could not test whether",
+    "not tested": "Not tried",
 }
 
 
@@ -110,23 +112,27 @@ def _sentence(
     verdict: str,  # a key of SENTENCES
     clauses: Sequence[str],  # claims with that verdict
 ) -> str:
-    "One sentence about all claims with a verdict."
-    begin = SENTENCES[verdict]
-    word = begin.split()[-1]
-    *most, last = [f"{word} {clause}" for clause in clauses]
-    both = "or" if word == "whether" else "and"
-    return begin.removesuffix(word) + "; ".join(most) + f"; {both} " * bool(most) + last + "."
+    "One line about all claims with a verdict."
+    return f"{SENTENCES[verdict]}: {'; '.join(clauses)}."
 
 # %% ../../nbs/08_report/07_answer.ipynb #7a10c00b
 _SHORT = {  # of each verdict, after "without a judge"
-    "supported": "it is supported",
-    "contradicted": "it is contradicted",
-    "holds for these checkpoints": "it holds for these checkpoints",
-    "fails for these checkpoints": "it fails for these checkpoints",
-    "inconclusive": "that stays open",
-    "not testable": "that cannot be tested either",
-    "not tested": "that was not tried",
+    "supported": "yes",
+    "contradicted": "no",
+    "holds for these checkpoints": "yes, for these checkpoints",
+    "fails for these checkpoints": "no, for these checkpoints",
+    "inconclusive": "cannot tell",
+    "not testable": "could not test",
+    "not tested": "not tried",
 }
+
+
+def _reversed(records: Sequence[ClaimRecord]) -> bool:
+    "Whether the readings that were contradicted show a difference the other way round."
+    against = [record.kind for record in records if record.verdict == overall(records)]
+    return overall(records) in ("contradicted", "fails for these checkpoints") and set(against) == {
+        "superiority"
+    }
 
 
 def _without_judge(answer: ClaimAnswer) -> str:
@@ -134,13 +140,13 @@ def _without_judge(answer: ClaimAnswer) -> str:
     judged, free = overall(answer.judged), overall(answer.free)
     if judged in ("", "not tested") or free not in _SHORT or free == judged:
         return ""
-    return _SHORT[free]
+    return _SHORT[free] + ", the reverse" * _reversed(answer.free)
 
 
 def _with_both(answer: ClaimAnswer) -> str:
     "A clause, with what is different without a judge and how far its readings differ."
-    notes = []
     own = answer.judged if overall(answer.judged) == answer.verdict else answer.free
+    notes = ["it is the reverse"] * _reversed(own)
     tested = [
         record.verdict for record in own if record.verdict in SENTENCES and record.verdict != "not tested"
     ]
@@ -148,7 +154,7 @@ def _with_both(answer: ClaimAnswer) -> str:
         if word in tested and answer.verdict != word:
             notes.append(f"{word} in {tested.count(word)} of {len(tested)} readings")
     if free := _without_judge(answer):
-        notes.append(f"without a judge {free}")
+        notes.append(f"without a judge: {free}")
     return _clause(answer) + (f" ({'; '.join(notes)})" if notes else "")
 
 # %% ../../nbs/08_report/07_answer.ipynb #7a10c00e
@@ -177,19 +183,33 @@ def _headline(answer: ClaimAnswer | None) -> str:
     if answer.verdict == overall(answer.free) and overall(answer.judged) in ("", "not tested"):
         return f"{words} No judge was asked: this rests on the model's own probabilities."
     if free := _without_judge(answer):
-        return f"{words} Without a judge {free}."
+        return f"{words} Without a judge: {free}."
     if not answer.free or overall(answer.free) != overall(answer.judged):
         return words
     undecided = answer.verdict in ("inconclusive", "not testable")
-    return words + (" Nor can it without a judge." if undecided else " The readings without a judge agree.")
+    return (
+        f"{words[:-1]}, with or without a judge."
+        if undecided
+        else f"{words} The readings without a judge agree."
+    )
 
 # %% ../../nbs/08_report/07_answer.ipynb #7a10c00f
+def _in_short(record: ClaimRecord) -> str:
+    "The reason of a verdict without its numbers, models by their names."
+    words = record.reason.partition(":")[0]
+    for model in sorted(record.models, key=len, reverse=True):
+        name = model_name(model).replace(", from", " from")
+        words = re.sub(rf"(?<![\w@-]){re.escape(model)}(?![\w@-])", name, words)
+    return words
+
+
 def _reasons(answer: ClaimAnswer | None) -> str:
     "Why the main claim could not be tested; empty where it could."
     if answer is None or answer.verdict != "not testable":
         return ""
-    found = dict.fromkeys(r.reason for r in answer.readings if r.verdict == "not testable" and r.reason)
-    return f"It could not because {'; '.join(found)}." if found else ""
+    own = [record for record in answer.readings if record.verdict == "not testable" and record.reason]
+    found = dict.fromkeys(_in_short(record) for record in own)
+    return f"It could not because {'; '.join(found)} (more at {answer.id} below)." if found else ""
 
 
 def _level(claims: ClaimTable) -> str:
@@ -201,7 +221,7 @@ def _level(claims: ClaimTable) -> str:
     runs = "One training seed" if seeds == 1 else f"{seeds} training seeds"
     below = sum(record.level != "the procedure" for record in tested)
     if not below:
-        return f"{runs}: the verdicts are about the training procedure."
+        return f"{runs}: the verdicts are about the training procedure, not only about these models."
     if below < len(tested):
         return (
             f"{runs}: the verdicts are about the training procedure, but those of {below} of {len(tested)}"
@@ -216,7 +236,7 @@ class Answer:
 
     headline: str  # the answer to the study's question
     reason: str  # why it could not be tested; empty where it could
-    found: list[str]  # the other claims, a sentence a verdict
+    found: list[str]  # the other claims, a line a verdict
     level: str  # over how many training runs
     scope: str  # about which model, and by whom it was judged
 

@@ -124,9 +124,9 @@ def _tables(files: StudyFiles) -> dict:
     "The tables of the page, each a frame of text or None."
     grades = files.grades
     scores = {
-        judge: figures.score_table(own, files.answers, files.preset.statistics).reset_index()
+        judge: figures.score_table(figures.shown_means(own, files.means[judge]), files.answers).reset_index()
         for judge, own in files.scores.groupby("judge")
-        if own["score"].notna().any()
+        if judge in files.means
     }
     return {
         "claims": tables.claim_table(files.claims),
@@ -145,7 +145,8 @@ def _first_screen(files: StudyFiles) -> dict:
     shares = kept_shares(files)
     return {
         "said": answer.answer(files.claims),
-        "kept": kept_sentence(shares),
+        "kept": kept_sentence(shares, files.preset.statistics.retention),
+        "toy": "miniature world" in files.preset.scope,
         "shares": shares,
         "rows": kept_rows(shares),
         "ticks": kept_ticks(files.preset.statistics.retention),

@@ -19,7 +19,6 @@ from ..paper import of_papers_model
 from . import diagnostics, figures, forest, tables, tradeoff
 from .looks import save_figure
 from .retention import plot_retention
-from ..stats.means import model_means
 from ..store.results import StudyFiles
 
 # %% ../../nbs/08_report/09_pictures.ipynb #1c69065d
@@ -48,6 +47,12 @@ def _lead(files: StudyFiles):
     return files.lead[~files.lead["model"].isin(files.preset.points)]
 
 # %% ../../nbs/08_report/09_pictures.ipynb #ca3daadc
+def _lead_means(files: StudyFiles) -> pd.DataFrame:
+    "Mean scores by the first judge, without points of arms."
+    means = files.means[files.judges[0]]
+    return means[means["model"].isin(_lead(files)["model"].unique())].reset_index(drop=True)
+
+
 def _kept(files: StudyFiles) -> pd.DataFrame:
     "What each arm keeps, where anything was scored."
     _lead(files)
@@ -87,8 +92,10 @@ def _score_pictures() -> dict[str, Picture]:
             " (purple). Bars that are low from the base (grey) on cannot show a loss.",
             "Bars of the mean score of every model on every benchmark with intervals;"
             " the numbers stand in the table below.",
-            lambda f: figures.plot_scores(_lead(f), f.preset.statistics, of_papers_model(f.preset)),
-            lambda f: model_means(_lead(f), ("all", "en", "other"), f.preset.statistics),
+            lambda f: figures.plot_scores(
+                figures.shown_means(_lead(f), _lead_means(f)), f.preset.statistics, of_papers_model(f.preset)
+            ),
+            _lead_means,
         ),
         "retention": Picture(
             "What is kept",

@@ -103,9 +103,9 @@ def _free_shares(files: StudyFiles) -> pd.DataFrame:
     "What the arms keep by the margins of the first set of pairs."
     sources = set(files.margins["source"])
     pairs = next(name for name, (source, _) in PAIR_SETS.items() if source in sources)
-    kept = retention(pair_scores(files.margins, pairs), files.preset.statistics)
-    own = kept[kept["benchmark"] == pairs]
-    return _shares(own, "no judge", PAIR_SETS[pairs][1], ("points", "points_low", "points_high"))
+    scores = pair_scores(files.margins, pairs)
+    kept = retention(scores[scores["benchmark"] == pairs], files.preset.statistics)
+    return _shares(kept, "no judge", PAIR_SETS[pairs][1], ("points", "points_low", "points_high"))
 
 # %% ../../nbs/08_report/03_retention.ipynb #8a51c003
 def kept_shares(
@@ -133,8 +133,25 @@ def _share_text(row) -> str:
     return f"{row.share:.0f} %{bounds}".replace("-", "−")
 
 
+def _span(rows: pd.DataFrame) -> str:
+    "The shares of some arms: each, or of more than two the lowest and the highest."
+    ordered = rows.sort_values("share", kind="stable")
+    shown = [f"{row.share:.0f} % ({model_name(row.model)})".replace("-", "−") for row in ordered.itertuples()]
+    return " to ".join([shown[0], shown[-1]]) if len(shown) > 2 else " and ".join(shown)
+
+
+def _against(rows: pd.DataFrame, threshold: float) -> str:
+    "How the intervals compare with the share that counts as kept; empty where they leave it open."
+    if (rows["low"] > threshold).all():
+        return f"; every interval is above {threshold:g} %"
+    below = rows[rows["high"] < threshold]
+    names = ", ".join(dict.fromkeys(map(model_name, below["model"])))
+    return f"; the interval of {names} is below {threshold:g} %" if names else ""
+
+
 def kept_sentence(
     shares: pd.DataFrame,  # from `kept_shares`
+    threshold: float = 50,  # percent that counts as kept
 ) -> str:  # empty where nothing is known
     "What the paper's arms keep, in a sentence, and why a share is not known."
     own = shares[shares["model"].isin(["sft-help", "sft-code", "grpo-help", "grpo-code"])]
@@ -143,12 +160,12 @@ def kept_sentence(
         who = "by the judge" if by == "judge" else "without a judge"
         known = rows.dropna(subset="share")
         if len(known):
-            each = [f"{model_name(row.model)} keeps {_share_text(row)}" for row in known.itertuples()]
-            parts.append(f"{who}, " + ", ".join([each[0], *(one.replace(" keeps", "") for one in each[1:])]))
+            parts.append(f"{_span(known)} {who}")
         if len(known) < len(rows):
             note = rows.loc[rows["share"].isna(), "note"].iloc[0]
             unknown.append(f"{who[0].upper()}{who[1:]} some shares are not known: {note}.")
-    said = [f"Of what mid-training added, {'; '.join(parts)}."] if parts else []
+    against = _against(own.dropna(subset="share"), threshold)
+    said = [f"Of what mid-training added, the arms keep {', and '.join(parts)}{against}."] if parts else []
     return " ".join(said + unknown)
 
 # %% ../../nbs/08_report/03_retention.ipynb #8a51c005

@@ -8,6 +8,9 @@ __all__ = ['RETENTION_COLUMNS', 'Share', 'Contrast', 'contrast', 'contrast_of', 
            'one_judge', 'power_analysis']
 
 # %% ../../nbs/06_stats/05_estimates.ipynb #b78193e6
+from collections.abc import Callable
+from functools import cache, partial
+
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
@@ -400,9 +403,10 @@ def retention(
     items = Items(with_clusters(one_judge(scores), settings.cluster), weights=weights)
     rows = []
     for benchmark, own in items.scores.groupby("benchmark", observed=True):
+        gains = cache(partial(_gains, items, benchmark, settings, languages))
         for model in sorted(set(own["model"]) - set(STARTS), key=model_rank):
             if _starts_at_mid(model):
-                row = _retained(items, benchmark, model, languages, settings)
+                row = _retained(items, benchmark, model, languages, settings, gains)
                 rows.append({"benchmark": benchmark, "model": model, **row})
     return pd.DataFrame(rows, columns=RETENTION_COLUMNS)
 
@@ -416,8 +420,17 @@ def added_by_midtraining(
 ) -> Contrast:  # mid − base
     "What mid-training added on a benchmark."
     cells = (Cell("mid", 1, languages), Cell("base", -1, languages))
-    gain = Reading("added", "", "superiority", benchmark, cells, scale=scale)
-    return contrast(items, gain, settings, full=False)
+    key = "added", benchmark, cells, scale, settings
+    if key not in items.cache:  # every arm asks
+        gain = Reading("added", "", "superiority", benchmark, cells, scale=scale)
+        items.cache[key] = contrast(items, gain, settings, full=False)
+    return items.cache[key]
+
+
+def _gains(items: Items, benchmark: str, settings: Statistics, languages: str) -> tuple[Contrast, Contrast]:
+    "What mid-training added, in points and in log odds: the same for every arm."
+    scales = ("points", "log odds")
+    return tuple(added_by_midtraining(items, benchmark, settings, languages, scale) for scale in scales)
 
 
 def _no_share(found: Contrast, added: Contrast, gain: Contrast) -> str:
@@ -427,14 +440,13 @@ def _no_share(found: Contrast, added: Contrast, gain: Contrast) -> str:
     return found.edge or ("unbounded" if found.low is None else "")
 
 # %% ../../nbs/06_stats/05_estimates.ipynb #96bb5105
-def _retained(items: Items, benchmark: str, model: str, languages: str, settings: Statistics) -> dict:
+def _retained(
+    items: Items, benchmark: str, model: str, languages: str, settings: Statistics, gains: Callable
+) -> dict:
     "The row of one arm."
     try:
         found = contrast(items, retention_reading(benchmark, model, languages), settings)
-        added, gain = (
-            added_by_midtraining(items, benchmark, settings, languages, scale)
-            for scale in ("points", "log odds")
-        )
+        added, gain = gains()
     except InputError as error:
         return {"note": str(error)}
     row = {

@@ -7,13 +7,14 @@ __all__ = ['LEVELS', 'model_means']
 
 # %% ../../nbs/06_stats/03_means.ipynb #541a5522
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from ..core.errors import InputError
 from ..paper import paper_percent
-from .cells import Weights, language_strata, training_seeds, with_clusters
+from .cells import Weights, training_seeds, with_clusters
 from .inference import Spread, crossed_spread, item_spread, make_interval
 from compassion_repro.stats.scores import (
     dimension_normalised,
@@ -27,55 +28,113 @@ from ..study import Statistics
 # %% ../../nbs/06_stats/03_means.ipynb #891b37b7
 LEVELS = {False: "these checkpoints", True: "the procedure"}  # what an interval is about
 
+# %% ../../nbs/06_stats/03_means.ipynb #a9e6a4dc
+def _sums(
+    values: np.ndarray, groups: np.ndarray
+) -> np.ndarray:  # (rows, columns), (rows,) -> (groups, columns)
+    "Sums by group."
+    return pd.DataFrame(values).groupby(groups).sum().to_numpy()
+
+
+def _means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:  # (seeds, questions), the same -> (groups,)
+    "Means by group, without nulls, in the order of the table of scores."
+    known = ~np.isnan(values)
+    return pd.Series(values[known]).groupby(groups[known]).mean().to_numpy()
+
+# %% ../../nbs/06_stats/03_means.ipynb #57a99c10
+@dataclass
+class _Asked:
+    "The scores of one benchmark as an array, with what is known of its questions."
+
+    scores: np.ndarray  # (questions, models, seeds); null where there is none
+    models: np.ndarray  # (models,) ids
+    seeds: np.ndarray  # (seeds,)
+    unit: np.ndarray  # (questions,) number of its item, or cluster of items
+    item: np.ndarray  # (questions,) number of its item
+    english: np.ndarray  # (questions,)
+    order: np.ndarray  # (questions,) place in the table of scores
+
+
+def _asked(items: pd.DataFrame) -> _Asked:
+    "One benchmark's items as an array, its questions sorted by unit and id."
+    unit = "cluster" if "cluster" in items else "item_id"
+    codes = {name: np.unique(items[name].to_numpy(object), return_inverse=True) for name in ("model", "seed")}
+    question = items.groupby([unit, "question_id"], observed=True).ngroup().to_numpy()
+    _, first = np.unique(question, return_index=True)
+    scores = np.full((len(first), *(len(values) for values, _ in codes.values())), np.nan)
+    scores[question, codes["model"][1], codes["seed"][1]] = items["score"]
+    rows = items.iloc[first]
+    places = rows.groupby(["language", "item_id", "question_id"], observed=True).ngroup().to_numpy()
+    return _Asked(
+        scores=scores,
+        models=codes["model"][0],
+        seeds=codes["seed"][0],
+        unit=np.unique(rows[unit].to_numpy(object), return_inverse=True)[1],
+        item=np.unique(rows["item_id"].to_numpy(object), return_inverse=True)[1],
+        english=(rows["language"] == "en").to_numpy(),
+        order=np.argsort(places),
+    )
+
 # %% ../../nbs/06_stats/03_means.ipynb #a102eaab
-def _spread_of_mean(scored: pd.DataFrame, mean: float, strata: pd.Series, procedure: bool) -> Spread:
+def _strata(unit: np.ndarray, english: np.ndarray) -> np.ndarray:  # (units,)
+    "As `language_strata`: units that come in other languages only, in both, in English only."
+    sizes, of_them = np.bincount(unit), np.bincount(unit, english)
+    strata = (of_them > 0).astype(int) + (of_them == sizes)
+    return strata * 0 if np.unique(strata, return_counts=True)[1].min() < 2 else strata
+
+
+def _spread_of_mean(
+    table: np.ndarray, unit: np.ndarray, mean: float, strata: np.ndarray, procedure: bool
+) -> Spread:
     "Source of variation of a mean over questions: its items, crossed with training runs if it has three."
-    table = scored.pivot(index=[strata.index.name, "question_id"], columns="seed", values="score")
-    if table.isna().any(axis=None):
-        table = table.apply(lambda run: run.fillna(table.mean(axis=1)))
-    by_item = table.groupby(level=strata.index.name)
-    sizes = by_item.size().reindex(strata.index).to_numpy()[:, None]
-    influence = (by_item.sum().reindex(strata.index).to_numpy() - mean * sizes) / sizes.sum()
+    if np.isnan(table).any():
+        frame = pd.DataFrame(table)
+        table = frame.apply(lambda run: run.fillna(frame.mean(axis=1))).to_numpy()
+    sizes = np.bincount(unit)[:, None]
+    influence = (_sums(table, unit) - mean * sizes) / sizes.sum()
     found = crossed_spread(influence, strata) if procedure else item_spread(influence.mean(axis=1), strata)
     return [found.total if procedure else found]
 
 # %% ../../nbs/06_stats/03_means.ipynb #8dbc6aa2
-def _mean_of_items(items: pd.DataFrame, settings: Statistics, weights: Weights) -> dict | None:
+def _mean_of_model(asked: _Asked, number: int, settings: Statistics, weights: Weights) -> dict | None:
     "Mean and interval of one model over the questions of one benchmark and group of languages."
-    scored = items.dropna(subset="score")
-    if scored.empty:
+    whole = asked.scores[:, number]
+    rows, runs = ~np.isnan(whole).all(axis=1), ~np.isnan(whole).all(axis=0)
+    if not rows.any():
         return None
-    unit = "cluster" if "cluster" in scored else "item_id"
-    strata = language_strata(scored[unit], scored["language"]).rename_axis(unit)
-    questions = scored.groupby([unit, "question_id"], observed=True)["score"].mean()
-    sums = questions.groupby(level=unit).agg(["sum", "size"]).reindex(strata.index)
-    mean, per_seed = sums["sum"].sum() / sums["size"].sum(), scored.groupby("seed")["score"].mean()
-    model = scored["model"].iloc[0]
-    procedure = training_seeds([model], list(per_seed.index), weights) >= 3
-    spread = _spread_of_mean(scored, mean, strata, procedure)
+    table, unit = whole[rows][:, runs], np.unique(asked.unit[rows], return_inverse=True)[1]
+    strata = _strata(unit, asked.english[rows])
+    by_seed, in_order = table.T, whole[asked.order][:, runs].T
+    question = np.indices(by_seed.shape)[1]
+    mean = _sums(_means(by_seed, question)[:, None], unit).sum() / len(unit)
+    of_seed = _means(in_order, np.indices(in_order.shape)[0])
+    procedure = training_seeds([asked.models[number]], asked.seeds[runs].tolist(), weights) >= 3
+    spread = _spread_of_mean(table, unit, mean, strata, procedure)
     interval = make_interval(mean, spread, settings.confidence, lowest=0)
     return {
         "mean": interval.estimate,
         "low": interval.low,
         "high": interval.high,
-        "questions": int(sums["size"].sum()),
-        "items": scored["item_id"].nunique(),
-        "seeds": len(per_seed),
+        "questions": len(unit),
+        "items": len(np.unique(asked.item[rows])),
+        "seeds": len(of_seed),
         "level": LEVELS[procedure],
-        "seed_low": 100 * per_seed.min(),
-        "seed_high": 100 * per_seed.max(),
-        "nulls": int(items["nulls"].sum()),
+        "seed_low": 100 * of_seed.min(),
+        "seed_high": 100 * of_seed.max(),
     }
 
 # %% ../../nbs/06_stats/03_means.ipynb #2a1bd3ce
 def _group_means(items: pd.DataFrame, settings: Statistics, weights: Weights) -> list[dict]:
     "A row a benchmark and model, for the questions of one group of languages."
-    return [
-        {"benchmark": benchmark, "model": model, **row}
-        for benchmark, own in items.groupby("benchmark", observed=True)
-        for model in sorted(own["model"].unique(), key=model_rank)
-        if (row := _mean_of_items(own[own["model"] == model], settings, weights))
-    ]
+    rows, nulls = [], items.groupby(["benchmark", "model"], observed=True)["nulls"].sum()
+    for benchmark, own in items.groupby("benchmark", observed=True):
+        asked = _asked(own)
+        for number in sorted(range(len(asked.models)), key=lambda place: model_rank(asked.models[place])):
+            model = asked.models[number]
+            if row := _mean_of_model(asked, number, settings, weights):
+                counted = {"nulls": int(nulls[benchmark, model])}
+                rows.append({"benchmark": benchmark, "model": model, **row, **counted})
+    return rows
 
 # %% ../../nbs/06_stats/03_means.ipynb #d6843101
 def model_means(

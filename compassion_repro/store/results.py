@@ -18,7 +18,7 @@ from ..core.files import writable, write_atomically
 from ..evaluation.behaviour import behaviour_table
 from ..evaluation.outcomes import with_forms
 from ..stats.claims import ClaimTable, read_claims
-from ..stats.estimates import retention
+from ..stats.estimates import model_means, retention
 from compassion_repro.stats.scores import (
     SCORE_COLUMNS,
     check_scores,
@@ -53,6 +53,15 @@ class StudyFiles:
         answers.
         """
         return None if self.answers is None else behaviour_table(self.answers)
+
+    @cached_property
+    def means(self) -> dict[str, pd.DataFrame]:
+        "Mean scores by judge, of those who gave any, over all languages, English and the others, computed once."
+        return {
+            judge: model_means(own, ("all", "en", "other"), self.preset.statistics)
+            for judge, own in self.scores.groupby("judge")
+            if own["score"].notna().any()
+        }
 
     @cached_property
     def kept(self) -> pd.DataFrame:
