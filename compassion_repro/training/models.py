@@ -30,7 +30,7 @@ from transformers import (
 from ..core.errors import InputError, first_line
 from ..data import hub
 from .dequantise import open_gguf
-from .encoding import IGNORE, encode_row, end_ids
+from .encoding import IGNORE, encode_rows, end_ids
 from .gguf import gguf_file
 from .model_checks import check_architecture, check_whole
 from compassion_repro.training.model_files import (
@@ -257,7 +257,7 @@ def row_losses(
     `max_tokens` gives nan.
     """
     encoded, max_tokens = (
-        [encode_row(row, tokenizer) for row in rows],
+        encode_rows(rows, tokenizer),
         min(max_tokens, getattr(model.config, "max_position_embeddings", None) or max_tokens),
     )
     order = sorted(range(len(rows)), key=lambda i: len(encoded[i]["input_ids"]))

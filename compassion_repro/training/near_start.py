@@ -65,7 +65,7 @@ def near_start(
     return type("NearStart", (NearStart,), {"weight": weight})
 
 # %% ../../nbs/04_training/30_near_start.ipynb #30a1c0d2
-MEASURED = 64  # held-out rows that the distance is measured on, at most
+MEASURED = 32  # held-out rows that the distance is measured on, at most
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from ..study import Training
 from .adapters import lora_config
 from .checkpoints import Checkpoints, Progress
 from .device import TrainRun, load_held, ready_adapter, trainer_options, warmup_steps
-from .encoding import IGNORE, encode_row
+from .encoding import IGNORE, encode_rows
 from .fitting import fitted, with_less_memory
 from .merging import CHECKED, save_trained, trained_once
 from .models import load_model, row_losses
@@ -55,7 +55,7 @@ def pack(
     if not rows:
         raise InputError("no rows to train on")
     disable_progress_bars()
-    encoded = Dataset.from_list([encode_row(row, tokenizer) for row in rows]).shuffle(seed=seed)
+    encoded = Dataset.from_list(encode_rows(rows, tokenizer)).shuffle(seed=seed)
     return pack_dataset(
         encoded, length, "bfd_split", {"batch_size": len(rows), "load_from_cache_file": False}
     )
@@ -114,7 +114,7 @@ def train(
             trainer.add_callback(callback)
         Checkpoints(folder, run.setup.compute, run.report, run.label).train(trainer)
     rewind(trainer.model, run, steps)
-    split = sum(len(encode_row(row, tokenizer)["input_ids"]) > training.length for row in rows)
+    split = sum(len(row["input_ids"]) > training.length for row in encode_rows(rows, tokenizer))
     return trainer.model.eval(), {
         "rows": len(rows),
         **({} if trainer.args.padding_free else {"padded": True}),

@@ -19,7 +19,7 @@ from ..data import rows as data
 from ..data.lengths import fit
 from ..data.sources import BadRow
 from ..study import data_label
-from .encoding import IGNORE, encode_row, end_ids
+from .encoding import IGNORE, encode_rows, end_ids
 from .supervised import pack
 from .templates import load_tokenizer
 
@@ -111,9 +111,9 @@ def account_tokens(
 
     Raises `InputError` where a token is not accounted for or a row's end token carries no loss.
     """
-    tokens_in = sum(len(encode_row(row, tokenizer)["input_ids"]) for row in rows)
+    tokens_in = sum(len(row["input_ids"]) for row in encode_rows(rows, tokenizer))
     kept, cut, dropped = _fitted(rows, max_length, measure)
-    lengths = [len(encode_row(row, tokenizer)["input_ids"]) for row in kept]
+    lengths = [len(row["input_ids"]) for row in encode_rows(kept, tokenizer)]
     sequences = pack(kept, tokenizer, length, seed)
     counts = _packed_counts(sequences, end_ids(tokenizer))
     account = TokenAccount(

@@ -863,7 +863,9 @@ def test_a_lost_token_would_be_seen(tokenizer, monkeypatch):
         "tokens went into the packing",
     )
     monkeypatch.setattr(tokens, "pack", whole)
-    monkeypatch.setattr(tokens, "encode_row", lambda row, tokenizer: {"input_ids": [1], "labels": [1]})
+    monkeypatch.setattr(
+        tokens, "encode_rows", lambda rows, tokenizer: [{"input_ids": [1], "labels": [1]}] * len(rows)
+    )
     assert_refused(
         lambda: tokens.account_tokens([chat_row("Why?", "So.")] * 2, tokenizer, 64), "went into the packing"
     )
