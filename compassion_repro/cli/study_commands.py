@@ -308,6 +308,13 @@ def _show_claims(table, why: bool = False):
         show(line)
     show("")
     show(table.terminal(why))
+    if table.general.records and table.of_paper.records:
+        show(
+            Text(
+                "`claims STUDY --general` prints each general verdict with its estimate and interval",
+                style="dim",
+            )
+        )
 
 
 def print_claims(folder: Path):
@@ -346,12 +353,24 @@ def _claims_of(folder: Path, registered: bool):
         )
     return read_claims(folder / "claims.json")
 
+# %% ../../nbs/11_cli/03_study_commands.ipynb #7e1d0b01
+def _general_of(table, study: str):
+    "The general verdicts of a claim table; raises `InputError` where it has none."
+    if not table.general.records:
+        raise InputError(
+            f"{study} has no general verdicts: its arms are none or shams, or its claims were judged before there were"
+            f" any; `compassion-repro report {study}` judges them again"
+        )
+    return table.general
+
 # %% ../../nbs/11_cli/03_study_commands.ipynb #941ae610
 def _claims_options(parser: argparse.ArgumentParser):
     "Whose claims, by which rules, in which form."
     study_argument(parser)
     text = "judge by the rules that were registered before the first stage"
     parser.add_argument("--registered", action="store_true", help=text)
+    text = "the verdicts about the study's own arms, each with its estimate and interval"
+    parser.add_argument("--general", action="store_true", help=text)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--why", action="store_true", help="with the reason of each verdict")
     form.add_argument("--csv", action="store_true", help="all fields as CSV, for a spreadsheet")
@@ -363,11 +382,14 @@ def _claims_options(parser: argparse.ArgumentParser):
     "claims studies/tiny",
     "claims studies/tiny --why",
     "claims studies/tiny --registered",
+    "claims studies/tiny --general",
     options=_claims_options,
 )
 def claims(args) -> int:
     "Print what a study found and its claim table."
     table = _claims_of(_existing_study(args.study), args.registered)
+    if args.general:
+        table = _general_of(table, args.study)
     if args.json or args.csv:
         text = table.to_json() if args.json else table.frame().to_csv(index=False)
         print(text, end="")

@@ -420,10 +420,11 @@ def judge_study(
     registered: bool = False,  # by the rules that were registered, in place of today's
 ):  # the claim table, and what training did to each model
     "Verdicts of a study from its tables; nothing is written. Raises `InputError` for a damaged table."
-    from compassion_repro.paper import CLAIMS, FAMILIES
     from compassion_repro.stats.claims import judge_claims
+    from compassion_repro.stats.general import study_claims, study_families
 
-    preset, claims, families = study.preset, CLAIMS, FAMILIES
+    preset = study.preset
+    claims, families = study_claims(preset), study_families(preset)
     if registered:
         found, (preset, claims, families) = _registered(study)
     scores, margins = _own_scores(study), _table_if_any(study, "margin")

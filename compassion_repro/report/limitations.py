@@ -10,7 +10,7 @@ import pandas as pd
 
 from ..evaluation.behaviour import score_warnings
 from ..paper import FIDELITY
-from .forest import claim_rows
+from .forest import claim_rows, shown_claims
 from .looks import model_name, panel_title
 from ..stats.gates import unmeasured_kl
 from ..store.results import StudyFiles
@@ -204,7 +204,8 @@ def _without_verdict(rows: pd.DataFrame) -> list[str]:
 # %% ../../nbs/08_report/06_limitations.ipynb #41f95594
 def _inference(files: StudyFiles) -> list[str]:
     "Claims without a verdict, the smallest margins that the design could establish, questions left out."
-    rows, records = claim_rows(files.claims), files.claims.records
+    claims = shown_claims(files.claims)
+    rows, records = claim_rows(claims), claims.records
     notes = _without_verdict(rows)
     if all(record.registered is None for record in records):
         notes.append("The rules were not registered before the first stage of this study.")

@@ -84,9 +84,10 @@ def claim_lines(
     # readings: [{id, judge, estimand, verdict, figures, paper, why}]
 ) -> list[dict]:
     "A line a claim: its verdict by the judge and without one, with every reading."
-    rows = forest.claim_rows(files.claims)
+    claims = files.claims.of_paper
+    rows = forest.claim_rows(claims)
     texts = [forest.claim_figures(row) for row in rows.itertuples()]
-    shown = {id(record): text for record, text in zip(files.claims.records, texts)}
+    shown = {id(record): text for record, text in zip(claims.records, texts)}
     return [
         {
             "id": one.id,
@@ -98,7 +99,7 @@ def claim_lines(
             "free": _side(one.free, shown),
             "readings": [_reading(record, shown[id(record)]) for record in one.readings],
         }
-        for one in answer.claim_answers(files.claims)
+        for one in answer.claim_answers(claims)
     ]
 
 # %% ../../nbs/08_report/10_page.ipynb #da40817f
@@ -129,7 +130,8 @@ def _tables(files: StudyFiles) -> dict:
         if judge in files.means
     }
     return {
-        "claims": tables.claim_table(files.claims),
+        "claims": tables.claim_table(files.claims.of_paper),
+        "general": tables.general_tables(files.claims),
         "scores": scores,
         "stages": tables.stage_table(files.manifests),
         "fidelity": tables.fidelity_table(),
@@ -225,7 +227,7 @@ def render(
         terms=glossary.TERMS,
         several=len(files.judges) > 1,
         headline=tables.headline(files),
-        counts=tables.verdict_counts(files.claims),
+        counts=tables.verdict_counts(files.claims.of_paper),
         limitations=limitations(files),
         samples=tables.sample_answers(files),
         asked=0 if files.answers is None else len(files.answers.groupby(["benchmark", "question_id"])),

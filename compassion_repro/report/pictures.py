@@ -77,8 +77,10 @@ def _verdict_pictures() -> dict[str, Picture]:
             " its figure.",
             "Forest plot of every reading of every claim with interval, margin and"
             " verdict; the same numbers stand in the table below.",
-            lambda f: forest.plot_claims(f.claims, of_papers_model(f.preset)),
-            lambda f: forest.claim_rows(f.claims).drop(columns=["ratio", "wrong", "changed"]),
+            lambda f: forest.plot_claims(forest.shown_claims(f.claims), of_papers_model(f.preset)),
+            lambda f: forest.claim_rows(forest.shown_claims(f.claims)).drop(
+                columns=["ratio", "wrong", "changed"]
+            ),
         ),
     }
 

@@ -186,6 +186,15 @@ def spread(self: CellSums, weights: np.ndarray | None = None, procedure: bool | 
 
 # %% ../../nbs/06_stats/02_cells.ipynb #ed53f298
 @patch
+def sources(self: CellSums) -> Spread:
+    "The sources of variation one by one: questions and, where there are three training runs or more, runs."
+    if not self.procedure:
+        return self.spread()
+    found = crossed_spread(self.influences(), self.strata)
+    return [tuple(map(float, source)) for source in (found.questions, found.runs)]
+
+
+@patch
 def contributions(self: CellSums) -> np.ndarray:
     "Each item's share of the estimate in each seed, (items, seeds)."
     return np.einsum("c,cis->is", self.weights / self.counts.sum(axis=1), self.sums)
@@ -379,9 +388,20 @@ class Items:
 def of(self: Items, benchmark: str, dimension: str = "overall") -> pd.DataFrame:
     "Item scores of a benchmark on a dimension."
     if dimension not in self.cache:
-        self.cache[dimension] = item_scores(self.scores, dimension)
-    items = self.cache[dimension]
-    return items[items["benchmark"] == benchmark]
+        items = item_scores(self.scores, dimension)
+        by_benchmark = dict(list(items.groupby("benchmark", observed=True)))
+        self.cache[dimension] = by_benchmark, items[:0]
+    by_benchmark, none = self.cache[dimension]
+    return by_benchmark.get(benchmark, none)
+
+# %% ../../nbs/06_stats/02_cells.ipynb #7e1d0a05
+@patch
+def models(self: Items, benchmark: str) -> frozenset[str]:
+    "The models with scores on a benchmark."
+    if "models" not in self.cache:
+        of_benchmark = self.scores.groupby("benchmark", observed=True)["model"].unique()
+        self.cache["models"] = {name: frozenset(models) for name, models in of_benchmark.items()}
+    return self.cache["models"].get(benchmark, frozenset())
 
 # %% ../../nbs/06_stats/02_cells.ipynb #003d5a9b
 @patch
@@ -422,14 +442,54 @@ def _reading_questions(items: Items, reading: Reading, dimension: str) -> pd.Dat
     language = table.index.get_level_values("language")
     return table[np.any([in_languages(language, cell.languages) for cell in reading.cells], axis=0)]
 
+# %% ../../nbs/06_stats/02_cells.ipynb #7e1d0a02
+@patch
+def whole(self: Items, benchmark: str) -> CellSums | None:
+    "A cell for every model over all questions; None where a model lacks a seed, a question or a score."
+    key = ("whole", benchmark)
+    if key not in self.cache:
+        items = self.of(benchmark)
+        models, seeds = list(items["model"].unique()), items["seed"].nunique()
+        asked = items[["item_id", "question_id", "language"]].drop_duplicates()
+        full = len(items) == len(models) * seeds * len(asked) > 0 and items["score"].notna().all()
+        cells = [Cell(model, 1) for model in models]
+        self.cache[key] = cell_sums([complete_questions(items, models)], cells) if full else None
+    return self.cache[key]
+
+# %% ../../nbs/06_stats/02_cells.ipynb #7e1d0a03
+@patch
+def has(self: CellSums, reading: Reading) -> bool:
+    "Whether a reading is about all questions, as the task scores them, of models that have a cell here."
+    plain = not (reading.by_dimension or reading.without_suffix)
+    everything = all(cell.languages == "all" for cell in (*reading.cells, *reading.share_of))
+    return plain and everything and set(reading.models) <= {cell.model for cell in self.labels}
+
+
+@patch
+def chosen(self: CellSums, cells: Sequence[Cell], scale: str) -> "CellSums":
+    "The cells of a reading, from one cell a model."
+    models = [cell.model for cell in self.labels]
+    places = [models.index(cell.model) for cell in cells]
+    return replace(
+        self,
+        sums=self.sums[places],
+        counts=self.counts[places],
+        weights=np.array([cell.weight for cell in cells], dtype=float),
+        labels=list(cells),
+        scale=scale,
+        by_item=self.by_item and self.by_item.chosen(cells, scale),
+    )
+
 # %% ../../nbs/06_stats/02_cells.ipynb #d5df77cc
 def reading_cells(
     items: Items,  # of one judge
     reading: Reading,  # benchmark, cells and options
 ) -> CellSums:  # only questions that all models answered
     "Sums and counts of a reading's cells; raises `InputError` where it cannot be computed."
-    tables = [_reading_questions(items, reading, dimension) for dimension in _dimensions(items, reading)]
     all_cells = (*reading.cells, *(replace(cell, weight=0) for cell in reading.share_of))
+    if (whole := items.whole(reading.benchmark)) and whole.has(reading):
+        return whole.chosen(all_cells, reading.scale).pool_runs(reading.models, items.weights)
+    tables = [_reading_questions(items, reading, dimension) for dimension in _dimensions(items, reading)]
     cells = cell_sums([table.dropna() for table in tables], all_cells, reading.scale)
     cells.dropped = len(set().union(*(table.index for table in tables))) - cells.questions
     return cells.pool_runs(reading.models, items.weights)

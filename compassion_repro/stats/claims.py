@@ -21,6 +21,7 @@ from compassion_repro.paper import (
     claim_readings,
     family_of,
     pair_claims,
+    pair_source,
 )
 from .cells import weights_of, with_clusters
 from .claim_table import ClaimTable, read_claims
@@ -119,7 +120,7 @@ def _estimated_records(
     for claim in claims:
         common = {"claim": claim.id, "text": claim.text, "judge": judge, "scope": preset.scope}
         readings = claim_readings(claim, preset)
-        if not readings and not claim.controls:
+        if not readings and not claim.controls and not claim.everywhere:
             records.append(ClaimRecord(reading=claim.id, reason=claim.note, **common))
         for reading in readings:
             blank = _blank_record(reading, common, families)
@@ -142,7 +143,8 @@ def _with_bounds(
     dimensions, found = dimension_weights(items.scores), []
     for record in records:
         if record.estimate is not None and record.reading in by_id:
-            bounds = bounds_of_unreadable(own, by_id[record.reading], preset.statistics, items, dimensions)
+            reading, wide = by_id[record.reading], record.general
+            bounds = bounds_of_unreadable(own, reading, preset.statistics, items, dimensions, wide)
             record = record.with_(unreadable=bounds)
         found.append(record)
     return found
@@ -178,10 +180,10 @@ def _with_intersections(records: list[ClaimRecord], claims: Sequence[Claim]) -> 
 # %% ../../nbs/06_stats/09_claims.ipynb #8ad1ff4d
 def pair_scores(
     margins: pd.DataFrame,  # rows of `margin.parquet`
-    pairs: str,  # a key of `paper.PAIR_SETS`
+    pairs: str,  # as for `paper.pair_source`
 ) -> pd.DataFrame:  # rows as of `scores.parquet`; benchmarks: the set, and the set between languages
     "Margins of one set of pairs as scores: 0.5 + nats / 100, so that `contrast` gives nats."
-    own = margins[margins["source"] == PAIR_SETS[pairs][0]]
+    own = margins[margins["source"] == pair_source(pairs)[0]]
     frame = pd.DataFrame(
         {
             "model": own["model"],
@@ -213,10 +215,10 @@ def judge_pairs(
     families: Mapping[str, Sequence[str]] | None = None,  # default: `paper.FAMILIES`
 ) -> list[ClaimRecord]:
     "Verdicts that rest on no judge, for each set of pairs that the table holds."
-    records = []
-    for pairs, (source, _) in PAIR_SETS.items():
-        if source not in set(margins["source"]):
-            continue
+    records, measured = [], dict.fromkeys(margins["source"])
+    named = {source: pairs for pairs, (source, _) in PAIR_SETS.items()}
+    known = [pairs for source, pairs in named.items() if source in measured]
+    for pairs in [*known, *(f"{source}-pairs" for source in measured if source not in named)]:
         scores, own = pair_scores(margins, pairs), pair_claims(pairs, claims)
         items = Items(scores, weights=weights_of(training))
         blank = _estimated_records(items, None, JUDGE_FREE, own, preset, families)
@@ -245,7 +247,7 @@ def judge_claims(
     families: Mapping[str, Sequence[str]] | None = None,  # default: `paper.FAMILIES`
 ) -> ClaimTable:  # one record per claim, reading and judge
     """Verdict on every reading of every claim, under each judge and, where there are several, under their mean;
-    then those that need no judge.
+    then those that need no judge. What is about the study's own arms (`stats.general`) comes last.
 
     A claim without a reading is not tested, for the reason its note gives. Where `judge_valid` is false the
     judge's scores mean nothing, and nothing is testable. Raises `InputError` for scores that cannot be used.
@@ -263,7 +265,7 @@ def judge_claims(
         table += _with_intersections(judged, claims)
     if margins is not None and len(margins):
         table += judge_pairs(margins, training, preset, claims, families)
-    return ClaimTable(records=table)
+    return ClaimTable(records=sorted(table, key=lambda record: record.general))
 
 # %% ../../nbs/06_stats/09_claims.ipynb #7aaad8c8
 def planned_power(

@@ -169,22 +169,24 @@ def at(self: Contrast, confidence: float) -> Interval:
     return make_interval(self.estimate / self.unit, self.sources, confidence, -reach, reach, self.unit)
 
 # %% ../../nbs/06_stats/05_estimates.ipynb #47100566
-def _spreads(cells: CellSums, unit: float) -> dict:
-    "Standard errors and degrees of freedom, altogether and by source."
-    ((variance, freedom),) = cells.spread()
+def _spreads(cells: CellSums, unit: float, wide: bool = False) -> dict:
+    "Standard errors and degrees of freedom, altogether (or, where `wide`, one by one) and by source."
+    deciding = cells.sources() if wide else cells.spread()
     if cells.procedure:
         parts = crossed_spread(cells.influences(), cells.strata)._asdict()
         del parts["total"]
     else:
         parts = {"questions": item_spread(cells.influence(), cells.strata)}
     return {
-        "spread": [(unit * variance**0.5, freedom)],
+        "spread": [(unit * variance**0.5, freedom) for variance, freedom in deciding],
         "components": {name: (unit * float(v) ** 0.5, float(f)) for name, (v, f) in parts.items()},
     }
 
 # %% ../../nbs/06_stats/05_estimates.ipynb #efe322a8
-def _intervals(cells: CellSums, highest: float, unit: float, confidence: float) -> dict:
-    "Estimate with its interval for these checkpoints and, with three training runs or more, for the procedure."
+def _intervals(cells: CellSums, highest: float, unit: float, confidence: float, wide: bool = False) -> dict:
+    """Estimate with its interval for these checkpoints and, with three training runs or more, for the procedure,
+    where `wide` that by quadrature.
+    """
     lowest = -highest if (cells.weights < 0).any() else 0.0
 
     def made(spread):
@@ -194,6 +196,7 @@ def _intervals(cells: CellSums, highest: float, unit: float, confidence: float) 
     if cells.procedure:
         crossed = crossed_spread(cells.influences(), cells.strata)
         procedure, quadrature = made([crossed.total]), made([crossed.questions, crossed.runs])
+        procedure = quadrature if wide else procedure
     return {
         **(procedure or checkpoints).model_dump(),
         "level": LEVELS[cells.procedure],
@@ -208,6 +211,7 @@ def contrast(
     reading: Reading,  # benchmark, cells, kind, scale
     settings: Statistics = Statistics(),  # of the preset
     full: bool = True,  # with the second opinions; without them estimate, intervals and test only
+    wide: bool = False,  # add the half-widths of questions and runs, in place of crossing them
 ) -> Contrast:  # in points, or on the reading's scale
     """Estimate a reading's weighted sum of means, paired on items and within seeds; epochs are averaged first,
     then seeds.
@@ -218,9 +222,8 @@ def contrast(
     if not isinstance(scores, Items):
         scores = Items(with_clusters(one_judge(scores), settings.cluster))
     epochs = int(scores.of(reading.benchmark)["epochs"].max())
-    return contrast_of(reading_cells(scores, reading), reading, settings, full).model_copy(
-        update={"epochs": epochs}
-    )
+    found = contrast_of(reading_cells(scores, reading), reading, settings, full, wide)
+    return found.model_copy(update={"epochs": epochs})
 
 # %% ../../nbs/06_stats/05_estimates.ipynb #e1a32bf7
 def contrast_of(
@@ -228,6 +231,7 @@ def contrast_of(
     reading: Reading,  # kind, scale, what it is a share of
     settings: Statistics = Statistics(),  # of the preset
     full: bool = True,  # with the second opinions and the power
+    wide: bool = False,  # as for `contrast`; a share always crosses them
 ) -> Contrast:  # without the number of epochs, which the cells do not know
     "The estimate of a reading from its arrays."
     found = {
@@ -241,7 +245,7 @@ def contrast_of(
     }
     if reading.share_of:
         return Contrast(**found, **_share_of_gain(cells, reading, settings, full))
-    return Contrast(**found, **_weighted_sum(cells, reading, settings, full))
+    return Contrast(**found, **_weighted_sum(cells, reading, settings, full, wide))
 
 # %% ../../nbs/06_stats/05_estimates.ipynb #49023483
 def _per_seed(cells: CellSums, unit: float) -> dict[str, float]:
@@ -252,11 +256,13 @@ def _per_seed(cells: CellSums, unit: float) -> dict[str, float]:
     }
 
 
-def _weighted_sum(cells: CellSums, reading: Reading, settings: Statistics, full: bool) -> dict:
+def _weighted_sum(
+    cells: CellSums, reading: Reading, settings: Statistics, full: bool, wide: bool = False
+) -> dict:
     "Estimate, intervals and test of a weighted sum."
     unit = 100.0 if cells.scale == "points" else 1.0
     highest = REACH[cells.scale] * float(cells.weights[cells.weights > 0].sum())
-    spread, estimate = cells.spread(), cells.estimate()
+    spread, estimate = cells.sources() if wide else cells.spread(), cells.estimate()
     test, p = p_value(estimate, spread, reading.kind, settings.margin, highest, cells.procedure)
     more = {}
     if full:
@@ -267,8 +273,8 @@ def _weighted_sum(cells: CellSums, reading: Reading, settings: Statistics, full:
         }
     return {
         "scale": cells.scale,
-        **_intervals(cells, highest, unit, settings.confidence),
-        **_spreads(cells, unit),
+        **_intervals(cells, highest, unit, settings.confidence, wide),
+        **_spreads(cells, unit, wide),
         "per_seed": _per_seed(cells, unit),
         "reach": unit * highest,
         "test": test,

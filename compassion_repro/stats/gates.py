@@ -109,6 +109,7 @@ def bounds_of_unreadable(
     dimensions: Mapping[
         str, Mapping[str, float]
     ] = {},  # benchmark to dimension to weight, see `dimension_weights`
+    wide: bool = False,  # as for `contrast`
 ) -> tuple[Contrast, Contrast] | None:  # against the reading, in its favour; None where every reply was read
     """A reading with all unreadable replies graded against it, and in its favour.
 
@@ -124,5 +125,6 @@ def bounds_of_unreadable(
             of_item = items.scores.groupby(["benchmark", "item_id"])["cluster"].first().rename("cluster")
             scores = scores.join(of_item, on=["benchmark", "item_id"])
         texts, weights = ({}, {}) if items is None else (items.texts, items.weights)
-        found.append(contrast(Items(scores, texts, weights=weights), reading, settings, full=False))
+        own_items = Items(scores, texts, weights=weights)
+        found.append(contrast(own_items, reading, settings, full=False, wide=wide))
     return tuple(found)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SFT_HELP', 'SFT_CODE', 'GRPO_HELP', 'GRPO_CODE', 'MODELS', 'LOW', 'HIGH', 'GRADES', 'VARIANCE', 'FILLS',
            'PAPER_SIZES', 'CHUNK', 'same', 'Setting', 'mean_of', 'logit_of', 'questions_of', 'Drawn', 'draw_benchmark',
-           'study_cells', 'tried', 'judge_study', 'true_value', 'is_true', 'outcome', 'grid', 'outcomes', 'summary',
-           'run_grid', 'one_line', 'targets_missed', 'main']
+           'study_cells', 'tried', 'tried_general', 'judge_study', 'true_value', 'is_true', 'outcome', 'grid',
+           'outcomes', 'summary', 'run_grid', 'one_line', 'targets_missed', 'main']
 
 # %% ../../nbs/06_stats/10_simulation.ipynb #181c25da
 import argparse
@@ -22,8 +22,10 @@ import numpy as np
 import pandas as pd
 
 from ..paper import Cell, Reading, family_of, readings
+from ..presets import load_preset
 from .cells import SCALES, CellSums, language_strata
 from .estimates import contrast_of
+from .general import general_claims
 from .scores import in_languages
 from .verdicts import ClaimRecord, correct_families, judge_record
 from ..study import ARMS, Statistics
@@ -208,6 +210,13 @@ def tried() -> tuple[Reading, ...]:
     )
 
 
+@cache
+def tried_general() -> tuple[Reading, ...]:
+    "The general readings of the drawn arms on ANIMA, a family of their own."
+    arms = load_preset("tiny", [f"arms=[{', '.join(MODELS[2:])}]"])
+    return tuple(reading.on("anima") for claim in general_claims(arms) for reading in claim.everywhere)
+
+
 def _stake(setting: Setting, drawn: Drawn, reading: Reading, settings: Statistics):
     "What mid-training added on the questions of a reading: the least favourable group of languages."
     found = []
@@ -223,7 +232,8 @@ def _record(setting: Setting, drawn: Drawn, reading: Reading, settings: Statisti
     "A reading's record in a drawn study, before correction."
 
     def made(in_favour=None):
-        return contrast_of(study_cells(setting, drawn, reading, in_favour), reading, settings, full=False)
+        cells = study_cells(setting, drawn, reading, in_favour)
+        return contrast_of(cells, reading, settings, full=False, wide=reading in tried_general())
 
     margins = {"superiority": None, "retention": settings.retention}
     return ClaimRecord(
@@ -234,7 +244,7 @@ def _record(setting: Setting, drawn: Drawn, reading: Reading, settings: Statisti
         kind=reading.kind,
         benchmark=reading.benchmark,
         models=list(reading.models),
-        family=family_of(reading.id),
+        family=family_of(reading.id) or f"general, {reading.benchmark}",
         margin=margins.get(reading.kind, settings.margin),
         added_by_midtraining=_stake(setting, drawn, reading, settings),
         unreadable=(made(False), made(True)) if drawn.lost.any() else None,
@@ -247,10 +257,11 @@ def judge_study(
     setting: Setting,  # cell of the grid
     generator: np.random.Generator,  # of this study
     settings: Statistics = Statistics(),  # margins and level
+    chosen: Sequence[Reading] = (),  # to be judged; `tried` where none is given
 ) -> tuple[list[ClaimRecord], dict[str, Drawn]]:  # records with their verdicts; what was drawn, by benchmark
     "Draw one study and judge it."
     drawn = {benchmark: draw_benchmark(setting, benchmark, generator) for benchmark in ("anima", "moru")}
-    records = [_record(setting, drawn[reading.benchmark], reading, settings) for reading in tried()]
+    records = [_record(setting, drawn[reading.benchmark], reading, settings) for reading in chosen or tried()]
     return [judge_record(record) for record in correct_families(records, settings, power=False)], drawn
 
 # %% ../../nbs/06_stats/10_simulation.ipynb #1880dc74
@@ -287,10 +298,12 @@ def outcome(
     record: ClaimRecord,  # judged
     reading: Reading,  # of the record
     drawn: Drawn,  # of its benchmark
-) -> dict:  # reading, family, positive, false, covered, covered_by_sum
+) -> dict:  # reading, family, positive, false, denied, covered, covered_by_sum
     "How a record compares with the truth of the level that it speaks of."
     truth = true_value(setting, reading, None if record.level == "the procedure" else drawn.runs)
     positive = record.verdict in ("supported", "holds for these checkpoints")
+    negative = record.verdict in ("contradicted", "fails for these checkpoints")
+    at_zero = record.kind == "superiority" and round(truth, 6) == 0  # nothing differs: neither side is higher
 
     def holds(interval):
         return (
@@ -302,6 +315,7 @@ def outcome(
         "family": record.family,
         "positive": positive,
         "false": positive and not is_true(record, truth),
+        "denied": negative and (at_zero or is_true(record, truth)),
         "covered": holds(record.interval),
         "covered_by_sum": holds(record.quadrature),
     }
@@ -356,11 +370,12 @@ def outcomes(
     setting: Setting,  # cell of the grid
     sets: int,  # studies to draw
     random_seed: Sequence[int] = (0,),  # fixed
+    chosen: Sequence[Reading] = (),  # to be judged; `tried` where none is given
 ) -> list[dict]:  # see `outcome`, with the number of the study
     "What came out in each drawn study, reading by reading."
-    by_id, found = {reading.id: reading for reading in tried()}, []
+    by_id, found = {reading.id: reading for reading in chosen or tried()}, []
     for study in range(sets):
-        records, drawn = judge_study(setting, np.random.default_rng([*random_seed, study]))
+        records, drawn = judge_study(setting, np.random.default_rng([*random_seed, study]), chosen=chosen)
         for record in records:
             own = outcome(setting, record, by_id[record.reading], drawn[record.benchmark])
             found.append({"study": study, "scale": record.scale, "level": record.level, **own})
@@ -388,7 +403,11 @@ def summary(
         "level": table["level"].iloc[0],
     }
     row |= {f"false: {family}": _percent(wrong[family]) for family in wrong.index.unique("family")}
-    row["false: C0"] = _percent(table.loc[table["reading"] == "C0-SFT", "false"])
+    if (table["reading"] == "C0-SFT").any():
+        row["false: C0"] = _percent(table.loc[table["reading"] == "C0-SFT", "false"])
+    for family in [name for name in wrong.index.unique("family") if name.startswith("general")]:
+        both = table["false"] | table["denied"]
+        row[f"false either way: {family}"] = _percent(both.groupby(table["study"]).any())
     for scale, own in table.groupby("scale", sort=False):
         row[f"covered: {scale}"] = _percent(own["covered"])
         row[f"covered by the sum: {scale}"] = _percent(own["covered_by_sum"])
@@ -399,10 +418,11 @@ def summary(
 CHUNK = 25  # studies a job
 
 
-def _chunk(job: tuple[int, int, int]) -> list[dict]:
+def _chunk(job: tuple[int, int, int, bool]) -> list[dict]:
     "Some studies of one cell of the grid."
-    place, start, sets = job
-    return [{**own, "study": own["study"] + start} for own in outcomes(grid()[place], sets, (place, start))]
+    place, start, sets, general = job
+    found = outcomes(grid()[place], sets, (place, start), tried_general() if general else ())
+    return [{**own, "study": own["study"] + start} for own in found]
 
 
 def run_grid(
@@ -410,13 +430,15 @@ def run_grid(
     workers: int = 1,  # processes
     report=lambda line: None,  # called with a line for each finished cell
     cells: Sequence[int] | None = None,  # numbers of the cells to try; None: all
+    general: bool = False,  # the general readings (`tried_general`) in place of the paper's
 ) -> list[dict]:  # a row a cell, see `summary`
     "Try every cell of the grid; the same for any number of processes."
     chosen = range(len(grid())) if cells is None else cells
-    jobs = [(place, start, min(CHUNK, sets - start)) for place in chosen for start in range(0, sets, CHUNK)]
+    starts = [(place, start) for place in chosen for start in range(0, sets, CHUNK)]
+    jobs = [(place, start, min(CHUNK, sets - start), general) for place, start in starts]
     rows, found = [], {}
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for (place, start, size), part in zip(jobs, pool.map(_chunk, jobs)):
+        for (place, start, size, _), part in zip(jobs, pool.map(_chunk, jobs)):
             found.setdefault(place, []).extend(part)
             if start + size == sets:
                 rows.append(summary(grid()[place], found.pop(place)))
@@ -460,9 +482,12 @@ def main(arguments: Sequence[str] | None = None):
     parser.add_argument(
         "--cells", type=int, nargs="*", help="cells of the grid by number; all where not given"
     )
+    general = "the general readings of the same arms, in place of the paper's"
+    parser.add_argument("--general", action="store_true", help=general)
     parser.add_argument("--out", help="JSON file for the rows")
     chosen = parser.parse_args(arguments)
-    rows = run_grid(chosen.sets, chosen.workers, lambda line: print(line, flush=True), chosen.cells)
+    show = lambda line: print(line, flush=True)
+    rows = run_grid(chosen.sets, chosen.workers, show, chosen.cells, chosen.general)
     if chosen.out:
         Path(chosen.out).write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     missed = targets_missed(rows)

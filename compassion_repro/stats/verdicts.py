@@ -15,7 +15,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core.errors import InputError
-from ..paper import JUDGE_FREE, Cell, Reading
+from ..paper import GENERAL, JUDGE_FREE, Cell, Reading
 from .estimates import Contrast, Items, contrast, power_analysis
 from .gates import unequal_doses
 from .inference import Interval, holm, null_power
@@ -211,6 +211,12 @@ def decisive(self: ClaimRecord) -> Interval:
 
 # %% ../../nbs/06_stats/07_verdicts.ipynb #8b9b9186
 @patch(as_prop=True)
+def general(self: ClaimRecord) -> bool:
+    "Whether it is about the study's own arms (`stats.general`): no second opinions, and the wider interval."
+    return self.claim in GENERAL
+
+
+@patch(as_prop=True)
 def corrected(self: ClaimRecord) -> bool:
     "Whether its p value and interval are corrected for the other readings of its family."
     return self.adjusted_p is not None
@@ -236,29 +242,33 @@ def estimate_reading(
     counted_wrong: Items | None = None,  # the same with unreadable replies counted as 0; None: not known
 ) -> ClaimRecord:  # with its estimate, or the reason why there is none
     "Estimate a reading; its verdict still waits for the rest of its family."
-    own = items.scores[items.scores["benchmark"] == reading.benchmark]
-    if own.empty:
+    scored = items.models(reading.benchmark)
+    if not scored:
         return record.with_(reason=_no_benchmark(reading))
-    missing = [model for model in reading.models if model not in own["model"].unique()]
+    missing = [model for model in reading.models if model not in scored]
     if missing:
         return record.with_(reason=f"no scores of {', '.join(missing)} on {reading.benchmark}")
     try:
-        record = record.with_(**dict(contrast(items, reading, settings)))
+        record = record.with_(**dict(contrast(items, reading, settings, not record.general, record.general)))
     except InputError as error:
         return record.with_(reason=str(error))
-    wrong = record.interval if counted_wrong is items else _counted_wrong(counted_wrong, reading, settings)
+    wrong = record.interval
+    if counted_wrong is not items:
+        wrong = _counted_wrong(counted_wrong, reading, settings, record.general)
     record = record.with_(estimate_counting_unparsed_as_wrong=wrong, **_agreement_with_paper(record))
     record = record.with_(added_by_midtraining=gain_at_stake(items, reading, settings))
     margins = {"superiority": None, "retention": settings.retention}
     return record.with_(margin=margins.get(reading.kind, settings.margin))
 
 # %% ../../nbs/06_stats/07_verdicts.ipynb #95f48b3d
-def _counted_wrong(items: Items | None, reading: Reading, settings: Statistics) -> Interval | None:
+def _counted_wrong(
+    items: Items | None, reading: Reading, settings: Statistics, wide: bool
+) -> Interval | None:
     "The estimate with unreadable replies as wrong; None where the grades do not hold what it needs."
     if items is None:
         return None
     try:
-        return contrast(items, reading, settings, full=False).interval
+        return contrast(items, reading, settings, full=False, wide=wide).interval
     except InputError:
         return None
 

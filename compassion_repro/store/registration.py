@@ -21,7 +21,8 @@ from pydantic import ValidationError
 
 from ..core.errors import InputError
 from ..core.files import digest
-from ..paper import CLAIMS, FAMILIES, Cell, Claim, Reading
+from ..paper import Cell, Claim, Reading
+from ..stats.general import study_claims, study_families
 from .artifact import recorded_damage, write_recorded
 from .graph import Seeds, benchmark_config, pair_digests, seed_numbers
 from ..study import Preset, Statistics
@@ -72,8 +73,8 @@ def analysis_of(
             name: digest(benchmark_config(benchmark, known)) for name, benchmark in preset.benchmarks.items()
         },
         "pairs": pair_digests(preset),
-        "families": FAMILIES,
-        "claims": [asdict(claim) for claim in CLAIMS],
+        "families": study_families(preset),
+        "claims": [asdict(claim) for claim in study_claims(preset)],
     }
     return json.loads(json.dumps(values))
 
@@ -136,12 +137,16 @@ def read_registration(
     return values
 
 # %% ../../nbs/07_store/03_registration.ipynb #67955471
+_PARTS = ("readings", "elsewhere", "controls", "everywhere")  # of a claim: where its readings are
+
+
 def _readings(analysis: Mapping[str, Any]) -> dict[str, Any]:
-    "Each reading of an analysis by its id; one that any other benchmark opens under that id as well."
+    "Each reading of an analysis by its id; one that is made on several benchmarks without them."
     return {
         reading["id"]: reading
         for claim in analysis["claims"]
-        for reading in (*claim["readings"], *claim["elsewhere"], *claim.get("controls", ()))
+        for part in _PARTS
+        for reading in claim.get(part, ())
     }
 
 
@@ -203,11 +208,10 @@ def _reading(values: Mapping[str, Any]) -> Reading:
 @patch(as_prop=True)
 def claims(self: Registration) -> tuple[Claim, ...]:
     "The claims that were registered."
-    parts = ("readings", "elsewhere", "controls")
     return tuple(
         Claim(
-            **{name: value for name, value in claim.items() if name not in (*parts, "both")},
-            **{part: tuple(map(_reading, claim.get(part, ()))) for part in parts},
+            **{name: value for name, value in claim.items() if name not in (*_PARTS, "both")},
+            **{part: tuple(map(_reading, claim.get(part, ()))) for part in _PARTS},
             both=tuple(claim["both"]),
         )
         for claim in self.analysis["claims"]

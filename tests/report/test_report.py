@@ -235,7 +235,12 @@ def test_every_figure_and_table_gives_its_numbers(rich, page):
     assert {f"figure-{name}.csv" for name in pictures()} <= set(tables)
     assert len(tables["figure-margin.csv"]) == 72 and all(map(len, tables.values()))
     claims = json.loads((rich / "claims.json").read_text())
-    assert len(tables["claims.csv"]) == len(claims)
+    general = [record for record in claims if (record["family"] or "").startswith("general")]
+    assert len(tables["claims.csv"]) == len(claims) - len(general) and len(tables["general.csv"]) == len(
+        general
+    )
+    assert set(tables["general-summary.csv"]["measured on"]) >= {"anima (indicator)", "anima (strict)"}
+    assert claims[-len(general) :] == general  # the paper's claims come first
     assert {"judge", "no judge"} == set(tables["kept.csv"]["by"])
 
 

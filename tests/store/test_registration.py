@@ -3,12 +3,13 @@
 import pytest
 
 from compassion_repro.core.errors import InputError
-from compassion_repro.paper import CLAIMS
+from compassion_repro.paper import CLAIMS, FAMILIES
 from compassion_repro.pipeline import run
 from compassion_repro.presets import load_preset, with_settings
+from compassion_repro.stats.general import study_claims
 from compassion_repro.stats.scores import draw_scores
 from compassion_repro.store.folder import Study
-from compassion_repro.store.registration import REGISTRATION, read_registration
+from compassion_repro.store.registration import REGISTRATION, read_registration, register
 
 TINY = load_preset("tiny", ["statistics.resamples=200"])
 
@@ -30,7 +31,7 @@ def judged(tmp_path) -> Study:
 def test_rules_are_there_before_the_first_stage(tmp_path):
     study = Study.create(tmp_path / "mine", TINY, quiet, seeds=5)
     first = read_registration(study.folder)
-    assert (first.analysis["seeds"], first.claims) == (5, CLAIMS) and not study.begun
+    assert (first.analysis["seeds"], first.claims) == (5, study_claims(TINY)) and not study.begun
     # nothing has run, so nothing has been seen: the rules may be written anew
     Study.create(study.folder, with_settings(TINY, ["statistics.margin=3"]), quiet, seeds=5)
     assert read_registration(study.folder).analysis["statistics"]["margin"] == 3
@@ -55,6 +56,25 @@ def test_a_later_change_is_allowed_and_shown_at_every_verdict(judged, capsys):
     assert all("rules changed since they were registered" in row[-1] for row in later.rows())
     by_first, _ = run.judge_study(changed, registered=True)
     assert by_first["C6-SFT"].margin == 5 and not by_first["C6-SFT"].changed
+
+
+def test_a_study_registered_before_there_were_general_verdicts_goes_on(judged):
+    now, _ = run.judge_study(judged)
+    first, n = read_registration(judged.folder).analysis, len(CLAIMS)
+    older = first | {"claims": first["claims"][:n], "families": {k: first["families"][k] for k in FAMILIES}}
+    for claim in older["claims"]:
+        del claim["everywhere"]
+    (judged.folder / REGISTRATION).unlink()
+    register(judged.folder, older)
+    table, _ = run.judge_study(judged)
+    when = {"registered": table.records[0].registered}
+    before = [record.with_(**when) for record in now.of_paper.records]
+    assert table.of_paper.records == before  # to the last digit
+    assert all(record.changed for record in table.general.records)
+    assert "reading G1-sft-help added" in table["G1-sft-help-anima"].changed
+    assert "family general, anima added" in run.changed_rules(judged, judged.preset, 1)
+    by_first, _ = run.judge_study(judged, registered=True)
+    assert not by_first.general.records and len(by_first) == len(table.of_paper)
 
 
 def test_a_study_without_a_registration_goes_on(judged):

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from conftest import CRASH_SIZE
 
+from compassion_repro.cli import main
 from compassion_repro.core.errors import InputError
 from compassion_repro.core.files import weights_digest
 from compassion_repro.pipeline import run, stages
@@ -90,6 +91,27 @@ def test_the_controls_of_a_study_are_read(own):
     assert not any(record.reading == "C0-SFT-schedule" for record in claims.records)  # no arm from base
     training = limitations(read_study_files(study.folder))["Training"]
     assert not any("Not shown to be trained" in line and "sham" in line for line in training)
+
+
+def test_general_verdicts_are_about_these_arms(own, capsys):
+    study, _ = own
+    help_, schedule, _, after = ARMS
+    general = read_claims(study.folder / "claims.json").general
+    pairs = [f"{help_}-over-{schedule}", f"{help_}-over-{after}", f"{schedule}-over-{after}"]
+    names = [f"G{n}-{arm}" for n in (1, 2) for arm in (help_, schedule, after)] + [
+        f"G3-{pair}" for pair in pairs
+    ]
+    measures = (*study.preset.benchmarks, "world")
+    assert sorted(r.reading for r in general.records) == sorted(f"{n}-{on}" for on in measures for n in names)
+    assert {r.family_size for r in general.records if r.adjusted_p is not None} == {9}
+    assert {r.level for r in general.records} == {"these checkpoints"}  # one seed
+    assert general[f"G2-{after}-anima"].models == [after, help_]  # the start of a chain is an arm
+    scores = study.table("scores").query("dimension == 'overall' and benchmark == 'anima'")
+    means = 100 * scores.groupby("model")["score"].mean()
+    found = {r.reading: r.estimate for r in general.records if r.benchmark == "anima"}
+    assert found[f"G3-{pairs[0]}-anima"] == pytest.approx(means[help_] - means[schedule])
+    assert main(["claims", str(study.folder), "--general", "--json"]) == 0
+    assert [r["reading"] for r in json.loads(capsys.readouterr().out)] == [r.reading for r in general.records]
 
 
 def test_an_arm_leaves_the_keys_of_others_alone():
