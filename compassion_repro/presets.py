@@ -86,7 +86,8 @@ def _check_leaves_out(low: dict, key: Any, path: tuple[str, ...]):
         return
     place = ".".join(path)
     raise InputError(
-        f"{place}.{key}=null leaves out nothing: {place} has {', '.join(map(str, low)) or 'no entry'}"
+        f"{place}.{key}=null leaves out nothing{did_you_mean(str(key), map(str, low))}: {place} has"
+        f" {', '.join(map(str, low)) or 'no entry'}"
     )
 
 # %% ../nbs/01_study/01_presets.ipynb #fad0e303

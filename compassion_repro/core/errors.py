@@ -62,9 +62,10 @@ def one_line(
 def did_you_mean(
     word: str,  # as you wrote it
     known: Iterable[str],  # what there is
+    likeness: float = 0.6,  # from 0 to 1, that makes a name near
 ) -> str:  # begins with a space; empty where nothing is near
     "The names that a mistyped one may mean, as a question."
-    near = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)
+    near = difflib.get_close_matches(word, list(known), n=2, cutoff=likeness)
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 # %% ../../nbs/00_core/00_errors.ipynb #576ed3dc

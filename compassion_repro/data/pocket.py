@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.errors import InputError
+from ..core.errors import InputError, did_you_mean
 from . import world
 
 # %% ../../nbs/02_data/07_pocket.ipynb #9a82be4d
@@ -37,7 +37,9 @@ def corpus_files(
     "The files of a corpus; raises `InputError` for a name that is none."
     if name not in CORPORA:
         known = ", ".join(f"pocket:{other}" for other in CORPORA)
-        raise InputError(f"pocket:{name}: no such embedded corpus; choose one of {known}")
+        raise InputError(
+            f"pocket:{name}: no such embedded corpus{did_you_mean(name, CORPORA)}; choose one of {known}"
+        )
     return [world.assets() / "pocket" / file for file in CORPORA[name]]
 
 # %% ../../nbs/02_data/07_pocket.ipynb #724cb07d

@@ -22,7 +22,7 @@ import pyarrow
 import pyarrow.parquet as parquet
 
 from .. import presets
-from ..core.errors import InputError, first_line
+from ..core.errors import InputError, did_you_mean, first_line
 from . import hub, pocket, world
 
 # %% ../../nbs/02_data/02_sources.ipynb #ff28e158
@@ -58,7 +58,7 @@ def parse_source(
         if name in world.CORPORA:
             return Source("world", name)
         raise InputError(
-            f"{source}: no such embedded corpus; choose one of"
+            f"{source}: no such embedded corpus{did_you_mean(name, world.CORPORA)}; choose one of"
             f" {', '.join(f'world:{known}' for known in world.CORPORA)}"
         )
     if kind == "pocket":

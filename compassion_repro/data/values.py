@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..core.errors import InputError
+from ..core.errors import InputError, did_you_mean
 from ..core.files import write_atomically
 from .world import assets, write_anima
 
@@ -50,7 +50,9 @@ def find_value(
     file = Path(name).expanduser()
     if file.suffix in (".yaml", ".yml") and file.is_file():
         return file
-    more = ", which has no file: its pairs are those of margin.pairs" if name == FIRST else ""
+    more = did_you_mean(name, (FIRST, *shipped_values()))
+    if name == FIRST:
+        more = ", which has no file: its pairs are those of margin.pairs"
     raise InputError(
         f"unknown value {name!r}{more}: give {' or '.join(shipped_values())}, or a YAML file of your own"
         " (`compassion-repro value new NAME` writes one)"

@@ -14,14 +14,14 @@ from pathlib import Path
 from inspect_ai import Task
 
 from ..core.compat import load_task_file, make_tasks
-from ..core.errors import InputError, one_line
+from ..core.errors import InputError, did_you_mean, one_line
 
 # %% ../../nbs/05_evaluation/03_inspect_tasks.ipynb #d13e1eea
 def _task_of_inspect(name: str) -> Task:
     "A task of `inspect_evals`; raises `InputError` where there is none."
     unknown = InputError(
-        f"unknown benchmark {name!r}: use anima, moru, world:<name>, anima=FOLDER, the name of a task of"
-        " inspect_evals, or file.py@task"
+        f"unknown benchmark {name!r}{did_you_mean(name, ('anima', 'moru'))}: use anima, moru,"
+        " world:<name>, anima=FOLDER, the name of a task of inspect_evals, or file.py@task"
     )
     if not re.fullmatch(r"\w+", name):
         raise unknown

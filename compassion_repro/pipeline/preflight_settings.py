@@ -117,7 +117,7 @@ def check_settings(flight: Preflight):
     if left := world_settings(preset):
         flight.say(
             f"warning: settings of the miniature world are used on {base}: {', '.join(left)}; "
-            "set them for your model, or start from --preset colab or paper"
+            "set them for your model, or start from --preset pocket (no judge), colab or paper"
         )
     template = preset.generation.template
     with suppress(InputError):  # the check of the models says it better

@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from .. import presets
-from ..core.errors import InputError
+from ..core.errors import InputError, did_you_mean
 from ..core.files import is_local
 from ..data import hub
 from .card_facts import data_card, judge_scores, level_line, margin_of, retention_of
@@ -80,7 +80,7 @@ def find_trained(
     finished = [name for name in preset.models_compared if name in stages]
     if model not in finished:
         raise InputError(
-            f"{folder} has no finished model {model!r} of seed {seed}: it has"
+            f"{folder} has no finished model {model!r} of seed {seed}{did_you_mean(model, finished)}: it has"
             f" {', '.join(finished) or 'none yet'}"
         )
     if model not in preset.trained:

@@ -15,7 +15,7 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from ..core.errors import InputError
+from ..core.errors import InputError, did_you_mean
 from ..core.files import digest, is_local, path_digest
 from ..data import hub, pocket, world
 from ..data.values import find_value
@@ -66,7 +66,8 @@ def source_digest(
     if source.startswith("world:"):
         if source not in EMBEDDED:
             raise InputError(
-                f"unknown embedded source {source!r}: choose one of {', '.join(sorted(EMBEDDED))}"
+                f"unknown embedded source {source!r}{did_you_mean(source, EMBEDDED)}: choose one of"
+                f" {', '.join(sorted(EMBEDDED))}"
             )
         return f"{source}#{_embedded_digest(source.removeprefix('world:'))}"
     if source.startswith("value:"):

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from fastcore.basics import patch
 from pydantic import BeforeValidator, Field, field_serializer, field_validator, model_validator
 
-from ..core.errors import InputError
+from ..core.errors import InputError, did_you_mean
 from .arms import STARTS, Arm, ArmsByModel, find_arm, parse_model, plain_arms
 from .grpo_settings import Grpo
 from .points import MOST, check_shares, dose_steps, point_name, point_of
@@ -585,7 +585,7 @@ def check_judge(
     if not isinstance(judge, str) or not re.fullmatch(r"[\w.~-]*/[^\s,]+", judge):
         raise InputError(
             f"judge {judge!r} is neither 'indicator' nor 'strict' nor a model folder nor an Inspect model id"
-            " such as google/gemini-2.5-flash-lite"
+            f" such as google/gemini-2.5-flash-lite{did_you_mean(str(judge), DETERMINISTIC)}"
         )
     if judge.split("/")[0] in ("saved", "none"):
         raise InputError(

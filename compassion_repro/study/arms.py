@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from fastcore.basics import patch
 from pydantic import BeforeValidator, Field, field_validator, model_serializer
 
-from ..core.errors import InputError
+from ..core.errors import InputError, did_you_mean
 from .points import MOST, check_shares, point_of
 from .sections import MANY, DataSpec, Section
 
@@ -124,8 +124,8 @@ def parse_model(
     name, _, start = model.partition("@")
     if name not in ARMS + CROSSED or (start or "mid") not in STARTS:
         raise InputError(
-            f"unknown model {model!r}: use {', '.join(STARTS)}, or one of {', '.join(ARMS + CROSSED)} with an"
-            " optional @base or @mid-control"
+            f"unknown model {model!r}{did_you_mean(model, (*STARTS, *ARMS, *CROSSED), 0.75)}: use"
+            f" {', '.join(STARTS)}, or one of {', '.join(ARMS + CROSSED)} with an optional @base or @mid-control"
         )
     paradigm, domain, *reward = name.replace("+", "-").split("-")
     return Arm(paradigm, domain, start or "mid", *reward)
@@ -297,7 +297,8 @@ def _check_complete(model: str, paradigm: str | None, reward: str | None, has_ro
     if paradigm is None:
         raise ValueError(f"arms.{name} needs a paradigm: one of {', '.join(PARADIGMS)}")
     if not has_rows:
-        raise ValueError(f"arms.{name} needs rows: a path, a hub id, or world:<name>")
+        near = did_you_mean(name, ARMS, 0.75)
+        raise ValueError(f"arms.{name} needs rows{near}: a path, a hub id, or world:<name>")
     if paradigm == "grpo" and reward is None:
         raise ValueError(f"arms.{name} needs a reward: one of {paid_by}")
     if paradigm != "grpo" and paid:

@@ -16,12 +16,15 @@ from compassion_repro import cli
 from compassion_repro.cli.preset_file import preset_template
 from compassion_repro.core.errors import InputError
 from compassion_repro.data import world
+from compassion_repro.data.sources import parse_source
+from compassion_repro.data.values import find_value
 from compassion_repro.evaluation import cost
 from compassion_repro.pipeline import machine, plan, preflight, stages
 from compassion_repro.pipeline import run as pipeline
 from compassion_repro.presets import build_preset, load_preset, with_settings
 from compassion_repro.store.folder import Study
-from compassion_repro.store.graph import graph
+from compassion_repro.store.graph import graph, source_digest
+from compassion_repro.study import check_judge
 from compassion_repro.training import gpu_hours, memory
 
 SCALE = ("paper", "colab", "released")
@@ -537,3 +540,28 @@ def test_a_plan_as_json_holds_what_the_tables_hold(capsys):
     record = json.loads(printed.out)
     assert len(record["problems"]) == 1 and "nowhere.jsonl" in record["problems"][0]
     assert f"compassion-repro: {record['problems'][0]}\n" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("mistyped", "near"),
+    [
+        (lambda: load_preset("tiny", ["arms.sft-hlep.steps=3"]), "sft-help"),
+        (lambda: load_preset("tiny", ["arms=[sft-cdoe]"]), "sft-code"),
+        (lambda: load_preset("tiny", ["sft.stesp=3"]), "sft.steps"),
+        (lambda: load_preset("tiny", ["benchmarks.anmia=null"]), "anima"),
+        (lambda: check_judge("strcit"), "strict"),
+        (lambda: parse_source("world:hlep"), "help"),
+        (lambda: parse_source("pocket:prefrences"), "preferences"),
+        (lambda: find_value("honestly"), "honesty"),
+        (lambda: source_digest("world:documets"), "world:documents"),
+    ],
+)
+def test_a_mistyped_name_is_answered_with_the_near_one(mistyped, near):
+    with pytest.raises(InputError, match=rf"did you mean .*\b{near}\b") as said:
+        mistyped()
+    assert "\n" not in str(said.value)
+
+
+def test_a_name_of_your_own_is_not_taken_for_a_slip():
+    with pytest.raises(InputError, match="arms.sft-maths needs rows: a path"):
+        load_preset("tiny", ["arms.sft-maths.steps=3"])
