@@ -45,7 +45,7 @@ tests: $(READY)  ## pytest in two workers: one item a notebook, and the end-to-e
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --max-worker-restart 0 -m 'not long' tests
 
 test-long: export OMP_NUM_THREADS = 1
-test-long: $(READY)  ## the further rounds of tests that have a quick one in `make test`: other moments, other damage
+test-long: $(READY)  ## the slowest tests, and further rounds of those in `make test`: whole studies, other moments, other damage
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --max-worker-restart 0 -m long tests
 
 check: $(READY)  ## exported modules, notebooks and README are in sync and clean; Colab keeps its torch

@@ -131,7 +131,12 @@ def walkthroughs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# A study of one's own runs some twenty trainings: the chapters show each of them by itself.
+LONG = ("your_study",)
+ITEMS = [pytest.param(path, marks=[pytest.mark.long] * (path.stem in LONG)) for path in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("path", ITEMS, ids=lambda path: path.stem)
 def test_notebook(path, walkthroughs, tmp_path):
     walks = not path.stem[0].isdigit()
     loads = walks and "load_preset" in path.read_text(encoding="utf-8")  # another only asks for the name

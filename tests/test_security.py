@@ -76,6 +76,7 @@ def test_the_search_for_keys_finds_them(tmp_path):
     assert holding(tmp_path, CANARY.encode()) == [".hidden", "log.eval: sample.json"]
 
 
+@pytest.mark.long
 def test_keys_are_neither_written_nor_shown(study_copy, tmp_path, monkeypatch):
     "A run that makes grades anew, a judge that works, and one that repeats the key which it refuses."
     for name, value in {

@@ -538,6 +538,7 @@ def run_preset(name, folder, *settings, page=False):
     return run.run(load_preset(name, [*SMALL, *settings]), folder, say=said.append, page=page), said
 
 
+@pytest.mark.long
 def test_the_papers_preset_runs_from_hub_to_claims(whole_hub, tmp_path):
     arms = "arms=[sft-help, sft-code, grpo-help, grpo-code]"
     study, said = run_preset("paper", tmp_path / "study", arms)

@@ -214,6 +214,7 @@ def test_nothing_of_this_machine_is_written(finished):
     assert str(Path.home()) not in text and str(finished) not in text
 
 
+@pytest.mark.long
 def test_a_refused_start_leaves_the_folder_to_the_corrected_one(tmp_path):
     out, rows = tmp_path / "study", tmp_path / "rows.jsonl"
     rows.write_text(
@@ -246,6 +247,7 @@ def test_one_usable_row_is_refused_before_anything_is_trained(refused, tmp_path)
     assert not list((tmp_path / "study").glob("seed-*"))
 
 
+@pytest.mark.long
 def test_rows_longer_than_a_sequence_are_cut_and_counted(tmp_path):
     file, out = tmp_path / "long.jsonl", tmp_path / "study"
     file.write_text(

@@ -226,8 +226,9 @@ def test_another_configuration_is_refused_with_the_difference(study_copy):
     )
 
 
-STRUCK = [(signal.SIGINT, stage) for stage in ("base", "mid", "eval-mid")] + [(signal.SIGKILL, "mid")]
-FURTHER = [(signal.SIGINT, "sft-help"), (signal.SIGINT, "answers-mid"), (signal.SIGKILL, "eval-mid")]
+STRUCK = [(signal.SIGINT, "mid"), (signal.SIGKILL, "mid")]
+FURTHER = [(signal.SIGINT, stage) for stage in ("base", "sft-help", "answers-mid", "eval-mid")]
+FURTHER += [(signal.SIGKILL, "eval-mid")]
 STRUCK += [pytest.param(*pair, marks=pytest.mark.long) for pair in FURTHER]
 
 

@@ -179,6 +179,7 @@ def test_a_run_leaves_a_report(finished):
     assert links and "inspect view --log-dir ." in text
 
 
+@pytest.mark.long
 def test_everything_is_computed_again_without_torch(rich):
     records = json.loads((rich / "claims.json").read_text())
     assert {r["judge"] for r in records} == {"indicator", "strict", "mean of judges", "no judge"} and any(

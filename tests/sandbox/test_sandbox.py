@@ -1203,12 +1203,11 @@ SAME = (
     "weak_comparisons or benchmark or bad_arguments or room_is_light or processor_time or do_not_compile"
     " or missing_package"
 )
-SLOW = " or hundreds or limits_follow or host_that_dies or other_users"
 
 
-@pytest.mark.parametrize("left_out", [SAME + SLOW, pytest.param(SAME, marks=pytest.mark.long)])
 @pytest.mark.skipif(os.geteuid() != 0, reason="runs as an ordinary user already")
-def test_all_of_this_as_an_ordinary_user(left_out):
+@pytest.mark.long
+def test_all_of_this_as_an_ordinary_user():
     """The file again as user 65534, in a view of the file system where that user can reach the
     interpreter.
     """
@@ -1235,7 +1234,7 @@ def test_all_of_this_as_an_ordinary_user(left_out):
     mounts = " && ".join(f"mount --bind '{source}' '{folder}/{name}'" for name, source in places.items())
     command = (
         f"{mounts} && cd '{folder}/repository' && exec setpriv --reuid=65534 --regid=65534 --clear-groups env"
-        f" -i {' '.join(environment)} '{python}' -m pytest -q -rs -p no:cacheprovider -k 'not ({left_out})'"
+        f" -i {' '.join(environment)} '{python}' -m pytest -q -rs -p no:cacheprovider -k 'not ({SAME})'"
         " tests/sandbox/test_sandbox.py"
     )
     try:

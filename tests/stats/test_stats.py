@@ -263,6 +263,7 @@ def test_a_translated_item_is_one_item():
     assert apart.high - apart.low < 0.7 * (triple.high - triple.low)
 
 
+@pytest.mark.long
 def test_interval_covers_through_the_real_path():
     "200 drawn studies through `contrast` itself, en minus other on separate items."
     hits, studies, generator = 0, 200, np.random.default_rng(5)

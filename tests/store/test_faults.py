@@ -76,6 +76,7 @@ def walked(*words: str) -> dict:
     return found
 
 
+@pytest.mark.long
 def test_killed_or_failing_during_its_making_a_study_is_made_by_the_next_start():
     assert walked("--most", "16")["struck"] == 16
 

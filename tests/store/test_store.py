@@ -91,10 +91,11 @@ def test_what_is_damaged_is_made_again_and_nothing_else(study_copy, finished):
     "name",
     [
         "study.yaml",
-        "record.json",
-        "claims.json",
         "scores.parquet",
-        *(pytest.param(f"{name}.parquet", marks=pytest.mark.long) for name in ("answers", "grades")),
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("record.json", "claims.json", "answers.parquet", "grades.parquet")
+        ),
     ],
 )
 def test_damaged_files_of_the_study_are_refused_or_written_anew(study_copy, finished, capsys, name):

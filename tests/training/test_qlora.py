@@ -64,6 +64,7 @@ def quantised(tmp_path_factory):
     )
 
 
+@pytest.mark.long
 def test_bit_widths_dtypes_and_merging_stand_in_the_manifests(quantised):
     for stage in TRAINED:
         result = quantised.results[stage]

@@ -139,6 +139,9 @@ def left_by_a_launcher(folder: Path) -> str:
 
 CASES = [
     Case("merge every way fails, then a larger tolerance", "ok: own", more_tolerance),
+    Case("merge killed before it is written", "ok: own", killed_in_the_merge),
+]
+FURTHER = [
     Case(
         "merge goes on unmerged to the end of the study",
         "ok: not merged: base and adapter",
@@ -150,8 +153,13 @@ CASES = [
         " float32",
         left_by_a_launcher,
     ),
-    Case("merge killed before it is written", "ok: own", killed_in_the_merge),
 ]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(**table(FURTHER))
+def test_real_further(case, tmp_path):
+    assert not (wrong := problem(case, tmp_path)), wrong
 
 
 @pytest.mark.parametrize(**table(CASES))
