@@ -122,6 +122,7 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "long: a further round of what a quicker test shows (`make test-long`)"
     )
+    config.addinivalue_line("markers", "gpu: needs a GPU (`tools/gpu_tests.py`)")
 
 
 def pytest_collection_finish(session):
@@ -268,6 +269,7 @@ GROUPS = {
     "real tokenizers": (r"real tokenizers", "npm, and a registry that it can ask"),
     "mounting": (r"cannot mount|let root mount", "sudo make test, on a machine that lets root mount"),
     "ordinary user": (r"as an ordinary user already", "sudo make test"),
+    "GPU": (r"no GPU that torch can use", "python tools/gpu_tests.py OUT.json, on a machine with a GPU"),
     "no GPU": (r"this machine has a GPU", "CUDA_VISIBLE_DEVICES= make tests"),
 }
 

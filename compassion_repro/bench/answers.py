@@ -58,7 +58,7 @@ def _bare(bench: Bench, new_tokens: int) -> Callable:  # with its `model`, and `
 def _ours(
     bench: Bench,  # model and device
     new_tokens: int,  # tokens an answer
-    engine: str = "transformers",  # or "vllm"
+    engine: str = "transformers",  # or "static", "vllm"
 ) -> float:  # answers a second, loading left out
     "The package's answers, as a study generates them."
     questions = speed_questions(bench.sizes.answers)
@@ -96,20 +96,21 @@ def _sampling_gb(bench: Bench) -> float:
 # %% ../../nbs/10_bench/04_answers.ipynb #d1d360f6
 def generation(
     bench: Bench,  # model and device
+    engine: str = "transformers",  # of ours; "static": a cache of fixed size and recorded steps
 ) -> dict:  # answers a second of bare, ours, inspect; ratios to bare; memory of ours and its estimate
     """Answers a second, in turns after a short run that warms up.
 
     The memory is that of the first run of ours, alone on the device.
     """
     new_tokens, found = bench.sizes.new_tokens, defaultdict(list)
-    _ours(bench, 4)
+    _ours(bench, 4, engine)
     with watched() as record:
-        found["ours"].append(_ours(bench, new_tokens))
+        found["ours"].append(_ours(bench, new_tokens, engine))
     bare = _bare(bench, new_tokens)
     for turn in range(bench.sizes.rounds):
         found["bare"].append(bare.rate())
         if turn:
-            found["ours"].append(_ours(bench, new_tokens))
+            found["ours"].append(_ours(bench, new_tokens, engine))
     empty_memory(bare.model)
     provider = _inspect(bench, new_tokens)
     found["inspect"].append(provider.rate())

@@ -25,7 +25,7 @@ from ..training.checkpoints import Progress
 from ..training.device import TrainRun, load_held
 from ..training.encoding import encode_row
 from ..training.fitting import fitted
-from ..training.memory import total, training_memory
+from ..training.memory import recorded_logits, total, training_memory
 from ..training.models import load_model
 from ..training.processes import on_one_gpu
 from ..training.supervised import loss_log, pack, train
@@ -65,7 +65,9 @@ def train_ours(
         run = TrainRun(0, bench.lora, lambda line: None, "speed", setup=setup)
         model, done = train(model, tokenizer, rows, training, training.steps, run, again)
     empty_memory(model)
-    estimate = total(training_memory(bench.shape, training.micro_batch * length, bench.held(setup), again))
+    tokens = training.micro_batch * length
+    estimate = total(training_memory(bench.shape, tokens, bench.held(setup), again))
+    estimate += done.get("recorded", False) * recorded_logits(bench.shape.vocabulary, tokens) / 2**30
     chosen = {"micro_batch": training.micro_batch, "checkpointing": again}
     speed = _run_record(bench, done["log"], rows, length)
     return record | speed | chosen | {"estimate_gb": round(estimate, 2)}

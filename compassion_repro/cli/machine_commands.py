@@ -125,8 +125,8 @@ def _check_gpu_bench(out: str, vllm: bool):
 
     if not torch.cuda.is_available():
         raise InputError(
-            "bench --gpu measures a model of 8 billion weights and this machine has no GPU that torch can"
-            " use: run it on one that has 80 GB"
+            "bench --gpu needs a GPU that torch can use and this machine has none: run it on one that has"
+            " (80 GB for the 8B shape, less with --small)"
         )
     if not Path(out).absolute().parent.is_dir():
         raise InputError(f"{Path(out).parent} is no folder: name a file in one that exists with --out")
@@ -136,13 +136,13 @@ def _check_gpu_bench(out: str, vllm: bool):
         )
 
 # %% ../../nbs/11_cli/05_machine_commands.ipynb #7e38b333
-def _bench_gpu(out: str, vllm: bool) -> int:
-    "Measure the 8B shape on this machine's GPU, print the tables and save them."
+def _bench_gpu(out: str, vllm: bool, small: bool) -> int:
+    "Measure the 8B shape, or the small one, on this machine's GPU, print the tables and save them."
     _check_gpu_bench(out, vllm)
-    from compassion_repro.bench import gpu
+    from compassion_repro.bench import gpu, model
 
     with talking() as (say, report):
-        result = gpu.measure(out=out, report=say, vllm=vllm)
+        result = gpu.measure(model.SMALL if small else model.GPU, out=out, report=say, vllm=vllm)
     tables = {"training": gpu.training_table, "memory": gpu.memory_table, "the rest": gpu.other_table}
     for title, table in tables.items():
         show(plain_table(*table(result), title), "")
@@ -167,6 +167,8 @@ def _bench_options(parser: argparse.ArgumentParser):
     parser.add_argument("--gpu", action="store_true", help=gpu)
     vllm = "with --gpu: GRPO and answers by vLLM instead, in an environment that has it (about 4 minutes)"
     parser.add_argument("--vllm", action="store_true", help=vllm)
+    small = "with --gpu: the shape of SmolLM2-135M instead of the 8B, with and without recorded steps"
+    parser.add_argument("--small", action="store_true", help=small)
     out = "where --gpu saves its figures (default bench_gpu.json)"
     parser.add_argument("--out", default="bench_gpu.json", metavar="FILE", help=out)
 
@@ -175,15 +177,17 @@ def _bench_options(parser: argparse.ArgumentParser):
     "print the speed of the package's parts beside the plain library's, as ratios",
     "bench",
     "bench --gpu --out bench_gpu.json",
+    "bench --gpu --small --out bench_gpu_small.json",
     "bench --gpu --vllm --out bench_gpu_vllm.json",
     options=_bench_options,
 )
 def bench(args) -> int:
     "Print how answers, the jail and GRPO compare with the plain library, and what `--help` costs."
     if args.gpu:
-        return _bench_gpu(args.out, args.vllm)
-    if args.vllm:
-        raise InputError("bench --vllm is a part of the measures on a GPU: add --gpu")
+        return _bench_gpu(args.out, args.vllm, args.small)
+    for option in ("vllm", "small"):
+        if getattr(args, option):
+            raise InputError(f"bench --{option} is a part of the measures on a GPU: add --gpu")
     prepare_libraries()
     from compassion_repro.bench import cpu
 

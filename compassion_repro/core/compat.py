@@ -6,7 +6,7 @@
 __all__ = ['GRPO_PARTS', 'patched', 'patched_environment', 'current_sample', 'provider_names', 'load_task_file', 'make_tasks',
            'retry_after', 'inspect_folder', 'rewritten_logs', 'common_console', 'token_counts', 'distributions_once',
            'extend', 'anima_explanation', 'accelerate_environment', 'die_with_parent', 'hold_to_one_gpu',
-           'replace_saving', 'running_totals', 'resume_totals', 'load_weights']
+           'replace_saving', 'running_totals', 'resume_totals', 'count_tokens', 'load_weights']
 
 # %% ../../nbs/00_core/04_compat.ipynb #558b5da9
 import functools
@@ -225,6 +225,15 @@ def resume_totals(
     trainer._globalstep_last_logged = totals["logged"]
     if hasattr(trainer, "_total_train_tokens"):
         trainer._total_train_tokens = totals["tokens"]
+
+# %% ../../nbs/00_core/04_compat.ipynb #c3eff93f
+def count_tokens(
+    trainer: Any,  # a `trl.SFTTrainer`, in training
+    tokens: int,  # of a micro-batch
+):
+    "Add to the tokens that the log of a trainer shows."
+    trainer._total_train_tokens += tokens
+    trainer._metrics["train"]["num_tokens"] = [trainer._total_train_tokens]
 
 # %% ../../nbs/00_core/04_compat.ipynb #2a1c8d50
 def load_weights(

@@ -49,7 +49,6 @@ from compassion_repro.evaluation.vllm_process import (
 )
 
 # %% ../../nbs/05_evaluation/07_generate.ipynb #933e6a09
-from .static_decoding import decode, fits
 from ..study import Generation
 from ..training.adapters import open_adapter
 from ..training.encoding import encode_prompt, end_ids
@@ -64,6 +63,7 @@ from compassion_repro.training.models import (
     pick_dtype,
     save_model,
 )
+from ..training.static_decoding import decode, fits
 from ..training.templates import load_tokenizer, with_template
 
 # %% ../../nbs/05_evaluation/07_generate.ipynb #4b1ae05e

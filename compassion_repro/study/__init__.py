@@ -193,6 +193,8 @@ class Compute(Section):
     # GPUs that a stage asks the Ray engine for; a part of one shares it; default: 1 where it computes on one
     gpus: float | None = Field(None, ge=0)
     compile: bool = False  # torch.compile
+    # record the steps of supervised training and replay them; auto: of small models, on a GPU
+    recorded: Literal["auto"] | bool = "auto"
     # Liger's kernels for norms, gates and rotations; auto: on a GPU, where `liger-kernel` is installed
     liger: Literal["auto"] | bool = "auto"
     tf32: bool = True  # 19-bit products of float32 matrices, on GPUs that have them

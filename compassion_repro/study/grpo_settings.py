@@ -88,9 +88,9 @@ class Grpo(Section):
     micro_batch: Count = 16  # completions a forward pass of the training; auto: as many as the memory holds
     # completions sampled together, whole groups; None: all those of a step
     generate_at_once: int | None = Field(None, ge=2, le=MANY)
-    # what samples the completions; vllm, on the same GPU, is many times as fast and draws other random
-    # numbers
-    engine: Literal["transformers", "vllm"] = "transformers"
+    # what samples the completions; on a GPU, vllm and (for small models) static are many times as fast; each
+    # draws other random numbers
+    engine: Literal["transformers", "static", "vllm"] = "transformers"
     # share of the steps that warm up; the rate then falls linearly (TRL's default)
     warmup: float = Field(0.0, ge=0, lt=1)
     max_prompt_tokens: int = Field(1024, ge=1, le=MANY)  # longer prompts are left out

@@ -20,7 +20,7 @@ from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
-from ..core.errors import InputError
+from ..core.errors import InputError, Notice
 from ..core.files import weights_digest, write_atomically
 from ..data.rows import rows_sha256
 from ..study import GRPO_SETTINGS, Grpo
@@ -45,6 +45,7 @@ from .near_start import start_distance
 from .points import last_step, point_callbacks, rewind
 from .processes import count, on_one_gpu, run_distributed, share, trainer_words
 from .replay import replaying
+from .static_decoding import fits, sample
 from .templates import load_tokenizer, on_one_day
 from .vllm_sampler import engine_ended, engine_options
 
@@ -119,6 +120,8 @@ def make_trainer(
     )
     if training.engine == "vllm":
         set_seed(run.seed)
+    if training.engine == "static":
+        _sample_statically(trainer, run)
     ready_adapter(trainer.model, run.setup, sampling=True)
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -130,6 +133,17 @@ def _policy(start: str | Path, run: TrainRun) -> tuple[PreTrainedModel, PreTrain
     tokenizer.padding_side, tokenizer.chat_template = "left", on_one_day(tokenizer.chat_template)
     model.generation_config.eos_token_id = end_ids(tokenizer)
     return model, tokenizer
+
+# %% ../../nbs/04_training/27_grpo.ipynb #75506be1
+def _sample_statically(trainer: GRPOTrainer, run: TrainRun):
+    "Let a policy sample with a cache of fixed size, where all its layers can."
+    policy = trainer.model.get_base_model() if run.lora else trainer.model
+    if fits(policy):
+        trainer.model.generate = partial(sample, policy)
+    else:
+        run.report(
+            Notice(f"{run.label}: not every layer attends to all tokens by sdpa, so plain generate samples")
+        )
 
 # %% ../../nbs/04_training/27_grpo.ipynb #b95c3a80
 def _loss_settings(training: Grpo) -> dict:
@@ -366,10 +380,10 @@ def _summary(prompts: list[dict], training: Grpo, reward: Callable, log: list[di
 # %% ../../nbs/04_training/27_grpo.ipynb #0754b701
 def _settings(training: Grpo, run: TrainRun, checkpointing: bool) -> dict:
     "How it was done, for the manifest; the engine is named where it was not the library's own `generate`."
-    vllm = training.engine == "vllm"
+    named = {"vllm": lambda: f"vllm {importlib.metadata.version('vllm')}", "static": lambda: "static"}
     return {
         "checkpointing": checkpointing,
-        **({"engine": f"vllm {importlib.metadata.version('vllm')}"} if vllm else {}),
+        **({"engine": named[training.engine]()} if training.engine in named else {}),
         "adapter": run.lora and run.lora.model_dump(),
         "reference": "the start, under the adapter" if run.lora else "a copy of the start",
     }

@@ -32,6 +32,7 @@ from .models import load_model, row_losses
 from .near_start import near_start, start_distance
 from .packed_rows import PaddedRows, keeps_rows_apart
 from .points import last_step, point_callbacks, rewind
+from .recorded_steps import Recorded, fix_shape, records_steps
 from .templates import load_tokenizer
 
 # %% ../../nbs/04_training/16_supervised.ipynb #0e3c6b72
@@ -118,6 +119,7 @@ def train(
     return trainer.model.eval(), {
         "rows": len(rows),
         **({} if trainer.args.padding_free else {"padded": True}),
+        **({"recorded": True} if getattr(trainer, "replays", False) else {}),
         "split_rows": split,
         "sequences": len(sequences),
         "steps": steps,
@@ -135,8 +137,8 @@ def _make_trainer(
         slower = "slower, with the same rows in every step"
         reason = "this model does not keep packed rows apart, so they are padded side by side"
         run.report(Notice(f"{run.label}: {reason}: {slower}"))
-    kind = near_start(training.kl, run.lora is not None) if training.kl else SFTTrainer
-    trainer = kind(
+    recorded = packed and records_steps(model, training, run.setup, checkpointing)
+    trainer = _trainer_class(training, run, recorded)(
         model.train(),
         _config(training, steps, run, checkpointing, folder, packed),
         train_dataset=sequences,
@@ -147,7 +149,17 @@ def _make_trainer(
     )
     ready_adapter(trainer.model, run.setup)
     trainer.remove_callback(PrinterCallback)
+    if recorded:
+        trainer.data_collator = fix_shape(trainer.data_collator, sequences, training)
+        trainer.said, trainer.args.logging_nan_inf_filter = run.report, False
     return trainer
+
+
+def _trainer_class(training: Training, run: TrainRun, recorded: bool) -> type[SFTTrainer]:
+    "TRL's trainer, or the one that holds the model to its start, or the one that records its steps."
+    if training.kl:
+        return near_start(training.kl, run.lora is not None)
+    return Recorded if recorded else SFTTrainer
 
 # %% ../../nbs/04_training/16_supervised.ipynb #5606f528
 def _config(

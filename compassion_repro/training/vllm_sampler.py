@@ -28,7 +28,7 @@ def check_engine(
     how: TrainSetup,  # how the policy is held
 ):
     "Raise `InputError` where vLLM is to sample and cannot."
-    if training.engine == "transformers":
+    if training.engine != "vllm":
         return
     if how.device == "cpu":
         raise InputError("grpo.engine=vllm needs a GPU: set grpo.engine=transformers")
@@ -51,7 +51,7 @@ def engine_options(
 ) -> dict:  # arguments of `GRPOConfig`
     "TRL's settings of the engine that samples; raises `InputError` where it cannot."
     check_engine(training, how)
-    if training.engine == "transformers":
+    if training.engine != "vllm":
         return {}
     length = training.max_prompt_tokens + training.value("max_new_tokens")
     share = _engine_share(training, start, how, length)
