@@ -37,6 +37,9 @@ def records_steps(
     "Whether the steps of a training are recorded and replayed."
     kernel = getattr(model.config, "_attn_implementation", None)
     plain = not (checkpointing or training.kl or how.compute.compile or how.quantize != "none")
+    plain = plain and not getattr(
+        model.config, "output_router_logits", False
+    )  # experts with a loss of their own
     possible = how.device == "cuda" and how.compute.processes == 1 and kernel == VARLEN and plain
     if how.compute.recorded != "auto" or not possible:
         return possible and how.compute.recorded is True
@@ -178,6 +181,8 @@ def _record(self: Recorded, model: torch.nn.Module):
         with torch.cuda.graph(graph):
             plain()
         self.step, self.replays = graph.replay, True
+    except torch.OutOfMemoryError:  # the stage tries again with a smaller micro-batch
+        raise
     except RuntimeError as error:
         torch.cuda.synchronize()
         self.said(Notice(f"this model's steps cannot be recorded ({first_line(error)}): they run one by one"))

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import FORKS, wait_for
+from transformers import MistralConfig, MistralForCausalLM
 
 from compassion_repro import study
 from compassion_repro.core.errors import InputError
@@ -154,6 +155,33 @@ def test_training_every_weight_keeps_a_copy_of_the_start_as_reference(tmp_path):
     done = run(tmp_path / "arm", lora=None, steps=2, learning_rate=1e-4)
     assert done["log"][0]["kl"] == pytest.approx(0, abs=1e-6) and done["log"][1]["kl"] > 1e-5
     assert done["merge"] == "every weight trained" and done["reference"] == "a copy of the start"
+
+
+@pytest.mark.parametrize("lora", [LORA, None])
+def test_a_cache_of_fixed_size_samples_like_generate(tmp_path, lora):
+    done = run(tmp_path / "arm", lora=lora, engine="static", steps=1)
+    assert done["engine"] == "static" and not equal(weights(BASE), weights(tmp_path / "arm"))
+    sampled = pd.read_parquet(tmp_path / "arm" / "completions.parquet")
+    assert len(sampled) == 8 and sampled.completion.str.len().gt(0).all() and sampled.completion.nunique() > 4
+
+
+def test_a_policy_with_a_window_samples_by_generate(tmp_path):
+    said = []
+    window = MistralConfig(
+        vocab_size=4000,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        sliding_window=8,
+    )
+    MistralForCausalLM(window).save_pretrained(tmp_path / "start")
+    templates.load_tokenizer(BASE).save_pretrained(tmp_path / "start")
+    told = TrainRun(1, LORA, said.append)
+    training = study.Grpo(**(SMALL | {"engine": "static", "steps": 1}))
+    grpo.grpo(tmp_path / "start", ROWS, HELD_OUT, tmp_path / "arm", training, short_words, told)
+    assert any("plain generate samples" in str(line) for line in said)
 
 
 def test_the_settings_of_trl_have_no_reference(tmp_path):
