@@ -13,7 +13,7 @@ def rendered(
 ) -> str:  # Markdown, with links that start at the checkout in place of `nbs/`
     "The index notebook as the text of README.md."
     text = subprocess.run(RENDER.split(), cwd=folder, check=True, capture_output=True, text=True).stdout
-    return re.sub(r"\]\(([^):]+\.ipynb)\)", r"](nbs/\1)", text.replace("../figures/", "figures/"))
+    return re.sub(r"\]\(([^):]+\.ipynb(?:#[^)]*)?)\)", r"](nbs/\1)", text.replace("../figures/", "figures/"))
 
 
 if __name__ == "__main__":
