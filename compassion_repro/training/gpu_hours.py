@@ -37,8 +37,9 @@ GPUS = {
 # `bench`); reading weights while sampling is an estimate
 REACHED = {"none": 0.42, "nf4": 0.37, "sampling": 0.30}
 # seconds of a sampling step a layer, whatever the batch: models under test, policies in 16 and in 4 bits with
-# their adapter, policies sampled by vLLM (64 tokens and handing the weights over); measured there too
-A_LAYER = {"answers": 1.2e-3, "none": 3.0e-3, "nf4": 4.6e-3, "vllm": 0.43e-3}
+# their adapter, policies sampled by vLLM (64 tokens and handing the weights over); measured there too. And by
+# recorded steps, a policy with its adapter, on an H200
+A_LAYER = {"answers": 1.2e-3, "none": 3.0e-3, "nf4": 4.6e-3, "vllm": 0.43e-3, "static": 0.22e-3}
 
 
 def training_hours(
@@ -117,7 +118,12 @@ def stage_hours(
     if kind == "grpo":
         new, kept = preset.grpo.value("max_new_tokens"), 2 * preset.grpo.held_out * preset.grpo.samples
         hours += training_hours(shape, tokens, gpu, held, fit.checkpointing) * 4 / 3 + sampling_hours(
-            shape, tokens, fit.at_once, new, gpu, "vllm" if preset.grpo.engine == "vllm" else held
+            shape,
+            tokens,
+            fit.at_once,
+            new,
+            gpu,
+            preset.grpo.engine if preset.grpo.engine in A_LAYER else held,
         )
         hours += sampling_hours(shape, kept * new, min(kept, fit.at_once), new, gpu)
     if kind == "answers":
@@ -127,6 +133,7 @@ def stage_hours(
             preset.generation.batch_size,
             preset.generation.max_new_tokens,
             gpu,
+            "static" if preset.generation.engine == "static" else "answers",
         )
     return hours
 
