@@ -82,7 +82,7 @@ def checkpoint_table(
     table = pd.DataFrame(rows)
     return table.loc[:, (table != "").any()]
 
-
+# %% ../../nbs/08_report/13_audit_page.ipynb #d66562de
 def group_table(
     record: dict,  # from `pipeline.audit.audit`
 ) -> pd.DataFrame:  # columns of text, a row a checkpoint and group
@@ -266,7 +266,7 @@ def filled_template(
     style = Markup((assets / "report.css").read_text(encoding="utf-8"))
     return template.render(style=style, **values)
 
-
+# %% ../../nbs/08_report/13_audit_page.ipynb #fcffedfd
 def write_page(
     page: str,  # HTML
     file: Path,  # to write
@@ -277,7 +277,7 @@ def write_page(
     except OSError as error:
         raise InputError(f"cannot write the page to {file.parent}: {error.strerror or error}") from None
 
-
+# %% ../../nbs/08_report/13_audit_page.ipynb #42ff9235
 def render_audit(
     record: dict,  # from `pipeline.audit.audit`
 ) -> str:  # HTML
