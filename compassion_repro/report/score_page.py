@@ -26,7 +26,7 @@ def mean_frame(
         rows.append(named | {"score, %": f"{row['mean']:.1f}{bounds}"} | counts)
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/08_report/15_score_page.ipynb #4e78dff0
 def difference_frame(
     record: dict,  # from `pipeline.logs.score_logs`
 ) -> pd.DataFrame:  # columns of text
@@ -38,7 +38,7 @@ def difference_frame(
     ]
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/08_report/15_score_page.ipynb #68b60cb9
 def outcome_frame(
     record: dict,  # from `pipeline.logs.score_logs`
 ) -> pd.DataFrame:  # columns of text
