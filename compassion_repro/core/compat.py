@@ -6,7 +6,7 @@
 __all__ = ['GRPO_PARTS', 'patched', 'patched_environment', 'current_sample', 'provider_names', 'load_task_file', 'make_tasks',
            'retry_after', 'inspect_folder', 'rewritten_logs', 'common_console', 'token_counts', 'distributions_once',
            'extend', 'anima_explanation', 'accelerate_environment', 'die_with_parent', 'hold_to_one_gpu',
-           'replace_saving', 'running_totals', 'resume_totals', 'count_tokens', 'load_weights']
+           'replace_saving', 'running_totals', 'resume_totals', 'count_tokens', 'attention_of', 'zero', 'load_weights']
 
 # %% ../../nbs/00_core/04_compat.ipynb #558b5da9
 import functools
@@ -234,6 +234,22 @@ def count_tokens(
     "Add to the tokens that the log of a trainer shows."
     trainer._total_train_tokens += tokens
     trainer._metrics["train"]["num_tokens"] = [trainer._total_train_tokens]
+
+# %% ../../nbs/00_core/04_compat.ipynb #c1016708
+def attention_of(
+    model: Any,  # a `transformers.PreTrainedModel`
+) -> str | None:  # such as `sdpa`, or a name that was registered; None where a model has none
+    "The attention that a model computes."
+    return getattr(model.config.get_text_config(), "_attn_implementation", None)
+
+
+def zero(
+    tensors: list[Any],  # of `torch.Tensor`, changed in place
+):
+    "Set tensors to zero in as few kernels as possible."
+    import torch
+
+    torch._foreach_zero_(tensors)
 
 # %% ../../nbs/00_core/04_compat.ipynb #2a1c8d50
 def load_weights(

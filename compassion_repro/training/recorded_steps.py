@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ..core.compat import count_tokens
+from ..core.compat import attention_of, count_tokens, zero
 from ..core.errors import Notice, first_line
 from ..study import Training
 from .device import TrainSetup
@@ -35,12 +35,11 @@ def records_steps(
     checkpointing: bool,  # activations are computed again in the backward pass
 ) -> bool:
     "Whether the steps of a training are recorded and replayed."
-    kernel = getattr(model.config, "_attn_implementation", None)
     plain = not (checkpointing or training.kl or how.compute.compile or how.quantize != "none")
     plain = plain and not getattr(
         model.config, "output_router_logits", False
     )  # experts with a loss of their own
-    possible = how.device == "cuda" and how.compute.processes == 1 and kernel == VARLEN and plain
+    possible = how.device == "cuda" and how.compute.processes == 1 and attention_of(model) == VARLEN and plain
     if how.compute.recorded != "auto" or not possible:
         return possible and how.compute.recorded is True
     logits = recorded_logits(
@@ -142,7 +141,7 @@ def _begin(self: Recorded, model: torch.nn.Module, inputs: dict):
 def _attach_gradients(self: Recorded):
     "Give the weights their gradients back, as zeros, where a new step begins."
     if self.trained[0].grad is None:
-        torch._foreach_zero_(self.gradients)
+        zero(self.gradients)
         for weight, gradient in zip(self.trained, self.gradients):
             weight.grad = gradient
 
@@ -175,7 +174,7 @@ def _record(self: Recorded, model: torch.nn.Module):
     with torch.cuda.stream(stream):
         plain()
     torch.cuda.current_stream().wait_stream(stream)
-    torch._foreach_zero_(self.gradients)
+    zero(self.gradients)
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -186,4 +185,4 @@ def _record(self: Recorded, model: torch.nn.Module):
     except RuntimeError as error:
         torch.cuda.synchronize()
         self.said(Notice(f"this model's steps cannot be recorded ({first_line(error)}): they run one by one"))
-        torch._foreach_zero_(self.gradients)
+        zero(self.gradients)

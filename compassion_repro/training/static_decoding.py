@@ -24,6 +24,7 @@ from transformers import (
 from transformers.generation.logits_process import TopPLogitsWarper
 from transformers.masking_utils import sdpa_mask
 
+from ..core.compat import attention_of
 from .models import attention_extras
 
 # %% ../../nbs/04_training/33_static_decoding.ipynb #5d180006
@@ -163,7 +164,7 @@ def folded_heads(
     model: PreTrainedModel,  # changed while the work inside lasts
 ):
     "Attention for decoding one token a row."
-    before = model.config.get_text_config()._attn_implementation
+    before = attention_of(model)
     model.set_attn_implementation(FOLDED)
     try:
         yield
