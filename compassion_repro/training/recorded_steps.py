@@ -37,9 +37,7 @@ def records_steps(
     "Whether the steps of a training are recorded and replayed."
     kernel = getattr(model.config, "_attn_implementation", None)
     plain = not (checkpointing or training.kl or how.compute.compile or how.quantize != "none")
-    plain = plain and not getattr(
-        model.config, "output_router_logits", False
-    )  # experts with a loss of their own
+    plain = plain and not _balances_experts(model)
     possible = how.device == "cuda" and how.compute.processes == 1 and kernel == VARLEN and plain
     if how.compute.recorded != "auto" or not possible:
         return possible and how.compute.recorded is True
@@ -47,6 +45,12 @@ def records_steps(
         model.get_output_embeddings().weight.shape[0], training.micro_batch * training.length
     )
     return model.num_parameters() < SMALL and logits < SHARE * _memory(how)
+
+
+def _balances_experts(model: PreTrainedModel) -> bool:
+    "Whether TRL adds a loss of the experts to that of the tokens, as it does wherever a config has one."
+    config = model.config.get_text_config()
+    return hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", 0.0) != 0
 
 
 def _memory(how: TrainSetup) -> float:
@@ -74,7 +78,8 @@ class FixedShape:
         pieces = [min(self.length, missing - begin) for begin in range(0, missing, self.length)]
         filling = {"input_ids": torch.zeros(missing, dtype=torch.long)}
         filling["labels"] = torch.full((missing,), IGNORE)
-        filling["position_ids"] = torch.arange(missing) % self.length
+        # no place beyond those that a model knows, or from which on it reads places in another way
+        filling["position_ids"] = torch.zeros(missing, dtype=torch.long)
         after = batch["seq_idx"].max() + 1 + torch.arange(missing) // self.length
         filling["seq_idx"] = after.to(batch["seq_idx"].dtype)
         filled = {name: torch.cat([batch[name], more[None]], 1) for name, more in filling.items()}
