@@ -6,7 +6,7 @@
 __all__ = ['GRPO_PARTS', 'patched', 'patched_environment', 'current_sample', 'provider_names', 'load_task_file', 'make_tasks',
            'retry_after', 'inspect_folder', 'rewritten_logs', 'common_console', 'token_counts', 'distributions_once',
            'extend', 'anima_explanation', 'accelerate_environment', 'die_with_parent', 'hold_to_one_gpu',
-           'replace_saving', 'running_totals', 'resume_totals', 'count_tokens', 'load_weights']
+           'replace_saving', 'running_totals', 'resume_totals', 'count_tokens', 'finite_loss', 'load_weights']
 
 # %% ../../nbs/00_core/04_compat.ipynb #558b5da9
 import functools
@@ -234,6 +234,15 @@ def count_tokens(
     "Add to the tokens that the log of a trainer shows."
     trainer._total_train_tokens += tokens
     trainer._metrics["train"]["num_tokens"] = [trainer._total_train_tokens]
+
+# %% ../../nbs/00_core/04_compat.ipynb #5b1e77d1
+def finite_loss(
+    trainer: Any,  # a `transformers.Trainer`, in training
+    loss: Any,  # of a micro-batch, a tensor of shape ()
+) -> Any:  # the same, or where it is no number the mean of those since the last line of the log
+    "The loss that a trainer logs, as `logging_nan_inf_filter` has it."
+    mean = trainer._tr_loss / (1 + trainer.state.global_step - trainer._globalstep_last_logged)
+    return loss.where(loss.isfinite(), mean)
 
 # %% ../../nbs/00_core/04_compat.ipynb #2a1c8d50
 def load_weights(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ..core.compat import count_tokens
+from ..core.compat import count_tokens, finite_loss
 from ..core.errors import Notice, first_line
 from ..study import Training
 from .device import TrainSetup
@@ -129,7 +129,7 @@ class Recorded(SFTTrainer):
         if first and self.args.device.type == "cuda":
             self._record(model)
         self.step()
-        return self.loss.clone()
+        return finite_loss(self, self.loss)
 
 # %% ../../nbs/04_training/32_recorded_steps.ipynb #6011a13c
 @patch
