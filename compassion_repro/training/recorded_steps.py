@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ..core.compat import count_tokens, finite_loss
+from ..core.compat import count_tokens, finite_loss, zero_all
 from ..core.errors import Notice, first_line
 from ..study import Training
 from .device import TrainSetup
@@ -147,7 +147,7 @@ def _begin(self: Recorded, model: torch.nn.Module, inputs: dict):
 def _attach_gradients(self: Recorded):
     "Give the weights their gradients back, as zeros, where a new step begins."
     if self.trained[0].grad is None:
-        torch._foreach_zero_(self.gradients)
+        zero_all(self.gradients)
         for weight, gradient in zip(self.trained, self.gradients):
             weight.grad = gradient
 
@@ -180,7 +180,7 @@ def _record(self: Recorded, model: torch.nn.Module):
     with torch.cuda.stream(stream):
         plain()
     torch.cuda.current_stream().wait_stream(stream)
-    torch._foreach_zero_(self.gradients)
+    zero_all(self.gradients)
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -191,4 +191,4 @@ def _record(self: Recorded, model: torch.nn.Module):
     except RuntimeError as error:
         torch.cuda.synchronize()
         self.said(Notice(f"this model's steps cannot be recorded ({first_line(error)}): they run one by one"))
-        torch._foreach_zero_(self.gradients)
+        zero_all(self.gradients)

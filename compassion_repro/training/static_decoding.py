@@ -24,6 +24,7 @@ from transformers import (
 from transformers.generation.logits_process import TopPLogitsWarper
 from transformers.masking_utils import sdpa_mask
 
+from ..core.compat import attention_name
 from .models import attention_extras
 from .packed_rows import VARLEN
 
@@ -35,7 +36,7 @@ def fits(
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windowed = getattr(config, "sliding_window", None) and getattr(config, "layer_types", None) is None
-    masks = config._attn_implementation in ("sdpa", VARLEN)  # else its attention may be of another kind
+    masks = attention_name(model) in ("sdpa", VARLEN)  # else its attention may be of another kind
     rope = getattr(config, "rope_parameters", None) or {}
     asks = rope.get("rope_type") in ("dynamic", "longrope")  # in every step, how far the answers are
     return kinds == {"full_attention"} and masks and not (windowed or asks or attention_extras(config))
@@ -169,7 +170,7 @@ def folded_heads(
     model: PreTrainedModel,  # changed while the work inside lasts
 ):
     "Attention for decoding one token a row."
-    before = model.config.get_text_config()._attn_implementation
+    before = attention_name(model)
     model.set_attn_implementation(FOLDED)
     try:
         yield
