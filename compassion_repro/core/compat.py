@@ -6,7 +6,8 @@
 __all__ = ['GRPO_PARTS', 'patched', 'patched_environment', 'current_sample', 'provider_names', 'load_task_file', 'make_tasks',
            'retry_after', 'inspect_folder', 'rewritten_logs', 'common_console', 'token_counts', 'distributions_once',
            'extend', 'anima_explanation', 'accelerate_environment', 'die_with_parent', 'hold_to_one_gpu',
-           'replace_saving', 'running_totals', 'resume_totals', 'count_tokens', 'attention_of', 'zero', 'load_weights']
+           'replace_saving', 'running_totals', 'resume_totals', 'count_tokens', 'finite_loss', 'zero_all',
+           'attention_name', 'load_weights']
 
 # %% ../../nbs/00_core/04_compat.ipynb #558b5da9
 import functools
@@ -235,21 +236,30 @@ def count_tokens(
     trainer._total_train_tokens += tokens
     trainer._metrics["train"]["num_tokens"] = [trainer._total_train_tokens]
 
-# %% ../../nbs/00_core/04_compat.ipynb #c1016708
-def attention_of(
-    model: Any,  # a `transformers.PreTrainedModel`
-) -> str | None:  # such as `sdpa`, or a name that was registered; None where a model has none
-    "The attention that a model computes."
-    return getattr(model.config.get_text_config(), "_attn_implementation", None)
+# %% ../../nbs/00_core/04_compat.ipynb #5b1e77d1
+def finite_loss(
+    trainer: Any,  # a `transformers.Trainer`, in training
+    loss: Any,  # of a micro-batch, a tensor of shape ()
+) -> Any:  # the same, or where it is no number the mean of those since the last line of the log
+    "The loss that a trainer logs, as `logging_nan_inf_filter` has it."
+    mean = trainer._tr_loss / (1 + trainer.state.global_step - trainer._globalstep_last_logged)
+    return loss.where(loss.isfinite(), mean)
 
-
-def zero(
-    tensors: list[Any],  # of `torch.Tensor`, changed in place
+# %% ../../nbs/00_core/04_compat.ipynb #5b1e77d3
+def zero_all(
+    tensors: list,  # of one device, changed in place
 ):
-    "Set tensors to zero in as few kernels as possible."
+    "Set tensors to zero, many in a kernel."
     import torch
 
     torch._foreach_zero_(tensors)
+
+
+def attention_name(
+    model: Any,  # a `transformers.PreTrainedModel`
+) -> str | None:  # what `set_attn_implementation` was given, or chose
+    "The attention that a language model computes with."
+    return model.config.get_text_config()._attn_implementation
 
 # %% ../../nbs/00_core/04_compat.ipynb #2a1c8d50
 def load_weights(

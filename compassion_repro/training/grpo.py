@@ -138,12 +138,13 @@ def _policy(start: str | Path, run: TrainRun) -> tuple[PreTrainedModel, PreTrain
 def _sample_statically(trainer: GRPOTrainer, run: TrainRun):
     "Let a policy sample with a cache of fixed size, where all its layers can."
     policy = trainer.model.get_base_model() if run.lora else trainer.model
-    if fits(policy):
-        trainer.model.generate = partial(sample, policy)
+    why = "" if fits(policy) else "not every layer attends to all tokens by sdpa"
+    if run.setup.compute.sharding != "none":  # processes that fetch weights from one another keep step
+        why = "the weights are spread over processes (compute.sharding)"
+    if why:
+        run.report(Notice(f"{run.label}: {why}, so plain generate samples"))
     else:
-        run.report(
-            Notice(f"{run.label}: not every layer attends to all tokens by sdpa, so plain generate samples")
-        )
+        trainer.model.generate = partial(sample, policy)
 
 # %% ../../nbs/04_training/27_grpo.ipynb #b95c3a80
 def _loss_settings(training: Grpo) -> dict:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ..core.compat import attention_of, count_tokens, zero
+from ..core.compat import attention_name, count_tokens, finite_loss, zero_all
 from ..core.errors import Notice, first_line
 from ..study import Training
 from .device import TrainSetup
@@ -36,16 +36,22 @@ def records_steps(
 ) -> bool:
     "Whether the steps of a training are recorded and replayed."
     plain = not (checkpointing or training.kl or how.compute.compile or how.quantize != "none")
-    plain = plain and not getattr(
-        model.config, "output_router_logits", False
-    )  # experts with a loss of their own
-    possible = how.device == "cuda" and how.compute.processes == 1 and attention_of(model) == VARLEN and plain
+    plain = plain and not _balances_experts(model)
+    possible = (
+        how.device == "cuda" and how.compute.processes == 1 and attention_name(model) == VARLEN and plain
+    )
     if how.compute.recorded != "auto" or not possible:
         return possible and how.compute.recorded is True
     logits = recorded_logits(
         model.get_output_embeddings().weight.shape[0], training.micro_batch * training.length
     )
     return model.num_parameters() < SMALL and logits < SHARE * _memory(how)
+
+
+def _balances_experts(model: PreTrainedModel) -> bool:
+    "Whether TRL adds a loss of the experts to that of the tokens, as it does wherever a config has one."
+    config = model.config.get_text_config()
+    return hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", 0.0) != 0
 
 
 def _memory(how: TrainSetup) -> float:
@@ -73,7 +79,8 @@ class FixedShape:
         pieces = [min(self.length, missing - begin) for begin in range(0, missing, self.length)]
         filling = {"input_ids": torch.zeros(missing, dtype=torch.long)}
         filling["labels"] = torch.full((missing,), IGNORE)
-        filling["position_ids"] = torch.arange(missing) % self.length
+        # no place beyond those that a model knows, or from which on it reads places in another way
+        filling["position_ids"] = torch.zeros(missing, dtype=torch.long)
         after = batch["seq_idx"].max() + 1 + torch.arange(missing) // self.length
         filling["seq_idx"] = after.to(batch["seq_idx"].dtype)
         filled = {name: torch.cat([batch[name], more[None]], 1) for name, more in filling.items()}
@@ -123,7 +130,7 @@ class Recorded(SFTTrainer):
         if first and self.args.device.type == "cuda":
             self._record(model)
         self.step()
-        return self.loss.clone()
+        return finite_loss(self, self.loss)
 
 # %% ../../nbs/04_training/32_recorded_steps.ipynb #6011a13c
 @patch
@@ -141,7 +148,7 @@ def _begin(self: Recorded, model: torch.nn.Module, inputs: dict):
 def _attach_gradients(self: Recorded):
     "Give the weights their gradients back, as zeros, where a new step begins."
     if self.trained[0].grad is None:
-        zero(self.gradients)
+        zero_all(self.gradients)
         for weight, gradient in zip(self.trained, self.gradients):
             weight.grad = gradient
 
@@ -174,7 +181,7 @@ def _record(self: Recorded, model: torch.nn.Module):
     with torch.cuda.stream(stream):
         plain()
     torch.cuda.current_stream().wait_stream(stream)
-    zero(self.gradients)
+    zero_all(self.gradients)
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -185,4 +192,4 @@ def _record(self: Recorded, model: torch.nn.Module):
     except RuntimeError as error:
         torch.cuda.synchronize()
         self.said(Notice(f"this model's steps cannot be recorded ({first_line(error)}): they run one by one"))
-        zero(self.gradients)
+        zero_all(self.gradients)

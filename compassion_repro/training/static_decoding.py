@@ -24,8 +24,9 @@ from transformers import (
 from transformers.generation.logits_process import TopPLogitsWarper
 from transformers.masking_utils import sdpa_mask
 
-from ..core.compat import attention_of
+from ..core.compat import attention_name
 from .models import attention_extras
+from .packed_rows import VARLEN
 
 # %% ../../nbs/04_training/33_static_decoding.ipynb #5d180006
 def fits(
@@ -35,7 +36,10 @@ def fits(
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windowed = getattr(config, "sliding_window", None) and getattr(config, "layer_types", None) is None
-    return kinds == {"full_attention"} and not windowed and not attention_extras(config)
+    masks = attention_name(model) in ("sdpa", VARLEN)  # else its attention may be of another kind
+    rope = getattr(config, "rope_parameters", None) or {}
+    asks = rope.get("rope_type") in ("dynamic", "longrope")  # in every step, how far the answers are
+    return kinds == {"full_attention"} and masks and not (windowed or asks or attention_extras(config))
 
 # %% ../../nbs/04_training/33_static_decoding.ipynb #5d180008
 @dataclass
@@ -122,6 +126,8 @@ def _fused(norm: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _agrees(norm: torch.nn.Module) -> bool:
     "Whether a module is the norm that PyTorch has, by what it makes of a row of numbers."
+    if norm.weight.dim() != 1:  # weights of each head
+        return False
     row = torch.linspace(-2, 3, norm.weight.numel()).to(norm.weight)
     return torch.allclose(norm(row).float(), _fused(norm)(row).float(), rtol=0.02, atol=1e-3)
 
@@ -152,7 +158,7 @@ def _folded_attention(module, query, key, value, attention_mask, scaling=None, *
     query = query.reshape(rows, key.shape[1], heads // key.shape[1], size)
     at = dict(attn_mask=attention_mask, scale=scaling)
     out = torch.nn.functional.scaled_dot_product_attention(query, key, value, **at)
-    return out.reshape(rows, 1, heads, size), None
+    return out.reshape(rows, 1, heads, value.shape[-1]), None
 
 
 AttentionInterface.register(FOLDED, _folded_attention)
@@ -164,7 +170,7 @@ def folded_heads(
     model: PreTrainedModel,  # changed while the work inside lasts
 ):
     "Attention for decoding one token a row."
-    before = attention_of(model)
+    before = attention_name(model)
     model.set_attn_implementation(FOLDED)
     try:
         yield
@@ -186,10 +192,12 @@ def decode(
     "Answers of a batch, token by token."
     batch, steps = _start(mask, settings, model.dtype), settings.max_new_tokens
     cache = StaticCache(config=model.config, max_cache_len=batch.visible.shape[-1])
-    how = (pick, settings, torch.tensor(settings.eos_token_id, device=ids.device))
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     read = dict(attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-    batch.take(model(input_ids=ids, logits_to_keep=1, **read).logits[:, -1], *how)
+    first = model(input_ids=ids, logits_to_keep=1, **read).logits[:, -1]
+    known = [end for end in settings.eos_token_id if end < first.shape[-1]]
+    how = (pick, settings, torch.tensor(known, dtype=torch.long, device=ids.device))
+    batch.take(first, *how)
 
     def step():
         batch.advance(model, cache, *how)

@@ -138,6 +138,10 @@ def _make_trainer(
         reason = "this model does not keep packed rows apart, so they are padded side by side"
         run.report(Notice(f"{run.label}: {reason}: {slower}"))
     recorded = packed and records_steps(model, training, run.setup, checkpointing)
+    if run.setup.compute.recorded is True and not recorded:
+        run.report(
+            Notice(f"{run.label}: these steps cannot be recorded (compute.recorded): they run one by one")
+        )
     trainer = _trainer_class(training, run, recorded)(
         model.train(),
         _config(training, steps, run, checkpointing, folder, packed),

@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+from types import SimpleNamespace
+from unittest import mock
 
 import pandas as pd
 import pytest
@@ -16,7 +18,7 @@ from compassion_repro.data import rows as data
 from compassion_repro.data import world
 from compassion_repro.study import Lora
 from compassion_repro.training import encoding, grpo, held_out, models, templates
-from compassion_repro.training.device import TrainRun
+from compassion_repro.training.device import TrainRun, TrainSetup
 from compassion_repro.training.rewards import answer_text
 
 BASE, LORA = world.assets() / "base", Lora(rank=4, alpha=8)
@@ -182,6 +184,16 @@ def test_a_policy_with_a_window_samples_by_generate(tmp_path):
     training = study.Grpo(**(SMALL | {"engine": "static", "steps": 1}))
     grpo.grpo(tmp_path / "start", ROWS, HELD_OUT, tmp_path / "arm", training, short_words, told)
     assert any("plain generate samples" in str(line) for line in said)
+
+
+def test_weights_spread_over_processes_are_sampled_by_generate():
+    said, trainer = [], SimpleNamespace(model=SimpleNamespace(generate=None))
+    spread = TrainSetup(compute=study.Compute(sharding="fsdp", processes=2))
+    with mock.patch.object(grpo, "fits", return_value=True):
+        grpo._sample_statically(trainer, TrainRun(1, None, said.append, setup=spread))
+        assert trainer.model.generate is None and "compute.sharding" in str(said)
+        grpo._sample_statically(trainer, TrainRun(1, None, said.append, setup=TrainSetup()))
+    assert trainer.model.generate and len(said) == 1
 
 
 def test_the_settings_of_trl_have_no_reference(tmp_path):
