@@ -26,8 +26,9 @@ def bench(*words):
 
 
 def test_a_machine_without_a_gpu_is_told_in_one_line():
-    assert_one_line(bench("--gpu"), "no GPU", "80 GB")
+    assert_one_line(bench("--gpu"), "this machine has none", "80 GB")
     assert_one_line(bench("--vllm"), "add --gpu")
+    assert_one_line(bench("--small"), "add --gpu")
 
 
 @pytest.fixture(scope="module")

@@ -375,6 +375,7 @@ VALUES = {  # another valid value, where doubling or halving gives none
     "compute.optimizer": "adamw_torch",
     "compute.compile": True,
     "compute.liger": False,
+    "compute.recorded": False,
     "compute.vllm_python": "/usr/bin/python3",
     "compute.processes": 2,
     "compute.sharding": "fsdp",
