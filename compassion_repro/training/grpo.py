@@ -381,10 +381,12 @@ def _summary(prompts: list[dict], training: Grpo, reward: Callable, log: list[di
 # %% ../../nbs/04_training/27_grpo.ipynb #0754b701
 def _settings(training: Grpo, run: TrainRun, checkpointing: bool) -> dict:
     "How it was done, for the manifest; the engine is named where it was not the library's own `generate`."
-    named = {"vllm": lambda: f"vllm {importlib.metadata.version('vllm')}", "static": lambda: "static"}
+    engine = training.engine
+    if engine == "vllm":
+        engine = f"vllm {importlib.metadata.version('vllm')}"
     return {
         "checkpointing": checkpointing,
-        **({"engine": named[training.engine]()} if training.engine in named else {}),
+        **({"engine": engine} if engine != "transformers" else {}),
         "adapter": run.lora and run.lora.model_dump(),
         "reference": "the start, under the adapter" if run.lora else "a copy of the start",
     }

@@ -20,12 +20,13 @@ from ..core.errors import Notice, first_line
 from ..study import Training
 from .device import TrainSetup
 from .encoding import IGNORE
+from .fitting import device_memory
 from .memory import recorded_logits
 from .packed_rows import VARLEN
 
 # %% ../../nbs/04_training/32_recorded_steps.ipynb #53f90d24
 SMALL = 1e9  # parameters of the largest model whose steps are recorded by `auto`
-SHARE = 0.25  # of the device's memory that the logits may take
+SHARE = 0.25  # of the memory to plan with that the logits may take
 
 
 def records_steps(
@@ -45,20 +46,13 @@ def records_steps(
     logits = recorded_logits(
         model.get_output_embeddings().weight.shape[0], training.micro_batch * training.length
     )
-    return model.num_parameters() < SMALL and logits < SHARE * _memory(how)
+    return model.num_parameters() < SMALL and logits < SHARE * device_memory(how) * 2**30
 
 
 def _balances_experts(model: PreTrainedModel) -> bool:
     "Whether TRL adds a loss of the experts to that of the tokens, as it does wherever a config has one."
     config = model.config.get_text_config()
     return hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", 0.0) != 0
-
-
-def _memory(how: TrainSetup) -> float:
-    "Bytes of the device's memory, or those that the preset allows."
-    if how.compute.memory_gb:
-        return how.compute.memory_gb * 2**30
-    return torch.cuda.get_device_properties(0).total_memory
 
 # %% ../../nbs/04_training/32_recorded_steps.ipynb #3ab72564
 @dataclass
