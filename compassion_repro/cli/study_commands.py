@@ -454,11 +454,13 @@ def report(args) -> int:
 def _tradeoff_options(parser: argparse.ArgumentParser):
     "Whose trade-off, in which form."
     study_argument(parser)
-    parser.add_argument("--json", action="store_true", help="as JSON: a record an arm, then one a half-life")
+    parser.add_argument(
+        "--json", action="store_true", help="as JSON: arms, half-lives, and arms at an equal distance"
+    )
 
 
 @command(
-    "print what each arm of a study gained in its own domain and keeps of mid-training, and half-lives",
+    "print what each arm gained in its own domain and keeps of mid-training, half-lives, and equal distances",
     "tradeoff studies/mine",
     "tradeoff studies/mine --json",
     options=_tradeoff_options,
@@ -471,11 +473,12 @@ def tradeoff(args) -> int:
 
     files = read_study_files(folder)
     found, lives = weighing.tradeoff(files), weighing.study_half_lives(files)
+    equal = weighing.study_equal(files)
     if args.json:
-        print(weighing.as_json(found, lives))
+        print(weighing.as_json(found, lives, equal))
         return 0
     if found.empty:
         raise InputError(f"{folder} has no arm that starts from mid: there is nothing to weigh")
-    for title, table in weighing.titled_tables(found, lives):
+    for title, table in weighing.titled_tables(found, lives, equal):
         show(f"{title}:", plain_table(list(table), table.to_numpy().tolist()), "")
     return 0

@@ -182,7 +182,8 @@ def _weighed(files: StudyFiles) -> list:
     "Title and table of a study's trade-off and half-lives; none where it has no points of its arms."
     if not files.preset.points:
         return []
-    return tradeoff.titled_tables(tradeoff.tradeoff(files), tradeoff.study_half_lives(files))
+    lives, equal = tradeoff.study_half_lives(files), tradeoff.study_equal(files)
+    return tradeoff.titled_tables(tradeoff.tradeoff(files), lives, equal)
 
 # %% ../../nbs/08_report/10_page.ipynb #372b0637
 def _hash_of(script: str) -> str:
