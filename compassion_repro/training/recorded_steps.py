@@ -16,13 +16,14 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..core.compat import attention_name, count_tokens, finite_loss, zero_all
-from ..core.errors import Notice, first_line
+from ..core.errors import Notice
 from ..study import Training
 from .device import TrainSetup
 from .encoding import IGNORE
 from .fitting import device_memory
 from .memory import recorded_logits
 from .packed_rows import VARLEN
+from .recording import Unrecorded, record
 
 # %% ../../nbs/04_training/32_recorded_steps.ipynb #53f90d24
 SMALL = 1e9  # parameters of the largest model whose steps are recorded by `auto`
@@ -121,8 +122,8 @@ class Recorded(SFTTrainer):
         for name, value in inputs.items():
             if torch.is_tensor(value):
                 self.batch[name].copy_(value, non_blocking=True)
-        if first and self.args.device.type == "cuda":
-            self._record(model)
+        if first:
+            self._record()
         self.step()
         return finite_loss(self, self.loss)
 
@@ -166,24 +167,16 @@ def _pass(self: Recorded, model: torch.nn.Module):
     self.accelerator.backward(loss)
     self.loss.copy_(loss.detach())
 
-# %% ../../nbs/04_training/32_recorded_steps.ipynb #c0b874ee
+# %% ../../nbs/04_training/32_recorded_steps.ipynb #dc88b81c
 @patch
-def _record(self: Recorded, model: torch.nn.Module):
-    "Record the step; where a model does something that cannot be recorded, its steps stay as they are."
-    stream, plain = torch.cuda.Stream(), self.step
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        plain()
-    torch.cuda.current_stream().wait_stream(stream)
-    zero_all(self.gradients)
-    graph = torch.cuda.CUDAGraph()
+def _record(self: Recorded):
+    "Record the step; where that cannot be done it stays as it is."
+    plain = self.step
     try:
-        with torch.cuda.graph(graph):
-            plain()
-        self.step, self.replays = graph.replay, True
-    except torch.OutOfMemoryError:  # the stage tries again with a smaller micro-batch
-        raise
-    except RuntimeError as error:
-        torch.cuda.synchronize()
-        self.said(Notice(f"this model's steps cannot be recorded ({first_line(error)}): they run one by one"))
-        zero_all(self.gradients)
+        self.step = record(plain, self.args.device)
+    except Unrecorded as error:
+        if error.out_of_memory:
+            raise torch.OutOfMemoryError(str(error)) from None
+        self.said(Notice(f"this model's steps cannot be recorded ({error}): they run one by one"))
+    self.replays = self.step is not plain
+    zero_all(self.gradients)
