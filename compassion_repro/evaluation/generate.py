@@ -396,13 +396,13 @@ def _vllm_dtype(folder: Path) -> str:
 
 # %% ../../nbs/05_evaluation/07_generate.ipynb #004d71e2
 def _free_share() -> float | None:
-    "Share of the GPU's memory that another process may take now; None without a GPU."
+    "Share of the GPU's memory that a process in place of this one may take now; None without a GPU."
     if not torch.cuda.is_available():
         return None
     gc.collect()
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
-    return round(0.92 * free / total, 3)
+    return round(min(0.92 * free / total, torch.cuda.get_per_process_memory_fraction()), 3)
 
 # %% ../../nbs/05_evaluation/07_generate.ipynb #fd4a3030
 def _generate_vllm(
