@@ -60,6 +60,7 @@ HEAVY = {
     "training.points",
     "training.processes",
     "training.recorded_steps",
+    "training.recording",
     "training.replay",
     "training.sft",
     "training.static_decoding",

@@ -166,7 +166,7 @@ def held(self: Bench, setup: TrainSetup) -> Held:
     "The same, for the estimates of memory."
     state_bytes = 2 if "8bit" in (setup.optimizer or "") else 8
     numbers = (setup.quantize, setup.dtype.itemsize, state_bytes)
-    return Held(self.sizes.rank, *numbers, setup.liger, setup.masked)
+    return Held(self.sizes.rank, *numbers, setup.liger, setup.masked, setup.recorded)
 
 # %% ../../nbs/10_bench/01_model.ipynb #53d6b9e1
 @patch

@@ -25,7 +25,7 @@ from ..training.checkpoints import Progress
 from ..training.device import TrainRun, load_held
 from ..training.encoding import encode_row
 from ..training.fitting import fitted
-from ..training.memory import recorded_logits, total, training_memory
+from ..training.memory import total, training_memory
 from ..training.models import load_model
 from ..training.processes import on_one_gpu
 from ..training.supervised import loss_log, pack, train
@@ -66,8 +66,8 @@ def train_ours(
         model, done = train(model, tokenizer, rows, training, training.steps, run, again)
     empty_memory(model)
     tokens = training.micro_batch * length
-    estimate = total(training_memory(bench.shape, tokens, bench.held(setup), again))
-    estimate += done.get("recorded", False) * recorded_logits(bench.shape.vocabulary, tokens) / 2**30
+    how = (bench.held(setup), again, 0, done.get("recorded", False))
+    estimate = total(training_memory(bench.shape, tokens, *how))
     chosen = {"micro_batch": training.micro_batch, "checkpointing": again}
     speed = _run_record(bench, done["log"], rows, length)
     return record | speed | chosen | {"estimate_gb": round(estimate, 2)}

@@ -7,13 +7,13 @@ __all__ = ['GRPO_PARTS', 'patched', 'patched_environment', 'current_sample', 'pr
            'retry_after', 'inspect_folder', 'rewritten_logs', 'common_console', 'token_counts', 'distributions_once',
            'extend', 'anima_explanation', 'accelerate_environment', 'die_with_parent', 'hold_to_one_gpu',
            'replace_saving', 'running_totals', 'resume_totals', 'count_tokens', 'finite_loss', 'zero_all',
-           'attention_name', 'load_weights']
+           'attention_name', 'end_capture', 'load_weights']
 
 # %% ../../nbs/00_core/04_compat.ipynb #558b5da9
 import functools
 import os
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -260,6 +260,18 @@ def attention_name(
 ) -> str | None:  # what `set_attn_implementation` was given, or chose
     "The attention that a language model computes with."
     return model.config.get_text_config()._attn_implementation
+
+# %% ../../nbs/00_core/04_compat.ipynb #f3e8f67f
+def end_capture(
+    device: int,  # number of the GPU
+    pool: tuple,  # from `torch.cuda.graph_pool_handle`
+):
+    "Close the memory pool of a recording that failed; nothing where it is closed already."
+    import torch
+
+    with suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
 
 # %% ../../nbs/00_core/04_compat.ipynb #2a1c8d50
 def load_weights(

@@ -16,6 +16,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ from compassion_repro.training.models import (
     pick_dtype,
     save_model,
 )
-from ..training.static_decoding import decode, fits
+from ..training.static_decoding import NOT_SEEN, Decoding, decode, engines, fits
 from ..training.templates import load_tokenizer, with_template
 
 # %% ../../nbs/05_evaluation/07_generate.ipynb #4b1ae05e
@@ -248,9 +249,10 @@ def add(
     start: int,  # place of the batch in the fixed order
     records: list[dict],  # its answers
     seconds: float,  # that generation took
+    plain: str,  # why plain `generate` took the place of `generation.engine`; empty where it did not
 ):
     "Take a batch; write what has gathered where that was a while ago."
-    self.fresh += [{**record, "batch": start, "seconds": seconds} for record in records]
+    self.fresh += [{**record, **dict(batch=start, seconds=seconds, plain=plain)} for record in records]
     if time.monotonic() - self.flushed > FLUSH_SECONDS:
         self.flush()
 
@@ -267,11 +269,15 @@ def flush(self: FinishedAnswers):
 
 # %% ../../nbs/05_evaluation/07_generate.ipynb #bbe34fb6
 @patch
-def table(self: FinishedAnswers) -> tuple[pd.DataFrame, float]:
-    "All answers, and the seconds inside generation, those of the runs before included."
+def table(self: FinishedAnswers) -> tuple[pd.DataFrame, float, list[str]]:
+    """All answers, the seconds inside generation, and of each batch why plain `generate` took the engine's
+    place; those of the runs before included.
+    """
     self.flush()
     whole = pd.concat(self.parts, ignore_index=True)
-    return whole.drop(columns=["batch", "seconds"]), whole.drop_duplicates("batch").seconds.sum()
+    batches = whole.drop_duplicates("batch").reindex(columns=["seconds", "plain"])
+    answers = whole.drop(columns=["batch", "seconds", "plain"], errors="ignore")
+    return answers, batches.seconds.sum(), batches.plain.fillna("").tolist()
 
 # %% ../../nbs/05_evaluation/07_generate.ipynb #e0d90878
 def _answers_folder(checkpoints, model: str, seed: int, generation: Generation, work: list[dict]):
@@ -283,26 +289,39 @@ def _answers_folder(checkpoints, model: str, seed: int, generation: Generation, 
 
 # %% ../../nbs/05_evaluation/07_generate.ipynb #c67d6b4d
 def _answer_rows(
-    network, tokenizer, model: str, batch: list[dict], seed: int, generation: Generation, settings
-) -> tuple[list[dict], float]:
-    "The answers of a batch in their saved form, and the seconds that generation took."
+    network,
+    tokenizer,
+    model: str,
+    batch: list[dict],
+    seed: int,
+    generation: Generation,
+    settings,
+    decoding: Decoding,
+) -> tuple[list[dict], float, str]:
+    """The answers of a batch in their saved form, the seconds that generation took, and why plain `generate`
+    took the engine's place.
+    """
     began = time.perf_counter()
     keys = [(seed, model, r["benchmark"], r["question_id"], r["epoch"]) for r in batch]
     numbers = np.stack([draws(generation.max_new_tokens, *key) for key in keys])
     uniforms = torch.from_numpy(numbers).to(network.device)
-    static = uniforms if generation.engine == "static" and fits(network) else None
-    answers = _answer_batch(
-        network,
-        [r["ids"] for r in batch],
-        settings,
-        lambda width: _processors(generation, uniforms, width),
-        static,
-    )
+    made, prompts = partial(_processors, generation, uniforms), [r["ids"] for r in batch]
+    plain = partial(_answer_batch, network, prompts, settings, made)
+    answers = decoding(partial(plain, uniforms), plain) if generation.engine == "static" else plain()
     spent = time.perf_counter() - began
-    ends = settings.eos_token_id
-    return [_record(row, model, seed, tokens, ends, tokenizer) for row, tokens in zip(batch, answers)], spent
+    how = (settings.eos_token_id, tokenizer)
+    rows = [_record(row, model, seed, tokens, *how) for row, tokens in zip(batch, answers)]
+    return rows, spent, decoding.why
 
 # %% ../../nbs/05_evaluation/07_generate.ipynb #f53fba80
+def _decoding(network, model: str, generation: Generation, report: Callable) -> Decoding:
+    "How batches are decoded where `generation.engine` is static."
+    decoding = Decoding(report, model)
+    if generation.engine == "static" and not fits(network):
+        decoding.leave(NOT_SEEN)
+    return decoding
+
+
 def _generate(
     network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -314,13 +333,11 @@ def _generate(
     checkpoints: str | Path | None = None,
     **settings,
 ) -> pd.DataFrame:
-    "Answers of a loaded model; the seconds inside generation are in `.attrs`."
+    "Answers of a loaded model; the seconds inside generation and the static engine's fate are in `.attrs`."
     tokenizer = with_template(tokenizer, generation.template)
     settings = _settings(network, tokenizer, max_new_tokens=generation.max_new_tokens, **settings)
     work = _work(questions, tokenizer)
-    if generation.engine == "static" and not fits(network):
-        report(Notice(f"{model}: not every layer attends to all tokens by sdpa, so plain generate answers"))
-    progress = Progress(report, len(work))
+    progress, decoding = Progress(report, len(work)), _decoding(network, model, generation, report)
     with FinishedAnswers(_answers_folder(checkpoints, model, seed, generation, work)) as finished:
         if finished.done:
             count = len(finished.done) * generation.batch_size
@@ -328,13 +345,13 @@ def _generate(
         for start in range(0, len(work), generation.batch_size):
             batch = work[start : start + generation.batch_size]
             if start not in finished.done:
-                finished.add(
-                    start, *_answer_rows(network, tokenizer, model, batch, seed, generation, settings)
-                )
+                how = (seed, generation, settings, decoding)
+                finished.add(start, *_answer_rows(network, tokenizer, model, batch, *how))
             progress.advance(len(batch))
-        frame, spent = finished.table()
+        frame, spent, plain = finished.table()
     frame = frame.sort_values(["benchmark", "question_id", "epoch"], ignore_index=True)
     frame.attrs.update(generation_seconds=round(spent, 3), samples_per_second=round(len(frame) / spent, 2))
+    frame.attrs.update(engines(plain) if generation.engine == "static" else {})
     return frame
 
 # %% ../../nbs/05_evaluation/07_generate.ipynb #77cdfefc
@@ -379,13 +396,13 @@ def _vllm_dtype(folder: Path) -> str:
 
 # %% ../../nbs/05_evaluation/07_generate.ipynb #004d71e2
 def _free_share() -> float | None:
-    "Share of the GPU's memory that another process may take now; None without a GPU."
+    "Share of the GPU's memory that a process in place of this one may take now; None without a GPU."
     if not torch.cuda.is_available():
         return None
     gc.collect()
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
-    return round(0.92 * free / total, 3)
+    return round(min(0.92 * free / total, torch.cuda.get_per_process_memory_fraction()), 3)
 
 # %% ../../nbs/05_evaluation/07_generate.ipynb #fd4a3030
 def _generate_vllm(
@@ -447,8 +464,8 @@ def generate_answers(
     """Answer every question as often as its benchmark asks for.
 
     Columns: model, seed, benchmark, language, item_id, question_id, epoch, cluster (of the question, None
-    for none), prompt, text, tokens (end token not counted), stop_reason ("stop" or "length"), empty, looping. Seconds inside generation and samples a
-    second are in `.attrs`. Raises `InputError` where the folder holds no model.
+    for none), prompt, text, tokens (end token not counted), stop_reason ("stop" or "length"), empty, looping. Seconds inside generation, samples a
+    second and, where it is not `transformers`, the engine are in `.attrs`. Raises `InputError` where the folder holds no model.
     """
     if generation.engine == "vllm":
         return _generate_vllm(folder, model, questions, seed, generation, python, report)

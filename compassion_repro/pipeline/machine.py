@@ -206,7 +206,7 @@ def largest_stage(
     kinds = {"answers"} | {arm.paradigm for arm in preset.trained_arms}
     if any(model.startswith("mid") for model in preset.trained):
         kinds.add("midtrain")
-    gpu = machine.gpu_gb, "cuda", reward, machine.bfloat16
+    gpu = memory.gpu_part(preset.compute, machine.gpu_gb), "cuda", reward, machine.bfloat16
     needed = [(kind, memory.stage_memory(preset, kind, shape, *gpu).gb) for kind in sorted(kinds)]
     return max(needed, key=lambda found: found[1])
 
@@ -230,12 +230,17 @@ def _no_gpu(preset: Preset) -> str:
 # %% ../../nbs/09_pipeline/04_machine.ipynb #8ead70e0
 def _fits(preset: Preset, machine: Machine, change: tuple[str, ...] = ()) -> bool:
     "Whether the largest stage fits the GPU, with some settings changed."
-    return largest_stage(with_settings(preset, change), machine)[1] <= memory.FULL * machine.gpu_gb
+    changed = with_settings(preset, change)
+    room = memory.gpu_part(changed.compute, machine.gpu_gb)
+    return largest_stage(changed, machine)[1] <= memory.FULL * room
 
 # %% ../../nbs/09_pipeline/04_machine.ipynb #bf8762de
 def _too_large(preset: Preset, machine: Machine) -> str:
     "The first settings with which a study fits the GPU, or the GPU that it needs."
     kind, gb = largest_stage(preset, machine)
+    if (room := memory.gpu_part(preset.compute, machine.gpu_gb)) < machine.gpu_gb:
+        part = f"its part of the GPU (compute.gpus={preset.compute.gpus:g}) has {room:.1f}"
+        return f"the stage {kind} needs {gb:.1f} GB and {part}: raise compute.gpus"
     needs = f"the stage {kind} needs {gb:.0f} GB and the GPU has {machine.gpu_gb:.0f}"
     for change in SMALLER + (() if preset.models.given else OTHER):
         if _fits(preset, machine, change):

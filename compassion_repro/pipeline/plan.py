@@ -211,7 +211,8 @@ def planned_memory(
     kinds = [stage.kind for stage in graph(preset)] if kinds is None else kinds
     name = planned_gpu(preset, kinds)
     gpu, device = gpu_hours.GPUS.get(name), "cuda" if name else "cpu"
-    gb = preset.compute.memory_gb or (gpu.gb if gpu else psutil.virtual_memory().total / 2**30)
+    room = memory.gpu_part(preset.compute, gpu.gb) if gpu else psutil.virtual_memory().total / 2**30
+    gb = preset.compute.memory_gb or room
     bfloat16 = gpu is None or gpu.bfloat16
     return {
         kind: memory.stage_memory(preset, kind, shape, gb, device, reward, bfloat16)
@@ -467,7 +468,10 @@ def _stage_rows(records: list[dict]) -> tuple[list[str], list[list]]:
 # %% ../../nbs/09_pipeline/00_plan.ipynb #00eaf42a
 def _memory_title(preset: Preset, gpu: str | None, kinds: list[str]) -> str:
     "The heading of the memory table: for which device it is estimated."
+    part = preset.compute.gpus or 1
     device = f"one {gpu}" if gpu else "this machine"
+    if gpu and part < 1:
+        device = f"{part:g} of {device}"
     if preset.compute.memory_gb:
         device = "compute.memory_gb"
     largest = " (of cache and activations the larger counts)" if "grpo" in kinds else ""

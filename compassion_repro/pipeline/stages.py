@@ -38,7 +38,7 @@ from ..store.artifact import put_in_place
 from ..store.folder import Study
 from ..store.graph import VERSIONS, Stage
 from ..store.manifest import peak_memory_mb, provenance
-from ..study import DETERMINISTIC, Benchmark, Generation, Preset, judge_names
+from ..study import DETERMINISTIC, Benchmark, Compute, Generation, Preset, judge_names
 from ..study.arms import PARADIGMS, REWARD_MODEL, REWARD_PROGRAMS, Arm
 from ..study.points import point_of
 from ..training import gguf, model_files
@@ -756,12 +756,21 @@ def _put_away(study: Study, stage: Stage, partial: Path, facts: dict) -> dict:
     return manifest
 
 # %% ../../nbs/09_pipeline/01_stages.ipynb #914fb7b7
+def _within_part(compute: Compute):
+    "Hold this process to a stage's part of the GPU, where it shares one; torch is loaded for nothing else."
+    if not 0 < (compute.gpus or 1) < 1:
+        return nullcontext()
+    from compassion_repro.training.fitting import within_part
+
+    return within_part(compute)
+
+
 def _timed(context: StageContext) -> dict:
-    "Do what a stage does, and note how long it took and how much GPU memory."
+    "Do what a stage does, in its part of the GPU, and note how long it took and how much GPU memory."
     started = time.perf_counter()
     if gpu := _gpu():
         gpu.reset_peak_memory_stats()
-    with raise_on_signal():
+    with raise_on_signal(), _within_part(context.preset.compute):
         result = RUN[context.stage.kind](context)
     seconds = round(time.perf_counter() - started, 2)
     return {"result": result, "seconds": seconds, "peak_gpu_memory_gb": _peak_gpu_gb(result)}

@@ -190,7 +190,8 @@ class Compute(Section):
     optimizer: Literal["auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "auto"
     # memory to plan with, in GB of 2**30 bytes; default: what the device has
     memory_gb: float | None = Field(None, gt=0)
-    # GPUs that a stage asks the Ray engine for; a part of one shares it; default: 1 where it computes on one
+    # GPUs that a stage asks the Ray engine for; 0.25 shares one with others, a quarter of its memory for each;
+    # default: 1 where it computes on one
     gpus: float | None = Field(None, ge=0)
     compile: bool = False  # torch.compile
     # record the steps of supervised training and replay them; auto: of small models, on a GPU
@@ -207,6 +208,21 @@ class Compute(Section):
     checkpoint_minutes: float = Field(10, gt=0)  # minutes of training between two checkpoints
     checkpoints_kept: int = Field(1, ge=1, le=MANY)  # checkpoints of a running stage that are kept
     checkpoint_gb: float = Field(64, gt=0)  # most that they may take on disk, in GB of 2**30 bytes
+
+    @field_validator("gpus")
+    @classmethod
+    def _whole_or_part(cls, gpus):
+        if gpus and (gpus > 1 and gpus % 1 or gpus < 0.01):
+            raise ValueError("give a part of one GPU, 0.01 or more, or a whole number of them")
+        return gpus
+
+    @model_validator(mode="after")
+    def _whole_for_processes(self):
+        if self.processes > 1 and self.gpus and self.gpus < self.processes:
+            raise ValueError(
+                f"{self.processes} processes need a GPU each: leave gpus out, or set processes=1"
+            )
+        return self
 
 # %% ../../nbs/01_study/00_study.ipynb #cf568042
 class Benchmark(Section):

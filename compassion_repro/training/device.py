@@ -84,6 +84,13 @@ def masked(self: TrainSetup) -> bool:
 
 # %% ../../nbs/04_training/11_device.ipynb #6cd1f088
 @patch(as_prop=True)
+def recorded(self: TrainSetup) -> bool | str:
+    "`compute.recorded`, or False where the machine or another setting rules out that steps are recorded."
+    possible = self.device == "cuda" and self.compute.processes == 1 and self.quantize == "none"
+    return possible and not self.compute.compile and self.compute.recorded
+
+
+@patch(as_prop=True)
 def liger(self: TrainSetup) -> bool:
     "Whether Liger's kernels are used."
     if self.compute.liger != "auto":

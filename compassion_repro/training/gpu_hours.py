@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ..study import Preset, Training
 from ..study.arms import TRAINING
-from .memory import FULL, Fit, Shape, stage_memory
+from .memory import FULL, Fit, Shape, gpu_part, stage_memory
 
 # %% ../../nbs/04_training/09_gpu_hours.ipynb #00636687
 @dataclass(frozen=True)
@@ -147,16 +147,17 @@ def on_gpu(
     # `fits` (with a twentieth of the memory left), `stage` and `gb` of the kind of stage that needs most,
     # `micro_batch` and `memory` (a `Fit`) by kind, `stages` (hours of each record), `hours` of all
 ) -> dict:
-    "What a study needs on one GPU: an estimate from the tables above."
+    "What a study needs on one GPU, or on its part of one: an estimate from the tables above."
+    room = gpu_part(preset.compute, gpu.gb)
     fits = {
-        kind: stage_memory(preset, kind, shape, gpu.gb, "cuda", reward, gpu.bfloat16)
+        kind: stage_memory(preset, kind, shape, room, "cuda", reward, gpu.bfloat16)
         for kind in dict.fromkeys(r["kind"] for r in records)
     }
     fits = {kind: f for kind, f in fits.items() if f}
     most = max(fits, key=lambda kind: fits[kind].gb)
     hours = [stage_hours(preset, record, shape, gpu, fits.get(record["kind"])) for record in records]
     return {
-        "fits": fits[most].gb <= FULL * gpu.gb,
+        "fits": fits[most].gb <= FULL * room,
         "stage": most,
         "gb": round(fits[most].gb, 1),
         "micro_batch": {kind: f.micro_batch for kind, f in fits.items() if kind != "answers"},

@@ -20,7 +20,7 @@ from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
-from ..core.errors import InputError, Notice
+from ..core.errors import InputError
 from ..core.files import weights_digest, write_atomically
 from ..data.rows import rows_sha256
 from ..study import GRPO_SETTINGS, Grpo
@@ -45,7 +45,7 @@ from .near_start import start_distance
 from .points import last_step, point_callbacks, rewind
 from .processes import count, on_one_gpu, run_distributed, share, trainer_words
 from .replay import replaying
-from .static_decoding import fits, sample
+from .static_decoding import NOT_SEEN, Decoding, engines, fits, sample
 from .templates import load_tokenizer, on_one_day
 from .vllm_sampler import engine_ended, engine_options
 
@@ -136,15 +136,29 @@ def _policy(start: str | Path, run: TrainRun) -> tuple[PreTrainedModel, PreTrain
 
 # %% ../../nbs/04_training/27_grpo.ipynb #75506be1
 def _sample_statically(trainer: GRPOTrainer, run: TrainRun):
-    "Let a policy sample with a cache of fixed size, where all its layers can."
+    "Let a policy sample with a cache of fixed size, where all its layers can, and while that works."
     policy = trainer.model.get_base_model() if run.lora else trainer.model
-    why = "" if fits(policy) else "not every layer attends to all tokens by sdpa"
+    plain, decoding = trainer.model.generate, Decoding(run.report, run.label)
+    trainer.decoding = decoding
     if run.setup.compute.sharding != "none":  # processes that fetch weights from one another keep step
-        why = "the weights are spread over processes (compute.sharding)"
-    if why:
-        run.report(Notice(f"{run.label}: {why}, so plain generate samples"))
-    else:
-        trainer.model.generate = partial(sample, policy)
+        return decoding.leave("the weights are spread over processes (compute.sharding)")
+    if not fits(policy):
+        return decoding.leave(NOT_SEEN)
+
+    def generate(**inputs):
+        "Prompts with completions, as the policy's own `generate` gives them."
+        return decoding(partial(sample, policy, **inputs), partial(plain, **inputs))
+
+    trainer.model.generate = generate
+
+
+def _engine(trainer: GRPOTrainer, training: Grpo) -> dict[str, str]:
+    "What sampled, for the manifest, where it was not the library's own `generate` from the start."
+    if training.engine == "vllm":
+        return {"engine": f"vllm {importlib.metadata.version('vllm')}"}
+    if training.engine == "static":
+        return engines(trainer.decoding.batches or [trainer.decoding.why])
+    return {}
 
 # %% ../../nbs/04_training/27_grpo.ipynb #b95c3a80
 def _loss_settings(training: Grpo) -> dict:
@@ -194,8 +208,10 @@ def _config(
 # %% ../../nbs/04_training/27_grpo.ipynb #5cba4e64
 def _train(
     start, prompts, training: Grpo, reward: Callable, run: TrainRun, folder: Path | None, checkpointing: bool
-) -> tuple[PreTrainedModel, list[dict], pd.DataFrame, float]:
-    "Train; gives the trained model with its adapter, the log, the sampled completions and the seconds."
+) -> tuple[PreTrainedModel, list[dict], pd.DataFrame, float, dict]:
+    """Train; gives the trained model with its adapter, the log, the sampled completions, the seconds and what
+    sampled.
+    """
     with tempfile.TemporaryDirectory() as temporary, engine_ended(training) as made:
         place, begun = folder or Path(temporary), time.perf_counter()
         recorder = Recorder(reward, training.value("group"), place / "completions")
@@ -209,7 +225,8 @@ def _train(
             Checkpoints(folder, run.setup.compute, run.report, run.label).train(trainer)
         rewind(trainer.model, run, training.steps)
         log, completions = step_log(trainer.state.log_history), recorder.table(longer.steps)
-        return trainer.model.eval(), log, completions, time.perf_counter() - begun
+        spent, engine = time.perf_counter() - begun, _engine(trainer, training)
+        return trainer.model.eval(), log, completions, spent, engine
 
 # %% ../../nbs/04_training/27_grpo.ipynb #6a93c74f
 def _train_with(recipe, start, prompts, training: Grpo, run: TrainRun, folder, checkpointing, report=print):
@@ -270,7 +287,7 @@ def grpo(
         **reward_gain(prompt_rewards(before), prompt_rewards(after)),
         **saved,
         **trained["fit"],
-        **_settings(training, run, again),
+        **_settings(run, again),
         "train_seconds": round(trained["seconds"], 2),
         "warnings": early + late,
         "log": trained["log"],
@@ -327,10 +344,11 @@ def _train_once(
         return run_distributed(job, start, run.setup, run.report, run.label)
 
     def trained():
-        ((model, log, completions, seconds), apart), fit = with_less_memory(
+        ((model, log, completions, seconds, engine), apart), fit = with_less_memory(
             attempt, training, run.report, run.label
         )
-        return model, {"log": log, "completions": completions, "seconds": seconds, "fit": fit | apart}
+        told = {"log": log, "completions": completions, "seconds": seconds}
+        return model, told | {"fit": fit | apart | engine}
 
     return trained_once(folder, trained, start, run.setup, run.report, run.label)
 
@@ -379,14 +397,10 @@ def _summary(prompts: list[dict], training: Grpo, reward: Callable, log: list[di
     }
 
 # %% ../../nbs/04_training/27_grpo.ipynb #0754b701
-def _settings(training: Grpo, run: TrainRun, checkpointing: bool) -> dict:
-    "How it was done, for the manifest; the engine is named where it was not the library's own `generate`."
-    engine = training.engine
-    if engine == "vllm":
-        engine = f"vllm {importlib.metadata.version('vllm')}"
+def _settings(run: TrainRun, checkpointing: bool) -> dict:
+    "How it was done, for the manifest."
     return {
         "checkpointing": checkpointing,
-        **({"engine": engine} if engine != "transformers" else {}),
         "adapter": run.lora and run.lora.model_dump(),
         "reference": "the start, under the adapter" if run.lora else "a copy of the start",
     }

@@ -110,7 +110,7 @@ def _merge_apart(adapter: Path, base: str | Path, out: str | Path, how: TrainSet
         str(adapter),
         str(base),
         str(out),
-        how.device,
+        _roomy(base, how.device, way),
         number,
         way,
     ]
@@ -146,7 +146,9 @@ def _roomy(base: str | Path, device: str, way: str = "own") -> str:
     shape, each = read_shape(weights_folder(base)), 4.8 if way in ("rounded", "float32") else 2.8
     if device == "cpu" or shape is None:
         return device
-    return device if torch.cuda.mem_get_info()[0] > each * shape.parameters else "cpu"
+    free, whole = torch.cuda.mem_get_info()
+    room = min(free, torch.cuda.get_per_process_memory_fraction() * whole)
+    return device if room > each * shape.parameters else "cpu"
 
 # %% ../../nbs/04_training/13_merging.ipynb #da96171d
 TRAINED = "trained"  # folder in a stage's checkpoints: the adapter, and what training reported

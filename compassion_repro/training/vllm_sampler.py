@@ -19,7 +19,7 @@ from ..core.errors import InputError
 from ..study import Grpo
 from .device import TrainSetup
 from .fitting import number_bytes
-from .memory import engine_memory, read_shape
+from .memory import engine_memory, gpu_part, read_shape
 from .model_files import weights_folder
 
 # %% ../../nbs/04_training/26_vllm_sampler.ipynb #00fa34c6
@@ -54,11 +54,12 @@ def engine_options(
     if training.engine != "vllm":
         return {}
     length = training.max_prompt_tokens + training.value("max_new_tokens")
-    share = _engine_share(training, start, how, length)
-    if share > 0.9:
+    whole = torch.cuda.get_device_properties(0).total_memory / 2**30
+    share = _engine_share(training, start, how, length, whole)
+    if share > 0.9 * gpu_part(how.compute, whole) / whole:
         raise InputError(
             f"vLLM's share of this step would be {share:.0%} of the GPU's memory: lower"
-            " grpo.generate_at_once, or set grpo.engine=transformers"
+            " grpo.generate_at_once, raise compute.gpus where it is below 1, or set grpo.engine=transformers"
         )
     return {
         "use_vllm": True,
@@ -68,8 +69,8 @@ def engine_options(
     }
 
 # %% ../../nbs/04_training/26_vllm_sampler.ipynb #4c438955
-def _engine_share(training: Grpo, start: str | Path, how: TrainSetup, length: int) -> float:
-    "Share of the GPU's memory that vLLM needs for sequences of so many tokens."
+def _engine_share(training: Grpo, start: str | Path, how: TrainSetup, length: int, whole: float) -> float:
+    "Share of a GPU's memory, `whole` GB, that vLLM needs for sequences of so many tokens."
     shape = read_shape(weights_folder(start))
     if shape is None:
         raise InputError(
@@ -78,7 +79,7 @@ def _engine_share(training: Grpo, start: str | Path, how: TrainSetup, length: in
         )
     at_once = training.generate_at_once or training.completions
     needed = engine_memory(shape, at_once, length, number_bytes(start, how))
-    return needed / torch.cuda.get_device_properties(0).total_memory
+    return needed / 2**30 / whole
 
 # %% ../../nbs/04_training/26_vllm_sampler.ipynb #4fc9965e
 @contextmanager

@@ -18,7 +18,9 @@ from compassion_repro.training.device import TrainRun, load_held, train_setup
 from compassion_repro.training.encoding import encode_prompt
 from compassion_repro.training.grpo import make_trainer, prompt_rows
 from compassion_repro.training.models import load_model
-from compassion_repro.training.static_decoding import sample
+from compassion_repro.training.recorded_steps import Recorded
+from compassion_repro.training.recording import Unrecorded, record
+from compassion_repro.training.static_decoding import Batch, sample
 from compassion_repro.training.templates import load_tokenizer
 
 pytestmark = [
@@ -121,3 +123,65 @@ def test_a_policy_learns_from_its_samples(engine, tmp_path):
     trainer.train()
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.03, rewards
+
+
+def asks_the_processor(work):
+    "The same work, which no graph can record."
+
+    def asking(self, *how):
+        work(self, *how)
+        float(torch.ones(1, device="cuda").sum())
+
+    return asking
+
+
+def recorded_afterwards() -> float:
+    "What a new recording computes after one that failed: draws, and memory of its own."
+    place = torch.zeros(4, device="cuda")
+    again = record(lambda: place.add_(torch.rand(4, device="cuda")), place.device)
+    again()
+    return place.sum().item()
+
+
+def test_steps_that_cannot_be_recorded_run_one_by_one(start, monkeypatch):
+    plain, _ = trained(start, False, 2)
+    monkeypatch.setattr(Recorded, "_pass", asks_the_processor(Recorded._pass))
+    ours, _ = trained(start, True, 2)
+    assert "recorded" not in ours
+    close([step["loss"] for step in ours["log"]], [step["loss"] for step in plain["log"]], eps=1e-3)
+    assert 0 < recorded_afterwards() < 8
+
+
+def test_answers_that_cannot_be_recorded_are_those_of_plain_generate(monkeypatch):
+    opened, said, found = on_gpu(world.assets() / "base"), [], []
+    asked = {"benchmark": "gpu", "language": "en", "epochs": 1, "question": "How do I clean the old lamp?"}
+    questions = [asked | {"item_id": str(n), "question_id": str(n)} for n in range(6)]
+    monkeypatch.setattr(Batch, "advance", asks_the_processor(Batch.advance))
+    for engine in ("transformers", "static"):
+        generation = Generation(max_new_tokens=24, batch_size=2, engine=engine)
+        found.append(generate.generate_answers(opened, "base", questions, 0, generation, report=said.append))
+    assert found[0].text.tolist() == found[1].text.tolist()
+    assert found[1].attrs["engine"] == "transformers" and "captur" in found[1].attrs["engine_reason"]
+    assert sum("plain generate decodes" in str(line) for line in said) == 1
+    assert 0 < recorded_afterwards() < 8
+
+
+def test_a_policy_that_cannot_be_recorded_samples_by_plain_generate(monkeypatch, tmp_path):
+    monkeypatch.setattr(Batch, "advance", asks_the_processor(Batch.advance))
+    test_a_policy_learns_from_its_samples("static", tmp_path)
+
+
+def test_too_little_memory_for_a_recording_is_told_apart():
+    place = torch.zeros(1, device="cuda")
+    before, ran = torch.cuda.memory_allocated(), []
+
+    def growing():
+        "Needs little when it runs first, and more than there is when it is recorded."
+        ran.append(1)
+        place.add_(torch.ones(2**40 if len(ran) == 2 else 1, device="cuda")[0])
+
+    with pytest.raises(Unrecorded) as refused:
+        record(growing, place.device)
+    assert refused.value.out_of_memory
+    assert 0 < recorded_afterwards() < 8
+    assert torch.cuda.memory_allocated() - before < 2**20

@@ -17,8 +17,9 @@ from compassion_repro.core.errors import InputError
 from compassion_repro.data import rows as data
 from compassion_repro.data import world
 from compassion_repro.study import Lora
-from compassion_repro.training import encoding, grpo, held_out, models, templates
+from compassion_repro.training import encoding, grpo, held_out, models, static_decoding, templates
 from compassion_repro.training.device import TrainRun, TrainSetup
+from compassion_repro.training.recording import Unrecorded
 from compassion_repro.training.rewards import answer_text
 
 BASE, LORA = world.assets() / "base", Lora(rank=4, alpha=8)
@@ -182,8 +183,26 @@ def test_a_policy_with_a_window_samples_by_generate(tmp_path):
     templates.load_tokenizer(BASE).save_pretrained(tmp_path / "start")
     told = TrainRun(1, LORA, said.append)
     training = study.Grpo(**(SMALL | {"engine": "static", "steps": 1}))
-    grpo.grpo(tmp_path / "start", ROWS, HELD_OUT, tmp_path / "arm", training, short_words, told)
-    assert any("plain generate samples" in str(line) for line in said)
+    done = grpo.grpo(tmp_path / "start", ROWS, HELD_OUT, tmp_path / "arm", training, short_words, told)
+    assert (done["engine"], done["engine_reason"]) == ("transformers", static_decoding.NOT_SEEN)
+    assert any("plain generate decodes" in str(line) for line in said)
+
+
+@pytest.mark.parametrize("out_of_memory", [False, True])
+def test_a_policy_whose_steps_cannot_be_recorded_samples_by_generate(tmp_path, out_of_memory):
+    said = []
+
+    def refuse(step, device):
+        step()
+        raise Unrecorded("no room for it", out_of_memory)
+
+    training = study.Grpo(**(SMALL | {"engine": "static", "steps": 2}))
+    with mock.patch.object(static_decoding, "record", refuse):
+        told = TrainRun(1, LORA, said.append)
+        done = grpo.grpo(BASE, ROWS, HELD_OUT, tmp_path / "arm", training, short_words, told)
+    assert done["engine"] == "transformers" and "no room for it" in done["engine_reason"]
+    assert done["out_of_memory"] == 0 and sum("plain generate decodes" in str(line) for line in said) == 1
+    assert not equal(weights(BASE), weights(tmp_path / "arm"))
 
 
 def test_weights_spread_over_processes_are_sampled_by_generate():
@@ -192,6 +211,8 @@ def test_weights_spread_over_processes_are_sampled_by_generate():
     with mock.patch.object(grpo, "fits", return_value=True):
         grpo._sample_statically(trainer, TrainRun(1, None, said.append, setup=spread))
         assert trainer.model.generate is None and "compute.sharding" in str(said)
+        told = grpo._engine(trainer, study.Grpo(engine="static"))
+        assert told["engine"] == "transformers" and "compute.sharding" in told["engine_reason"]
         grpo._sample_statically(trainer, TrainRun(1, None, said.append, setup=TrainSetup()))
     assert trainer.model.generate and len(said) == 1
 
