@@ -107,6 +107,7 @@ def _write_dose(context, start: Path, tokenizer, rows: list[dict], dose: float) 
 
     from compassion_repro.training import device, merging
     from compassion_repro.training.models import load_model, row_losses
+    from compassion_repro.training.near_start import start_distance
 
     setup = device.train_setup(context.preset.models, context.preset.compute)
     adapter = context.input(-1) / "points" / f"{dose:g}"
@@ -117,7 +118,8 @@ def _write_dose(context, start: Path, tokenizer, rows: list[dict], dose: float) 
         lambda: row_losses(load_model(context.out), tokenizer, checked),
     )
     words = (context.report, context.stage.model)
-    return merging.save_trained(model, tokenizer, start, context.out, setup, live, measure, *words)[0]
+    moved = start_distance(model, tokenizer, rows, start, setup)
+    return merging.save_trained(model, tokenizer, start, context.out, setup, live, measure, *words)[0] | moved
 
 # %% ../../nbs/09_pipeline/17_points.ipynb #fc43fa4d
 def run_point(
@@ -125,8 +127,9 @@ def run_point(
     reward: Callable,  # gives the reward of a GRPO arm's stage, see `pipeline.stages`
 ) -> dict:  # for the manifest: how it was made, the dose so far, the gain
     "A point of an arm as a model."
-    from compassion_repro.training import points, templates
-    from compassion_repro.training.models import save_model
+    from compassion_repro.training import device, points, templates
+    from compassion_repro.training.models import load_model, save_model
+    from compassion_repro.training.near_start import start_distance
 
     start, arm = context.input(), context.input(-1)
     point, template = point_of(context.stage.model), context.preset.generation.training_template
@@ -140,4 +143,7 @@ def run_point(
     else:
         save_model(points.mix_weights(start, arm, point.share), tokenizer, context.out)
         done = {"merge": f"{point.share:g} of the way from the start to the arm, in float32"}
+        if rows:
+            setup = device.train_setup(context.preset.models, context.preset.compute)
+            done |= start_distance(load_model(context.out), tokenizer, rows, start, setup)
     return {"point": point.kind, **done, **(gain(context.out) if gain else {})}

@@ -55,7 +55,7 @@ def study_curve(
 
 def study_half_lives(
     files: StudyFiles,  # of the study
-    axes: Sequence[str] = ("steps", "rows", "tokens", "kl"),  # keys of `AXES`
+    axes: Sequence[str] = tuple(AXES),  # its keys
 ) -> list[HalfLife]:  # none where no arm has doses
     "Half-lives of the arms of a study that have doses."
     if not any((point := point_of(model)) and point.kind == "dose" for model in files.models):
@@ -66,7 +66,7 @@ def study_half_lives(
 
 def study_equal(
     files: StudyFiles,  # of the study
-    axes: Sequence[str] = ("kl", "gain"),  # keys of `DISTANCES`
+    axes: Sequence[str] = ("kl", "own_kl", "gain"),  # keys of `DISTANCES`
 ) -> list[Equal]:  # none where fewer than two arms have doses
     "Arms with doses where they are equally far from mid, by the first judge and on the pairs."
     manifests, settings, judged = files.manifests, files.preset.statistics, _first_judged(files)
@@ -108,7 +108,7 @@ def tradeoff(
     files: StudyFiles,  # of the study
 ) -> (
     pd.DataFrame
-):  # a row an arm or point from mid: model, steps, kl, gain with bounds, unit, skill (share of
+):  # a row an arm or point from mid: model, steps, kl, own_kl, gain with bounds, unit, skill (share of
     # the first such arm's), and by measure `kept:<measure>` with bounds, shares
     "Skill gained and value kept of every arm that starts from mid, and of its points."
     curve, results, rows = study_curve(files), {}, []
@@ -118,12 +118,12 @@ def tradeoff(
     place = lambda model: order.index(point.arm if (point := point_of(model)) else model)
     order, known = list(files.preset.arms), set(kept.index.get_level_values(0))
     models = sorted((model for model in files.preset.models_compared if model in known), key=place)
-    kl = lambda model: [r["kl_mean"] for r in results[model] if r.get("kl_mean") is not None]
+    mean = lambda values: sum(values) / len(values) if values else None
+    moved = lambda model, name: mean([r[name] for r in results[model] if r.get(name) is not None])
     for model in models:
         own = [result for result in results[model] if "gain" in result]
-        moved = kl(model)
         row = {"model": model, "steps": own[0].get("steps") if own else None}
-        row |= {"kl": sum(moved) / len(moved) if moved else None, **_skill(own)}
+        row |= {"kl": moved(model, "kl_mean"), "own_kl": moved(model, "kl_from_start"), **_skill(own)}
         for measure, part in kept.loc[model].iterrows():
             names = {"kept": f"kept:{measure}", "low": f"low:{measure}", "high": f"high:{measure}"}
             row |= {name: part[column] for column, name in names.items()}
@@ -143,9 +143,12 @@ def tradeoff_table(
     found: pd.DataFrame,  # from `tradeoff`
 ) -> pd.DataFrame:  # columns of text
     "The trade-off as a table."
+    names = {"kl": "KL", "own_kl": "KL, own rows"}
+    measured_kl = {name: words for name, words in names.items() if found[name].notna().any()}
     rows = []
     for row in found.to_dict("records"):
-        text = {"model": row["model"], "steps": _number(row["steps"], ".0f"), "KL": _number(row["kl"], ".4f")}
+        text = {"model": row["model"], "steps": _number(row["steps"], ".0f")}
+        text |= {words: _number(row[name], ".4f") for name, words in measured_kl.items()}
         text["gained"] = (
             f"{_number(row['gain'], '+.3f', row['gain_low'], row['gain_high'])} {row['unit']}".strip()
         )

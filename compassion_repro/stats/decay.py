@@ -20,7 +20,13 @@ from ..study import Statistics
 from ..study.points import point_of
 
 # %% ../../nbs/06_stats/11_decay.ipynb #3a2c6031
-AXES = {"steps": "steps", "rows": "rows read", "tokens": "tokens with loss", "kl": "KL, nats a token"}
+AXES = {
+    "steps": "steps",
+    "rows": "rows read",
+    "tokens": "tokens with loss",
+    "kl": "KL, nats a token",
+    "own_kl": "KL on its own rows, nats a token",
+}
 
 
 def _arm_totals(result: Mapping) -> dict[str, float | None]:
@@ -39,7 +45,7 @@ def _arm_totals(result: Mapping) -> dict[str, float | None]:
 # %% ../../nbs/06_stats/11_decay.ipynb #d187d725
 def training_doses(
     manifests: Sequence[Mapping],  # of a study's stages
-) -> pd.DataFrame:  # arm, model, seed, dose, steps, rows, tokens, kl: a row an arm or a point of it, and seed
+) -> pd.DataFrame:  # arm, model, seed, dose and AXES: a row an arm or a point of it, and seed
     "How much each arm and each of its doses was trained; a point in weight space has a KL alone."
     results = {(m["model"], m["seed"]): m["result"] for m in manifests if "gain" in m["result"]}
     moved = {(m["model"], m["seed"]): m["result"]["kl_mean"] for m in manifests if "kl_mean" in m["result"]}
@@ -54,6 +60,7 @@ def training_doses(
             "model": model,
             "seed": seed,
             "kl": moved.get((model, seed)),
+            "own_kl": result.get("kl_from_start"),
         }
         if not point or point.kind == "dose":
             share = result["steps"] / max(arm["steps"], 1)
@@ -103,7 +110,8 @@ def value_curve(
 ) -> pd.DataFrame:  # with columns CURVE: a row a measure and dose, arms that start from mid; kept is a share
     "What arms keep of mid-training at each of their doses, dose 0 included, over all seeds."
     kept = _kept(scores, margins, benchmark, settings, weights)
-    numbers = doses.drop(columns="seed").astype(dict.fromkeys(("dose", *AXES), float))
+    known = doses.reindex(columns=["arm", "model", "dose", *AXES])  # a file of its own may lack an axis
+    numbers = known.astype(dict.fromkeys(("dose", *AXES), float))
     mean = numbers.groupby(["arm", "model"], as_index=False).mean()
     found = kept.merge(mean, on="model")
     begin = found[["arm", "measure"]].drop_duplicates().assign(note="", level="", dose=0.0, kept=1.0)
@@ -183,7 +191,7 @@ def half_lives(
     doses: pd.DataFrame,  # from `training_doses`
     curve: pd.DataFrame,  # from `value_curve`
     each: Mapping[int, pd.DataFrame] = {},  # seed -> the curve of that seed alone
-    axes: Sequence[str] = ("steps", "rows", "tokens", "kl"),  # keys of AXES
+    axes: Sequence[str] = tuple(AXES),  # its keys
 ) -> list[HalfLife]:  # of every arm with a dose besides its own end
     "Half-lives of the arms, by measure and axis."
     several = doses.groupby("arm")["dose"].nunique()

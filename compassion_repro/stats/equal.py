@@ -7,7 +7,7 @@ __all__ = ['DISTANCES', 'arm_places', 'common_reach', 'mixture_at', 'scores_at',
 
 # %% ../../nbs/06_stats/14_equal.ipynb #238164c9
 from collections.abc import Mapping, Sequence
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 
 import numpy as np
 import pandas as pd
@@ -127,7 +127,7 @@ def arms_at_equal(
     manifests: Sequence[Mapping],  # of the study's stages
     measure: str,  # a benchmark of the scores
     settings: Statistics = Statistics(),  # of the preset
-    axes: Sequence[str] = ("kl", "gain"),  # keys of DISTANCES
+    axes: Sequence[str] = ("kl", "own_kl", "gain"),  # keys of DISTANCES
     unit: str = "points",  # of the estimates
 ) -> list[Equal]:  # at the common reach, for every two arms and axis
     "Every two arms with doses, where they are equally far from their start; see `training_doses`."
@@ -135,7 +135,8 @@ def arms_at_equal(
     several = places.groupby("arm")["dose"].nunique()
     arms = [model for model in dict.fromkeys(m["model"] for m in manifests) if several.get(model, 0) > 1]
     found = []
-    for (one, other), axis in ((pair, axis) for pair in combinations(arms, 2) for axis in axes):
+    measured = [axis for axis in axes if places[axis].notna().any()]
+    for (one, other), axis in product(combinations(arms, 2), measured):
         blank = Equal(one=one, other=other, measure=measure, axis=axis, unit=unit)
         reach = common_reach(places, (one, other), axis)
         if reach is None:

@@ -211,7 +211,7 @@ def dpo(
     fit, again = fitted(training, start, run.lora, setup)
     model, trained = _train_once(start, pairs, fit, run, again, folder)
     live = row_losses(model, tokenizer, rows[:CHECKED], max_tokens=training.length)
-    moved = start_distance(model, tokenizer, rows, start, setup, training.length)
+    moved = start_distance(model, tokenizer, rows, start, setup)
     saved, after = save_trained(
         model, tokenizer, start, out, setup, live, lambda: losses(out), run.report, run.label, folder
     )
