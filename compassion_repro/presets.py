@@ -436,13 +436,14 @@ def _settled(
 
 # %% ../nbs/01_study/01_presets.ipynb #5d3fe4d9
 def load_preset(
-    name: str = "tiny",  # a preset of the package, or a YAML file of one's own
+    name: str | Path = "tiny",  # a preset of the package, or a YAML file of one's own
     overrides: tuple[str, ...] | list[str] = (),  # `key=value` by dotted name, later ones win
 ) -> Preset:  # validated and complete
     """The preset with the user's settings laid over it.
 
     Raises `InputError` in one line for anything unknown or mistyped.
     """
+    name = str(name)
     values, own = _preset_values(name)
     low = _preset_values(_packaged(name))[0]
     values = {"name": re.sub(r"[^\w.-]", "-", Path(name).stem) if _is_user_file(name) else name, **values}
