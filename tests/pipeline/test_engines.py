@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import suppress
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -174,6 +175,38 @@ def test_the_jail_holds_in_a_worker(cluster):
 
     level, results = cluster.get(cluster.remote(num_cpus=1)(tried).remote())
     assert (level, results) == tried() and results[0] and not results[2]
+
+
+def test_four_stages_share_a_gpu(cluster, tmp_path):
+    """What a preset says reaches Ray's own tasks, of which four fit on a GPU; a made-up one, since nothing
+    here has any.
+    """
+    preset = load_preset("smoke", [*CRASH_SIZE, "compute.gpus=0.25"])
+    stages, submitted = graph(preset), {}
+    asked = ray_engine._asked(cluster, preset, stages)
+
+    class Noted:
+        "A task of Ray that is not sent."
+
+        def __init__(self, **how):
+            self.how = how
+
+        def __call__(self, function):
+            self.task = cluster.remote(**self.how)(function)
+            return self
+
+        def options(self, name, **wanted):
+            self.task.options(name=name, **wanted)  # Ray looks at what it is asked for
+            submitted[name] = wanted["num_gpus"]
+            return SimpleNamespace(remote=lambda *words: name)
+
+    noted = SimpleNamespace(remote=Noted)
+    ray_engine._submit(noted, Study(tmp_path), preset, stages, asked, None, False)
+    assert {submitted[stage.place] for stage in stages if stage.kind in ("sft", "grpo", "answers")} == {0.25}
+    machine = {"CPU": 64, "GPU": 1, "memory": 2**40}
+    cluster_of_one = SimpleNamespace(nodes=lambda: [{"Resources": machine, "Alive": True}])
+    sft = next(stage.place for stage in stages if stage.kind == "sft")
+    assert ray_engine._at_once(cluster_of_one, asked[sft], True, print) == 4
 
 
 def test_a_stage_that_no_machine_has_room_for_is_told(cluster):

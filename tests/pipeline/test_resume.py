@@ -26,7 +26,8 @@ from compassion_repro.pipeline import run as pipeline
 from compassion_repro.presets import load_preset
 from compassion_repro.store import graph
 from compassion_repro.store.folder import Study
-from compassion_repro.training import checkpoints, models, supervised
+from compassion_repro.training import checkpoints, models, static_decoding, supervised
+from compassion_repro.training.recording import Unrecorded
 
 # a line of the log every other step
 LONGER = (
@@ -252,6 +253,26 @@ def at_batch(number, act):
 
     with mock.patch.object(generate, "_answer_batch", batch):
         yield asked
+
+
+def test_the_manifest_names_the_engines_that_answered(cut, finished):
+    "A first run decodes two batches with a cache of fixed size; in the second no step can be recorded."
+    study, stage, run, told = cut(
+        "answers-mid", BATCHES, "generation.engine=static", "generation.temperature=0"
+    )
+
+    def refuse(step, device):
+        step()
+        raise Unrecorded("no room for it", out_of_memory=True)
+
+    with at_batch(3, lambda: signal.raise_signal(signal.SIGINT)), pytest.raises(KeyboardInterrupt):
+        run()
+    with mock.patch.object(static_decoding, "record", refuse):
+        result = run()["result"]
+    assert result["engine"] == "static, then transformers" and "no room for it" in result["engine_reason"]
+    assert sum("plain generate decodes" in str(line) for line in told) == 1
+    answers = answers_of(study.folder, stage)
+    assert list(answers) == list(answers_of(finished, stage)) and answers.text.notna().all()
 
 
 def test_answers_go_on_with_the_batches_that_are_missing(cut, finished, tmp_path):
