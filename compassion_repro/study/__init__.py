@@ -524,6 +524,18 @@ def replay_source(self: Preset, arm: Arm) -> str | DataSource | tuple[DataSource
     "Sources of the rows that an arm replays: mid-training's documents where it names none."
     return self.data.documents if arm.replayed is None else arm.replayed
 
+
+@patch
+def replayed_rows(
+    self: Preset,
+    rows: int,  # to train on, without the replayed ones
+    arm: Arm | None = None,  # None: mid-training
+) -> int:
+    "How many rows are replayed next to so many others, to be the share of all that is set; an arm's one at least."
+    share = arm.replay if arm else self.midtrain.replay
+    count = round(rows * share / (1 - share)) if share else 0
+    return max(1, count) if arm and share else count
+
 # %% ../../nbs/01_study/00_study.ipynb #5a10d006
 @patch
 def training_of(self: Preset, arm: Arm) -> Training | Grpo:
