@@ -390,21 +390,38 @@ def _counts(benchmarks: dict[str, Benchmark]) -> tuple[int | None, int | None]:
     return tuple(totals)
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #279b6f31
-def _judging(preset: Preset, calls: int | None, table: dict | None) -> dict:
+def _judging(preset: Preset, calls: int | None, table: dict) -> dict:
     "Calls of all judges for one model's answers, and at most what they cost; nothing where that is unknown."
     if calls is None:
         return {}
     judges, longest = judge_names(preset.judge), preset.generation.max_new_tokens
-    costs = [e.cost for e in estimate_study(judges, calls, longest, table or load_prices())]
+    costs = [e.cost for e in estimate_study(judges, calls, longest, table)]
     return {"judge_calls": calls * len(judges), "cost": None if None in costs else sum(costs)}
+
+
+def _with_classes(preset: Preset, judging: dict, answers: int | None, table: dict) -> dict:
+    "The same with a call for the class of each answer, where the preset names a model for these (`outcomes`)."
+    if not preset.outcomes:
+        return judging
+    if answers is None or not judging:
+        return {}
+    [asked] = estimate_study([preset.outcomes], answers, preset.generation.max_new_tokens, table)
+    costs = (judging["cost"], asked.cost)
+    return {
+        "judge_calls": judging["judge_calls"] + answers,
+        "outcome_calls": answers,
+        "cost": None if None in costs else sum(costs),
+    }
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #1074c467
 _COUNTED = ("rows", "steps", "tokens", "answers", "judge_calls", "cost")  # columns of a plan's record
+# of the tokens those of documents that DPO and GRPO replay; of the judge calls those for classes of answers
+_PARTS = ("replayed_tokens", "outcome_calls")
 
 
 def _stage_record(preset: Preset, stage: Stage, answers: int | None, judging: dict) -> dict:
     "What one stage will do; None in the columns that do not apply to its kind, or are not known."
-    record = {"stage": stage.id, "kind": stage.kind, "seed": stage.seed, **dict.fromkeys(_COUNTED)}
+    record = {"stage": stage.id, "kind": stage.kind, "seed": stage.seed, **dict.fromkeys(_COUNTED + _PARTS)}
     if stage.kind in TRAINING and isinstance(getattr(preset, stage.kind), Training):
         return record | _training_record(preset, stage)
     if stage.kind in TRAINING:
@@ -420,8 +437,8 @@ def plan(
     table: dict[str, tuple[float, float]] | None = None,  # prices of judges; default: the package's
     stages: list[Stage] | None = None,  # its graph of so many seeds, where it is at hand
     # one record a stage: stage, kind, seed, rows, steps, tokens (replayed_tokens of them those of documents
-    # that DPO and GRPO replay), answers, judge_calls, cost (dollars), disk_gb, micro_batch, memory_gb and its
-    # parts in memory, hours by GPU
+    # that DPO and GRPO replay), answers, judge_calls (outcome_calls of them those for the classes of answers),
+    # cost (dollars), disk_gb, micro_batch, memory_gb and its parts in memory, hours by GPU
 ) -> list[dict]:
     """What every stage will do, without loading a model.
 
@@ -431,14 +448,16 @@ def plan(
     stages = graph(preset, seeds) if stages is None else stages
     needs = planned_memory(preset, [stage.kind for stage in stages])
     (answers, calls), (shape, _) = _counts(preset.benchmarks), shapes(preset)
-    judging, records = _judging(preset, calls, table), []
+    table, records = table or load_prices(), []
+    judging = _judging(preset, calls, table)
+    first = _with_classes(preset, judging, answers, table)  # answers in another form of question get no class
     for stage in stages:
-        record, need = _stage_record(preset, stage, answers, judging), needs.get(stage.kind)
+        asked = first if stage.id == f"eval-{stage.model}" else judging
+        record, need = _stage_record(preset, stage, answers, asked), needs.get(stage.kind)
         record |= {
             "memory_gb": need and round(need.gb, 1),
             "memory": need and {name: round(size / 2**30, 2) for name, size in need.parts.items()},
             "disk_gb": _stage_disk(preset, record, shape),
-            "replayed_tokens": None,
             "micro_batch": need and need.micro_batch,
         }
         records.append(_with_documents(preset, stage, record))
@@ -566,6 +585,14 @@ def _dose_notes(preset: Preset, kinds: set[str]) -> list[str]:
     ]
 
 
+def _class_notes(preset: Preset, records: list[dict]) -> list[str]:
+    "Which of the judge calls are those for the classes of answers."
+    calls = sum(record["outcome_calls"] or 0 for record in records)
+    if not calls:
+        return []
+    return [f"outcomes: {calls:,} of the judge calls are {preset.outcomes}'s, one an answer for its class"]
+
+
 def _replay_notes(preset: Preset) -> list[str]:
     "What replay costs the arms of DPO and GRPO."
     arms = [arm for arm in preset.trained_arms if arm.replay and arm.paradigm != "sft"]
@@ -641,7 +668,7 @@ def footnotes(
         lines.append(_hours_note())
     lines += _dose_notes(preset, kinds) + _replay_notes(preset) + _point_notes(preset)
     if any(r["judge_calls"] for r in records):
-        lines += _guess_notes(preset)
+        lines += _class_notes(preset, records) + _guess_notes(preset)
     if any(r["cost"] for r in records):
         lines.append(
             "cost: at the most, every answer as long as it may be; list prices of 2025 unless --prices gives"

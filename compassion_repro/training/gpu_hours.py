@@ -135,7 +135,9 @@ def stage_hours(
     """
     kind = record["kind"]
     if kind == "eval":
-        return (STARTING + (record["judge_calls"] or 0) / JUDGED["/" in preset.judge]) / 3600
+        classes = record.get("outcome_calls") or 0
+        calls = (record["judge_calls"] or 0) - classes
+        return (STARTING + calls / JUDGED["/" in preset.judge] + classes / JUDGED[True]) / 3600
     hours = (STARTING + LOADS[kind] * 2e-9 * shape.parameters / READING) / 3600
     if kind in TRAINING:
         hours += _trained_hours(preset, record, shape, gpu, fit)

@@ -10,7 +10,7 @@ from conftest import CRASH_SIZE
 from compassion_repro.cli import main
 from compassion_repro.core.errors import InputError
 from compassion_repro.core.files import weights_digest
-from compassion_repro.pipeline import plan, run, stages
+from compassion_repro.pipeline import outcome_judging, plan, run, stages
 from compassion_repro.presets import load_preset
 from compassion_repro.report.card import find_trained
 from compassion_repro.report.limitations import limitations
@@ -171,6 +171,7 @@ def test_a_bad_arm_is_refused_before_anything_is_trained(setting, words, tmp_pat
 
 EACH = """
 extends: smoke
+outcomes: mockllm/model  # costs nothing, and names no class
 arms:
   sft-schedule: {rows: "pocket:schedule", steps: 1, replay: 0.1}
   dpo-manners: {rows: "pocket:preferences", steps: 2, replay: 0.04}
@@ -223,6 +224,16 @@ def test_a_plan_says_what_an_arm_of_each_paradigm_is_trained_on(each):
     assert (
         "replayed_tokens" not in made["sft-schedule"] and planned["sft-schedule"]["replayed_tokens"] is None
     )
+
+
+def test_a_run_asks_the_model_that_its_preset_names_for_classes(each):
+    study, _ = each
+    forms, answers = study.table("forms"), study.table("answers")
+    assert len(forms) == len(answers) and set(forms["form_judge"]) == {"mockllm/model"}
+    assert forms["form"].isna().all()
+    planned = [record["outcome_calls"] or 0 for record in plan.plan(study.preset)]
+    assert sum(planned) == len(answers) and {r["cost"] for r in plan.plan(study.preset) if r["cost"]} == set()
+    assert outcome_judging.classed(study, "mockllm/model") == len(answers)
 
 
 def test_one_arm_of_each_paradigm_by_yaml_alone(each):
