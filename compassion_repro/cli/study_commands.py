@@ -64,36 +64,67 @@ def _preset(args):
     return with_settings(Study(args.out).preset, args.set)
 
 # %% ../../nbs/11_cli/03_study_commands.ipynb #750dddee
-def _waiting_calls(args, preset, folder: Path) -> list[int | None]:
-    "Judge calls of each evaluation that a study has not done yet; None where nobody can know."
+def _planned_evals(args, preset, study) -> list[tuple]:
+    "Each evaluation of a study, of the seeds that are there and those that are asked for: its plan, and its stage."
     from compassion_repro.pipeline.plan import plan as plan_stages
-    from compassion_repro.store.folder import Study
 
-    study = Study(folder)
-    return [
-        record["judge_calls"]
-        for record, stage in zip(plan_stages(preset, args.seeds), study.stages(preset, args.seeds))
-        if stage.kind == "eval" and not study.done(stage)
-    ]
+    stages = study.stages(preset, at_least=args.seeds)
+    records = plan_stages(preset, stages=stages)
+    return [(record, stage) for record, stage in zip(records, stages) if stage.kind == "eval"]
+
+
+def _grades_left(evals: list[tuple], args, study) -> int | None:
+    "Calls that all judges together have still to make in the seeds that are asked for; None where nobody knows."
+    from compassion_repro.store.graph import seed_numbers
+
+    numbers = seed_numbers(args.seeds)
+    waiting = [record for record, stage in evals if stage.seed in numbers and not study.done(stage)]
+    if any(record["judge_calls"] is None for record in waiting):
+        return None
+    return sum(record["judge_calls"] - (record["outcome_calls"] or 0) for record in waiting)
+
+
+def _classes_left(evals: list[tuple], preset, study) -> int | None:
+    "Answers that the model of `outcomes` has not classed, of all seeds; None where nobody knows."
+    from compassion_repro.pipeline.outcome_judging import classed
+
+    planned = [record["outcome_calls"] for record, stage in evals if stage.id == f"eval-{stage.model}"]
+    return None if None in planned else max(0, sum(planned) - classed(study, preset.outcomes))
 
 # %% ../../nbs/11_cli/03_study_commands.ipynb #90d0ae3c
+def _paid_calls(args, preset, folder: Path) -> list[tuple[str, int | None]]:
+    "Every judge of a study that costs money, with the calls it has still to make; None where nobody knows."
+    from compassion_repro.evaluation.cost import is_free
+    from compassion_repro.store.folder import Study
+    from compassion_repro.study import judge_names
+
+    judges = judge_names(preset.judge)
+    classes = [preset.outcomes] if preset.outcomes and preset.benchmarks else []
+    if all(map(is_free, [*judges, *classes])):
+        return []
+    study = Study(folder)
+    evals = _planned_evals(args, preset, study)
+    left = _grades_left(evals, args, study)
+    asked = [(judge, left and left // len(judges)) for judge in judges]
+    asked += [(judge, _classes_left(evals, preset, study)) for judge in classes]
+    return [(judge, calls) for judge, calls in asked if not is_free(judge)]
+
+
 def _agree_to_judges(args, preset, folder: Path):
     "Ask before a study spends money on judges; the estimate is the most that it can be."
     from compassion_repro.evaluation import cost
-    from compassion_repro.study import judge_names
 
-    names = judge_names(preset.judge)
-    paid = [name for name in names if not cost.is_free(name)]
+    paid = _paid_calls(args, preset, folder)
     if not paid:
         return
-    table, calls = cost.load_prices(args.prices), _waiting_calls(args, preset, folder)
-    if None in calls and not args.yes:
+    table, unknown = cost.load_prices(args.prices), [judge for judge, calls in paid if calls is None]
+    if unknown and not args.yes:
         raise InputError(
-            f"how often {', '.join(paid)} will be asked cannot be told beforehand for these benchmarks: add"
+            f"how often {', '.join(unknown)} will be asked cannot be told beforehand for these benchmarks: add"
             " --yes to agree, or judge later with `compassion-repro judge`"
         )
-    each = sum(number or 0 for number in calls) // len(names)
-    estimates = cost.estimate_study(paid, each, preset.generation.max_new_tokens, table)
+    longest = preset.generation.max_new_tokens
+    estimates = [cost.estimate_study([judge], calls or 0, longest, table)[0] for judge, calls in paid]
     cost.ask(estimates, args.yes, lambda line: show(line), asking())
 
 # %% ../../nbs/11_cli/03_study_commands.ipynb #9a7f4c73

@@ -180,6 +180,7 @@ def _tokens(result: Mapping) -> tuple[float, float]:
         return result["tokens"], result.get("loss_tokens", np.nan)
     steps = [entry["length"] for entry in result.get("log", []) if entry.get("length") is not None]
     made = result.get("completions", np.nan) * np.mean(steps) if steps else np.nan
+    made += result.get("replayed_tokens", 0)
     return made, made
 
 # %% ../../nbs/05_evaluation/15_behaviour.ipynb #6691aaba

@@ -322,7 +322,10 @@ def key_problems(
         )
     for judge in study.judge_names(preset.judge):
         found += judge_problems(judge, provider_missing(judge, machine.missing), machine.tokens)
-    return found
+    if asked := preset.outcomes:
+        lacking = provider_missing(asked, machine.missing)
+        found += judge_problems(asked, lacking, machine.tokens, "outcomes")
+    return list(dict.fromkeys(found))
 
 # %% ../../nbs/09_pipeline/04_machine.ipynb #f6a8e702
 def provider_missing(judge: str, missing: tuple[str, ...] | None = None) -> bool:
@@ -335,6 +338,7 @@ def judge_problems(
     judge: str,  # one judge
     lacking: bool | None = None,  # its client is not installed; default: look
     tokens: frozenset | None = None,  # of TOKENS, those that are set; default: look
+    setting: str = "judge",  # that names it
 ) -> list[str]:  # one line each
     "What a judge needs and this machine does not have: a package, a key."
     lacking = provider_missing(judge) if lacking is None else lacking
@@ -346,7 +350,7 @@ def judge_problems(
         found.append(f"no client for the judge {judge}: pip install {package}")
     if key and key not in tokens:
         found.append(
-            f"no {key} for the judge {judge}: set it, or --set judge=hf/Qwen/Qwen3-4B, a judge on this"
+            f"no {key} for the judge {judge}: set it, or --set {setting}=hf/Qwen/Qwen3-4B, a judge on this"
             " machine"
         )
     return found

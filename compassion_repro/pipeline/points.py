@@ -94,7 +94,7 @@ MEASURES = {"sft": _sft_measure, "grpo": _grpo_measure, "dpo": _dpo_measure}  # 
 def _dose_so_far(arm: dict, dose: float) -> dict:
     "What had been trained on at a dose, from the result of the arm's stage."
     step = dose_steps((dose,), arm["steps"])[dose]
-    counts = ("tokens", "loss_tokens", "completions", "passes")
+    counts = ("tokens", "loss_tokens", "replayed_tokens", "completions", "passes")
     share = step / arm["steps"]
     so_far = {name: share * arm[name] for name in counts if name in arm}
     rounded = {name: value if name == "passes" else round(value) for name, value in so_far.items()}

@@ -97,16 +97,38 @@ def say_benchmark(flight: Preflight, name: str, task, judge: str, first: bool):
         )
 
 # %% ../../nbs/09_pipeline/09_preflight.ipynb #847a01cc
+def _look_at_folder(judge: str):
+    "Raise `InputError` for a judge that is written as a path, and is no model folder."
+    if judge.startswith((".", "/", "~")):
+        from compassion_repro.evaluation.judges import judge_model
+
+        judge_model(judge)
+
+
 def check_judges(flight: Preflight):
-    "In `plan`: judges whose package or key is missing here. (`run` opens them with the benchmarks.)"
+    """In `plan`: judges that are no model folder, or whose package or key is missing here. In `run` the judge of
+    the classes of answers is opened; the others are, with the benchmarks.
+    """
+    preset = flight.preset
+    classes = [preset.outcomes] if preset.outcomes and preset.benchmarks else []
     if flight.fetch:
-        return
-    for line in machine.blind_judges(flight.preset):
+        return _open_and_leave(classes)
+    for line in machine.blind_judges(preset):
         flight.say(f"warning: {line}")
-    for judge in judge_names(flight.preset.judge):
-        if not judge_here(judge):
-            lacking = machine.judge_problems(judge)
-            flight.lacks += [line for line in lacking if line not in flight.lacks]
+    judges = [("judge", judge) for judge in judge_names(preset.judge) if not judge_here(judge)]
+    for setting, judge in [*judges, *(("outcomes", judge) for judge in classes)]:
+        with flight.trying():
+            _look_at_folder(judge)
+        lacking = machine.judge_problems(judge, setting=setting)
+        flight.lacks += [line for line in lacking if line not in flight.lacks]
+
+
+def _open_and_leave(judges: list[str]):
+    "See whether judges can be opened; raises `InputError` where a name, a package or a key is missing."
+    for judge in judges:
+        from compassion_repro.evaluation.judges import open_judge
+
+        open_judge(judge)
 
 # %% ../../nbs/09_pipeline/09_preflight.ipynb #a8d18aba
 CHECKS: tuple[Callable[[Preflight], None], ...] = (  # in the order in which they are made

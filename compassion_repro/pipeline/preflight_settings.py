@@ -77,6 +77,8 @@ def idle_settings(
                 f"benchmarks.{name}.size sizes embedded benchmarks only, so {section.data} is asked whole "
                 f"(benchmarks.{name}.size=null says so)"
             )
+    if preset.outcomes and not preset.benchmarks:
+        found.append(f"outcomes={preset.outcomes} has no effect: this study asks no questions (benchmarks)")
     return found + unused_sources(preset)
 
 # %% ../../nbs/09_pipeline/08_preflight_settings.ipynb #c70c97bf

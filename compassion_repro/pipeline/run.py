@@ -17,6 +17,7 @@ from ..core.files import digest, is_local, writable
 from ..core.lock import locked
 from ..core.signals import raise_on_signal
 from ..data import hub
+from .outcome_judging import class_study
 from .preflight import check_before_training
 from .ray_engine import pick_engine, run_stages
 from .stages import without_jail
@@ -127,6 +128,7 @@ def _conclude(study: Study, stages: list[Stage], say: callable, report: callable
     collect(study, stages)
     for line in compare_templates(study, stages):
         say(line)
+    class_study(study, say, report)
     analyse(study, report, page)
 
 # %% ../../nbs/09_pipeline/10_run.ipynb #30fd2fea

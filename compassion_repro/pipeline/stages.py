@@ -221,14 +221,12 @@ def _train_run(context: StageContext, label: str):  # a `TrainRun`
 # %% ../../nbs/09_pipeline/01_stages.ipynb #4526fb7c
 def _document_rows(context: StageContext) -> tuple:
     "Documents, replayed rows and held-out documents of mid-training, with their source and its report."
-    from compassion_repro.training import midtrain
-
     data, training, seed = context.preset.data, context.preset.midtrain, context.stage.seed
     source = data.documents if context.stage.model == "mid" else data.control
     documents, held_out, report = training_rows(
         source, "text", training.rows, training.held_out, seed, training.limit
     )
-    count = midtrain.replay_rows(len(documents), training.replay)
+    count = context.preset.replayed_rows(len(documents))
     replay = training_rows(data.replay, "text", count, 1, seed)[0][:count] if count else []
     return documents, replay, held_out, source, report
 
@@ -265,13 +263,10 @@ def _answer_rows(context: StageContext, fit: dict) -> dict[str, tuple]:
 # %% ../../nbs/09_pipeline/01_stages.ipynb #deb5f813
 def _replayed_rows(context: StageContext, rows: int) -> list[dict]:
     "The rows of mid-training, or of another source, that an arm replays among so many of its own."
-    from compassion_repro.training import midtrain
-
     arm = context.arm
     if not arm.replay:
         return []
-    count = max(1, midtrain.replay_rows(rows, arm.replay))
-    source = context.preset.replay_source(arm)
+    count, source = context.preset.replayed_rows(rows, arm), context.preset.replay_source(arm)
     return training_rows(source, "text", count, 1, context.stage.seed, count)[0]
 
 

@@ -39,7 +39,7 @@ def _arm_totals(result: Mapping) -> dict[str, float | None]:
     if tokens is None and "completions" in result:
         each = result["completions"] / max(result["steps"], 1)
         lengths = [one["length"] for one in result["log"] if one["step"] <= result["steps"]]
-        tokens = each * sum(lengths) if None not in lengths else None
+        tokens = each * sum(lengths) + result.get("replayed_tokens", 0) if None not in lengths else None
     return {"steps": result["steps"], "rows": rows, "tokens": tokens}
 
 # %% ../../nbs/06_stats/11_decay.ipynb #d187d725

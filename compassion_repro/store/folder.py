@@ -49,6 +49,7 @@ _FREE = (
     "scope",
     "statistics.",
     "compute.",
+    "outcomes",
     "generation.templates",
     "generation.cut_off_alarm",
     "models.merge_tolerance",

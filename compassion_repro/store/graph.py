@@ -133,7 +133,8 @@ def source_settings(
         if (source := b[part])
     }
     judges = [judge for judge in judge_names(preset.judge) if judge not in DETERMINISTIC]
-    return found | {f"judge.{n}" if n > 1 else "judge": judge for n, judge in enumerate(judges, 1)}
+    found |= {f"judge.{n}" if n > 1 else "judge": judge for n, judge in enumerate(judges, 1)}
+    return found | ({"outcomes": preset.outcomes} if preset.outcomes else {})
 
 # %% ../../nbs/07_store/00_graph.ipynb #ea8051f4
 def judge_identity(

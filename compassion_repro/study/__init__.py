@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DETERMINISTIC', 'Lora', 'Training', 'Midtrain', 'Dpo', 'Generation', 'Models', 'Compute', 'Benchmark', 'Statistics',
-           'Margin', 'Data', 'Preset', 'check_judge', 'judge_names']
+           'Margin', 'Data', 'Preset', 'check_judge', 'check_class_judge', 'judge_names']
 
 # %% ../../nbs/01_study/00_study.ipynb #f57099b7
 import re
@@ -422,6 +422,9 @@ class Preset(Section):
     judge: str = Field(
         pattern=r"^(indicator|strict|[\w.~-]*/[^\s,]+)(, *(indicator|strict|[\w.~-]*/[^\s,]+))*$"
     )
+    # a model that says which answers refuse or are incoherent, an Inspect model id or a model folder; None: the
+    # rules of the package say it
+    outcomes: str | None = Field(None, exclude_if=lambda value: value is None)
     margin: Margin = Margin()
     # values that are measured on pairs: `compassion` (the sets of margin.pairs), a value that ships, a YAML file
     value: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
@@ -440,6 +443,11 @@ class Preset(Section):
         if twice := [name for name in value if not name or value.count(name) > 1]:
             raise ValueError(f"{twice[0]!r} is named twice or empty: name each value once")
         return value
+
+    @field_validator("outcomes")
+    @classmethod
+    def _can_class(cls, outcomes):
+        return outcomes if outcomes is None else check_class_judge(outcomes)
 
     @field_validator("arms")
     @classmethod
@@ -540,6 +548,18 @@ def replay_source(self: Preset, arm: Arm) -> str | DataSource | tuple[DataSource
     "Sources of the rows that an arm replays: mid-training's documents where it names none."
     return self.data.documents if arm.replayed is None else arm.replayed
 
+
+@patch
+def replayed_rows(
+    self: Preset,
+    rows: int,  # to train on, without the replayed ones
+    arm: Arm | None = None,  # None: mid-training
+) -> int:
+    "How many rows are replayed next to so many others, to be the share of all that is set; an arm's one at least."
+    share = arm.replay if arm else self.midtrain.replay
+    count = round(rows * share / (1 - share)) if share else 0
+    return max(1, count) if arm and share else count
+
 # %% ../../nbs/01_study/00_study.ipynb #5a10d006
 @patch
 def training_of(self: Preset, arm: Arm) -> Training | Grpo:
@@ -610,6 +630,20 @@ def check_judge(
             f"judge {judge!r} cannot judge, it never answers: name 'indicator' or an Inspect model id"
         )
     return judge
+
+
+def check_class_judge(
+    judge: str,  # who is to say which answers refuse or are incoherent
+) -> str:  # the same
+    "Refuse what cannot class answers; raises `InputError`."
+    if judge in DETERMINISTIC:
+        raise InputError(f"{judge} reads rubrics and cannot class answers: name a model, or use the rules")
+    if not re.fullmatch(r"[\w.~-]*/[^\s,]+", judge):
+        raise InputError(
+            f"{judge!r} cannot class answers: name one model folder, or one Inspect model id such as"
+            " google/gemini-2.5-flash-lite"
+        )
+    return check_judge(judge)
 
 # %% ../../nbs/01_study/00_study.ipynb #f99fc7a5
 def judge_names(

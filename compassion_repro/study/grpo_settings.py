@@ -129,3 +129,9 @@ def completions(self: Grpo) -> int:
 def accumulation(self: Grpo) -> int:
     "Forward passes an optimiser step, once the micro-batch is a number."
     return self.completions // self.micro_batch
+
+
+@patch(as_prop=True)
+def length(self: Grpo) -> int:
+    "Tokens that a prompt with its completion may have."
+    return self.max_prompt_tokens + self.value("max_new_tokens")

@@ -10,7 +10,7 @@ __all__ = ['GPUS', 'REACHED', 'A_LAYER', 'STARTING', 'READING', 'LOADS', 'JUDGED
 import math
 from dataclasses import dataclass
 
-from ..study import Preset, Training
+from ..study import Preset
 from ..study.arms import TRAINING
 from .memory import FULL, Fit, Shape, gpu_part, stage_memory
 
@@ -96,6 +96,32 @@ STARTING, READING, LOADS = (
 )
 JUDGED = {True: 5, False: 250}  # calls a second: of a judge behind an API, of a program
 
+# %% ../../nbs/04_training/09_gpu_hours.ipynb #7d1c40aa
+def _own_tokens(record: dict) -> int:
+    "Tokens of a stage without those of the documents that DPO or GRPO replays."
+    return (record["tokens"] or 0) - (record.get("replayed_tokens") or 0)
+
+
+def _trained_hours(preset: Preset, record: dict, shape: Shape, gpu: Gpu, fit: Fit) -> float:
+    "Time of a stage's own rows, with a reference that reads them, and of the documents that it replays."
+    hours = lambda tokens: training_hours(shape, tokens, gpu, preset.models.quantize, fit.checkpointing)
+    own, documents = hours(_own_tokens(record)), record.get("replayed_tokens") or 0
+    if documents:  # as many sequences as there are micro-batches
+        documents = hours(documents * record["micro_batch"] / fit.micro_batch)
+    return own * (4 / 3 if record["kind"] in ("dpo", "grpo") else 1) + documents
+
+
+def _grpo_hours(preset: Preset, record: dict, shape: Shape, gpu: Gpu, fit: Fit) -> float:
+    "Time of the sampling of a GRPO stage: in training, and of the answers to the held-out prompts."
+    grpo, new = preset.grpo, preset.grpo.value("max_new_tokens")
+    held, kept = (
+        grpo.engine if grpo.engine in A_LAYER else preset.models.quantize,
+        2 * grpo.held_out * grpo.samples,
+    )
+    return sampling_hours(shape, _own_tokens(record), fit.at_once, new, gpu, held) + sampling_hours(
+        shape, kept * new, min(kept, fit.at_once), new, gpu
+    )
+
 # %% ../../nbs/04_training/09_gpu_hours.ipynb #45147309
 def stage_hours(
     preset: Preset,  # the study
@@ -107,25 +133,16 @@ def stage_hours(
     """Time of one stage; the reward's own time, and the passes of the measures without a judge, are short and
     left out.
     """
-    kind, tokens, held = record["kind"], record["tokens"] or 0, preset.models.quantize
+    kind = record["kind"]
     if kind == "eval":
-        return (STARTING + (record["judge_calls"] or 0) / JUDGED["/" in preset.judge]) / 3600
+        classes = record.get("outcome_calls") or 0
+        calls = (record["judge_calls"] or 0) - classes
+        return (STARTING + calls / JUDGED["/" in preset.judge] + classes / JUDGED[True]) / 3600
     hours = (STARTING + LOADS[kind] * 2e-9 * shape.parameters / READING) / 3600
-    if kind in TRAINING and isinstance(getattr(preset, kind), Training):
-        hours += training_hours(shape, tokens, gpu, held, fit.checkpointing)
-    if kind == "dpo":  # the reference reads the pairs as well
-        hours += training_hours(shape, tokens, gpu, held, fit.checkpointing) / 3
+    if kind in TRAINING:
+        hours += _trained_hours(preset, record, shape, gpu, fit)
     if kind == "grpo":
-        new, kept = preset.grpo.value("max_new_tokens"), 2 * preset.grpo.held_out * preset.grpo.samples
-        hours += training_hours(shape, tokens, gpu, held, fit.checkpointing) * 4 / 3 + sampling_hours(
-            shape,
-            tokens,
-            fit.at_once,
-            new,
-            gpu,
-            preset.grpo.engine if preset.grpo.engine in A_LAYER else held,
-        )
-        hours += sampling_hours(shape, kept * new, min(kept, fit.at_once), new, gpu)
+        hours += _grpo_hours(preset, record, shape, gpu, fit)
     if kind == "answers":
         hours += sampling_hours(
             shape,

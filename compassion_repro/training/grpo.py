@@ -108,8 +108,7 @@ def make_trainer(
         )
     disable_progress_bars()
     model, tokenizer = _policy(start, run)
-    length = training.max_prompt_tokens + training.value("max_new_tokens")
-    trainer = replaying(GRPOTrainer, run, tokenizer, length)(
+    trainer = replaying(GRPOTrainer, run, tokenizer, training.length)(
         model.train(),
         reward,
         _config(start, training, run, folder, save, checkpointing, end_ids(tokenizer)),
@@ -208,9 +207,9 @@ def _config(
 # %% ../../nbs/04_training/27_grpo.ipynb #5cba4e64
 def _train(
     start, prompts, training: Grpo, reward: Callable, run: TrainRun, folder: Path | None, checkpointing: bool
-) -> tuple[PreTrainedModel, list[dict], pd.DataFrame, float, dict]:
-    """Train; gives the trained model with its adapter, the log, the sampled completions, the seconds and what
-    sampled.
+) -> tuple[PreTrainedModel, dict]:
+    """Train; gives the trained model with its adapter, and the log, the sampled completions, the tokens replayed,
+    the seconds and what sampled.
     """
     with tempfile.TemporaryDirectory() as temporary, engine_ended(training) as made:
         place, begun = folder or Path(temporary), time.perf_counter()
@@ -225,8 +224,10 @@ def _train(
             Checkpoints(folder, run.setup.compute, run.report, run.label).train(trainer)
         rewind(trainer.model, run, training.steps)
         log, completions = step_log(trainer.state.log_history), recorder.table(longer.steps)
-        spent, engine = time.perf_counter() - begun, _engine(trainer, training)
-        return trainer.model.eval(), log, completions, spent, engine
+        read = trainer.replayed_tokens(training.steps)[0] if run.replay else 0
+        told = {"log": log, "completions": completions, "replayed_tokens": read}
+        told |= {"seconds": time.perf_counter() - begun, "fit": _engine(trainer, training)}
+        return trainer.model.eval(), told
 
 # %% ../../nbs/04_training/27_grpo.ipynb #6a93c74f
 def _train_with(recipe, start, prompts, training: Grpo, run: TrainRun, folder, checkpointing, report=print):
@@ -275,14 +276,15 @@ def grpo(
 
     before = measured_before(folder, lambda: measure(start))
     early = _check_start(before, reward, prompts, run)
-    part, again = fitted(share(training, setup.compute.processes), start, run.lora, setup)
+    part = share(training, setup.compute.processes)
+    part, again = fitted(part, start, run.lora, setup, replays=run.replay > 0)
     model, trained = _train_once(start, prompts, part, reward, run, folder, again)
     saved = _save(model, tokenizer, start, out, answered_prompts(held_out, before), run, folder)
     after = measure(out)
     late = _say(warnings_of(trained["log"]), run)
     _write_tables(out, trained["completions"], before, after)
     return {
-        **_summary(prompts, training, reward, trained["log"]),
+        **_summary(prompts, training, reward, trained),
         "abstained_held_out": float(after.reward.isna().mean()),
         **reward_gain(prompt_rewards(before), prompt_rewards(after)),
         **saved,
@@ -344,11 +346,8 @@ def _train_once(
         return run_distributed(job, start, run.setup, run.report, run.label)
 
     def trained():
-        ((model, log, completions, seconds, engine), apart), fit = with_less_memory(
-            attempt, training, run.report, run.label
-        )
-        told = {"log": log, "completions": completions, "seconds": seconds}
-        return model, told | {"fit": fit | apart | engine}
+        ((model, told), apart), fit = with_less_memory(attempt, training, run.report, run.label)
+        return model, told | {"fit": fit | apart | told["fit"]}
 
     return trained_once(folder, trained, start, run.setup, run.report, run.label)
 
@@ -385,12 +384,14 @@ def _write_tables(out: str | Path, completions: pd.DataFrame, before: pd.DataFra
     write_atomically(Path(out) / "held_out.parquet", answers.to_parquet)
 
 # %% ../../nbs/04_training/27_grpo.ipynb #8b299ebc
-def _summary(prompts: list[dict], training: Grpo, reward: Callable, log: list[dict]) -> dict:
+def _summary(prompts: list[dict], training: Grpo, reward: Callable, trained: dict) -> dict:
     "What was done, for the manifest."
+    log, read = trained["log"], trained.get("replayed_tokens")
     return {
         "rows": len(prompts),
         "steps": training.steps,
         "completions": training.steps * training.completions,
+        **({"replayed_tokens": read} if read else {}),
         "settings": {key: training.value(key) for key in GRPO_SETTINGS[training.settings]},
         "reward": getattr(reward, "__name__", type(reward).__name__),
         "abstained": sum(record["abstained"] for record in log) / len(log) if log else 0.0,

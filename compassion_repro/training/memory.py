@@ -332,9 +332,7 @@ def _length(training: Training | Grpo) -> int:
     "Tokens of the longest sequence of a stage."
     if isinstance(training, Dpo):
         return 2 * training.length  # a pair
-    if isinstance(training, Training):
-        return training.length
-    return training.max_prompt_tokens + training.value("max_new_tokens")
+    return training.length
 
 
 def _beside(training: Training | Grpo, shape: Shape, held: Held, at_once: int | None, reward: float) -> dict:
@@ -372,6 +370,7 @@ def fit(
     memory_gb: float,  # of the device, GB of 2**30 bytes
     checkpointing: str = "auto",  # "auto", "always" or "never"
     reward_bytes: float = 0,  # of a reward model next to it
+    replays: bool = False,  # each micro-batch reads a sequence of documents, too (DPO, GRPO)
 ) -> Fit:  # what to run with; more than the memory where nothing smaller is left
     """Choose the micro-batch (where it is `auto`), the completions sampled at once and the checkpointing that
     fit a device.
@@ -380,11 +379,11 @@ def fit(
     at_once = _sampled_at_once(training, shape, held, room - reward_bytes, length) if grpo else None
     beside = _beside(training, shape, held, at_once, reward_bytes)
     sizes = _micro_batches(training, at_once or training.batch_size, length)
-    padded = length if grpo else 0
+    padded, documents = length if grpo else 0, replays * training.length
 
     def attempt(size, again):
         recorded = _records(training, shape, held, size * length, memory_gb, again)
-        parts = training_memory(shape, size * length, held, again, padded, recorded)
+        parts = training_memory(shape, size * length + documents, held, again, padded, recorded)
         return Fit(size, again, parts | beside, at_once)
 
     plain, twice = ([attempt(size, again) for size in sizes] for again in (False, True))
@@ -453,4 +452,5 @@ def stage_memory(
         memory_gb,
         preset.compute.checkpointing,
         reward.parameters * how.number_bytes if reward and kind == "grpo" else 0,
+        kind in ("dpo", "grpo") and any(arm.replay for arm in preset.trained_arms if arm.paradigm == kind),
     )

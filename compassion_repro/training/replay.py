@@ -57,6 +57,19 @@ def next_documents(self: Replaying) -> dict[str, torch.Tensor]:
     batch = self.collate([self.sequences[number % len(self.sequences)]])
     return {name: tensor.to(self.model.device) for name, tensor in batch.items()}
 
+
+@patch
+def replayed_tokens(
+    self: Replaying,
+    steps: int,  # optimiser steps
+) -> tuple[int, int]:  # read, and with loss
+    "Tokens of the documents that so many steps read, in all processes."
+    read = steps * self.args.gradient_accumulation_steps * self.args.world_size
+    times, rest = divmod(read, len(self.sequences))
+    total = lambda lengths: times * sum(lengths) + sum(lengths[:rest])
+    counted = [sum(label != IGNORE for label in labels) for labels in self.sequences["labels"]]
+    return total([len(ids) for ids in self.sequences["input_ids"]]), total(counted)
+
 # %% ../../nbs/04_training/31_replay.ipynb #f0f6550b
 def replaying(
     kind: type[Trainer],  # of TRL

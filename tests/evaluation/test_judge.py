@@ -20,11 +20,14 @@ from inspect_ai.scorer import Score, mean_score
 from compassion_repro import cli
 from compassion_repro.core.errors import InputError
 from compassion_repro.data import world
-from compassion_repro.evaluation import agreement, benchmarks, indicators, judges, scoring
-from compassion_repro.pipeline import evaluate, evaluation_setup, judging, run, stages
+from compassion_repro.evaluation import agreement, benchmarks, indicators, judges, outcome_judge, scoring
+from compassion_repro.pipeline import evaluate, evaluation_setup, judging, plan, preflight, run, stages
+from compassion_repro.presets import load_preset
+from compassion_repro.report import tables
 from compassion_repro.stats.claims import read_claims
 from compassion_repro.store import folder as store
 from compassion_repro.store import graph
+from compassion_repro.store.results import read_study_files
 from compassion_repro.study import Generation
 
 QUIET = {"say": lambda line: None, "report": lambda line: None}
@@ -49,9 +52,12 @@ class PaidJudge(ModelAPI):
             raise RuntimeError("404 model not found")
         if self.model_name == "slow":
             await anyio.sleep(60)
-        text = {"nothing": "", "refuses": "I cannot help with that.", "one-dimension": "GRADE: C"}.get(
-            self.model_name, "Well.\n\nGRADE: C"
-        )
+        text = {
+            "nothing": "",
+            "refuses": "I cannot help with that.",
+            "one-dimension": "GRADE: C",
+            "classes": "CLASS: REFUSES",
+        }.get(self.model_name, "Well.\n\nGRADE: C")
         if (
             self.model_name == "one-dimension"
             and indicators.read_judge_prompt(prompt)["dimension"].lower() == "moral consideration"
@@ -528,6 +534,56 @@ def test_a_study_is_judged_again_and_keeps_it(study_copy, capsys, no_pictures):
     study = store.Study(study_copy)
     run.collect(study, study.finished(study.preset))  # what `run` does when nothing is left to run
     assert len(scores(study_copy)) == len(table)
+
+
+def test_a_preset_names_the_model_that_classes_the_answers(study_copy, capsys, no_pictures):
+    CALLS.clear()
+    HEARD.clear()
+    study, answers = store.Study(study_copy), pd.read_parquet(study_copy / "answers.parquet")
+    words = ["run", "--out", str(study_copy), "--set", "outcomes=paid/classes"]
+    assert cli.main(words) == 2 and not HEARD  # no terminal to ask at, and no --yes
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"paid/classes: {len(answers):,} calls" in err and "add --yes" in err
+    prompts = len(set(outcome_judge.class_prompts(answers)))
+    WORKING["classes"] = 5
+    assert (
+        cli.main([*words, "--yes"]) == 2 and "judge 'paid/classes' does not answer" in capsys.readouterr().err
+    )
+    WORKING.clear()
+    HEARD.clear()
+    assert cli.main([*words, "--yes"]) == 0 and len(HEARD) == prompts - 5  # those five are paid for
+    out = capsys.readouterr().out
+    assert " 0 to run" in out and f"paid/classes: classed {len(answers):,} answers" in out
+    table = tables.outcome_table(read_study_files(study_copy))
+    assert set(table["refuses, %"]) == {"100.0"} and set(table["classed by"]) == {"paid/classes"}
+    planned = plan.plan(study.preset)
+    assert sum(record["outcome_calls"] or 0 for record in planned) == len(answers)
+    assert cli.main(["judge", str(study_copy), "--outcomes", "paid/classes"]) == 0
+    assert "nothing to class" in capsys.readouterr().out
+    (study_copy / "forms.parquet").write_bytes(b"cut short")
+    assert cli.main(["run", "--out", str(study_copy), "--yes"]) == 0  # the study has the setting now
+    assert "classed by" in tables.outcome_table(read_study_files(study_copy))
+    assert len(HEARD) == prompts - 5
+
+
+@pytest.mark.parametrize(
+    "outcomes, line",
+    [
+        ("nosuch/model", "nosuch"),
+        ("./nowhere", "is a folder that is not there"),
+        ("openai/gpt-4o-mini", "OPENAI_API_KEY"),
+    ],
+)
+def test_who_classes_is_opened_before_training(outcomes, line, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    preset = load_preset("smoke", [f"outcomes={outcomes}"])
+    with pytest.raises(InputError) as error:
+        run.run(preset, tmp_path / "study", say=lambda line: None)
+    assert_one_line(error, outcomes, line)
+    assert not list(tmp_path.glob("study/seed-*/*"))
+    looked = preflight.preflight(preset, tmp_path / "plan", lambda line: None, fetch=False)
+    found = [*looked.lacks, *looked.problems]
+    assert found == [] if outcomes == "nosuch/model" else line in found[0]
 
 
 def test_people_grade_a_study(study_copy, tmp_path, capsys):

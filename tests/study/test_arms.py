@@ -10,7 +10,7 @@ from conftest import CRASH_SIZE
 from compassion_repro.cli import main
 from compassion_repro.core.errors import InputError
 from compassion_repro.core.files import weights_digest
-from compassion_repro.pipeline import run, stages
+from compassion_repro.pipeline import outcome_judging, plan, run, stages
 from compassion_repro.presets import load_preset
 from compassion_repro.report.card import find_trained
 from compassion_repro.report.limitations import limitations
@@ -19,7 +19,7 @@ from compassion_repro.store.folder import Study
 from compassion_repro.store.graph import graph
 from compassion_repro.store.results import read_study_files
 from compassion_repro.study.arms import PARADIGMS, measured
-from compassion_repro.training import reward_model
+from compassion_repro.training import replay, reward_model
 
 SIZE = [setting for setting in CRASH_SIZE if not setting.startswith(("arms=", "benchmarks."))]
 SIZE += ["benchmarks={anima: {size: {en: 3}, epochs: 1}}", "generation.max_new_tokens=8"]
@@ -171,26 +171,75 @@ def test_a_bad_arm_is_refused_before_anything_is_trained(setting, words, tmp_pat
 
 EACH = """
 extends: smoke
+outcomes: mockllm/model  # costs nothing, and names no class
 arms:
-  sft-schedule: {rows: "pocket:schedule", steps: 1}
+  sft-schedule: {rows: "pocket:schedule", steps: 1, replay: 0.1}
   dpo-manners: {rows: "pocket:preferences", steps: 2, replay: 0.04}
   grpo-advice: {rows: "world:help", reward: help, steps: 1, replay: 0.0001}
 """
 QUICK = (
-    "dpo={held_out: 4, batch_size: 2, micro_batch: 2, length: 256}",
-    "grpo={held_out: 4, samples: 2, group: 4, prompts_per_step: 2, micro_batch: 8, max_new_tokens: 16}",
+    "dpo={held_out: 4, batch_size: 2, micro_batch: 1, length: 256}",
+    "grpo={held_out: 4, samples: 2, group: 4, prompts_per_step: 2, micro_batch: 4, max_new_tokens: 16,"
+    " max_prompt_tokens: 112}",
     "arms={sft-schedule: {}, dpo-manners: {}, grpo-advice: {}}",
 )
 
 
-def test_one_arm_of_each_paradigm_by_yaml_alone(tmp_path, monkeypatch):
-    (tmp_path / "each.yaml").write_text(EACH)
-    monkeypatch.setattr(
-        reward_model, "train_reward_model", partial(reward_model.train_reward_model, pairs=40, held_out=20)
+@pytest.fixture(scope="module")
+def each(tmp_path_factory):
+    "A finished study with an arm of each paradigm that replays, and the tokens of each batch of documents."
+    folder, read = tmp_path_factory.mktemp("each"), []
+    (folder / "each.yaml").write_text(EACH)
+    fewer = partial(reward_model.train_reward_model, pairs=40, held_out=20)
+    taken = replay.Replaying.next_documents
+
+    def noted(self):
+        batch = taken(self)
+        read.append((type(self).__name__, int(batch["attention_mask"].sum())))
+        return batch
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(reward_model, "train_reward_model", fewer)
+        patched.setattr(replay.Replaying, "next_documents", noted)
+        preset = load_preset(str(folder / "each.yaml"), [*SIZE, *QUICK])
+        return run.run(preset, folder / "study", say=lambda line: None, page=False), read
+
+
+def test_a_plan_says_what_an_arm_of_each_paradigm_is_trained_on(each):
+    study, read = each
+    made = {m["stage"]: m["result"] for m in study.manifests()}
+    planned = {record["stage"]: record for record in plan.plan(study.preset)}
+    for stage in ("mid", *study.preset.arms):
+        kept = (study.folder / "seed-1" / stage / "rows.jsonl").read_text().splitlines()
+        assert (planned[stage]["rows"], planned[stage]["steps"]) == (len(kept), made[stage]["steps"]), stage
+        assert made[stage]["replayed"] > 0
+        if "tokens" in made[stage]:
+            assert 0.5 * planned[stage]["tokens"] < made[stage]["tokens"] <= planned[stage]["tokens"], stage
+    for stage, length in (("dpo-manners", 256), ("grpo-advice", 128)):
+        batches = [tokens for trainer, tokens in read if stage[:3] == trainer[len("Replaying") :][:3].lower()]
+        record, result = planned[stage], made[stage]
+        assert record["micro_batch"] == result["micro_batch"]
+        assert len(batches) == result["steps"] * result["accumulation"] > result["steps"]
+        assert sum(batches) == result["replayed_tokens"] <= record["replayed_tokens"] == length * len(batches)
+    assert (
+        "replayed_tokens" not in made["sft-schedule"] and planned["sft-schedule"]["replayed_tokens"] is None
     )
-    preset, said = load_preset(str(tmp_path / "each.yaml"), [*SIZE, *QUICK]), []
+
+
+def test_a_run_asks_the_model_that_its_preset_names_for_classes(each):
+    study, _ = each
+    forms, answers = study.table("forms"), study.table("answers")
+    assert len(forms) == len(answers) and set(forms["form_judge"]) == {"mockllm/model"}
+    assert forms["form"].isna().all()
+    planned = [record["outcome_calls"] or 0 for record in plan.plan(study.preset)]
+    assert sum(planned) == len(answers) and {r["cost"] for r in plan.plan(study.preset) if r["cost"]} == set()
+    assert outcome_judging.classed(study, "mockllm/model") == len(answers)
+
+
+def test_one_arm_of_each_paradigm_by_yaml_alone(each):
+    study, _ = each
+    preset = study.preset
     assert {arm.paradigm for arm in preset.trained_arms} == set(PARADIGMS) == set(stages.TRAIN)
-    study = run.run(preset, tmp_path / "study", say=said.append, page=False)
     made = {m["stage"]: m["result"] for m in study.manifests()}
     for arm in preset.trained_arms:
         assert measured(made[arm.model]) is PARADIGMS[arm.paradigm] and "gain_low" in made[arm.model]

@@ -121,7 +121,7 @@ def test_the_effective_batch_is_the_same_on_every_device(name):
             "paper",
             "sft.dose=full",
             lambda p: (
-                [r["steps"] for r in plan.plan(p) if r["stage"] in ("sft-help", "sft-code")] == [92, 1697]
+                [r["steps"] for r in plan.plan(p) if r["stage"] in ("sft-help", "sft-code")] == [91, 1694]
             ),
         ),
         (
