@@ -317,6 +317,7 @@ def table(self: Study, name: str):  # answers, grades, scores, margin or kl
             f"{self.folder} has no {name}.parquet: finish it with `compassion-repro run --out {self.folder}`"
         )
     table, wrong = None, recorded_damage(self.folder, file.name)
+    recorded = file.name in read_record(self.folder).get("files", {})
     try:
         table = None if wrong else pd.read_parquet(file)
     # whatever a damaged file makes of its reader
@@ -327,7 +328,7 @@ def table(self: Study, name: str):  # answers, grades, scores, margin or kl
             f"{file} is damaged ({wrong}): run the study again, which writes its tables again;"
             " finished stages are kept"
         )
-    return table
+    return table.assign(study=self.folder.name) if recorded and "study" in table else table
 
 # %% ../../nbs/07_store/04_folder.ipynb #2e9a29e3
 @patch
