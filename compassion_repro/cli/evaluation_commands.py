@@ -245,7 +245,7 @@ def _answer_settings(args):
     "The settings of the answers; raises `InputError` for a value that is not allowed."
     from pydantic import ValidationError
 
-    from compassion_repro.presets import problem_words
+    from compassion_repro.presets import problems
     from compassion_repro.study import Generation
 
     try:
@@ -257,7 +257,7 @@ def _answer_settings(args):
             engine="vllm" if args.vllm else "transformers",
         )
     except ValidationError as error:
-        raise InputError("; ".join(problem_words(item) for item in error.errors())) from None
+        raise InputError("; ".join(problems(error, Generation))) from None
 
 # %% ../../nbs/11_cli/04_evaluation_commands.ipynb #8bc145e4
 def _eval_options(parser: argparse.ArgumentParser):

@@ -83,7 +83,7 @@ def test_logs_in_the_shapes_of_older_versions_give_the_same_scores(evaluated, tm
     [
         ({"version": 99}, "version 99"),
         ({"samples": []}, "no scored sample"),
-        ({"eval": {}}, "eval.created: Field required"),
+        ({"eval": {}}, "eval.created is missing"),
     ],
 )
 def test_a_log_that_cannot_be_read_is_refused_in_one_line(changes, line, evaluated, tmp_path, capsys):
