@@ -88,9 +88,13 @@ def benchmark_name(
 def _graders(log: "EvalLog") -> list[str]:
     "Models that graded, as far as the log says."
     roles = getattr(log.eval, "model_roles", None) or {}
-    found = [str(getattr(role, "model", role)) for name, role in roles.items() if "grade" in name]
+    found = [role for name, role in roles.items() if "grade" in name]
     named = (log.eval.task_args or {}).get("grader_models") or (log.eval.task_args or {}).get("grader_model")
-    return found or ([named] if isinstance(named, str) else [str(name) for name in named or []])
+    each = found or (named if isinstance(named, list | tuple) else [named] if named else [])
+    # a model is its name, or a record that has it
+    return [
+        str(one.get("model", one) if isinstance(one, dict) else getattr(one, "model", one)) for one in each
+    ]
 
 
 def judge_name(

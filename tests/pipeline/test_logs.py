@@ -41,6 +41,7 @@ def test_official_logs_give_the_same_scores(evaluated, tmp_path, capsys):
         assert first["score"].fillna(-1).tolist() == second["score"].fillna(-1).tolist()
         assert first["language"].tolist() == second["language"].tolist()
     assert {row["benchmark"] for row in record["means"]} == {"anima", "moru"}
+    assert {row["judge"] for row in record["means"]} == {"indicator/rubric"}  # a name, not a record
     assert (tmp_path / "scores" / "score.html").is_file() and len(record["outcomes"]) >= 2
 
 
