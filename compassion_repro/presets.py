@@ -343,6 +343,12 @@ def _setting(
     return tuple(place), not sections
 
 # %% ../nbs/01_study/01_presets.ipynb #5a10e0f1
+# what people look for among the settings
+_OPTIONS = {
+    name: f", which is an option of the commands: --{name}" for name in ("seeds", "out", "engine", "prices")
+}
+
+
 def _got(value: Any) -> str:
     "A value as it was written, in a few words."
     if value is None or isinstance(value, bool):
@@ -354,7 +360,7 @@ def _problem(place: tuple, value: bool, items: list[dict]) -> str:
     "One problem in plain words: what is wrong, with what it may be where it may be of several types."
     key, item = ".".join(map(str, place)), items[0]
     if item["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{_nearest(key)}"
+        return f"unknown key {key!r}{_OPTIONS.get(key) or _nearest(key)}"
     if item["type"] == "string_pattern_mismatch":
         words = [_JUDGE if key == "judge" else "should be a plain name, of letters, digits, dots and hyphens"]
     else:

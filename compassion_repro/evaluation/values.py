@@ -64,7 +64,9 @@ def _faults_of_all(pairs: list[Pair]) -> list[str]:
         return []
     faults = []
     if len(pairs) < FEWEST:
-        faults.append(f"{len(pairs)} pairs are few: below {FEWEST} an interval says little")
+        faults.append(
+            f"{len(pairs)} pair{'s are' if len(pairs) > 1 else ' is'} few: below {FEWEST} an interval says little"
+        )
     gap = sum(len(pair.welfare) - len(pair.neutral) for pair in pairs) / len(pairs)
     if abs(gap) > LONGER:
         longer = "value" if gap > 0 else "neutral"
