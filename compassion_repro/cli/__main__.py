@@ -86,7 +86,8 @@ class _Parser(argparse.ArgumentParser):
     words: list[str] = []  # that it was given
 
     def error(self, message):
-        raise InputError(f"{_explained(self, message)}; see `{self.prog} --help`")
+        chosen = self.commands.get(self.words[0], self) if self.words else self
+        raise InputError(f"{_explained(self, chosen, message)}; see `{chosen.prog} --help`")
 
     def add_own_options(self):
         "Add the options of the command, once."
@@ -100,15 +101,24 @@ class _Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
 # %% ../../nbs/11_cli/06_program.ipynb #7b42b9e2
-def _explained(parser: _Parser, message: str) -> str:
+def _is_preset(word: str) -> bool:
+    "Whether a word is the name of a preset, or a preset file."
+    from compassion_repro.presets import presets
+
+    return word in presets() or word.endswith((".yaml", ".yml"))
+
+
+def _explained(parser: _Parser, chosen: _Parser, message: str) -> str:
     "What the parser says, with the quoting, the command or the option that you probably meant."
     if "unrecognized arguments" in message and (quoted := _split_setting(parser.words)):
         return f"the shell split a setting into several words: quote it whole, as in {quoted}"
     if found := re.match(r"argument COMMAND: invalid choice: '([^']*)'", message):
-        return message + did_you_mean(found[1], COMMANDS)
-    if found := re.match(r"unrecognized arguments: (--[\w-]+)", message):
-        chosen = parser.commands.get(parser.words[0], parser)
-        return message + did_you_mean(found[1], set(re.findall(r"--[\w-]+", chosen.format_usage())))
+        return message + did_you_mean(found[1], [*COMMANDS, "--help", "--version"])
+    found, options = re.match(r"unrecognized arguments: (\S+)", message), chosen.format_usage()
+    if found and found[1].startswith("--"):
+        return message + did_you_mean(found[1], set(re.findall(r"--[\w-]+", options)))
+    if found and "--preset" in options and _is_preset(found[1]):
+        return f"{message} (did you mean --preset {found[1]}?)"
     return message
 
 # %% ../../nbs/11_cli/06_program.ipynb #5ac3b0a7

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Command', 'register', 'study_argument', 'set_option', 'seeds_of', 'study_options', 'prices_option', 'cost_options',
-           'prepare_libraries', 'read_env_file']
+           'default_folder', 'prepare_libraries', 'read_env_file']
 
 # %% ../../nbs/11_cli/02_command.ipynb #fedd2504
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..core.errors import InputError, first_line
+from ..core.files import digest
 
 # %% ../../nbs/11_cli/02_command.ipynb #485dbd6f
 class Command(NamedTuple):
@@ -88,6 +89,16 @@ def cost_options(parser: argparse.ArgumentParser):
     "What judges cost, and whether you agree."
     parser.add_argument("--yes", action="store_true", help="agree beforehand to what the judge costs")
     prices_option(parser)
+
+# %% ../../nbs/11_cli/02_command.ipynb #7c0de001
+def default_folder(
+    parent: str,  # audits or scores
+    *names: str,  # what the command reads, as the user names it; the last is shown
+) -> Path:
+    "Where the result of a command goes that was given no folder: no other names have the same."
+    paths = [os.path.normpath(name) for name in names]
+    shown = re.sub(r"[^\w.+@-]+", "-", "/".join(paths[-1].split("/")[-2:])).strip("-.")
+    return Path(parent) / "-".join(filter(None, (shown, digest(paths)[:6])))
 
 # %% ../../nbs/11_cli/02_command.ipynb #63cb4bf1
 def prepare_libraries():

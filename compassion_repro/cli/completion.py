@@ -11,7 +11,7 @@ import argparse
 from ..core.errors import InputError
 
 # %% ../../nbs/11_cli/09_completion.ipynb #9c2c5d9d
-SHELLS = ("bash", "zsh")
+SHELLS = ("bash", "zsh", "fish")
 
 
 def setting_names() -> list[str]:  # such as `sft.steps`
@@ -37,12 +37,22 @@ _ZSH = """
 _compassion_preset() {{ compadd {presets}; _files -g "*.y*ml" }}
 _compassion_setting() {{ compadd -S = {settings} }}
 """
+_FISH = """
+function _compassion_preset
+  printf '%s\\n' {presets}
+  __fish_complete_path (commandline -ct) | string match -r '^.*(?:/|\\.ya?ml)(?=\\t|$)'
+end
+function _compassion_setting
+  printf '%s=\\n' {settings}
+end
+"""
 
 # %% ../../nbs/11_cli/09_completion.ipynb #790ef0ab
 def _offer(parser: argparse.ArgumentParser, files: dict, folders: dict):
     "Say for each option of a command what its value can be."
     own = {"--preset": "_compassion_preset", "--set": "_compassion_setting"}
-    kinds = {"FILE": files, "STUDY": folders, "DIR": folders, "MODEL": files}
+    kinds = dict.fromkeys(("FILE", "MODEL", "BEFORE", "AFTER", "LOG", "ROWS"), files)
+    kinds |= dict.fromkeys(("STUDY", "DIR"), folders)
     add = parser.add_argument
 
     def added(*words, **options):
@@ -50,7 +60,7 @@ def _offer(parser: argparse.ArgumentParser, files: dict, folders: dict):
         action = add(*words, **options)
         offered = next((own[word] for word in words if word in own), None)
         if offered:
-            action.complete = dict.fromkeys(SHELLS, offered)
+            action.complete = {"bash": offered, "zsh": offered, "fish": f"({offered})"}
         elif options.get("metavar") in kinds:
             action.complete = kinds[options["metavar"]]
         return action
@@ -62,7 +72,7 @@ def _offer(parser: argparse.ArgumentParser, files: dict, folders: dict):
 
 def completion_script(
     parser: argparse.ArgumentParser,  # of the whole program, from `build_parser`
-    shell: str,  # bash or zsh
+    shell: str,  # one of `SHELLS`
 ) -> str:  # to be evaluated by the shell
     "The script for a shell; raises `InputError` where `shtab` is not installed."
     try:
@@ -76,6 +86,7 @@ def completion_script(
     for command in parser.commands.values():
         _offer(command, shtab.FILE, shtab.DIRECTORY)
     words = {"presets": " ".join(presets()), "settings": " ".join(setting_names())}
-    preamble = {"bash": _BASH.format(**words), "zsh": _ZSH.format(**words)}
+    offers = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
+    preamble = {name: text.format(**words) for name, text in offers.items()}
     script = shtab.complete(parser, shell, preamble=preamble)
     return script + _NO_SPACE if shell == "bash" else script

@@ -245,7 +245,7 @@ def _answer_settings(args):
     "The settings of the answers; raises `InputError` for a value that is not allowed."
     from pydantic import ValidationError
 
-    from compassion_repro.presets import problem_words
+    from compassion_repro.presets import problems
     from compassion_repro.study import Generation
 
     try:
@@ -257,7 +257,7 @@ def _answer_settings(args):
             engine="vllm" if args.vllm else "transformers",
         )
     except ValidationError as error:
-        raise InputError("; ".join(problem_words(item) for item in error.errors())) from None
+        raise InputError("; ".join(problems(error, Generation))) from None
 
 # %% ../../nbs/11_cli/04_evaluation_commands.ipynb #8bc145e4
 def _eval_options(parser: argparse.ArgumentParser):
@@ -391,6 +391,8 @@ def _annotate_options(parser: argparse.ArgumentParser):
 )
 def annotate(args) -> int:
     "Write a blinded sheet of answers for people to grade, or read one back."
+    import pandas as pd
+
     from compassion_repro.pipeline.sheets import add_sheet, make_sheet
 
     folder = _answered_folder(args.study)
@@ -403,9 +405,10 @@ def annotate(args) -> int:
         )
     prepare_libraries()
     key = make_sheet(folder, args.sample, args.out, args.seed)
+    drawn = len(pd.read_csv(key))
     show(
-        f"{args.sample} answers to grade: {args.out} (write 1 or 0 into the column grade); which is which:"
-        f" {key}, not for the people who grade\nread it back with  compassion-repro annotate {folder} --read"
-        f" {args.out}"
+        f"{drawn} answers to grade{', all that there are' * (drawn < args.sample)}: {args.out} (write 1 or 0 into"
+        f" the column grade); which is which: {key}, not for the people who grade\nread it back with "
+        f" compassion-repro annotate {folder} --read {args.out}"
     )
     return 0

@@ -207,7 +207,8 @@ def _completion_options(parser: argparse.ArgumentParser):
 
 @command(
     "print the script with which your shell completes commands, options, presets and settings",
-    'completion bash     # load it with: eval "$(compassion-repro completion bash)"',
+    'completion bash     # load it with: eval "$(compassion-repro completion bash)"; zsh likewise',
+    "completion fish     # load it with: compassion-repro completion fish | source",
     options=_completion_options,
 )
 def completion(args) -> int:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..core.errors import InputError, did_you_mean
 from ..core.files import write_atomically
 from .world import assets, write_anima
+from ..study.sections import first_misfit
 
 # %% ../../nbs/02_data/08_values.ipynb #fdac5cf1
 FIRST = "compassion"  # the value of the package's own pairs and benchmarks
@@ -76,11 +77,8 @@ def read_value(
         plain = yaml.safe_load(file.read_text(encoding="utf-8"))
         value = Value.model_validate(plain)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise InputError(
-            f"{file}: {where}: {first['msg']}; `compassion-repro value new` shows the form"
-        ) from None
+        said = first_misfit(error, "the file")
+        raise InputError(f"{file}: {said}; `compassion-repro value new` shows the form") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         where = "" if line is None else f", line {line + 1}"

@@ -32,6 +32,7 @@ from compassion_repro.evaluation.text_features import (
     word_pattern,
 )
 from ..study import Margin
+from ..study.sections import first_misfit
 from ..training.encoding import encode_prompt, ended_with, text_ids
 from ..training.models import load_model
 from ..training.templates import load_tokenizer
@@ -139,11 +140,7 @@ def _checked_pairs(entries: list[tuple], path: Path, language: str, source: str)
         try:
             pair = Pair(**{"dimension": dimension, "language": language, "source": source} | entry)
         except (ValidationError, TypeError) as error:
-            said = (
-                error.errors()[0]["msg"].removeprefix("Value error, ")
-                if isinstance(error, ValidationError)
-                else str(error)
-            )
+            said = first_misfit(error) if isinstance(error, ValidationError) else str(error)
             raise InputError(
                 f"{path}: pair {number} ({entry.get('id', '?') if isinstance(entry, dict) else entry}):"
                 f" {said}"

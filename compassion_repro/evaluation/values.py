@@ -17,6 +17,7 @@ from ..data.pocket import five_grams
 from ..data.values import Value, read_value
 from .judge_free import Pair, value_word_problem
 from .text_features import word_pattern
+from ..study.sections import first_misfit
 
 # %% ../../nbs/05_evaluation/19_values.ipynb #7342e030
 def _pairs_and_faults(value: Value) -> tuple[list[Pair], list[str]]:
@@ -41,12 +42,8 @@ def _pairs_and_faults(value: Value) -> tuple[list[Pair], list[str]]:
 
 
 def _reason(error: Exception) -> str:
-    "What pydantic says of a pair, in a few words."
-    if not isinstance(error, ValidationError):
-        return str(error)
-    first = error.errors()[0]
-    where = ".".join(map(str, first["loc"]))
-    return f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
+    "What is wrong with a pair, in a few words."
+    return first_misfit(error) if isinstance(error, ValidationError) else str(error)
 
 # %% ../../nbs/05_evaluation/19_values.ipynb #679d14a4
 ALIKE, LONGER, FEWEST = 0.33, 5.0, 20  # share of runs of five words; characters; pairs
@@ -67,7 +64,9 @@ def _faults_of_all(pairs: list[Pair]) -> list[str]:
         return []
     faults = []
     if len(pairs) < FEWEST:
-        faults.append(f"{len(pairs)} pairs are few: below {FEWEST} an interval says little")
+        faults.append(
+            f"{len(pairs)} pair{'s are' if len(pairs) > 1 else ' is'} few: below {FEWEST} an interval says little"
+        )
     gap = sum(len(pair.welfare) - len(pair.neutral) for pair in pairs) / len(pairs)
     if abs(gap) > LONGER:
         longer = "value" if gap > 0 else "neutral"

@@ -18,7 +18,7 @@ from ..core.errors import InputError
 from ..core.files import writable, write_atomically
 from ..core.lock import LOCK_FILES
 from ..store.artifact import foreign_files
-from ..store.folder import Study
+from ..store.folder import Study, difference_in_words, flat
 from ..study import Benchmark, Generation
 
 # %% ../../nbs/09_pipeline/11_evaluation_setup.ipynb #537a381c
@@ -95,7 +95,9 @@ def _differences(
     "What of two setups would give other answers."
     there, here = old.plain(), new.plain()
     settings = ("generation", "seed", "languages", "limit", "epochs")
-    differ = [f"{k}: {there[k]} there, {here[k]} here" for k in settings if there[k] != here[k]]
+    old_flat, new_flat = (flat({name: plain[name] for name in settings}) for plain in (there, here))
+    every = {**old_flat, **new_flat}
+    differ = [difference_in_words(k, old_flat, new_flat) for k in every if old_flat.get(k) != new_flat.get(k)]
     for section, label in (("benchmarks", "benchmark"), ("models", "weights of")):
         for name, value in here[section].items():
             if there[section].get(name, value) != value:

@@ -114,6 +114,8 @@ def save_pass(
 def _write_together(folder: Path, name: str):
     "Write a table of the folder again, from all passes."
     table = lay_together(folder, name, _top(folder, name))
+    if "study" in table:
+        table["study"] = Study(folder).folder.name
     with writable(folder):
         write_recorded(folder, f"{name}.parquet", table.to_parquet)
 

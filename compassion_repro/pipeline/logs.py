@@ -26,6 +26,7 @@ from ..stats.means import model_means
 from ..stats.paired import paired_difference
 from ..stats.scores import check_scores
 from ..store.artifact import foreign_files
+from ..study.sections import first_misfit
 
 if TYPE_CHECKING:  # importing Inspect takes seconds
     from inspect_ai.log import EvalLog, EvalSample
@@ -53,10 +54,7 @@ def find_logs(
 # %% ../../nbs/09_pipeline/18_logs.ipynb #a3cd59af
 def _damage(error: Exception) -> str:
     "What Inspect says of a log that it cannot read: of a missing field its place, else its first line."
-    if not isinstance(error, ValidationError):
-        return first_line(error)
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return first_misfit(error) if isinstance(error, ValidationError) else first_line(error)
 
 
 def read_log(
@@ -90,9 +88,13 @@ def benchmark_name(
 def _graders(log: "EvalLog") -> list[str]:
     "Models that graded, as far as the log says."
     roles = getattr(log.eval, "model_roles", None) or {}
-    found = [str(getattr(role, "model", role)) for name, role in roles.items() if "grade" in name]
+    found = [role for name, role in roles.items() if "grade" in name]
     named = (log.eval.task_args or {}).get("grader_models") or (log.eval.task_args or {}).get("grader_model")
-    return found or ([named] if isinstance(named, str) else [str(name) for name in named or []])
+    each = found or (named if isinstance(named, list | tuple) else [named] if named else [])
+    # a model is its name, or a record that has it
+    return [
+        str(one.get("model", one) if isinstance(one, dict) else getattr(one, "model", one)) for one in each
+    ]
 
 
 def judge_name(

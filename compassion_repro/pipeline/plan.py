@@ -655,7 +655,7 @@ def _power_notes(preset: Preset, seeds: int) -> list[str]:
     if power:
         each = ", ".join(f"{reading} {value:.0%}" for reading, value in power.items())
         lines.append(
-            f"power of the claims of no effect, within {preset.statistics.margin:g} points: {each}; so often"
+            f"power of the claims of no effect, with a margin of {preset.statistics.margin:g} points: {each}; so often"
             f" would {seeds} seed{'s' * (seeds > 1)} establish them if nothing differed, with spreads of 25 points"
             " between questions, 40 between answers and 5 between training runs"
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..core.errors import InputError
 from ..core.files import is_local, writable
+from ..data.hub import split_source
 from . import machine
 from .findings import Preflight, embedded
 from compassion_repro.pipeline.preflight_models import (
@@ -77,8 +78,14 @@ def at_hand(
             flight.unseen.append(section.task)
         return ".py@" in section.task
     sources = [source for source in (section.data, section.dimensions) if source and not embedded(source)]
-    away = [source for source in sources if not is_local(source)]
-    flight.unseen += [source for source in away if source not in flight.unseen]
+    away = [source for source in sources if not is_local(source) and not source.startswith("value:")]
+    for source in away:
+        with flight.trying():
+            if "/" not in split_source(source)[0]:
+                raise InputError(
+                    f"benchmark data {source!r} is neither an existing folder nor a hub id owner/name@revision"
+                )
+            flight.unseen += [source] * (source not in flight.unseen)
     return bool(sources) and not away
 
 # %% ../../nbs/09_pipeline/09_preflight.ipynb #707e60e3

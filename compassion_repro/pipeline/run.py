@@ -365,23 +365,6 @@ def known_training(
         }
     return record
 
-# %% ../../nbs/09_pipeline/10_run.ipynb #0d517ffb
-def _own_scores(study: Study):
-    """The study's scores, checked; None where it has no benchmark. Raises `InputError` where they are of
-    another study.
-    """
-    from compassion_repro.stats.scores import check_scores
-
-    if not study.preset.benchmarks and not (study.folder / "scores.parquet").exists():
-        return None
-    table, name, file = study.table("scores"), study.folder.name, study.folder / "scores.parquet"
-    if foreign := set(table.get("study", [])) - {name}:
-        raise InputError(
-            f"{file} belongs to the study {sorted(map(str, foreign))[0]!r}, not to {name!r}: if the folder"
-            f" was renamed, `compassion-repro run --out {study.folder}` writes its tables again"
-        )
-    return check_scores(table, name, str(file))
-
 # %% ../../nbs/09_pipeline/10_run.ipynb #7304b232
 def _table_if_any(study: Study, name: str):
     "A table of the study; None where it has none."
@@ -424,12 +407,13 @@ def judge_study(
     "Verdicts of a study from its tables; nothing is written. Raises `InputError` for a damaged table."
     from compassion_repro.stats.claims import judge_claims
     from compassion_repro.stats.general import study_claims, study_families
+    from compassion_repro.store.results import own_scores
 
     preset = study.preset
     claims, families = study_claims(preset), study_families(preset)
     if registered:
         found, (preset, claims, families) = _registered(study)
-    scores, margins = _own_scores(study), _table_if_any(study, "margin")
+    scores, margins = own_scores(study), _table_if_any(study, "margin")
     measured = margins if scores is None else scores
     training = known_training(study, set(zip(measured["model"], measured["seed"])))
     grades, answers = _table_if_any(study, "grades"), _table_if_any(study, "answers")

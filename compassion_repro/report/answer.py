@@ -239,7 +239,8 @@ def _arm_clause(record: ClaimRecord) -> tuple[str, str]:
         high, low = (other, arm) if record.verdict in turned else (arm, other)
         return turned.get(record.verdict, record.verdict), f"{high} scores higher than {low}"
     if record.claim == "G1":
-        return record.verdict, f"{arm} keeps more than half of what mid-training added"
+        share = "half" if record.margin in (None, 50) else f"{record.margin:g} %"
+        return record.verdict, f"{arm} keeps more than {share} of what mid-training added"
     return record.verdict, f"the training of {arm} wears away what mid-training added"
 
 

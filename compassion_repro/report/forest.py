@@ -14,7 +14,9 @@ import pandas as pd
 from ..core.errors import InputError
 from ..paper import JUDGE_FREE
 from .looks import new_figure, paper_mark
+from ..stats.claim_table import figures_in_words
 from ..stats.claims import ClaimRecord, ClaimTable
+from ..stats.verdicts import region, region_in_words
 
 # %% ../../nbs/08_report/02_forest.ipynb #fddb0e78
 # colour, marker
@@ -71,15 +73,9 @@ def shown_claims(
 # %% ../../nbs/08_report/02_forest.ipynb #db8ff687
 def claim_figures(
     row,  # a row of `claim_rows`
-) -> str:  # "+5.3 [+2.9, +7.7]", or nothing
+) -> str:  # "+5.3 [+2.9, +7.7] points", or nothing
     "Estimate and interval as text, with true minus signs."
-    if pd.isna(row.estimate):
-        return ""
-    form = "{:+.3f}" if row.scale in ("log odds", "nats a token") else "{:+.1f}"
-    unit = {"log odds": " log odds", "nats a token": " nats", "percent of the gain": " %"}
-    unit = unit.get(row.scale, " points")
-    interval = "" if pd.isna(row.low) else f" [{form}, {form}]".format(row.low, row.high)
-    return (form.format(row.estimate) + interval + unit).replace("-", "−")
+    return figures_in_words(row.estimate, row.low, row.high, row.scale or "points").replace("-", "−")
 
 # %% ../../nbs/08_report/02_forest.ipynb #dfeacf28
 def _point_colours(colour: str, procedure: bool) -> dict:
@@ -93,14 +89,8 @@ def _draw_claim(axes, place: int, row, limits: tuple[float, float]) -> None:
     "One row of the forest: margin band, interval, estimate, the paper's figure."
     colour, marker = VERDICT_LOOKS[row.verdict]
     if pd.notna(row.margin):
-        axes.fill_betweenx(
-            [place - 0.42, place + 0.42],
-            row.margin if row.kind == "retention" else -row.margin,
-            row.margin if row.kind == "equivalence" else limits[1],
-            color="#CFE0EE",
-            linewidth=0,
-            zorder=0,
-        )
+        band = np.clip(region(row.kind, row.margin), *limits)
+        axes.fill_betweenx([place - 0.42, place + 0.42], *band, color="#CFE0EE", linewidth=0, zorder=0)
     if pd.notna(row.estimate):
         check = row.verdict == "no verdict"
         line = {"color": colour, "linewidth": 1 if check else 2, "linestyle": ":" if check else "-"}
@@ -153,8 +143,10 @@ def _claim_legend(figure, rows: pd.DataFrame) -> None:
         handles.append(Line2D([], [], **mark, label="its rules changed after they were registered"))
     if rows["paper"].notna().any():
         handles.append(paper_mark())
-    if rows["margin"].notna().any():
-        handles.append(Patch(facecolor="#CFE0EE", label="margin of a claim of no (or no smaller) effect"))
+    banded = rows.dropna(subset="margin")
+    if len(banded):
+        regions = dict.fromkeys(map(region_in_words, banded["kind"], banded["margin"]))
+        handles.append(Patch(facecolor="#CFE0EE", label=f"where the line must lie: {', '.join(regions)}"))
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
 
 # %% ../../nbs/08_report/02_forest.ipynb #284ff275

@@ -210,7 +210,8 @@ def _inference(files: StudyFiles) -> list[str]:
     if all(record.registered is None for record in records):
         notes.append("The rules were not registered before the first stage of this study.")
     nulls = [r for r in records if r.scale == "points" and r.smallest_margin]
-    margins = {r.reading: f"{r.reading} ±{r.smallest_margin:.1f}" for r in nulls}
+    signs = {r.reading: "−" if r.kind == "non-inferiority" else "±" for r in nulls}
+    margins = {r.reading: f"{r.reading} {signs[r.reading]}{r.smallest_margin:.1f}" for r in nulls}
     if margins:
         notes.append(
             "Smallest margin for which a true effect of zero could have been called none:"

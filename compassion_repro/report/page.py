@@ -152,6 +152,7 @@ def _first_screen(files: StudyFiles) -> dict:
         "shares": shares,
         "rows": kept_rows(shares),
         "ticks": kept_ticks(files.preset.statistics.retention),
+        "threshold": f"{files.preset.statistics.retention:g}",
     }
 
 # %% ../../nbs/08_report/10_page.ipynb #9c41d200

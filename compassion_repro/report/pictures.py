@@ -101,8 +101,8 @@ def _score_pictures() -> dict[str, Picture]:
         ),
         "retention": Picture(
             "What is kept",
-            "An arm whose whole line is right of the dashed line keeps more than half of what mid-training"
-            " added; at zero all of it is gone, at 100 nothing.",
+            "An arm whose whole line is right of the dashed line keeps more than the share that counts as kept"
+            " (half, unless `statistics.retention` says otherwise); at zero all of it is gone, at 100 nothing.",
             "Share of what mid-training added that each arm keeps, in log odds, with Fieller’s interval.",
             lambda f: plot_retention(_kept(f), f.preset.statistics),
             lambda f: f.kept,

@@ -26,7 +26,7 @@ from .forest import claim_figures, claim_rows
 from .looks import benchmark_rank, model_name, panel_title
 from ..stats.claim_table import ClaimTable
 from ..stats.scores import model_rank
-from ..stats.verdicts import VERDICTS
+from ..stats.verdicts import VERDICTS, region_in_words
 from ..store.results import StudyFiles
 from ..study.arms import TRAINING, measured
 
@@ -73,9 +73,7 @@ def claim_table(
                 _number(row.paper, "{:+.1f}") or _number(row.paper_ratio, "ratio {:g}") for row in each
             ],
             "agrees in": rows["agreement"],
-            "margin": [
-                _number(row.margin, "±{:g}" if row.kind == "equivalence" else "−{:g}") for row in each
-            ],
+            "interval must lie": [region_in_words(row.kind, row.margin) for row in each],
             "questions × seeds": [f"{row.questions} × {row.seeds}" if row.questions else "" for row in each],
             "why": [row.reason + _changed_rules(row) for row in each],
         }
@@ -92,7 +90,7 @@ def general_tables(
     if not claims.general.records:
         return {"summary": None, "readings": None}
     brief = [(f"{claim}: {text}", on, said) for claim, text, on, said in claims.summary()]
-    readings = claim_table(claims.general).drop(columns=["paper", "agrees in", "margin"])
+    readings = claim_table(claims.general).drop(columns=["paper", "agrees in"])
     return {
         "summary": pd.DataFrame(brief, columns=["claim", "measured on", "verdicts"]),
         "readings": readings,

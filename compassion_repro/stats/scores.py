@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['SCORE_COLUMNS', 'ITEM_KEYS', 'DRAWN', 'DRAWN_SIZE', 'MEAN_OF_JUDGES', 'TASK', 'GRADE_COLUMNS', 'ANSWER_COLUMNS',
-           'draw_scores', 'check_columns', 'check_scores', 'read_scores', 'item_scores', 'one_judge', 'model_rank',
-           'in_languages', 'dimension_means', 'dimension_normalised', 'mean_of_judges', 'with_task_scores',
-           'scores_from_grades', 'dimension_weights', 'without_template', 'question_texts', 'answer_summary']
+           'draw_scores', 'check_columns', 'check_scores', 'item_scores', 'one_judge', 'model_rank', 'in_languages',
+           'dimension_means', 'dimension_normalised', 'mean_of_judges', 'with_task_scores', 'scores_from_grades',
+           'dimension_weights', 'without_template', 'question_texts', 'answer_summary']
 
 # %% ../../nbs/06_stats/01_scores.ipynb #0723ea93
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -132,26 +131,6 @@ def check_scores(
     if frame.duplicated(["judge", "model", "seed", "benchmark", "question_id", "epoch", "dimension"]).any():
         raise InputError(f"{what} holds the same question, epoch and dimension of a model twice")
     return frame.assign(score=numbers)
-
-# %% ../../nbs/06_stats/01_scores.ipynb #6333cb10
-def read_scores(
-    path: str | Path,  # `scores.parquet` of a study
-    study: str | None = None,  # name of the study they must belong to, where it is known
-) -> pd.DataFrame:  # checked rows, see `check_scores`
-    """Read and check a study's scores.
-
-    Raises `InputError` in one line for a file that is missing, cut short or of something else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"no scores at {path}: run the study first")
-    try:
-        frame = pd.read_parquet(path)
-    except (OSError, ValueError) as error:  # pyarrow's errors derive from these
-        raise InputError(
-            f"{path} is not a readable Parquet file (cut short?): run the study again to rebuild it"
-        ) from error
-    return check_scores(frame, study, str(path))
 
 # %% ../../nbs/06_stats/01_scores.ipynb #062dcfa1
 def item_scores(

@@ -27,7 +27,7 @@ from .cells import SCALES, CellSums, language_strata
 from .estimates import contrast_of
 from .general import general_claims
 from .scores import in_languages
-from .verdicts import ClaimRecord, correct_families, judge_record
+from .verdicts import ClaimRecord, correct_families, judge_record, region
 from ..study import ARMS, Statistics
 
 # %% ../../nbs/06_stats/10_simulation.ipynb #54f969f5
@@ -287,10 +287,8 @@ def is_true(
     value: float,  # true value
 ) -> bool:
     "Whether a claim is true at a value; on the edge of its region it is not."
-    value = round(value, 6)
-    if record.kind == "equivalence":
-        return abs(value) < record.margin
-    return value > {"superiority": 0, "retention": record.margin}.get(record.kind, -(record.margin or 0))
+    low, high = region(record.kind, record.margin)
+    return low < round(value, 6) < high
 
 # %% ../../nbs/06_stats/10_simulation.ipynb #464ab702
 def outcome(

@@ -278,7 +278,8 @@ def _layers(model: str, arms: Mapping[str, ArmSettings], seen: tuple[str, ...] =
     if like is None:
         return [*layers, (name, ArmSettings())]
     if like.partition("@")[0] not in {one.partition("@")[0] for one in arms} | {*ARMS, *CROSSED}:
-        raise ValueError(f"{name} is like {like!r}, which is no arm: use one of {', '.join([*arms, *ARMS])}")
+        there = ", ".join(dict.fromkeys((*arms, *ARMS)))
+        raise ValueError(f"arms.{name}.like is {like!r}, which is no arm: use one of {there}")
     return layers + _layers(like, arms, (*seen, name))
 
 # %% ../../nbs/01_study/04_arms.ipynb #a2b50015

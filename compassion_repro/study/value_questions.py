@@ -45,6 +45,9 @@ def with_questions(
     if not isinstance(given, Mapping) or not given:
         return dict(values)
     named = named.split(",") if isinstance(named, str) else named
+    named = (
+        named if isinstance(named, list | tuple) else ()
+    )  # anything else is refused with all that is wrong
     first = next(iter(given.values()))
     often = {"epochs": first["epochs"]} if isinstance(first, Mapping) and "epochs" in first else {}
     sources = {one.get("data") for one in given.values() if isinstance(one, Mapping)}

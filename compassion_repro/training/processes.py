@@ -49,6 +49,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from ..core.compat import accelerate_environment, die_with_parent, hold_to_one_gpu
 from ..core.errors import InputError, first_line, shorten, top_line
 from ..study import Dpo, Grpo, Preset, Training
+from ..study.sections import first_misfit
 from .device import TrainSetup, load_held, train_setup
 from .encoding import IGNORE
 from .models import load_model
@@ -92,7 +93,7 @@ def share(
         return shared.model_copy(update={"learning_rate": training.learning_rate})  # 0 in a sham arm
     except ValidationError as error:
         raise InputError(
-            f"compute.processes={processes} does not suit the stage: {error.errors()[0]['msg']}"
+            f"compute.processes={processes} does not suit the stage: {first_misfit(error)}"
         ) from None
 
 # %% ../../nbs/04_training/15_processes.ipynb #f9a61d42

@@ -1,6 +1,7 @@
 """`audit`: anybody's checkpoints, their kinds, the exit status, other tokenizers, and what is refused."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -67,8 +68,26 @@ def test_other_tokenizers_are_compared_by_the_byte(models, tmp_path, capsys, mon
     assert cli.main(["audit", "world:base", str(models / "letters"), *SMALL, *limit]) == status
     printed = capsys.readouterr().out
     assert "nats a byte" in printed and "The tokenizers differ" in printed and "no KL" in printed
-    record = json.loads((tmp_path / "audits" / "letters" / "audit.json").read_text(encoding="utf-8"))
+    (place,) = (tmp_path / "audits").iterdir()
+    record = json.loads((place / "audit.json").read_text(encoding="utf-8"))
     assert record["unit"] == "nats a byte" and record["tolerance"] == (9 if tolerance else 0.005)
+
+
+def test_checkpoints_that_are_called_alike_are_kept_apart(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    alike = ["one/ck-2", "two/ck-2"]
+    for name in alike:
+        shutil.copytree(BASE, name)
+    fast = ["--pairs", "world", "--answers", "0"]
+    for afters in (alike[:1], alike[1:], alike):
+        assert cli.main(["audit", "world:base", *afters, *fast]) == 0
+    folders = sorted(path.name for path in (tmp_path / "audits").iterdir())
+    assert [name.rpartition("-")[0] for name in folders] == ["one-ck-2", "two-ck-2", "two-ck-2"]
+    printed = capsys.readouterr().out
+    assert all(f"audits/{name}/audit.html" in printed for name in folders)
+    last = printed[printed.index("one/ck-2", printed.index("audit.html", printed.index("audit.html") + 1)) :]
+    for name in alike:  # both are told apart in the words and in the table
+        assert sum(line.startswith((f"{name}:", f"{name} ")) for line in last.splitlines()) == 2, last
 
 
 @pytest.mark.parametrize(

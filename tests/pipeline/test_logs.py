@@ -41,6 +41,7 @@ def test_official_logs_give_the_same_scores(evaluated, tmp_path, capsys):
         assert first["score"].fillna(-1).tolist() == second["score"].fillna(-1).tolist()
         assert first["language"].tolist() == second["language"].tolist()
     assert {row["benchmark"] for row in record["means"]} == {"anima", "moru"}
+    assert {row["judge"] for row in record["means"]} == {"indicator/rubric"}  # a name, not a record
     assert (tmp_path / "scores" / "score.html").is_file() and len(record["outcomes"]) >= 2
 
 
@@ -83,7 +84,7 @@ def test_logs_in_the_shapes_of_older_versions_give_the_same_scores(evaluated, tm
     [
         ({"version": 99}, "version 99"),
         ({"samples": []}, "no scored sample"),
-        ({"eval": {}}, "eval.created: Field required"),
+        ({"eval": {}}, "eval.created is missing"),
     ],
 )
 def test_a_log_that_cannot_be_read_is_refused_in_one_line(changes, line, evaluated, tmp_path, capsys):

@@ -25,6 +25,7 @@ from compassion_repro.stats import (
 from compassion_repro.stats import (
     scores as scores_module,
 )
+from compassion_repro.store.folder import Study
 from compassion_repro.study import Statistics
 
 QUICK = Statistics(resamples=1000)
@@ -317,23 +318,22 @@ def test_interval_covers_through_the_real_path():
         (lambda table: table.assign(item_id=None), "rows without item_id"),
     ],
 )
-def test_spoiled_scores_get_one_clear_line(scores, tmp_path, spoil, message):
-    spoil(scores).to_parquet(tmp_path / "scores.parquet")
+def test_spoiled_scores_get_one_clear_line(scores, spoil, message):
     with pytest.raises(InputError, match=message) as caught:
-        scores_module.read_scores(tmp_path / "scores.parquet", study="drawn")
+        scores_module.check_scores(spoil(scores), study="drawn")
     assert "\n" not in str(caught.value)
 
 
 def test_broken_files_get_one_clear_line(scores, tmp_path):
-    path = tmp_path / "scores.parquet"
-    with pytest.raises(InputError, match="no scores at"):
-        scores_module.read_scores(path)
-    scores.to_parquet(path)
-    whole = path.read_bytes()
+    study = Study(tmp_path)
+    with pytest.raises(InputError, match="has no scores.parquet"):
+        study.table("scores")
+    scores.to_parquet(tmp_path / "scores.parquet")
+    whole = (tmp_path / "scores.parquet").read_bytes()
     for content in (whole[:-100], whole[: len(whole) // 2], b"", b"not a table"):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match="not a readable Parquet file") as caught:
-            scores_module.read_scores(path)
+        (tmp_path / "scores.parquet").write_bytes(content)
+        with pytest.raises(InputError, match="is damaged") as caught:
+            study.table("scores")
         assert "\n" not in str(caught.value)
     for content in (b"", b"[{", b"[]", b'{"a": 1}', b'[{"claim": "C1"}]', b"\xff\xfe"):
         (tmp_path / "claims.json").write_bytes(content)
@@ -690,7 +690,7 @@ import pandas as pd
 from compassion_repro.stats import claims, estimates, scores; from compassion_repro.report import figures
 from compassion_repro.presets import load_preset
 TINY = load_preset('tiny')
-scores = scores.read_scores(sys.argv[1] + "/scores.parquet", "drawn")
+scores = scores.check_scores(pd.read_parquet(sys.argv[1] + "/scores.parquet"), "drawn")
 table = claims.judge_claims(scores, {}, TINY, pd.read_parquet(sys.argv[1] + "/grades.parquet"))
 open(sys.argv[1] + "/claims.json", "w").write(table.to_json())
 print(claims.read_claims(sys.argv[1] + "/claims.json")["C1"].verdict, len(estimates.retention(scores)), len(figures.score_table(scores)))

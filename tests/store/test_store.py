@@ -9,6 +9,7 @@ import pytest
 from conftest import CRASH_SIZE, copy_study, settings, start_study, wait_for
 
 from compassion_repro import cli
+from compassion_repro.cli.__main__ import build_parser
 from compassion_repro.core import files
 from compassion_repro.core.errors import InputError
 from compassion_repro.pipeline import run
@@ -158,12 +159,57 @@ def test_two_runs_at_once_and_one_that_was_killed(study_copy, finished, capsys):
 
 def test_a_study_goes_on_where_it_is_taken(finished, tmp_path):
     there = copy_study(finished, tmp_path / "elsewhere" / "renamed")
-    with pytest.raises(InputError, match="belongs to the study"):
-        run.analyse(Study(there), page=False)
     assert any("24 done, 0 to run" in line for line in carry_on(there))
     assert set(pd.read_parquet(there / "scores.parquet").study) == {"renamed"} and same_scores(
         finished, there
     )
+
+
+ON_A_STUDY = {  # every command that takes a study: what to add
+    "claims": [["--registered"], ["--general"]],
+    "report": [[]],
+    "tradeoff": [["--json"]],
+    "export": [["--to", "csv", "--out", "answers.csv"]],
+    "judge": [["--judge", "strict"], ["--judge", "indicator", "--again"]],
+    "annotate": [["--sample", "4", "--out", "sheet.csv"], ["--read", "sheet.csv"]],
+    "push": [["mid", "--to", "me/mid", "--dry-run"]],
+}
+
+
+def of_a_study() -> set[str]:
+    "The commands whose first word is a study."
+    commands = build_parser().commands
+    for parser in commands.values():
+        parser.add_own_options()
+    return {name for name, own in commands.items() if any(a.dest == "study" for a in own._actions)}
+
+
+def test_every_command_takes_a_copy_under_another_name(finished, tmp_path, no_pictures, monkeypatch, capsys):
+    assert set(ON_A_STUDY) == of_a_study()
+    monkeypatch.chdir(tmp_path)
+    for name, each in ON_A_STUDY.items():
+        there = copy_study(finished, tmp_path / f"for-{name}")
+        for words in each:
+            if "--read" in words:
+                sheet = pd.read_csv("sheet.csv")
+                sheet.assign(grade=1).to_csv("sheet.csv", index=False)
+            status = cli.main([name, str(there), *words])
+            assert status == 0, (name, words, capsys.readouterr().err)
+        assert (
+            cli.main(["claims", str(there), "--registered"]) == 0
+        )  # and a judge's rows do not mix the names
+        assert set(Study(there).table("scores")["study"]) == {there.name}
+    assert (there.parent / "for-report" / "report.html").is_file()
+
+
+def test_a_table_that_was_put_there_keeps_its_name(finished, tmp_path, capsys):
+    there = copy_study(finished, tmp_path / "renamed")
+    (there / "record.json").unlink()  # nothing says any more that the table was written here
+    for name in ("report", "tradeoff"):
+        assert cli.main([name, str(there)]) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and "belongs to the study 'study', not to 'renamed'" in told
+        assert f"run --out {there}" in told
 
 
 def test_rows_that_stayed_behind(finished, tmp_path):

@@ -154,7 +154,7 @@ def test_arms_that_start_from_one_without_a_jail_are_left_out(monkeypatch):
     [
         ("arms.a={paradigm: ppo, rows: a.jsonl}", "'arms.a.paradigm': unknown paradigm"),
         ("arms.a={paradigm: sft, rows: a.jsonl, start: a}", "an arm starts from itself (a from a)"),
-        ("arms.a={like: b}", "a is like 'b', which is no arm"),
+        ("arms.a={like: b}", "arms.a.like is 'b', which is no arm"),
         ("arms.a={paradigm: sft, rows: 'world:nothing'}", "world:nothing"),
         (
             "arms.a={paradigm: dpo, rows: 'pocket:schedule'}",

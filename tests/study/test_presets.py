@@ -7,10 +7,12 @@ import re
 import shutil
 import types
 from dataclasses import replace
+from typing import Literal, get_args, get_origin
 
 import pytest
 import torch
 from conftest import assert_one_line, settings
+from pydantic import BaseModel
 
 from compassion_repro import cli
 from compassion_repro.cli.preset_file import preset_template
@@ -24,7 +26,7 @@ from compassion_repro.pipeline import run as pipeline
 from compassion_repro.presets import build_preset, load_preset, with_settings
 from compassion_repro.store.folder import Study
 from compassion_repro.store.graph import graph, source_digest
-from compassion_repro.study import check_judge
+from compassion_repro.study import Preset, check_judge
 from compassion_repro.training import gpu_hours, memory
 
 SCALE = ("paper", "colab", "released")
@@ -565,3 +567,62 @@ def test_a_mistyped_name_is_answered_with_the_near_one(mistyped, near):
 def test_a_name_of_your_own_is_not_taken_for_a_slip():
     with pytest.raises(InputError, match="arms.sft-maths needs rows: a path"):
         load_preset("tiny", ["arms.sft-maths.steps=3"])
+
+
+# --- a wrong value of any setting
+# ------------------------------------------------------------------------------------------------------------------
+
+WRONG = ("no such thing", "[1, {b: 2}]", "{a: 1}", "-7.5", "true", "null", "''", "[]")  # as YAML
+NAMES = {"arms": "sft-help", "benchmarks": "anima"}  # one that `tiny` has, where the user chooses the name
+RAW = re.compile(  # pydantic's words and marks
+    r"Input should|Field required|Extra inputs|Value error|validation|valid (integer|string|number|boolean)"
+    r"|literal\[|function-|constrained|_Truth|\.(bool|int|str|float)'|\bNone\b|\b(True|False)\b"
+)
+
+
+def settings_with_types(section=Preset, prefix: str = ""):
+    "Every setting by its dotted name, with its type."
+    for name, field in section.model_fields.items():
+        name, kinds = prefix + (field.alias or name), (field.annotation, *get_args(field.annotation))
+        inner = [one for one in kinds if isinstance(one, type) and issubclass(one, BaseModel)]
+        if inner:
+            yield from settings_with_types(
+                inner[0], f"{name}.{NAMES[name]}." if name in NAMES else f"{name}."
+            )
+        if not inner or inner[0] is not field.annotation:
+            yield name, field.annotation
+
+
+def choices(kind) -> list[str]:
+    "The words that a setting may be, and true and false."
+    if get_origin(kind) is Literal:
+        return [repr(one) for one in get_args(kind)]
+    found = [word for one in get_args(kind) for word in choices(one)]
+    return found + ["true or false"] * (kind is bool)
+
+
+@pytest.mark.parametrize("key, kind", [pytest.param(*pair, id=pair[0]) for pair in settings_with_types()])
+def test_a_wrong_value_is_told_with_what_is_allowed(key, kind):
+    tiny, lines = load_preset("tiny"), {}
+    for wrong in WRONG:
+        try:
+            with_settings(tiny, [f"{key}={wrong}"])
+        except InputError as error:
+            lines[wrong] = str(error)
+    assert lines, f"{key} takes anything"
+    for wrong, line in lines.items():
+        assert "\n" not in line and not RAW.search(line), (wrong, line)
+        assert key in line or key.rpartition(".")[0] in line, (
+            wrong,
+            line,
+        )  # a rule of the section names that
+    if get_origin(kind) not in (tuple, dict) and "{a: 1}" in lines:
+        assert all(word in lines["{a: 1}"] for word in choices(kind)), lines["{a: 1}"]
+        assert f"'{key}'" in lines["{a: 1}"] and ", got {" in lines["{a: 1}"], lines["{a: 1}"]
+
+
+def test_a_value_of_several_types_is_one_problem():
+    for key in ("compute.recorded", "compute.liger"):
+        with pytest.raises(InputError) as told:
+            load_preset("tiny", [f"{key}=maybe"])
+        assert f": '{key}': should be 'auto', or true or false, got 'maybe'; `" in str(told.value)

@@ -79,8 +79,16 @@ CASES = [
         "refused: .*has anima, moru, leak",
         with_sets("benchmarks.muro=null"),
     ),
-    Case("null for a corpus", "refused: .*'data.control' needs a value", with_sets("data.control=null")),
-    Case("null for all benchmarks", "refused: .*'benchmarks' needs a value", with_sets("benchmarks=null")),
+    Case(
+        "null for a corpus",
+        "refused: .*'data.control': should be a path.*, got null",
+        with_sets("data.control=null"),
+    ),
+    Case(
+        "null for all benchmarks",
+        "refused: .*'benchmarks': should be a section.*, got null",
+        with_sets("benchmarks=null"),
+    ),
     Case(
         "empty benchmarks",
         "ok: 0 benchmarks, pairs world",
