@@ -207,7 +207,7 @@ def _result(ray, reference, name: str):
 # %% ../../nbs/09_pipeline/03_ray_engine.ipynb #9ae72747
 GRACE_SECONDS = 30  # that a cancelled stage has to save what it can; by force a Ray under load may abort
 SETTLE_SECONDS = 1  # in which tasks that are on their way reach their workers, or end by themselves
-QUIET_SECONDS = 2  # without a trace of a stage that was ended by force, after which its process is dead
+QUIET_SECONDS = 10  # without a trace of a stage that was ended by force, after which its process is dead
 
 
 def _hear(ray, lines, stages: dict[str, Stage], progress: Progress):
@@ -231,27 +231,27 @@ def _follow(ray, references: dict, lines, stages: dict[str, Stage], progress: Pr
             progress.ends(stage, _result(ray, reference, f"seed {stage.seed}, {stage.id}"))
 
 # %% ../../nbs/09_pipeline/03_ray_engine.ipynb #fe24db2d
-def _cancel(ray, references: list) -> bool:
-    "End the tasks that are not finished: first by an interrupt, after a while by force; whether it took force."
+def _cancel(ray, references: list) -> float:  # seconds that it may still take until their processes are quiet
+    "End the tasks that are not finished: first by an interrupt, after a while by force."
 
     def unfinished(seconds):
         return ray.wait(references, num_returns=len(references), timeout=seconds)[1]
 
     # Ray 2.60 aborts the driver where it cancels a task that it is handing to a worker at that moment
     if not unfinished(SETTLE_SECONDS):
-        return False
+        return 0
     for force, seconds in ((False, GRACE_SECONDS), (True, 3)):
         for reference in unfinished(0):
             ray.cancel(reference, force=force)
         if not unfinished(seconds):
             break
-    return force
+    return QUIET_SECONDS if force else SETTLE_SECONDS
 
 
 def _clear(study: Study, stages: list[Stage], quiet: float = 0):
     """Remove what ended stages left half made, until nothing of it has come back for `quiet` seconds.
 
-    Ray calls a task that it ends by force finished before its process is dead: it may write on for a moment.
+    Ray calls a task that it ends finished before its process is dead: under load it may write on for seconds.
     """
     places = [hidden(study.folder / stage.place, "partial") for stage in stages]
     began = seen = time.monotonic()
@@ -308,8 +308,7 @@ def run_on_ray(
             tasks += references.values()
             _follow(ray, references, lines, {stage.place: stage for stage in stages}, progress)
         finally:
-            forced = _cancel(ray, tasks)
-            _clear(study, stages, QUIET_SECONDS if forced else 0)
+            _clear(study, stages, _cancel(ray, tasks))
             lines.shutdown()
 
 # %% ../../nbs/09_pipeline/03_ray_engine.ipynb #708f6138
