@@ -15,6 +15,7 @@ from .preflight_rows import row_sources
 from ..presets import load_preset, presets
 from ..study import Preset, data_label, data_parts
 from ..study.arms import PARADIGMS, REWARD_MODEL
+from ..study.points import unequal_schedules
 from ..training import gguf
 
 # %% ../../nbs/09_pipeline/08_preflight_settings.ipynb #275e9e11
@@ -79,7 +80,7 @@ def idle_settings(
             )
     if preset.outcomes and not preset.benchmarks:
         found.append(f"outcomes={preset.outcomes} has no effect: this study asks no questions (benchmarks)")
-    return found + unused_sources(preset)
+    return found + unequal_schedules(preset) + unused_sources(preset)
 
 # %% ../../nbs/09_pipeline/08_preflight_settings.ipynb #c70c97bf
 def unused_sources(

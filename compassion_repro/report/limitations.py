@@ -14,6 +14,7 @@ from .forest import claim_rows, shown_claims
 from .looks import model_name, panel_title
 from ..stats.gates import unmeasured_kl
 from ..store.results import StudyFiles
+from ..study.points import unequal_schedules
 
 # %% ../../nbs/08_report/06_limitations.ipynb #b2ce8c54
 def _seeds_note(seeds: int) -> str:
@@ -147,6 +148,7 @@ def _training(files: StudyFiles) -> list[str]:
         notes.append(
             f"Not shown to be trained (the interval of the gain on held-out data touches zero): {names}."
         )
+    notes += [f"{line[0].upper()}{line[1:]}." for line in unequal_schedules(files.preset)]
     notes += _unequal_doses(files.manifests) + _unmeasured_kl(files.manifests)
     return notes + _faults_by_model(files.manifests)
 
