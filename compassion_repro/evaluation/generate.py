@@ -502,8 +502,9 @@ def find_local(
         and not model.startswith("world:")
         and not re.fullmatch(r"(hf/)?\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?", model)
     ):
+        missing = " (no such folder)" if model.startswith((".", "/", "~")) else ""
         raise InputError(
-            f"unknown model {model!r}: give a folder, a hub id owner/name, or an Inspect model id such as"
+            f"unknown model {model!r}{missing}: give a folder, a hub id owner/name, or an Inspect model id such as"
             " openai/gpt-4o-mini"
         )
     return find_model(str(place) if place.exists() else model.removeprefix("hf/"))

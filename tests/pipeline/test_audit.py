@@ -94,7 +94,7 @@ def test_checkpoints_that_are_called_alike_are_kept_apart(tmp_path, capsys, monk
     "words, line",
     [
         (["openai/gpt-4o"], "audit needs weights"),
-        (["./nowhere"], "unknown model './nowhere'"),
+        (["./nowhere"], "unknown model './nowhere' (no such folder)"),
         (["world:base", "--pairs", "writen"], "unknown pairs 'writen'"),
         (["world:base", "--pairs", "world,world"], "named twice"),
         (["world:base", "--value", "courage"], "unknown value 'courage'"),
