@@ -231,17 +231,27 @@ def _level(claims: ClaimTable) -> str:
     return f"{runs}: the verdicts are about these checkpoints; other training runs may come out otherwise."
 
 # %% ../../nbs/08_report/07_answer.ipynb #7e1d0902
-def _arm_clause(record: ClaimRecord) -> tuple[str, str]:
-    "Verdict and clause of a general record; of a pair that came out the other way round those of the reverse."
+def _arm_clause(record: ClaimRecord) -> tuple[str, str, str]:
+    "Verdict, arm and what is said of it; of a pair that came out the other way round those of the reverse."
     arm, other = (*record.models, "")[:2]
     turned = {"contradicted": "supported", "fails for these checkpoints": "holds for these checkpoints"}
     if record.claim == "G3":
         high, low = (other, arm) if record.verdict in turned else (arm, other)
-        return turned.get(record.verdict, record.verdict), f"{high} scores higher than {low}"
+        return turned.get(record.verdict, record.verdict), high, f"{{}} scores higher than {low}"
     if record.claim == "G1":
         share = "half" if record.margin in (None, 50) else f"{record.margin:g} %"
-        return record.verdict, f"{arm} keeps more than {share} of what mid-training added"
-    return record.verdict, f"the training of {arm} wears away what mid-training added"
+        return record.verdict, arm, f"{{}} keeps more than {share} of what mid-training added"
+    return record.verdict, arm, "the training of {} wears away what mid-training added"
+
+
+def _clauses(said: Sequence[tuple[str, str, str]], verdict: str) -> list[str]:
+    "The clauses of a verdict; arms of which the same is said share one."
+    subjects = {}
+    for word, arm, words in said:
+        if word == verdict:
+            subjects.setdefault(words, []).append(arm)
+    each = lambda arms: f"each of {', '.join(arms[:-1])} and {arms[-1]}" if len(arms) > 1 else arms[0]
+    return [words.format(each(arms)) for words, arms in subjects.items()]
 
 
 def general_sentences(
@@ -254,7 +264,7 @@ def general_sentences(
     own = [r for r in tested if (r.judge, r.benchmark) == (tested[0].judge, tested[0].benchmark)]
     said, found = [_arm_clause(r) for r in own if r.claim != "G3" or r.verdict in DECIDED], []
     for verdict in SENTENCES:
-        if clauses := [clause for word, clause in said if word == verdict]:
+        if clauses := _clauses(said, verdict):
             found.append(_sentence(verdict, clauses))
     return [f"This study's own arms, on {measured_on(own[0])}. {found[0]}", *found[1:]] if found else []
 
