@@ -54,7 +54,7 @@ def region_in_words(
     words = {"equivalence": "within ±{:g} points", "non-inferiority": "above −{:g} points"}
     return (words | {"retention": "above {:g} %"}).get(kind, "").format(margin)
 
-
+# %% ../../nbs/06_stats/07_verdicts.ipynb #c0ffe102
 def verdict_of(
     kind: str,  # as for `region`
     interval: Interval,  # on the scale of the reading

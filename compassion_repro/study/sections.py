@@ -64,7 +64,7 @@ def misfit_words(
     words = re.sub(" after validation, not [0-9]+$", "", words)
     return words.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
 
-
+# %% ../../nbs/01_study/03_sections.ipynb #c0ffe101
 def first_misfit(
     error: ValidationError,  # of any model
     whole: str = "",  # what to call a misfit of the whole
