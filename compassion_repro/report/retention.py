@@ -146,7 +146,8 @@ def _against(rows: pd.DataFrame, threshold: float) -> str:
         return f"; every interval is above {threshold:g} %"
     below = rows[rows["high"] < threshold]
     names = ", ".join(dict.fromkeys(map(model_name, below["model"])))
-    return f"; the interval of {names} is below {threshold:g} %" if names else ""
+    lost = f"; {names} surely keeps less than {threshold:g} %, a loss of any cause"
+    return f"{lost}, which the raw base may share" if names else ""
 
 
 def kept_sentence(
