@@ -6,6 +6,7 @@
 __all__ = ['FIXED', 'RATES', 'PRIOR', 'SHOWN', 'planned_seconds', 'Pace', 'expected_seconds', 'time_left', 'in_words', 'Progress']
 
 # %% ../../nbs/09_pipeline/02_progress.ipynb #e0218a5b
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -108,6 +109,7 @@ class Progress:
         self.planned, self.before = planned or {}, before or {}
         self.total, self.at_once = len(stages), 1
         self.left, self.running, self.lines, self.timed = {s.place: s for s in stages}, {}, {}, {}
+        self.own = {}  # place of a running stage: seconds that it says it has left, and when it said so
 
 # %% ../../nbs/09_pipeline/02_progress.ipynb #ae022de6
 @patch
@@ -116,6 +118,7 @@ def begins(self: Progress, stage: Stage):
     if stage.place in self.running:
         self.say(f"seed {stage.seed}, {stage.id}: started again, the process that ran it was lost")
     self.running[stage.place] = time.monotonic()
+    self.own.pop(stage.place, None)
     self.reports(stage, "")
 
 # %% ../../nbs/09_pipeline/02_progress.ipynb #c5951b5b
@@ -127,6 +130,8 @@ def reports(self: Progress, stage: Stage, line: str):
     "A running stage says how far it is; a line that is a `Notice` is kept."
     if isinstance(line, Notice):
         self.say(f"seed {stage.seed}, {stage.id}: {line}")
+    if told := re.search(r"([\d,]+) s left$", line):
+        self.own[stage.place] = float(told[1].replace(",", "")), time.monotonic()
     self.lines[stage.place] = f"seed {stage.seed}, {stage.id}" + (f": {line}" if line else "")
     running = [self.lines[place] for place in self.running]
     head = f"{self.total - len(self.left)} of {self.total} done, {self.state()}"
@@ -140,8 +145,8 @@ def reports(self: Progress, stage: Stage, line: str):
 @patch
 def ends(self: Progress, stage: Stage, manifest: dict):
     "A stage is finished."
-    self.running.pop(stage.place, None)
-    self.left.pop(stage.place)
+    for record in (self.running, self.own, self.left):
+        record.pop(stage.place, None)
     pace = Pace(manifest["seconds"], self.planned.get(stage.id, 1.0))
     self.timed[stage.kind] = self.timed.get(stage.kind, Pace()) + pace
     self.say(
@@ -151,13 +156,24 @@ def ends(self: Progress, stage: Stage, manifest: dict):
 
 # %% ../../nbs/09_pipeline/02_progress.ipynb #1d6064ff
 @patch
+def paces(self: Progress) -> dict[str, Pace]:
+    "The pace of each kind: of its finished stages, and of those that run by what they say themselves."
+    found = dict(self.timed)
+    for place, (left, when) in self.own.items():
+        stage = self.left[place]
+        pace = Pace(when - self.running[place] + left, self.planned.get(stage.id, 1.0))
+        found[stage.kind] = found.get(stage.kind, Pace()) + pace
+    return found
+
+
+@patch
 def state(self: Progress) -> str:
     "What runs, what is left, and for how long."
-    now, seconds = time.monotonic(), {}
+    now, seconds, paces = time.monotonic(), {}, self.paces()
     for place, stage in self.left.items():
-        planned = self.planned.get(stage.id, 1.0)
-        guess = expected_seconds(stage.kind, planned, self.timed, self.before)
-        seconds[place] = max(0, guess - (now - self.running.get(place, now)))
+        guess = expected_seconds(stage.kind, self.planned.get(stage.id, 1.0), paces, self.before)
+        left, since = self.own.get(place, (guess, self.running.get(place, now)))
+        seconds[place] = max(0, left - (now - since))
     words = [f"{len(self.running)} running"] * bool(self.running) + [
         f"{len(self.left) - len(self.running)} left"
     ]
