@@ -701,6 +701,7 @@ def prepare(
     drop_launcher(say)
     torch.set_num_threads(preset.threads)
     getLogger("bitsandbytes").setLevel(ERROR)  # it advises a package that is not wanted
+    getLogger("trl.trainer.sft_trainer").setLevel(ERROR)  # it advises against a micro-batch of one packed row
     logging.disable_progress_bar()
     disable_progress_bars()
     warnings.filterwarnings("ignore", category=UserWarning)
