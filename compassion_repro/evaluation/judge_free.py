@@ -34,7 +34,7 @@ from compassion_repro.evaluation.text_features import (
 from ..study import Margin
 from ..study.sections import first_misfit
 from ..training.encoding import encode_prompt, ended_with, text_ids
-from ..training.models import load_model
+from ..training.models import load_model, tokens_at_once
 from ..training.templates import load_tokenizer
 
 # %% ../../nbs/05_evaluation/17_judge_free.ipynb #fc7f0054
@@ -328,7 +328,7 @@ def mean_logprobs(
 ) -> torch.Tensor:  # shape (rows,), nats a token
     "Mean log-probability of each continuation after its context."
     means, done = torch.empty(len(rows)), 0
-    for batch in _batches(rows, batch_tokens):
+    for batch in _batches(rows, tokens_at_once(model, batch_tokens)):
         own = [rows[i] for i in batch]
         targets = torch.tensor([token for _, following in own for token in following], device=model.device)
         logprobs = -torch.nn.functional.cross_entropy(
@@ -406,7 +406,7 @@ def token_divergences(
     Raises `InputError` where the vocabularies differ.
     """
     sums, done = torch.empty(len(rows), dtype=torch.double), 0
-    for batch in _batches(rows, batch_tokens):
+    for batch in _batches(rows, tokens_at_once(model, batch_tokens)):
         own = [rows[i] for i in batch]
         p, q = (_next_token_logits(m, own, pad) for m in (model, reference))
         if p.shape != q.shape:

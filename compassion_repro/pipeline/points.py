@@ -128,7 +128,7 @@ def run_point(
 ) -> dict:  # for the manifest: how it was made, the dose so far, the gain
     "A point of an arm as a model."
     from compassion_repro.training import device, points, templates
-    from compassion_repro.training.models import load_model, save_model
+    from compassion_repro.training.models import save_model
     from compassion_repro.training.near_start import start_distance
 
     start, arm = context.input(), context.input(-1)
@@ -144,6 +144,7 @@ def run_point(
         save_model(points.mix_weights(start, arm, point.share), tokenizer, context.out)
         done = {"merge": f"{point.share:g} of the way from the start to the arm, in float32"}
         if rows:
-            setup = device.train_setup(context.preset.models, context.preset.compute)
-            done |= start_distance(load_model(context.out), tokenizer, rows, start, setup)
+            plain = context.preset.models.model_copy(update={"quantize": "none"})  # as the point is
+            setup = device.train_setup(plain, context.preset.compute)
+            done |= start_distance(device.load_held(context.out, setup), tokenizer, rows, start, setup)
     return {"point": point.kind, **done, **(gain(context.out) if gain else {})}

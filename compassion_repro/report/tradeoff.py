@@ -143,6 +143,8 @@ def tradeoff_table(
     found: pd.DataFrame,  # from `tradeoff`
 ) -> pd.DataFrame:  # columns of text
     "The trade-off as a table."
+    if found.empty:
+        return found
     names = {"kl": "KL", "own_kl": "KL, own rows"}
     measured_kl = {name: words for name, words in names.items() if found[name].notna().any()}
     rows = []

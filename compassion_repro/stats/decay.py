@@ -159,17 +159,15 @@ def half_life(
     own = curve.dropna(subset="dose").sort_values("dose")
     found = {"arm": own["arm"].iloc[0], "measure": own["measure"].iloc[0], "axis": axis}
     level = next(filter(None, own["level"]), "")
-    known = own.dropna(subset=["kept", axis])
-    if len(known) < 2:
-        why = next(filter(None, own["note"]), f"no dose has a known place on the axis of {AXES[axis]}")
+    known = own.dropna(subset="kept")
+    if len(known) < 2 or known[axis].isna().any():
+        why = next(filter(None, own["note"]), f"not every dose has a known place on the axis of {AXES[axis]}")
         return HalfLife(**found, note=why)
     place = known[axis].tolist()
     ends = {"estimate": "kept", "low": "low", "high": "high"}
     reached = {name: crossing(place, known[column].tolist()) for name, column in ends.items()}
-    seeds = [
-        crossing(c.sort_values("dose")[axis].tolist(), c.sort_values("dose")["kept"].tolist())
-        for c in per_seed
-    ]
+    whole = (c.dropna(subset=["dose", "kept", axis]).sort_values("dose") for c in per_seed)
+    seeds = [crossing(c[axis].tolist(), c["kept"].tolist()) for c in whole]
     return HalfLife(**found, **reached, longest=max(place), level=level, per_seed=seeds)
 
 # %% ../../nbs/06_stats/11_decay.ipynb #6f067b03

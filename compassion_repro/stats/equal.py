@@ -18,6 +18,7 @@ from ..paper import Cell, Reading
 from .decay import AXES, training_doses
 from .estimates import contrast
 from ..study import Statistics
+from ..study.arms import measured, start_of
 
 # %% ../../nbs/06_stats/14_equal.ipynb #a51612f3
 DISTANCES = AXES | {"gain": "gain in its own domain"}
@@ -39,9 +40,10 @@ def common_reach(
     axis: str,  # a key of DISTANCES
 ) -> float | None:  # None where one of them never leaves its start, or how far it went is not known
     "The largest distance that all of the arms reach, in every seed."
-    known = places.dropna(subset=["dose", axis])
-    furthest = known[known["arm"].isin(arms)].groupby(["arm", "seed"])[axis].max()
-    if len(furthest) < len(arms) * places["seed"].nunique() or furthest.min() <= 0:
+    own = places[places["arm"].isin(arms)].dropna(subset="dose")
+    furthest = own.groupby(["arm", "seed"])[axis].max()
+    reached_by_all = len(furthest) == len(arms) * places["seed"].nunique()
+    if own[axis].isna().any() or not reached_by_all or furthest.min() <= 0:
         return None
     return float(furthest.min())
 
@@ -133,10 +135,17 @@ def arms_at_equal(
     "Every two arms with doses, where they are equally far from their start; see `training_doses`."
     places = arm_places(manifests)
     several = places.groupby("arm")["dose"].nunique()
-    arms = [model for model in dict.fromkeys(m["model"] for m in manifests) if several.get(model, 0) > 1]
+    units = {m["model"]: measured(m["result"]).gain for m in manifests if "gain" in m["result"]}
+    arms = [
+        model
+        for model in dict.fromkeys(m["model"] for m in manifests)
+        if several.get(model, 0) > 1 and start_of(model) == "mid"
+    ]
     found = []
-    measured = [axis for axis in axes if places[axis].notna().any()]
-    for (one, other), axis in product(combinations(arms, 2), measured):
+    known = [axis for axis in axes if places[axis].notna().any()]
+    for (one, other), axis in product(combinations(arms, 2), known):
+        if axis == "gain" and units[one] != units[other]:
+            continue
         blank = Equal(one=one, other=other, measure=measure, axis=axis, unit=unit)
         reach = common_reach(places, (one, other), axis)
         if reach is None:

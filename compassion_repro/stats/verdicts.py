@@ -49,7 +49,7 @@ def region_in_words(
     margin: float | None,
 ) -> str:  # with its unit; empty where there is no region
     "The same in words."
-    if kind == "superiority" or margin is None:
+    if kind == "superiority" or pd.isna(margin):
         return "above 0" if kind == "superiority" else ""
     words = {"equivalence": "within ±{:g} points", "non-inferiority": "above −{:g} points"}
     return (words | {"retention": "above {:g} %"}).get(kind, "").format(margin)

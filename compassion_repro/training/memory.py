@@ -384,6 +384,7 @@ def fit(
     def attempt(size, again):
         recorded = _records(training, shape, held, size * length, memory_gb, again)
         parts = training_memory(shape, size * length + documents, held, again, padded, recorded)
+        parts["passing"] += recorded_logits(shape.vocabulary, documents)  # of the documents, all at once
         return Fit(size, again, parts | beside, at_once)
 
     plain, twice = ([attempt(size, again) for size in sizes] for again in (False, True))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOGITS', 'pick_device', 'pick_dtype', 'load_model', 'as_shipped', 'write_ends', 'save_model', 'attention_extras',
-           'find_tokenizer', 'find_model', 'row_losses', 'padded_rows']
+           'find_tokenizer', 'find_model', 'tokens_at_once', 'row_losses', 'padded_rows']
 
 # %% ../../nbs/04_training/06_models.ipynb #e235851a
 import logging
@@ -242,8 +242,18 @@ def find_model(
     return hub.snapshot(source, "model").folder
 
 # %% ../../nbs/04_training/06_models.ipynb #c5e51df6
-# logits at once, 1 GB in float32: a vocabulary of 128,256 words allows one row of 2,048 tokens
+# logits at once, 1 GB in float32: a vocabulary of 128,256 words allows one row of 2,048 tokens; a processor,
+# which gains nothing from large batches, takes an eighth
 LOGITS = 2**28
+
+
+def tokens_at_once(
+    model: PreTrainedModel,  # where it is
+    most: int,  # tokens that a batch should hold
+) -> int:  # at least 1, at most `most`
+    "Tokens of a batch, padding included, whose logits are no burden to a processor's memory."
+    room = most if model.device.type == "cuda" else LOGITS // 8 // model.config.vocab_size
+    return max(1, min(most, room))
 
 
 def row_losses(
@@ -263,7 +273,8 @@ def row_losses(
     order = sorted(range(len(rows)), key=lambda i: len(encoded[i]["input_ids"]))
     losses = torch.empty(len(rows))
     longest = min(max((len(row["input_ids"]) for row in encoded), default=1), max_tokens)
-    batch_size = max(1, min(batch_size, LOGITS // (longest * model.config.vocab_size)))
+    room = tokens_at_once(model, LOGITS // model.config.vocab_size)
+    batch_size = max(1, min(batch_size, room // longest))
     with torch.no_grad():
         for start in range(0, len(order), batch_size):
             index = order[start : start + batch_size]
