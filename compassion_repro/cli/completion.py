@@ -19,7 +19,7 @@ def setting_names() -> list[str]:  # such as `sft.steps`
     from compassion_repro.presets import load_preset
     from compassion_repro.store.folder import flat
 
-    return list(flat(load_preset("tiny").resolved()))
+    return list(flat(load_preset("tiny").every_key()))
 
 # %% ../../nbs/11_cli/09_completion.ipynb #243c7df5
 _BASH = """

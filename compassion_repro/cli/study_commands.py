@@ -235,7 +235,7 @@ def _print_plan(args, preset) -> str:
     from compassion_repro.pipeline import plan as planning
 
     records = planning.plan(preset, args.seeds, load_prices(args.prices))
-    print(yaml.safe_dump(preset.resolved(), sort_keys=False, allow_unicode=True, width=100))
+    print(yaml.safe_dump(preset.every_key(), sort_keys=False, allow_unicode=True, width=100))
     for title, columns, rows in planning.tables(preset, records):
         show(f"{title}:", fitting_table(columns, rows), "")
     for line in planning.footnotes(preset, records):
@@ -515,11 +515,15 @@ def tradeoff(args) -> int:
     files = read_study_files(folder)
     found, lives = weighing.tradeoff(files), weighing.study_half_lives(files)
     equal = weighing.study_equal(files)
+    if found.empty:
+        raise InputError(f"{folder} has no arm that starts from mid: there is nothing to weigh")
+    if lost := sorted(set(files.seeds) - {m["seed"] for m in files.manifests}):
+        names = ", ".join(map(str, lost))
+        told = f"no manifest is left of seed {names}: gains and distances are of the others, shares of all"
+        print(f"note: {told}", file=sys.stderr)
     if args.json:
         print(weighing.as_json(found, lives, equal))
         return 0
-    if found.empty:
-        raise InputError(f"{folder} has no arm that starts from mid: there is nothing to weigh")
     for title, table in weighing.titled_tables(found, lives, equal):
         show(f"{title}:", plain_table(list(table), table.to_numpy().tolist()), "")
     return 0

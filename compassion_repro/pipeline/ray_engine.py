@@ -116,7 +116,7 @@ def _run_on_worker(
     import ray
 
     study, report = _open(folder, where), _passing(lines, stage.place)
-    if study.done(stage):
+    if study.done(stage) and not study.damage(stage):
         return study.manifest(stage)
     report(None)
     prepare(preset)

@@ -100,20 +100,25 @@ class Equal(BaseModel):
     note: str = ""  # why there is no estimate
 
 
-def _too_early(found: Equal, places: pd.DataFrame) -> str:
-    "Which arm has no point before the distance in some seed; empty where both have one."
+def _unfit(found: Equal, places: pd.DataFrame, scores: pd.DataFrame) -> str:
+    "Why the arms cannot be compared there: no point before it in some seed, or one without scores; else empty."
+    scored = set(zip(scores["model"], scores["seed"]))
     for arm in (found.one, found.other):
-        for _, own in places[places["arm"] == arm].groupby("seed"):
-            if "mid" in mixture_at(own, found.axis, found.at):
+        for seed, own in places[places["arm"] == arm].groupby("seed"):
+            mixture = mixture_at(own, found.axis, found.at)
+            if "mid" in mixture:
                 return f"{arm} is further than that at its first dose: give it a smaller one"
+            for model in mixture:
+                if (model, seed) not in scored:
+                    return f"{model} has no scores in seed {seed}"
     return ""
 
 
 def _difference(scores: pd.DataFrame, found: Equal, places: pd.DataFrame, settings: Statistics) -> Equal:
     "The estimate at the distance that `found` names."
-    if early := _too_early(found, places):
-        return found.model_copy(update={"note": early})
-    own = scores[scores["benchmark"] == found.measure]
+    own = scores[scores["benchmark"] == found.measure].dropna(subset="score")
+    if why := _unfit(found, places, own):
+        return found.model_copy(update={"note": why})
     both = [scores_at(own, places, arm, found.axis, found.at) for arm in (found.one, found.other)]
     cells = (Cell(found.one, 1), Cell(found.other, -1))
     reading = Reading("equal", f"{found.one} − {found.other}", "superiority", found.measure, cells)

@@ -9,7 +9,6 @@ __all__ = ['recover_all', 'find_pending', 'clear_kept', 'take_stock', 'refuse_mi
 # %% ../../nbs/07_store/05_checks.ipynb #fa0a1f50
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from ..core.errors import InputError
@@ -59,14 +58,17 @@ def find_pending(
     say: Callable[[str], None] = print,  # called with a line for each damaged artifact
     report: Callable[[str], None] = lambda line: None,  # called with each line of passing progress
 ) -> list[Stage]:  # those that must be run
-    "The stages that are not done, those with a damaged artifact among them."
+    """The stages that are not done, those with a damaged artifact among them.
+
+    What is left of a damaged one stays until it is made again: where the run is refused, nothing is lost.
+    """
+    damaged = set()
     for number, stage in enumerate(stages, 1):
         report(f"checking what is finished, {number}/{len(stages)}")
         if wrong := study.damage(stage):
             say(f"{wrong}: {stage.id} is made again")
-            with writable(study.folder), suppress(FileNotFoundError, NotADirectoryError):
-                (study.folder / stage.place / MANIFEST).unlink()
-    return [stage for stage in stages if not study.done(stage)]
+            damaged.add(stage.place)
+    return [stage for stage in stages if stage.place in damaged or not study.done(stage)]
 
 # %% ../../nbs/07_store/05_checks.ipynb #36c945ba
 def _still_needed(study: Study, stage: Stage | None, kept: Path) -> bool:

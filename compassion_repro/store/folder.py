@@ -8,6 +8,7 @@ __all__ = ['flat', 'study_name', 'Study', 'difference_in_words', 'artifact_damag
 # %% ../../nbs/07_store/04_folder.ipynb #fc720406
 import os
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -324,9 +325,11 @@ def table(self: Study, name: str):  # answers, grades, scores, margin or kl
 
     file = self.folder / f"{name}.parquet"
     if not file.exists():
-        raise InputError(
-            f"{self.folder} has no {name}.parquet: finish it with `compassion-repro run --out {self.folder}`"
-        )
+        if name in ("answers", "grades", "scores") and (self.folder / "study.yaml").is_file():
+            if not self.preset.benchmarks:
+                raise InputError(f"{self.folder} asks no questions (benchmarks), so it has no {name}")
+        again = f"compassion-repro run --out {shlex.quote(str(self.folder))}"
+        raise InputError(f"{self.folder} has no {name}.parquet: finish it with `{again}`")
     table, wrong = None, recorded_damage(self.folder, file.name)
     recorded = file.name in read_record(self.folder).get("files", {})
     try:

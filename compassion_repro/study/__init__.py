@@ -536,6 +536,12 @@ def resolved(self: Preset) -> dict[str, Any]:
     "Plain values under the names a user writes (`sft-help`), ready for YAML and for comparing."
     return self.model_dump(mode="json", by_alias=True)
 
+
+@patch
+def every_key(self: Preset) -> dict[str, Any]:
+    "The same with the keys that are left out at their default, for whoever looks for a key."
+    return self.resolved() | {"outcomes": self.outcomes, "value": list(self.value)}
+
 # %% ../../nbs/01_study/00_study.ipynb #5a10d005
 @patch
 def rows_source(self: Preset, arm: Arm) -> str | DataSource | tuple[DataSource, ...]:

@@ -134,3 +134,11 @@ def test_an_evaluation_is_exported_like_a_study(folder, capsys):
     assert cli.main(["export", "study", "--to", "parquet"]) == 0
     assert capsys.readouterr().out == "4 answers in 19 columns: study-answers.parquet\n"
     assert pd.read_parquet("study-answers.parquet")["answer"].tolist() == TEXTS
+
+
+def test_a_study_that_asks_nothing_has_no_answers(folder, capsys):
+    preset = load_preset("smoke", ["benchmarks={}"])
+    (folder / "study.yaml").write_text(yaml.safe_dump(preset.resolved()))
+    (folder / "answers.parquet").unlink()
+    assert cli.main(["export", "study", "--to", "csv"]) == 2
+    assert "asks no questions (benchmarks), so it has no answers" in capsys.readouterr().err

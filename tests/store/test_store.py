@@ -63,6 +63,7 @@ def test_a_damaged_artifact_is_named_and_not_used(study_copy, how):
         with pytest.raises(InputError, match=f"seed-1/{id}.*{name}"):
             study.verified(stages[id])
         assert checks.find_pending(study, [stages[id]], told.append) == [stages[id]]
+        assert (study_copy / "seed-1" / id / "manifest.json").exists()  # until it is made again
         assert (
             len(told) == 1
             and f"seed-1/{id}" in told[0]
