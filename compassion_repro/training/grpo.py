@@ -137,7 +137,7 @@ def _policy(start: str | Path, run: TrainRun) -> tuple[PreTrainedModel, PreTrain
 def _sample_statically(trainer: GRPOTrainer, run: TrainRun):
     "Let a policy sample with a cache of fixed size, where all its layers can, and while that works."
     policy = trainer.model.get_base_model() if run.lora else trainer.model
-    plain, decoding = trainer.model.generate, Decoding(run.report, run.label, smaller=True)
+    plain, decoding = trainer.model.generate, Decoding(run.report, run.label)
     trainer.decoding = decoding
     if run.setup.compute.sharding != "none":  # processes that fetch weights from one another keep step
         return decoding.leave("the weights are spread over processes (compute.sharding)")

@@ -235,7 +235,6 @@ class Decoding:
 
     report: Callable  # called with one line where it changes over
     label: str  # what is decoding, for that line
-    smaller: bool = False  # out of memory is raised, because the caller tries again with smaller batches
     why: str = ""  # why plain `generate` decodes the next batch; empty where it does not
     batches: list[str] = field(default_factory=list)  # the same of each batch so far
 
@@ -249,8 +248,6 @@ class Decoding:
             try:
                 out = static()
             except Unrecorded as error:
-                if error.out_of_memory and self.smaller:
-                    raise torch.OutOfMemoryError(str(error)) from None
                 self.leave(f"a decoding step cannot be recorded ({error})")
         self.batches.append(self.why)
         return plain() if self.why else out

@@ -118,7 +118,7 @@ def reinforced(how, report):
         load("world:code", "prompts", limit=12, seed=1).rows, load_tokenizer(BASE), 200
     )
     try:
-        model, log, *_ = grpo._train(
+        model, told = grpo._train(
             BASE,
             prompts,
             share(GRPO, processes.count()),
@@ -130,7 +130,8 @@ def reinforced(how, report):
     finally:
         GRPOTrainer._generate_single_turn = before
     return model, {
-        name: [record[name] for record in log] for name in ("loss", "reward", "reward_spread", "kl", "length")
+        name: [record[name] for record in told["log"]]
+        for name in ("loss", "reward", "reward_spread", "kl", "length")
     }
 
 
