@@ -8,7 +8,7 @@ __all__ = ['recover_all', 'find_pending', 'clear_kept', 'take_stock', 'refuse_mi
 
 # %% ../../nbs/07_store/05_checks.ipynb #fa0a1f50
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..core.errors import InputError
@@ -71,9 +71,9 @@ def find_pending(
     return [stage for stage in stages if stage.place in damaged or not study.done(stage)]
 
 # %% ../../nbs/07_store/05_checks.ipynb #36c945ba
-def _still_needed(study: Study, stage: Stage | None, kept: Path) -> bool:
-    "Whether what a stage kept for carrying on was made from its key, and the stage is not done."
-    if stage is None or study.done(stage):
+def _still_needed(study: Study, stage: Stage | None, kept: Path, again: set[str]) -> bool:
+    "Whether what a stage kept for carrying on was made from its key, and the stage is not done, or made again."
+    if stage is None or study.done(stage) and stage.place not in again:
         return False
     key = kept / "key"
     return not key.is_file() or key.read_text(encoding="utf-8", errors="replace").strip() == stage.key
@@ -82,13 +82,15 @@ def _still_needed(study: Study, stage: Stage | None, kept: Path) -> bool:
 def clear_kept(
     study: Study,  # held by this process
     stages: list[Stage],  # all of the study's
+    pending: Sequence[Stage] = (),  # those that are to be run, damaged ones among them
 ):
     "Remove what stages kept for carrying on (`.mid.checkpoints`, `.mid.carry`) and need no more."
+    again = {stage.place for stage in pending}
     by_place = {stage.place: stage for stage in stages}
     for kept in study.folder.glob("seed-*/.*"):
         if kept.suffix in (".checkpoints", ".carry"):
             stage = by_place.get(f"{kept.parent.name}/{kept.name[1:].removesuffix(kept.suffix)}")
-            if not _still_needed(study, stage, kept):
+            if not _still_needed(study, stage, kept, again):
                 remove(kept)
 
 # %% ../../nbs/07_store/05_checks.ipynb #0cbdcb9f
@@ -106,7 +108,7 @@ def take_stock(
     """
     recover_all(study, say)
     pending = find_pending(study, stages, say, report)
-    clear_kept(study, study.stages(preset) if every is None else every)
+    clear_kept(study, study.stages(preset) if every is None else every, pending)
     refuse_missing_sources(study, preset, pending)
     return pending
 
