@@ -454,6 +454,7 @@ def test_a_study_of_two_steps_on_a_real_model(ordinary_cache, tmp_path, monkeypa
             f"models.base={real_model()}",
             f"models.given.mid={real_model()}",
             "arms=[sft-help]",
+            "midtrain.control=false",
             f"data.sft-help={tmp_path}/help.jsonl",
             f"sft={steps}}}",
             "generation={template: own, max_new_tokens: 4, batch_size: 8}",
