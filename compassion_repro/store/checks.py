@@ -82,7 +82,7 @@ def _still_needed(study: Study, stage: Stage | None, kept: Path, again: set[str]
 def clear_kept(
     study: Study,  # held by this process
     stages: list[Stage],  # all of the study's
-    pending: Sequence[Stage] = (),  # those that are to be run, damaged ones among them
+    pending: Sequence[Stage],  # those that are to be run, damaged ones among them
 ):
     "Remove what stages kept for carrying on (`.mid.checkpoints`, `.mid.carry`) and need no more."
     again = {stage.place for stage in pending}

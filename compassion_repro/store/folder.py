@@ -319,15 +319,21 @@ def manifests(self: Study) -> list[dict]:
 
 # %% ../../nbs/07_store/04_folder.ipynb #c8d75111
 @patch
+def check_asks(self: Study, name: str):
+    "Raise `InputError` where a study asks no questions, so that it never has this table."
+    if (self.folder / "study.yaml").is_file() and not self.preset.benchmarks:
+        raise InputError(f"{self.folder} asks no questions (benchmarks), so it has no {name}")
+
+
+@patch
 def table(self: Study, name: str):  # answers, grades, scores, margin or kl
     "One of the study's tables as a frame; raises `InputError` where it is missing or damaged."
     import pandas as pd
 
     file = self.folder / f"{name}.parquet"
     if not file.exists():
-        if name in ("answers", "grades", "scores") and (self.folder / "study.yaml").is_file():
-            if not self.preset.benchmarks:
-                raise InputError(f"{self.folder} asks no questions (benchmarks), so it has no {name}")
+        if name in ("answers", "grades", "scores"):
+            self.check_asks(name)
         again = f"compassion-repro run --out {shlex.quote(str(self.folder))}"
         raise InputError(f"{self.folder} has no {name}.parquet: finish it with `{again}`")
     table, wrong = None, recorded_damage(self.folder, file.name)

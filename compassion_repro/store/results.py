@@ -221,8 +221,7 @@ def answer_table(
     """
     study = Study(folder)
     if not (study.folder / "answers.parquet").is_file():
-        if (study.folder / "study.yaml").is_file() and not study.preset.benchmarks:
-            raise InputError(f"{folder} asks no questions (benchmarks), so it has no answers")
+        study.check_asks("answers")
         raise InputError(f"{folder} has no answers yet: finish it with the command that began it")
     answers = study.table("answers")
     questions = answers.groupby(["model", "benchmark"])["prompt"].transform(without_template)
