@@ -47,10 +47,15 @@ def current_sample() -> Any:  # an `inspect_ai.solver.TaskState`: `sample_id`, `
 # %% ../../nbs/00_core/04_compat.ipynb #7c00f9c6
 def provider_names() -> set[str]:
     "The providers that Inspect knows by name: `openai`, `hf`, ..., and those of other packages."
+    from importlib.metadata import entry_points
+
     import inspect_ai.model  # noqa: F401  (its providers register themselves)
+    from inspect_ai._util.entrypoints import ensure_entry_points
     from inspect_ai._util.registry import registry_find
     from inspect_ai.util import registry_info
 
+    for package in entry_points(group="inspect_ai").names - {"inspect_evals"}:
+        ensure_entry_points(package)
     providers = registry_find(lambda info: info.type == "modelapi")
     return {registry_info(provider).name.split("/")[-1] for provider in providers}
 

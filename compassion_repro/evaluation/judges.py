@@ -19,8 +19,8 @@ from inspect_ai.model import ChatMessageUser, GenerateConfig, Model, ModelAPI, M
 from inspect_evals.anima import scorer as anima_scoring
 from tenacity import wait_exponential_jitter
 
-from ..core.compat import extend, retry_after, token_counts
-from ..core.errors import InputError, one_line, redact, shorten
+from ..core.compat import extend, provider_names, retry_after, token_counts
+from ..core.errors import InputError, did_you_mean, one_line, redact, shorten
 from ..core.files import path_digest
 from .indicators import MODEL_IDS
 from .inspect_runner import about_tokens
@@ -213,7 +213,18 @@ def judge_model(
         return f"hf/{folder.absolute()}"
     if judge.startswith((".", "/", "~")):
         raise InputError(f"judge {judge!r} is a folder that is not there")
+    _check_provider(judge)
     return judge
+
+
+def _check_provider(judge: str):
+    "Raise `InputError` where Inspect knows no provider of that name."
+    provider, known = judge.partition("/")[0], provider_names()
+    if provider not in known:
+        raise InputError(
+            f"judge {judge!r}: {provider!r} is no provider that Inspect knows{did_you_mean(provider, known)};"
+            f" a model of the hub is hf/{judge}"
+        )
 
 # %% ../../nbs/05_evaluation/10_judges.ipynb #3dd11dc9
 def _use_replies(api: ModelAPI, replies: Replies, identity: str):

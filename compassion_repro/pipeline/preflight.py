@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..core.errors import InputError
 from ..core.files import is_local, writable
-from ..data.hub import split_source
+from ..data.hub import is_pinned
 from . import machine
 from .findings import Preflight, embedded
 from compassion_repro.pipeline.preflight_models import (
@@ -81,12 +81,17 @@ def at_hand(
     away = [source for source in sources if not is_local(source) and not source.startswith("value:")]
     for source in away:
         with flight.trying():
-            if "/" not in split_source(source)[0]:
-                raise InputError(
-                    f"benchmark data {source!r} is neither an existing folder nor a hub id owner/name@revision"
-                )
+            _check_hub_source(source)
             flight.unseen += [source] * (source not in flight.unseen)
     return bool(sources) and not away
+
+
+def _check_hub_source(source: str):
+    "Raise `InputError` for a source that the hub cannot have, or that names no revision to repeat the run with."
+    if not is_pinned(source):  # the libraries of the benchmarks are loaded for nothing else
+        from compassion_repro.evaluation.benchmark_data import hub_place
+
+        hub_place(source)
 
 # %% ../../nbs/09_pipeline/09_preflight.ipynb #707e60e3
 def say_benchmark(flight: Preflight, name: str, task, judge: str, first: bool):
@@ -104,17 +109,17 @@ def say_benchmark(flight: Preflight, name: str, task, judge: str, first: bool):
         )
 
 # %% ../../nbs/09_pipeline/09_preflight.ipynb #847a01cc
-def _look_at_folder(judge: str):
-    "Raise `InputError` for a judge that is written as a path, and is no model folder."
-    if judge.startswith((".", "/", "~")):
+def _look_at_name(judge: str):
+    "Raise `InputError` for a judge that is no model folder, and whose provider Inspect does not know."
+    if judge.partition("/")[0] not in machine.CLIENTS:  # those are known without loading Inspect
         from compassion_repro.evaluation.judges import judge_model
 
         judge_model(judge)
 
 
 def check_judges(flight: Preflight):
-    """In `plan`: judges that are no model folder, or whose package or key is missing here. In `run` the judge of
-    the classes of answers is opened; the others are, with the benchmarks.
+    """In `plan`: judges that are no model folder, or whose provider, package or key is missing here. In `run` the
+    judge of the classes of answers is opened; the others are, with the benchmarks.
     """
     preset = flight.preset
     classes = [preset.outcomes] if preset.outcomes and preset.benchmarks else []
@@ -125,7 +130,7 @@ def check_judges(flight: Preflight):
     judges = [("judge", judge) for judge in judge_names(preset.judge) if not judge_here(judge)]
     for setting, judge in [*judges, *(("outcomes", judge) for judge in classes)]:
         with flight.trying():
-            _look_at_folder(judge)
+            _look_at_name(judge)
         lacking = machine.judge_problems(judge, setting=setting)
         flight.lacks += [line for line in lacking if line not in flight.lacks]
 
