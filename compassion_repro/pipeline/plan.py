@@ -366,19 +366,12 @@ def _grpo_record(preset: Preset, stage: Stage) -> dict:
 
 
 def _with_documents(preset: Preset, stage: Stage, record: dict) -> dict:
-    """The record of a DPO or GRPO arm with the tokens of the documents that it replays; None where the
-    micro-batch is not known.
-    """
+    "The record of a DPO or GRPO arm with the tokens of the documents that it replays."
     arm = preset.arm(stage.model) if stage.kind in ("dpo", "grpo") else None
     if arm is None or not arm.replay:
         return record
-    training = preset.training_of(arm)
-    size = record["micro_batch"] or training.micro_batch
-    if size == "auto":
-        return record | {"tokens": None}
-    passes = record["steps"] * training.model_copy(update={"micro_batch": size}).accumulation
-    read = passes * training.length
-    return record | {"tokens": record["tokens"] + read, "replayed_tokens": read, "micro_batch": size}
+    read = record["steps"] * preset.documents_a_step(arm) * preset.training_of(arm).length
+    return record | {"tokens": record["tokens"] + read, "replayed_tokens": read}
 
 # %% ../../nbs/09_pipeline/00_plan.ipynb #7a243ce6
 def _counts(benchmarks: dict[str, Benchmark]) -> tuple[int | None, int | None]:
@@ -601,7 +594,7 @@ def _replay_notes(preset: Preset) -> list[str]:
     "What replay costs the arms of DPO and GRPO."
     arms = [arm for arm in preset.trained_arms if arm.replay and arm.paradigm != "sft"]
     return [
-        f"{arm.model}: each micro-batch also reads a sequence of documents, of at most"
+        f"{arm.model}: each step also reads documents, in sequences ({preset.documents_a_step(arm)}) of at most"
         f" {preset.training_of(arm).length:,} tokens"
         for arm in arms
     ]

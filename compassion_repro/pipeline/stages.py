@@ -354,7 +354,10 @@ def _replaying(context: StageContext, rows: int):  # a `TrainRun`
     "What a stage of pairs or prompts is given, with the documents that it replays among so many rows."
     documents = _replayed_rows(context, rows)
     return replace(
-        _train_run(context, context.stage.model), replay=context.arm.replay or 0.0, replayed=documents
+        _train_run(context, context.stage.model),
+        replay=context.arm.replay or 0.0,
+        replayed=documents,
+        documents_a_step=context.preset.documents_a_step(context.arm),
     )
 
 

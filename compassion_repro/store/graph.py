@@ -248,6 +248,8 @@ def _trained_stage(
         config["rows"] = arm.rows
     if arm.replay:
         config["replay"] = {"share": arm.replay, "rows": spec_digest(preset.replay_source(arm), known)}
+        if documents := preset.documents_a_step(arm):
+            config["replay"]["documents_a_step"] = documents
     if doses := preset.doses_of(arm):
         config["doses"] = list(doses)
     inputs = (start,)

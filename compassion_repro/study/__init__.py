@@ -566,6 +566,15 @@ def replayed_rows(
     count = round(rows * share / (1 - share)) if share else 0
     return max(1, count) if arm and share else count
 
+
+@patch
+def documents_a_step(self: Preset, arm: Arm) -> int:
+    "Packed sequences of documents that a step of DPO or GRPO reads beside its pairs or prompts; 0 without replay."
+    training = self.training_of(arm)
+    if isinstance(training, Grpo):
+        return self.replayed_rows(training.value("prompts_per_step"), arm)
+    return self.replayed_rows(training.batch_size, arm) if isinstance(training, Dpo) else 0
+
 # %% ../../nbs/01_study/00_study.ipynb #5a10d006
 @patch
 def training_of(self: Preset, arm: Arm) -> Training | Grpo:

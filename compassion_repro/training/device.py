@@ -174,6 +174,7 @@ class TrainRun:
     # DPO and GRPO: share of the loss that is the loss of these documents, see `training.replay`
     replay: float = 0.0
     replayed: list[dict] = field(default_factory=list)
+    documents_a_step: int = 1  # packed sequences of them that a step reads, in all processes
 
 # %% ../../nbs/04_training/11_device.ipynb #9075c78e
 @patch
@@ -187,7 +188,7 @@ def open_folder(
         return None
     adapter, setup = self.lora and self.lora.model_dump(), self.setup
     identity += (self.doses,) if self.doses else ()
-    identity += (self.replay, rows_sha256(self.replayed)) if self.replay else ()
+    identity += (self.replay, self.documents_a_step, rows_sha256(self.replayed)) if self.replay else ()
     return open_run_folder(
         self.checkpoints, settings, adapter, setup.quantize, str(setup.dtype), self.template, *identity
     )

@@ -30,7 +30,7 @@ from .models import load_model, row_losses
 from .near_start import start_distance
 from .points import last_step, point_callbacks, rewind
 from .processes import on_one_gpu
-from .replay import replaying
+from .replay import documents_here, replaying
 from .supervised import held_out_gain
 from .templates import load_tokenizer
 
@@ -212,7 +212,7 @@ def dpo(
         return row_losses(load_model(place), tokenizer, rows, max_tokens=training.length)
 
     before = torch.tensor(remembered(folder, "before", lambda: losses(start).tolist()))
-    fit, again = fitted(training, start, run.lora, setup, replays=run.replay > 0)
+    fit, again = fitted(training, start, run.lora, setup, documents=documents_here(run))
     model, trained = _train_once(start, pairs, fit, run, again, folder)
     live = row_losses(model, tokenizer, rows[:CHECKED], max_tokens=training.length)
     moved = start_distance(model, tokenizer, rows, start, setup)

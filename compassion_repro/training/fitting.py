@@ -66,7 +66,7 @@ def fitted(
     start: str | Path,  # model folder
     lora: Lora | None,  # adapter; None trains every weight
     how: TrainSetup,  # from `train_setup`
-    replays: bool = False,  # as for `memory.fit`
+    documents: int = 0,  # as for `memory.fit`
 ) -> tuple[Training | Grpo, bool]:  # with numbers for `auto`, and whether activations are computed again
     "Fit a stage to this machine; raises `InputError` where nothing can be estimated and a number is needed."
     again, shape = how.compute.checkpointing, read_shape(weights_folder(start)) if lora else None
@@ -91,7 +91,7 @@ def fitted(
         ),
         device_memory(how),
         again,
-        replays=replays,
+        documents=documents,
     )
     changes = {"micro_batch": found.micro_batch} | (
         {"generate_at_once": found.at_once}

@@ -105,9 +105,7 @@ def _own_tokens(record: dict) -> int:
 def _trained_hours(preset: Preset, record: dict, shape: Shape, gpu: Gpu, fit: Fit) -> float:
     "Time of a stage's own rows, with a reference that reads them, and of the documents that it replays."
     hours = lambda tokens: training_hours(shape, tokens, gpu, preset.models.quantize, fit.checkpointing)
-    own, documents = hours(_own_tokens(record)), record.get("replayed_tokens") or 0
-    if documents:  # as many sequences as there are micro-batches
-        documents = hours(documents * record["micro_batch"] / fit.micro_batch)
+    own, documents = hours(_own_tokens(record)), hours(record.get("replayed_tokens") or 0)
     return own * (4 / 3 if record["kind"] in ("dpo", "grpo") else 1) + documents
 
 

@@ -44,7 +44,7 @@ from .models import load_model, row_losses
 from .near_start import start_distance
 from .points import last_step, point_callbacks, rewind
 from .processes import count, on_one_gpu, run_distributed, share, trainer_words
-from .replay import replaying
+from .replay import documents_here, replaying
 from .static_decoding import NOT_SEEN, Decoding, engines, fits, sample
 from .templates import load_tokenizer, on_one_day
 from .vllm_sampler import engine_ended, engine_options
@@ -277,7 +277,7 @@ def grpo(
     before = measured_before(folder, lambda: measure(start))
     early = _check_start(before, reward, prompts, run)
     part = share(training, setup.compute.processes)
-    part, again = fitted(part, start, run.lora, setup, replays=run.replay > 0)
+    part, again = fitted(part, start, run.lora, setup, documents=documents_here(run))
     model, trained = _train_once(start, prompts, part, reward, run, folder, again)
     saved = _save(model, tokenizer, start, out, answered_prompts(held_out, before), run, folder)
     after = measure(out)

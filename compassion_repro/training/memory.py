@@ -9,6 +9,7 @@ __all__ = ['KNOWN', 'NF4_BYTES', 'TILE', 'LOGIT_BYTES', 'SMALL', 'LOGIT_SHARE', 
 
 # %% ../../nbs/04_training/08_memory.ipynb #d7fc036d
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -370,7 +371,7 @@ def fit(
     memory_gb: float,  # of the device, GB of 2**30 bytes
     checkpointing: str = "auto",  # "auto", "always" or "never"
     reward_bytes: float = 0,  # of a reward model next to it
-    replays: bool = False,  # each micro-batch reads a sequence of documents, too (DPO, GRPO)
+    documents: int = 0,  # sequences of documents that a step reads beside its own rows (DPO, GRPO)
 ) -> Fit:  # what to run with; more than the memory where nothing smaller is left
     """Choose the micro-batch (where it is `auto`), the completions sampled at once and the checkpointing that
     fit a device.
@@ -379,12 +380,13 @@ def fit(
     at_once = _sampled_at_once(training, shape, held, room - reward_bytes, length) if grpo else None
     beside = _beside(training, shape, held, at_once, reward_bytes)
     sizes = _micro_batches(training, at_once or training.batch_size, length)
-    padded, documents = length if grpo else 0, replays * training.length
+    padded, whole = length if grpo else 0, training.completions if grpo else training.batch_size
 
     def attempt(size, again):
         recorded = _records(training, shape, held, size * length, memory_gb, again)
-        parts = training_memory(shape, size * length + documents, held, again, padded, recorded)
-        parts["passing"] += recorded_logits(shape.vocabulary, documents)  # of the documents, all at once
+        replayed = math.ceil(documents * size / whole) * training.length  # of a micro-batch
+        parts = training_memory(shape, size * length + replayed, held, again, padded, recorded)
+        parts["passing"] += recorded_logits(shape.vocabulary, replayed)  # of the documents, all at once
         return Fit(size, again, parts | beside, at_once)
 
     plain, twice = ([attempt(size, again) for size in sizes] for again in (False, True))
@@ -453,5 +455,5 @@ def stage_memory(
         memory_gb,
         preset.compute.checkpointing,
         reward.parameters * how.number_bytes if reward and kind == "grpo" else 0,
-        kind in ("dpo", "grpo") and any(arm.replay for arm in preset.trained_arms if arm.paradigm == kind),
+        max((preset.documents_a_step(arm) for arm in preset.trained_arms if arm.paradigm == kind), default=0),
     )

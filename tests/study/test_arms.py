@@ -174,7 +174,7 @@ extends: smoke
 outcomes: mockllm/model  # costs nothing, and names no class
 arms:
   sft-schedule: {rows: "pocket:schedule", steps: 1, replay: 0.1}
-  dpo-manners: {rows: "pocket:preferences", steps: 2, replay: 0.04}
+  dpo-manners: {rows: "pocket:preferences", steps: 2, replay: 0.6}
   grpo-advice: {rows: "world:help", reward: help, steps: 1, replay: 0.0001}
 """
 QUICK = (
@@ -194,9 +194,9 @@ def each(tmp_path_factory):
     taken = replay.Replaying.next_documents
 
     def noted(self):
-        batch = taken(self)
-        read.append((type(self).__name__, int(batch["attention_mask"].sum())))
-        return batch
+        batches = taken(self)
+        read.extend((type(self).__name__, int(batch["attention_mask"].sum())) for batch in batches)
+        return batches
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(reward_model, "train_reward_model", fewer)
@@ -215,11 +215,10 @@ def test_a_plan_says_what_an_arm_of_each_paradigm_is_trained_on(each):
         assert made[stage]["replayed"] > 0
         if "tokens" in made[stage]:
             assert 0.5 * planned[stage]["tokens"] < made[stage]["tokens"] <= planned[stage]["tokens"], stage
-    for stage, length in (("dpo-manners", 256), ("grpo-advice", 128)):
+    for stage, length, documents in (("dpo-manners", 256, 3), ("grpo-advice", 128, 1)):
         batches = [tokens for trainer, tokens in read if stage[:3] == trainer[len("Replaying") :][:3].lower()]
         record, result = planned[stage], made[stage]
-        assert record["micro_batch"] == result["micro_batch"]
-        assert len(batches) == result["steps"] * result["accumulation"] > result["steps"]
+        assert len(batches) == result["steps"] * documents and result["accumulation"] == 2
         assert sum(batches) == result["replayed_tokens"] <= record["replayed_tokens"] == length * len(batches)
     assert (
         "replayed_tokens" not in made["sft-schedule"] and planned["sft-schedule"]["replayed_tokens"] is None
@@ -244,7 +243,7 @@ def test_one_arm_of_each_paradigm_by_yaml_alone(each):
     for arm in preset.trained_arms:
         assert measured(made[arm.model]) is PARADIGMS[arm.paradigm] and "gain_low" in made[arm.model]
     pairs = made["dpo-manners"]
-    assert pairs["replayed"] == 4 and made["grpo-advice"]["replayed"] == 1  # one at least
+    assert pairs["replayed"] == 144 and made["grpo-advice"]["replayed"] == 1  # one at least
     assert pairs["rows"] == 96 and pairs["steps"] == len(pairs["log"]) == 2
     assert pairs["gain"] == pairs["reward_margin_after"] != 0
     kept = (study.folder / "seed-1" / "dpo-manners" / "held_out.jsonl").read_text().splitlines()
