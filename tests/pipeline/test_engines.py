@@ -15,6 +15,7 @@ import pytest
 from conftest import CRASH_SIZE
 from test_study import same_scores, table
 
+from compassion_repro.core import signals
 from compassion_repro.core.errors import InputError
 from compassion_repro.core.files import hidden
 from compassion_repro.pipeline import ray_cluster, ray_engine, run
@@ -248,10 +249,11 @@ def test_a_process_that_dies_slowly_leaves_nothing(tmp_path, late):
 @pytest.mark.skipif(
     threading.current_thread() is not threading.main_thread(), reason="signals reach the main thread alone"
 )
-def test_a_run_that_is_told_to_end_ends_what_runs(cluster, study_copy):
+def test_a_run_that_is_told_to_end_ends_what_runs(cluster, study_copy, monkeypatch):
     """SIGTERM at the driver: the running stage gets the interrupt, nothing half is left, what is finished
-    stays, and a Ray that was there before stays too.
+    stays, and a Ray that was there before stays too. The repeats of the signal do not cut the clearing up short.
     """
+    monkeypatch.setattr(signals, "RESEND_EVERY", 0.3)
     without(study_copy, "sft-code")
     strike(study_copy, "sft-code", signal.SIGTERM, psutil.Process())
     with pytest.raises(KeyboardInterrupt):
