@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BEGIN', 'END', 'PAD', 'QUESTION', 'ANSWER', 'CHAT_TEMPLATE', 'TEMPLATES', 'DAY', 'render', 'on_one_day',
-           'check_template', 'pick_padding', 'padding_note', 'load_tokenizer', 'with_template', 'save_tokenizer']
+           'check_template', 'pick_padding', 'padding_note', 'open_tokenizer', 'load_tokenizer', 'with_template',
+           'save_tokenizer']
 
 # %% ../../nbs/04_training/02_templates.ipynb #07e71353
 import json
@@ -12,7 +13,8 @@ import re
 from datetime import datetime
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..core.errors import InputError, first_line
 from .model_files import needs_code
@@ -147,6 +149,37 @@ def padding_note(
     "Which padding token a tokenizer was given, and where it comes from."
     return f"{tokenizer.pad_token}, {tokenizer.padding_choice}"
 
+# %% ../../nbs/04_training/02_templates.ipynb #5c7e10a2
+_PROBE = (
+    "In 2024, 12 cows weren't  fed 3.14 kg:\n\n\t  Straße, déjà-vu; 你好，世界! x_y2 <b>🐓</b> I'LL re-run and"
+    " THEN e\u0301 ﬁ \u00a0end \n"
+)
+
+
+def open_tokenizer(
+    source: str | Path,  # folder or hub id
+) -> PreTrainedTokenizerBase:  # that cuts texts as its tokenizer.json says
+    "A tokenizer as its file has it, whatever class it names; raises what the library raises."
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    file = Path(source) / "tokenizer.json"
+    if type(tokenizer) is PreTrainedTokenizerFast or not file.is_file():
+        return tokenizer
+    own = Tokenizer.from_file(str(file))
+    own.no_truncation()
+    own.no_padding()
+    try:
+        if (
+            tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+            == own.encode(_PROBE, add_special_tokens=False).ids
+        ):
+            return tokenizer
+    except Exception:  # a class that lacks a token of its own says so with the first text
+        pass
+    kinds = ("bos_token", "eos_token", "pad_token", "unk_token")  # which a class may know and no file name
+    named = {kind: str(getattr(tokenizer, kind)) for kind in kinds}
+    known = {kind: token for kind, token in named.items() if own.token_to_id(token) is not None}
+    return PreTrainedTokenizerFast.from_pretrained(source, trust_remote_code=False, **known)
+
 # %% ../../nbs/04_training/02_templates.ipynb #3d2f83bd
 def load_tokenizer(
     source: str | Path,  # folder or hub id
@@ -158,7 +191,7 @@ def load_tokenizer(
     run.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = open_tokenizer(source)
     except Exception as error:  # a damaged tokenizer file raises whatever its first broken part does
         if "trust_remote_code" in str(error):
             raise InputError(needs_code(source, "tokenizer")) from None

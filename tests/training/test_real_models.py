@@ -11,6 +11,7 @@ import torch
 from cases import Case, problem, table
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from compassion_repro.data import world
@@ -238,6 +239,22 @@ def tokenizer(folder, pad=None, add=(), **special):
     return templates.padding_note(found)
 
 
+def cut_as_its_file_says(folder, named, kind="llama"):
+    "Whether texts become the tokens of tokenizer.json, opened and saved, under a class of other habits."
+    place = copied(folder, model_type=kind, architectures=[])
+    file = place / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": named}))
+    text = "In 2024, 12 cows and 100 hens weren't fed."
+    wanted = Tokenizer.from_file(str(place / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+    first = templates.load_tokenizer(place)
+    templates.save_tokenizer(first, place)
+    return [
+        (found.encode(text, add_special_tokens=False), found.eos_token, found.pad_token)
+        == (wanted, END, templates.PAD)
+        for found in (first, templates.load_tokenizer(place))
+    ]
+
+
 RARE = {
     "IA3": {"feedforward_modules": ["down_proj"]},
     "LoHa": {"r": 2},
@@ -409,6 +426,19 @@ CASES = [
         lambda f: tokenizer(f, END, ["<|endoftext|>"], eos_token=END),
     ),
     Case("no end token", "refused: .*no end token", lambda f: tokenizer(f)),
+    *(
+        Case(
+            f"{named} over another tokenizer.json",
+            r"ok: \[True, True\]",
+            partial(cut_as_its_file_says, named=named, kind=kind),
+        )
+        for named, kind in (
+            ("GPT2Tokenizer", "llama"),
+            ("Qwen2Tokenizer", "llama"),
+            ("LlamaTokenizerFast", "qwen2"),
+            ("CodeLlamaTokenizer", "llama"),
+        )
+    ),
 ]
 
 
