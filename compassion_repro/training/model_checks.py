@@ -148,6 +148,20 @@ def check_weights(
     return read
 
 # %% ../../nbs/04_training/05_model_checks.ipynb #adaf5384
+def _beyond(
+    tokenizer: PreTrainedTokenizerBase,  # from `load_tokenizer`
+    rows: int,  # vectors that the model has
+) -> bool:
+    "Whether a text or a template can write a token that has no vector."
+    late = {token for token, number in tokenizer.get_vocab().items() if number >= rows}
+    if not late:
+        return False
+    idle = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    idle -= {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
+    written = f"{tokenizer.chat_template} {getattr(tokenizer, 'own_template', '')}"
+    return not late <= idle or any(token in written for token in late)
+
+
 def check_fits(
     model: PreTrainedModel,  # from `load_model`
     tokenizer: PreTrainedTokenizerBase,  # from `load_tokenizer`
@@ -158,7 +172,7 @@ def check_fits(
         model.get_input_embeddings().num_embeddings,
         getattr(model.config, "max_position_embeddings", None),
     )
-    if rows < len(tokenizer):
+    if _beyond(tokenizer, rows):
         raise InputError(
             f"the tokenizer has {len(tokenizer):,} tokens and the model only {rows:,}: they do not belong"
             " together, and a token beyond the last would have no vector"

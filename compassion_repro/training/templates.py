@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..core.errors import InputError, first_line
-from .model_files import needs_code
+from .model_files import needs_code, read_json
 
 # %% ../../nbs/04_training/02_templates.ipynb #e02bddfe
 BEGIN, END, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
@@ -127,14 +127,18 @@ _SPARE = (  # names of tokens that model families keep unused, in the order of p
 
 def pick_padding(
     tokenizer: PreTrainedTokenizerBase,  # as it was opened; its padding token is set
+    rows: int | None = None,  # vectors of the model, of which the token has one; None where nobody knows
 ) -> str:  # where the token comes from: "its own", "a spare token", "the unknown token" or "the end token"
     "Choose a padding token: its own, a spare one, the unknown token, else the end token."
-    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+    rows = rows or float("inf")
+    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id) and tokenizer.pad_token_id < rows:
         return "its own"
     vocabulary, taken = tokenizer.get_vocab(), {tokenizer.eos_token, tokenizer.bos_token}
     for names in _SPARE:
         if found := sorted(
-            (i, token) for token, i in vocabulary.items() if re.fullmatch(names, token) and token not in taken
+            (i, token)
+            for token, i in vocabulary.items()
+            if i < rows and re.fullmatch(names, token) and token not in taken
         ):
             tokenizer.pad_token = found[0][1]
             return "a spare token"
@@ -181,6 +185,13 @@ def open_tokenizer(
     return PreTrainedTokenizerFast.from_pretrained(source, trust_remote_code=False, **known)
 
 # %% ../../nbs/04_training/02_templates.ipynb #3d2f83bd
+def _vectors(source: str | Path) -> int | None:
+    "How many tokens the model beside a tokenizer has vectors for, from its config.json; None without one."
+    file = Path(source) / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+
+
 def load_tokenizer(
     source: str | Path,  # folder or hub id
     template: str = "plain",  # a key of TEMPLATES, or "own": the tokenizer's
@@ -201,7 +212,7 @@ def load_tokenizer(
             f"the tokenizer in {source} has no end token, so no answer would ever end: give a model whose"
             " tokenizer has one"
         )
-    tokenizer.padding_choice = pick_padding(tokenizer)
+    tokenizer.padding_choice = pick_padding(tokenizer, _vectors(source))
     tokenizer.own_template = tokenizer.chat_template
     return with_template(tokenizer, template)
 

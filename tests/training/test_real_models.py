@@ -231,12 +231,25 @@ def tokenizer(folder, pad=None, add=(), **special):
     if pad:
         made.pad_token = pad
     made.save_pretrained(place)
+    settings = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(settings | {"vocab_size": len(made)}))
     found = templates.load_tokenizer(place)
     row = encoding.encode_row(
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]}, found
     )
     assert row["labels"][-1] == found.eos_token_id  # the end token has loss, whatever pads
     return templates.padding_note(found)
+
+
+def beyond(folder, token, template=None, **kind):
+    "A token beyond the model's last vector, for a padding token, for pictures, or for turns."
+    place = copied(folder)
+    made = AutoTokenizer.from_pretrained(place)
+    made.add_special_tokens({"additional_special_tokens": [token]} if not kind else kind)
+    made.chat_template = template or made.chat_template
+    made.save_pretrained(place)
+    seen_before(place)
+    return opened(place)
 
 
 def cut_as_its_file_says(folder, named, kind="llama"):
@@ -426,6 +439,17 @@ CASES = [
         lambda f: tokenizer(f, END, ["<|endoftext|>"], eos_token=END),
     ),
     Case("no end token", "refused: .*no end token", lambda f: tokenizer(f)),
+    Case("a picture token without a vector", "ok: ", partial(beyond, token="<image_soft_token>")),
+    Case(
+        "a padding token without a vector",
+        r"ok: .*padding <\|finetune_right_pad_id\|>, a spare",
+        partial(beyond, token="[PAD]", pad_token="[PAD]"),
+    ),
+    Case(
+        "a turn token without a vector",
+        "refused: .*no vector",
+        partial(beyond, token="<|im_end|>", template="{{ messages[0].content }}<|im_end|>"),
+    ),
     *(
         Case(
             f"{named} over another tokenizer.json",
