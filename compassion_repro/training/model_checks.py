@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..core.errors import InputError, first_line
 from compassion_repro.training.model_files import (
@@ -25,6 +26,16 @@ from compassion_repro.training.model_files import (
 )
 
 # %% ../../nbs/04_training/05_model_checks.ipynb #1d89972f
+def _replaced(config: dict) -> bool:
+    "Whether a config.json names code of another class than the one that transformers has for its kind."
+    own = (config.get("auto_map") or {}).get("AutoModelForCausalLM") or ""
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type"), "")
+    ours, theirs = (
+        re.sub("[^a-z0-9]", "", str(name).lower()) for name in (known, str(own).rpartition(".")[2])
+    )
+    return bool(ours and theirs) and theirs not in ours
+
+
 def check_architecture(
     source: str | Path,  # folder or hub id
 ):
@@ -50,7 +61,7 @@ def check_architecture(
             " one of them in a folder of its own"
         )
     config, known = read_json(file), set(CONFIG_MAPPING)
-    if config.get("auto_map") and config.get("model_type") not in known:
+    if (config.get("auto_map") and config.get("model_type") not in known) or _replaced(config):
         raise InputError(needs_code(source))
     if names and not any(re.search(r"ForCausalLM|LMHeadModel", name) for name in names):
         raise InputError(

@@ -20,8 +20,10 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -80,14 +82,24 @@ def _load_options(source, device, packed, options) -> dict:
 # what `from_pretrained` raises where a folder holds no model that it can open
 _NOT_OPENED = (
     *(OSError, ValueError, KeyError, RuntimeError),
-    *(SafetensorError, ImportError, TypeError, AttributeError),
+    *(SafetensorError, ImportError, TypeError, AttributeError, AssertionError),
 )
+
+
+def _that_can_be_saved(settings: GenerationConfig) -> GenerationConfig:
+    "The same settings, or the end tokens alone where the library would refuse to save the rest."
+    try:
+        settings.validate(strict=True)
+        return settings
+    except ValueError:
+        kinds = ("bos_token_id", "eos_token_id", "pad_token_id")
+        return GenerationConfig(**{kind: getattr(settings, kind) for kind in kinds})
 
 
 def _read_network(source, settings) -> tuple[PreTrainedModel, dict]:
     "The network with its weights, and which of them were missing or left over."
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             source,
             **settings | {"use_safetensors": True, "trust_remote_code": False},
             output_loading_info=True,
@@ -96,6 +108,9 @@ def _read_network(source, settings) -> tuple[PreTrainedModel, dict]:
         if "trust_remote_code" in str(error):
             raise InputError(needs_code(source)) from None
         raise InputError(f"no causal language model in {source}: {first_line(error)}") from None
+    model.config.return_dict = True
+    model.generation_config = _that_can_be_saved(model.generation_config)
+    return model, found
 
 # %% ../../nbs/04_training/06_models.ipynb #821fbc48
 def load_model(
@@ -207,14 +222,21 @@ def attention_extras(
 
 # %% ../../nbs/04_training/06_models.ipynb #7a34aa6f
 def _exact_attention(source: str | Path, options: dict) -> dict:
-    "`eager` for models whose soft cap the fast kernel would drop."
+    """`eager` for models whose soft cap the fast kernel would drop; an ordinary kernel where a config.json
+    asks for one of another package, which its author had.
+    """
     if options.get("attn_implementation", "sdpa") not in ("sdpa", "varlen"):
         return {}
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception:
         return {}  # `from_pretrained` says what is wrong with it
-    return {"attn_implementation": "eager"} if "soft cap" in attention_extras(config) else {}
+    if "soft cap" in attention_extras(config):
+        return {"attn_implementation": "eager"}
+    if "attn_implementation" in options or not getattr(config, "_attn_implementation", None):
+        return {}
+    network = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return {"attn_implementation": "sdpa" if getattr(network, "_supports_sdpa", False) else "eager"}
 
 # %% ../../nbs/04_training/06_models.ipynb #7be1a0c7
 def find_tokenizer(

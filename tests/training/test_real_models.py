@@ -241,6 +241,20 @@ def tokenizer(folder, pad=None, add=(), **special):
     return templates.padding_note(found)
 
 
+def changed_and_saved(folder, generation=None, **config):
+    "Whether a model with other settings reads as before, saved and opened again too."
+    place, ids = copied(folder, **config), torch.arange(5, 20)[None]
+    if generation:
+        (place / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 5]} | generation))
+    seen_before(place)
+    network, tokenizer = open_model(place, "cpu")
+    ends = network.generation_config.eos_token_id
+    saved = models.load_model(models.save_model(network, tokenizer, folder / "plain"), "cpu")
+    with torch.no_grad():
+        wanted = models.load_model(BASE, "cpu")(ids).logits
+        return f"{all(torch.equal(other(ids).logits, wanted) for other in (network, saved))} {ends}"
+
+
 def beyond(folder, token, template=None, **kind):
     "A token beyond the model's last vector, for a padding token, for pictures, or for turns."
     place = copied(folder)
@@ -439,6 +453,37 @@ CASES = [
         lambda f: tokenizer(f, END, ["<|endoftext|>"], eos_token=END),
     ),
     Case("no end token", "refused: .*no end token", lambda f: tokenizer(f)),
+    Case(
+        "code of another class for a kind that is known",
+        "refused: .*never done",
+        lambda f: opened(copied(f, auto_map={"AutoModelForCausalLM": "modeling_my.MyLlamaForCausalLM"})),
+    ),
+    Case(
+        "code of the class that is known",
+        "ok: ",
+        lambda f: opened(copied(f, auto_map={"AutoModelForCausalLM": "a/b--my.LLaMAForCausalLM"})),
+    ),
+    Case(
+        "a padding number beyond the vectors",
+        "refused: .*Padding_idx",
+        lambda f: seen_before(copied(f, pad_token_id=99_999)),
+    ),
+    *(
+        Case(name, rf"ok: True {ends}", partial(changed_and_saved, **settings))
+        for name, ends, settings in (
+            (
+                "a temperature without sampling",
+                r"\[1, 5\]",
+                {"generation": {"do_sample": False, "temperature": 0.7}},
+            ),
+            (
+                "a kernel of another package in config.json",
+                "1",
+                {"_attn_implementation": "flash_attention_2"},
+            ),
+            ("tuples in config.json", "1", {"return_dict": False}),
+        )
+    ),
     Case("a picture token without a vector", "ok: ", partial(beyond, token="<image_soft_token>")),
     Case(
         "a padding token without a vector",
