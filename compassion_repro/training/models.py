@@ -20,7 +20,6 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
@@ -222,21 +221,21 @@ def attention_extras(
 
 # %% ../../nbs/04_training/06_models.ipynb #7a34aa6f
 def _exact_attention(source: str | Path, options: dict) -> dict:
-    """`eager` for models whose soft cap the fast kernel would drop; an ordinary kernel where a config.json
-    asks for one of another package, which its author had.
+    """`eager` for models whose soft cap the fast kernel would drop; without the kernel that a config.json
+    asks for, which its author had and which the library would put before ours.
     """
-    if options.get("attn_implementation", "sdpa") not in ("sdpa", "varlen"):
-        return {}
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception:
         return {}  # `from_pretrained` says what is wrong with it
-    if "soft cap" in attention_extras(config):
-        return {"attn_implementation": "eager"}
-    if "attn_implementation" in options or not getattr(config, "_attn_implementation", None):
-        return {}
-    network = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    return {"attn_implementation": "sdpa" if getattr(network, "_supports_sdpa", False) else "eager"}
+    found = {}
+    if getattr(config, "_attn_implementation", None):
+        config._attn_implementation = None
+        found = {"config": config}
+    fast = options.get("attn_implementation", "sdpa") in ("sdpa", "varlen")
+    return found | (
+        {"attn_implementation": "eager"} if fast and "soft cap" in attention_extras(config) else {}
+    )
 
 # %% ../../nbs/04_training/06_models.ipynb #7be1a0c7
 def find_tokenizer(

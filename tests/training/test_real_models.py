@@ -244,6 +244,8 @@ def tokenizer(folder, pad=None, add=(), **special):
 def changed_and_saved(folder, generation=None, **config):
     "Whether a model with other settings reads as before, saved and opened again too."
     place, ids = copied(folder, **config), torch.arange(5, 20)[None]
+    eager = models.load_model(place, "cpu", attn_implementation="eager").config
+    assert eager._attn_implementation == "eager"
     if generation:
         (place / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 5]} | generation))
     seen_before(place)
