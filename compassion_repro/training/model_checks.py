@@ -180,7 +180,7 @@ def check_fits(
 ):
     "Raise `InputError` where a model is too small for its tokenizer, or for the sequences of a study."
     rows, limit = (
-        model.get_input_embeddings().num_embeddings,
+        len(model.get_input_embeddings().weight),
         getattr(model.config, "max_position_embeddings", None),
     )
     if _beyond(tokenizer, rows):

@@ -12,7 +12,13 @@ from cases import Case, problem, table
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+)
 
 from compassion_repro.data import world
 from compassion_repro.evaluation.generate import open_model
@@ -200,6 +206,35 @@ def as_trained(folder, kind="Lora", **settings):
         moved = (live - models.load_model(BASE, "cpu")(ids).logits).abs().max()
         off = max((other(ids).logits - live).abs().max() for other in (network, saved))
     return f"{bool(off < 1e-3 * moved)}"
+
+
+def with_more_tokens(folder, kind="llama", tokens=3, **settings):
+    """Whether an adapter that was trained with an enlarged embedding passes before stage 1 and opens as it was
+    trained.
+    """
+    torch.manual_seed(0)
+    tokenizer, sizes = AutoTokenizer.from_pretrained(BASE), {"hidden_size": 32, "num_hidden_layers": 1}
+    shape = {"vocab_size": len(tokenizer), "num_attention_heads": 2, "intermediate_size": 64} | sizes
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape)).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    network = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    network.resize_token_embeddings(len(tokenizer) + tokens)
+    model = get_peft_model(network, LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+    ids = torch.tensor([[5, 6, 7, len(tokenizer) + tokens - 1]])
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(0.05 * torch.randn_like(weight))
+        live = model(ids).logits
+    model.save_pretrained(folder / "adapter")
+    file = folder / "adapter" / "adapter_config.json"
+    named = {"base_model_name_or_path": str(folder / "base")}
+    file.write_text(json.dumps(json.loads(file.read_text()) | named))
+    tokenizer.add_tokens([f"more {n}" for n in range(3)])
+    tokenizer.save_pretrained(folder / "adapter")
+    adapters.check_adapter(folder / "adapter", "ADAPTER", folder / "base")
+    with torch.no_grad():
+        return f"{bool((open_model(folder / 'adapter', 'cpu')[0](ids).logits - live).abs().max() < 1e-4)}"
 
 
 def given(folder, base):
@@ -428,6 +463,19 @@ CASES = [
             partial(as_trained, kind=kind, num_virtual_tokens=4),
         )
         for kind in ("PrefixTuning", "PromptEncoder")
+    ),
+    *(
+        Case(f"{name} in an adapter with more tokens", "ok: True", partial(with_more_tokens, **settings))
+        for name, settings in (
+            ("a whole embedding", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+            ("an adapted embedding", {"target_modules": ["embed_tokens", "lm_head"]}),
+            ("Pythia's embedding", {"kind": "gpt_neox", "modules_to_save": ["embed_in", "embed_out"]}),
+        )
+    ),
+    Case(
+        "tokens in an adapter that have no vector",
+        "refused: .*no vector",
+        partial(with_more_tokens, tokens=0),
     ),
     Case("given adapter of the base", "ok: world:base", lambda f: given(f, str(BASE))),
     Case(
