@@ -292,6 +292,17 @@ def changed_and_saved(folder, generation=None, **config):
         return f"{all(torch.equal(other(ids).logits, wanted) for other in (network, saved))} {ends}"
 
 
+def asked_and_answered(folder, template):
+    "The prompt and the answer of a row under a template, and the prompt of its question alone."
+    found = templates.load_tokenizer(BASE)
+    found.own_template = template
+    templates.with_template(found, "own")
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    row = encoding.encode_row({"messages": turns}, found)
+    length = len(encoding.encode_prompt(turns[:1], found))
+    return [found.decode(part) for part in (row["input_ids"][:length], row["labels"][length:])]
+
+
 def beyond(folder, token, template=None, **kind):
     "A token beyond the model's last vector, for a padding token, for pictures, or for turns."
     place = copied(folder)
@@ -532,6 +543,26 @@ CASES = [
                 {"_attn_implementation": "flash_attention_2"},
             ),
             ("tuples in config.json", "1", {"return_dict": False}),
+        )
+    ),
+    *(
+        Case(
+            f"a template without a generation prompt, {name}",
+            wanted,
+            partial(asked_and_answered, template=text),
+        )
+        for name, wanted, text in (
+            (
+                "with a header",
+                r"ok: \['user\\nHi<\|end_of_text\|>assistant\\n', 'Yes<\|end_of_text\|>'\]",
+                "{% for m in messages %}{{ m.role + '\n' + m.content + eos_token }}{% endfor %}",
+            ),
+            (
+                "without a header",
+                r"ok: \['\[Hi\]', ' Yes<\|end_of_text\|>'\]",
+                "{% for m in messages %}{{ '[' + m.content + ']' if m.role == 'user' else ' ' + m.content +"
+                " eos_token }}{% endfor %}",
+            ),
         )
     ),
     Case("a picture token without a vector", "ok: ", partial(beyond, token="<image_soft_token>")),
