@@ -15,6 +15,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 import re
 from pathlib import Path
 
+import peft
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -25,7 +26,7 @@ from ..core.errors import InputError, first_line
 from ..data import hub
 from ..study import Lora, Models
 from .model_checks import check_fits, check_numbers
-from .model_files import adapter_base, headers, same_source
+from .model_files import adapter_base, headers, read_json, same_source
 from .models import find_model, load_model
 from .templates import load_tokenizer
 
@@ -88,6 +89,17 @@ def read_adapter(
         raise InputError(
             f"the adapter {name} is of the kind {kind}, which changes no weights and cannot be merged: "
             "give a LoRA adapter, or a whole model"
+        )
+    settings = read_json(Path(folder) / "adapter_config.json")
+    new = [
+        key
+        for key, on in settings.items()
+        if key.startswith("use_") and on is True and not hasattr(config, key)
+    ]
+    if new:
+        raise InputError(
+            f"the adapter {name} was trained with {new[0]}, which the installed peft {peft.__version__} would"
+            " leave out: pip install --upgrade peft"
         )
     for setting, what in _PARTIAL.items():
         if getattr(config, setting, None):

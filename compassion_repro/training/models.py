@@ -106,6 +106,11 @@ def _read_network(source, settings) -> tuple[PreTrainedModel, dict]:
     except _NOT_OPENED as error:
         if "trust_remote_code" in str(error):
             raise InputError(needs_code(source)) from None
+        if "ignore_mismatched_sizes" in str(error):
+            raise InputError(
+                f"the weights in {source} have other sizes than its config.json says: restore the config.json that"
+                " belongs to them"
+            ) from None
         raise InputError(f"no causal language model in {source}: {first_line(error)}") from None
     model.config.return_dict = True
     model.generation_config = _that_can_be_saved(model.generation_config)

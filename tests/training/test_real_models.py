@@ -162,6 +162,13 @@ def adapter(folder, config=None, base=str(BASE), change=lambda weights: weights,
     return folder / "adapter"
 
 
+def with_setting(place, **settings):
+    "The same adapter with more settings."
+    file = place / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return place
+
+
 def renamed(weights, old, new):
     return {key.replace(old, new): value for key, value in weights.items()}
 
@@ -360,7 +367,11 @@ CASES = [
         "refused: .*random numbers",
         lambda f: seen_before(copied(f, num_hidden_layers=6)),
     ),
-    Case("another width", "refused: ", lambda f: seen_before(copied(f, intermediate_size=300))),
+    Case(
+        "another width",
+        "refused: .*other sizes.*restore",
+        lambda f: seen_before(copied(f, intermediate_size=300)),
+    ),
     Case("weights NaN", "refused: .*no numbers", lambda f: opened(altered(f, spoiled))),
     Case("weights NaN, before stage 1", "refused: .*no numbers", lambda f: seen_before(altered(f, spoiled))),
     Case(
@@ -482,6 +493,11 @@ CASES = [
             ("an adapted embedding", {"target_modules": ["embed_tokens", "lm_head"]}),
             ("Pythia's embedding", {"kind": "gpt_neox", "modules_to_save": ["embed_in", "embed_out"]}),
         )
+    ),
+    Case(
+        "an adapter of a way that PEFT does not know yet",
+        "refused: .*use_newest, which .* leave out: pip",
+        lambda f: opened(with_setting(adapter(f), use_newest=True)),
     ),
     Case(
         "tokens in an adapter that have no vector",
