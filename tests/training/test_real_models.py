@@ -25,7 +25,7 @@ from compassion_repro.evaluation.generate import open_model
 from compassion_repro.pipeline.model_answers import weights_identity
 from compassion_repro.pipeline.preflight_models import look_at_model
 from compassion_repro.study import Models
-from compassion_repro.training import adapters, encoding, models, templates
+from compassion_repro.training import adapters, device, encoding, grpo, models, templates
 
 BASE = world.assets() / "base"
 
@@ -297,6 +297,14 @@ def changed_and_saved(folder, generation=None, **config):
     with torch.no_grad():
         wanted = models.load_model(BASE, "cpu")(ids).logits
         return f"{all(torch.equal(other(ids).logits, wanted) for other in (network, saved))} {ends}"
+
+
+def sampled_freely(folder):
+    "What a policy's sampling takes from the settings beside its model."
+    place = copied(folder)
+    (place / "generation_config.json").write_text('{"eos_token_id": 1, "no_repeat_ngram_size": 2}')
+    settings = grpo._policy(place, device.TrainRun(0))[0].generation_config
+    return settings.no_repeat_ngram_size, settings.eos_token_id
 
 
 def asked_and_answered(folder, template):
@@ -581,6 +589,7 @@ CASES = [
             ),
         )
     ),
+    Case("n-grams forbidden beside a policy", r"ok: \(None, \[1\]\)", sampled_freely),
     Case("a picture token without a vector", "ok: ", partial(beyond, token="<image_soft_token>")),
     Case(
         "a padding token without a vector",
