@@ -441,10 +441,11 @@ def small_file(
 def has_template(
     source: str,  # of a model: a folder, or a hub source
 ) -> bool:
-    "Whether a model's tokenizer has a chat template, from two small files."
+    "Whether a model's tokenizer has a chat template for plain questions, from two small files."
     if small_file(source, "chat_template.jinja"):
         return True
     try:
-        return bool(json.loads(small_file(source, "tokenizer_config.json") or "{}").get("chat_template"))
-    except (ValueError, AttributeError):
+        found = json.loads(small_file(source, "tokenizer_config.json") or "{}").get("chat_template")
+        return any(one["name"] == "default" for one in found) if isinstance(found, list) else bool(found)
+    except (ValueError, AttributeError, TypeError, KeyError):
         return False

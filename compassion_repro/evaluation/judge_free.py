@@ -503,6 +503,29 @@ def _kl_means(kl: pd.DataFrame) -> dict:
     }
 
 # %% ../../nbs/05_evaluation/17_judge_free.ipynb #955be328
+def _kl_from(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    mid: str | Path,
+    answers: pd.DataFrame,
+    settings: Margin,
+    device: str | None,
+    report: Callable,
+) -> tuple[pd.DataFrame, dict]:  # rows of kl.parquet; the means for the manifest
+    "KL from the mid-trained model; none, and `kl_note` why, where the two do not share their tokens."
+    reference, other, epochs = load_model(mid, device), load_tokenizer(mid), settings.kl_epochs
+    texts = [*answers["prompt"].head(8), *answers["text"].head(8)]
+    one, two = (own(texts, add_special_tokens=False)["input_ids"] for own in (tokenizer, other))
+    try:
+        if one != two:
+            raise InputError("the tokenizers differ")
+        kl = measure_kl(network, reference, tokenizer, answers, epochs, settings.batch_tokens, report)
+    except InputError as error:
+        none = _without_drift(answers, epochs)[:0]
+        return none, {"kl_mean": None, "kl": {}, "kl_note": f"no KL from mid: {error}"}
+    return kl, _kl_means(kl)
+
+
 def probe(
     folder: str | Path,  # the model
     mid: str | Path,  # the mid-trained model; the same folder for itself
@@ -527,8 +550,7 @@ def probe(
         return margins, pd.DataFrame(columns=list(KL_COLUMNS)), result | {"kl_mean": None, "kl": {}}
     if Path(folder).resolve() == Path(mid).resolve():
         kl = _without_drift(answers, settings.kl_epochs)
-    else:
-        said = lambda line: report(f"KL: {line}")
-        mid = load_model(mid, device)
-        kl = measure_kl(network, mid, tokenizer, answers, settings.kl_epochs, batch, said)
-    return margins, kl, result | _kl_means(kl)
+        return margins, kl, result | _kl_means(kl)
+    said = lambda line: report(f"KL: {line}")
+    kl, means = _kl_from(network, tokenizer, mid, answers, settings, device, said)
+    return margins, kl, result | means

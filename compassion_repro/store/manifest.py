@@ -131,6 +131,7 @@ def _grade_facts(r: dict) -> str:
 def _probe_facts(r: dict) -> str:
     "The mean margin over the pairs, and the distance from mid."
     distance = "" if r["kl_mean"] is None else f"; KL from mid {r['kl_mean']:.4f}"
+    distance = f"; {r['kl_note']}" if "kl_note" in r else distance
     return f"{r['pairs']} pairs, margin {r['margin_mean']:+.3f} nats a token{distance}"
 
 # %% ../../nbs/07_store/02_manifest.ipynb #f00eec95

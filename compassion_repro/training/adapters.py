@@ -12,8 +12,10 @@ import logging
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # %% ../../nbs/04_training/07_adapters.ipynb #b1585411
+import re
 from pathlib import Path
 
+import peft
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -24,7 +26,7 @@ from ..core.errors import InputError, first_line
 from ..data import hub
 from ..study import Lora, Models
 from .model_checks import check_fits, check_numbers
-from .model_files import adapter_base, headers, same_source
+from .model_files import adapter_base, headers, read_json, same_source
 from .models import find_model, load_model
 from .templates import load_tokenizer
 
@@ -88,6 +90,17 @@ def read_adapter(
             f"the adapter {name} is of the kind {kind}, which changes no weights and cannot be merged: "
             "give a LoRA adapter, or a whole model"
         )
+    settings = read_json(Path(folder) / "adapter_config.json")
+    new = [
+        key
+        for key, on in settings.items()
+        if key.startswith("use_") and on is True and not hasattr(config, key)
+    ]
+    if new:
+        raise InputError(
+            f"the adapter {name} was trained with {new[0]}, which the installed peft {peft.__version__} would"
+            " leave out: pip install --upgrade peft"
+        )
     for setting, what in _PARTIAL.items():
         if getattr(config, setting, None):
             raise InputError(
@@ -125,7 +138,8 @@ def attach(
         raise InputError(
             f"the adapter {name} does not fit {called}: {lines[0][:200] if lines else first_line(error)}"
         ) from None
-    missing, unused = _still_missing(model, found.missing_keys), list(found.unexpected_keys)
+    missing = _still_missing(model, found.missing_keys)
+    unused = [key for key in found.unexpected_keys if not _said_twice(key, weights)]
     if missing or unused:
         first = (missing or unused)[0]
         raise InputError(
@@ -145,6 +159,14 @@ def attach(
     return model.eval()
 
 # %% ../../nbs/04_training/07_adapters.ipynb #b55eb1dc
+def _said_twice(key: str, weights: dict[str, dict]) -> bool:
+    """Whether a weight of an enlarged embedding is in the file under its plain name too: PEFT saves it a second
+    time where it was trained as a whole.
+    """
+    plain = key.replace(".modules_to_save.", ".").replace(".original_module.", ".")
+    return plain != key and weights.get(plain, {}).get("shape") == weights[key]["shape"]
+
+
 def _still_missing(model: PeftModel, missing: list[str]) -> list[str]:
     "Missing weights without those that are another name of a weight that was found."
     every = dict(model.named_parameters(remove_duplicate=False)) | dict(
@@ -166,11 +188,12 @@ def _check_biases(model: PeftModel, name: str):
 # %% ../../nbs/04_training/07_adapters.ipynb #2912df09
 def _grow(base: PreTrainedModel, weights: dict[str, dict]):
     "Enlarge the embedding for an adapter that was trained with more tokens and brings their vectors."
-    rows = [
-        entry["shape"][0]
-        for key, entry in weights.items()
-        if key.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight"))
+    ends = base.get_input_embeddings(), base.get_output_embeddings()
+    names = [
+        name.rpartition(".")[2] for name, part in base.named_modules() if any(part is end for end in ends)
     ]
+    vectors = re.compile(rf"\.({'|'.join(names)})\.((base_layer|modules_to_save)\.)?weight$")
+    rows = [entry["shape"][0] for key, entry in weights.items() if vectors.search(key)]
     if rows and max(rows) != base.get_input_embeddings().num_embeddings:
         base.resize_token_embeddings(max(rows), mean_resizing=False)
 
@@ -218,6 +241,12 @@ def merged(
     return plain
 
 # %% ../../nbs/04_training/07_adapters.ipynb #dced99a4
+def _own_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    "The tokenizer beside an adapter; None where it has none."
+    own = any((folder / file).is_file() for file in ("tokenizer_config.json", "tokenizer.json"))
+    return load_tokenizer(folder) if own else None
+
+
 def open_adapter(
     folder: Path,  # adapter folder
     name: str,  # what the user called it
@@ -247,8 +276,7 @@ def open_adapter(
         network, tokenizer = load_model(base, device), None
     network = merged(attach(network, folder, name, called), name)
     check_numbers(network, name)
-    own = any((folder / file).is_file() for file in ("tokenizer_config.json", "tokenizer.json"))
-    tokenizer = load_tokenizer(folder) if own else tokenizer or load_tokenizer(base)
+    tokenizer = _own_tokenizer(folder) or tokenizer or load_tokenizer(base)
     check_fits(network, tokenizer, 1)
     return network, tokenizer
 
@@ -284,6 +312,7 @@ def check_adapter(
     """
     kind = getattr(read_adapter(folder, name).peft_type, "value", "")
     if kind == "LORA" and not hub.is_adapter(base):
-        attach(load_model(base, "meta"), folder, name, called)
+        model = attach(load_model(base, "meta"), folder, name, called)
+        check_fits(model, _own_tokenizer(folder) or load_tokenizer(base), 1)
     else:
         open_adapter(folder, name, "cpu", base, called)

@@ -123,6 +123,27 @@ def end_ids(
     )
 
 # %% ../../nbs/04_training/03_encoding.ipynb #7546ffdc
+def _opening(tokenizer) -> str:
+    """What a template that knows no `add_generation_prompt` puts before an answer, such as ChatML's header of
+    the assistant; "" for others.
+    """
+    key = tokenizer.chat_template
+    if key in TEMPLATES.values():
+        return ""
+    if getattr(tokenizer, "answer_openings", (None,))[0] == key:
+        return tokenizer.answer_openings[1]
+    question, answer = {"role": "user", "content": "a question"}, "seventeen herons"
+    try:
+        asked, plain = (_rendered([question], tokenizer, add_generation_prompt=on) for on in (True, False))
+        whole = _rendered([question, {"role": "assistant", "content": answer}], tokenizer)
+    except InputError:
+        return ""
+    before = whole.removeprefix(asked).partition(answer)[0]
+    opening = before if asked == plain and whole.startswith(asked) and before.strip() else ""
+    tokenizer.answer_openings = key, opening
+    return opening
+
+
 def _texts(messages: list[dict], tokenizer) -> tuple[str, str]:
     'Prompt with its begin token, and the answer with its end token ("" without an answer), under the tokenizer\'s template.'
     if tokenizer.chat_template == CHAT_TEMPLATE:
@@ -130,7 +151,8 @@ def _texts(messages: list[dict], tokenizer) -> tuple[str, str]:
         return _begin(tokenizer) + prompt, completion and completion.removesuffix(END) + tokenizer.eos_token
     messages = with_system_folded(messages, tokenizer)
     answered = messages[-1]["role"] == "assistant"
-    prompt = _rendered(messages[:-1] if answered else messages, tokenizer, add_generation_prompt=True)
+    asked = messages[:-1] if answered else messages
+    prompt = _rendered(asked, tokenizer, add_generation_prompt=True) + _opening(tokenizer)
     if not answered:
         return prompt, ""
     whole, end = _rendered(messages, tokenizer), answer_end(tokenizer)

@@ -275,6 +275,16 @@ def _no_tensors(found: Gguf) -> str:
     return ""
 
 # %% ../../nbs/04_training/01_gguf.ipynb #de62af54
+# ways of cutting a text before its merges (`tokenizer.ggml.pre`) that the library's conversion knows
+_CUTS = set(
+    """dbrx deepseek-r1-qwen f2llmv2 falcon-h1 falcon3 gpt-4o jina-v5-nano kanana2 kormo lfm2 llama-bpe llama-v3
+    llama3 llama4 megrez midm-2.0 minimax-m2 pixtral qwen2 qwen35 smaug-bpe talkie tekken""".split()
+)
+# those of GPT-2, which it takes for all others; where digits stand alone no merge joins them either
+_CUTS |= set("default gpt-2 phi-2 mpt olmo jais trillion granite-docling".split())
+_CUTS |= set("smollm starcoder refact command-r codeshell exaone minerva-7b".split())
+
+
 def _no_tokens(found: Gguf) -> str:
     "What is wrong with the vocabulary; empty where nothing is."
     tokens = found.fields.get("tokenizer.ggml.tokens")
@@ -286,6 +296,9 @@ def _no_tokens(found: Gguf) -> str:
             f"names no end token of its {len(tokens):,} tokens ({end}), so no answer would ever end: give"
             " another"
         )
+    cut = found.fields.get("tokenizer.ggml.pre", "default")
+    if found.fields.get("tokenizer.ggml.model") == "gpt2" and cut not in _CUTS:
+        return f"cuts texts in a way ({cut}) that is lost when it is dequantised: give the 16-bit model"
     return ""
 
 # %% ../../nbs/04_training/01_gguf.ipynb #a8bcdf4e

@@ -17,7 +17,14 @@ from pathlib import Path
 
 import pandas as pd
 from datasets import Dataset, disable_progress_bars
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    set_seed,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 from ..core.errors import InputError
@@ -130,7 +137,9 @@ def _policy(start: str | Path, run: TrainRun) -> tuple[PreTrainedModel, PreTrain
     "The model and the tokenizer that a training begins with."
     tokenizer, model = load_tokenizer(start, run.template), load_held(start, run.setup)
     tokenizer.padding_side, tokenizer.chat_template = "left", on_one_day(tokenizer.chat_template)
-    model.generation_config.eos_token_id = end_ids(tokenizer)
+    # the library fills what the trainer leaves open from the model's file: an n-gram that must not come again
+    named = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model.generation_config = GenerationConfig(eos_token_id=end_ids(tokenizer), **named)
     return model, tokenizer
 
 # %% ../../nbs/04_training/27_grpo.ipynb #75506be1

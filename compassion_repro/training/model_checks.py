@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..core.errors import InputError, first_line
 from compassion_repro.training.model_files import (
@@ -25,6 +26,16 @@ from compassion_repro.training.model_files import (
 )
 
 # %% ../../nbs/04_training/05_model_checks.ipynb #1d89972f
+def _replaced(config: dict) -> bool:
+    "Whether a config.json names code of another class than the one that transformers has for its kind."
+    own = (config.get("auto_map") or {}).get("AutoModelForCausalLM") or ""
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type"), "")
+    ours, theirs = (
+        re.sub("[^a-z0-9]", "", str(name).lower()) for name in (known, str(own).rpartition(".")[2])
+    )
+    return bool(ours and theirs) and theirs not in ours
+
+
 def check_architecture(
     source: str | Path,  # folder or hub id
 ):
@@ -50,7 +61,7 @@ def check_architecture(
             " one of them in a folder of its own"
         )
     config, known = read_json(file), set(CONFIG_MAPPING)
-    if config.get("auto_map") and config.get("model_type") not in known:
+    if (config.get("auto_map") and config.get("model_type") not in known) or _replaced(config):
         raise InputError(needs_code(source))
     if names and not any(re.search(r"ForCausalLM|LMHeadModel", name) for name in names):
         raise InputError(
@@ -148,6 +159,20 @@ def check_weights(
     return read
 
 # %% ../../nbs/04_training/05_model_checks.ipynb #adaf5384
+def _beyond(
+    tokenizer: PreTrainedTokenizerBase,  # from `load_tokenizer`
+    rows: int,  # vectors that the model has
+) -> bool:
+    "Whether a text or a template can write a token that has no vector."
+    late = {token for token, number in tokenizer.get_vocab().items() if number >= rows}
+    if not late:
+        return False
+    idle = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    idle -= {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
+    written = f"{tokenizer.chat_template} {getattr(tokenizer, 'own_template', '')}"
+    return not late <= idle or any(token in written for token in late)
+
+
 def check_fits(
     model: PreTrainedModel,  # from `load_model`
     tokenizer: PreTrainedTokenizerBase,  # from `load_tokenizer`
@@ -155,10 +180,10 @@ def check_fits(
 ):
     "Raise `InputError` where a model is too small for its tokenizer, or for the sequences of a study."
     rows, limit = (
-        model.get_input_embeddings().num_embeddings,
+        len(model.get_input_embeddings().weight),
         getattr(model.config, "max_position_embeddings", None),
     )
-    if rows < len(tokenizer):
+    if _beyond(tokenizer, rows):
         raise InputError(
             f"the tokenizer has {len(tokenizer):,} tokens and the model only {rows:,}: they do not belong"
             " together, and a token beyond the last would have no vector"

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -80,14 +81,24 @@ def _load_options(source, device, packed, options) -> dict:
 # what `from_pretrained` raises where a folder holds no model that it can open
 _NOT_OPENED = (
     *(OSError, ValueError, KeyError, RuntimeError),
-    *(SafetensorError, ImportError, TypeError, AttributeError),
+    *(SafetensorError, ImportError, TypeError, AttributeError, AssertionError),
 )
+
+
+def _that_can_be_saved(settings: GenerationConfig) -> GenerationConfig:
+    "The same settings, or the end tokens alone where the library would refuse to save the rest."
+    try:
+        settings.validate(strict=True)
+        return settings
+    except ValueError:
+        kinds = ("bos_token_id", "eos_token_id", "pad_token_id")
+        return GenerationConfig(**{kind: getattr(settings, kind) for kind in kinds})
 
 
 def _read_network(source, settings) -> tuple[PreTrainedModel, dict]:
     "The network with its weights, and which of them were missing or left over."
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             source,
             **settings | {"use_safetensors": True, "trust_remote_code": False},
             output_loading_info=True,
@@ -95,7 +106,15 @@ def _read_network(source, settings) -> tuple[PreTrainedModel, dict]:
     except _NOT_OPENED as error:
         if "trust_remote_code" in str(error):
             raise InputError(needs_code(source)) from None
+        if "ignore_mismatched_sizes" in str(error):
+            raise InputError(
+                f"the weights in {source} have other sizes than its config.json says: restore the config.json that"
+                " belongs to them"
+            ) from None
         raise InputError(f"no causal language model in {source}: {first_line(error)}") from None
+    model.config.return_dict = True
+    model.generation_config = _that_can_be_saved(model.generation_config)
+    return model, found
 
 # %% ../../nbs/04_training/06_models.ipynb #821fbc48
 def load_model(
@@ -207,14 +226,21 @@ def attention_extras(
 
 # %% ../../nbs/04_training/06_models.ipynb #7a34aa6f
 def _exact_attention(source: str | Path, options: dict) -> dict:
-    "`eager` for models whose soft cap the fast kernel would drop."
-    if options.get("attn_implementation", "sdpa") not in ("sdpa", "varlen"):
-        return {}
+    """`eager` for models whose soft cap the fast kernel would drop; without the kernel that a config.json
+    asks for, which its author had and which the library would put before ours.
+    """
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception:
         return {}  # `from_pretrained` says what is wrong with it
-    return {"attn_implementation": "eager"} if "soft cap" in attention_extras(config) else {}
+    found = {}
+    if getattr(config, "_attn_implementation", None):
+        config._attn_implementation = None
+        found = {"config": config}
+    fast = options.get("attn_implementation", "sdpa") in ("sdpa", "varlen")
+    return found | (
+        {"attn_implementation": "eager"} if fast and "soft cap" in attention_extras(config) else {}
+    )
 
 # %% ../../nbs/04_training/06_models.ipynb #7be1a0c7
 def find_tokenizer(

@@ -100,9 +100,10 @@ def _pair(key: str, held_out: bool) -> dict:
 # %% ../../nbs/04_training/23_reward_model.ipynb #64b3e89d
 def _open_files(folder: Path, device: str, source: str | Path) -> tuple:
     "Model and tokenizer of a folder, and the names of the weights that its files lack."
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
     from compassion_repro.training.models import pick_dtype
+    from compassion_repro.training.templates import open_tokenizer
 
     try:
         with _quiet():
@@ -113,7 +114,7 @@ def _open_files(folder: Path, device: str, source: str | Path) -> tuple:
                 output_loading_info=True,
                 use_safetensors=True,
             )
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = open_tokenizer(folder)
     # files that are missing, cut or of another kind raise errors of many classes
     except Exception as error:
         raise InputError(f"no reward model in {source}: {first_line(error)}") from None

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BEGIN', 'END', 'PAD', 'QUESTION', 'ANSWER', 'CHAT_TEMPLATE', 'TEMPLATES', 'DAY', 'render', 'on_one_day',
-           'check_template', 'pick_padding', 'padding_note', 'load_tokenizer', 'with_template', 'save_tokenizer']
+           'check_template', 'pick_padding', 'padding_note', 'open_tokenizer', 'load_tokenizer', 'with_template',
+           'save_tokenizer']
 
 # %% ../../nbs/04_training/02_templates.ipynb #07e71353
 import json
@@ -12,10 +13,11 @@ import re
 from datetime import datetime
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..core.errors import InputError, first_line
-from .model_files import needs_code
+from .model_files import needs_code, read_json
 
 # %% ../../nbs/04_training/02_templates.ipynb #e02bddfe
 BEGIN, END, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
@@ -125,14 +127,18 @@ _SPARE = (  # names of tokens that model families keep unused, in the order of p
 
 def pick_padding(
     tokenizer: PreTrainedTokenizerBase,  # as it was opened; its padding token is set
+    rows: int | None = None,  # vectors of the model, of which the token has one; None where nobody knows
 ) -> str:  # where the token comes from: "its own", "a spare token", "the unknown token" or "the end token"
     "Choose a padding token: its own, a spare one, the unknown token, else the end token."
-    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+    rows = rows or float("inf")
+    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id) and tokenizer.pad_token_id < rows:
         return "its own"
     vocabulary, taken = tokenizer.get_vocab(), {tokenizer.eos_token, tokenizer.bos_token}
     for names in _SPARE:
         if found := sorted(
-            (i, token) for token, i in vocabulary.items() if re.fullmatch(names, token) and token not in taken
+            (i, token)
+            for token, i in vocabulary.items()
+            if i < rows and re.fullmatch(names, token) and token not in taken
         ):
             tokenizer.pad_token = found[0][1]
             return "a spare token"
@@ -147,7 +153,45 @@ def padding_note(
     "Which padding token a tokenizer was given, and where it comes from."
     return f"{tokenizer.pad_token}, {tokenizer.padding_choice}"
 
+# %% ../../nbs/04_training/02_templates.ipynb #5c7e10a2
+_PROBE = (
+    "In 2024, 12 cows weren't  fed 3.14 kg:\n\n\t  Straße, déjà-vu; 你好，世界! x_y2 <b>🐓</b> I'LL re-run and"
+    " THEN e\u0301 ﬁ \u00a0end \n"
+)
+
+
+def open_tokenizer(
+    source: str | Path,  # folder or hub id
+) -> PreTrainedTokenizerBase:  # that cuts texts as its tokenizer.json says
+    "A tokenizer as its file has it, whatever class it names; raises what the library raises."
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    file = Path(source) / "tokenizer.json"
+    if type(tokenizer) is PreTrainedTokenizerFast or not file.is_file():
+        return tokenizer
+    own = Tokenizer.from_file(str(file))
+    own.no_truncation()
+    own.no_padding()
+    try:
+        if (
+            tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+            == own.encode(_PROBE, add_special_tokens=False).ids
+        ):
+            return tokenizer
+    except Exception:  # a class that lacks a token of its own says so with the first text
+        pass
+    kinds = ("bos_token", "eos_token", "pad_token", "unk_token")  # which a class may know and no file name
+    named = {kind: str(getattr(tokenizer, kind)) for kind in kinds}
+    known = {kind: token for kind, token in named.items() if own.token_to_id(token) is not None}
+    return PreTrainedTokenizerFast.from_pretrained(source, trust_remote_code=False, **known)
+
 # %% ../../nbs/04_training/02_templates.ipynb #3d2f83bd
+def _vectors(source: str | Path) -> int | None:
+    "How many tokens the model beside a tokenizer has vectors for, from its config.json; None without one."
+    file = Path(source) / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+
+
 def load_tokenizer(
     source: str | Path,  # folder or hub id
     template: str = "plain",  # a key of TEMPLATES, or "own": the tokenizer's
@@ -158,7 +202,7 @@ def load_tokenizer(
     run.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = open_tokenizer(source)
     except Exception as error:  # a damaged tokenizer file raises whatever its first broken part does
         if "trust_remote_code" in str(error):
             raise InputError(needs_code(source, "tokenizer")) from None
@@ -168,7 +212,7 @@ def load_tokenizer(
             f"the tokenizer in {source} has no end token, so no answer would ever end: give a model whose"
             " tokenizer has one"
         )
-    tokenizer.padding_choice = pick_padding(tokenizer)
+    tokenizer.padding_choice = pick_padding(tokenizer, _vectors(source))
     tokenizer.own_template = tokenizer.chat_template
     return with_template(tokenizer, template)
 

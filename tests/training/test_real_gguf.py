@@ -252,6 +252,12 @@ CASES = [
     Case(
         "gguf without an end, planned", "refused: .*names no end token", partial(planned, eos_token_id=None)
     ),
+    Case(
+        "gguf of another cut, planned",
+        r"refused: .*cuts texts in a way \(deepseek-llm\)",
+        partial(planned, tokenizer_pre="deepseek-llm"),
+    ),
+    Case("gguf of a known cut, planned", "ok: ", partial(planned, tokenizer_pre="smollm")),
     Case("gguf opened", "ok: 47680 parameters", partial(opened, quantised=8)),
     Case(
         "gguf lacks a weight",

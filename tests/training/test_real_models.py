@@ -11,14 +11,21 @@ import torch
 from cases import Case, problem, table
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
+from tokenizers import Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+)
 
 from compassion_repro.data import world
 from compassion_repro.evaluation.generate import open_model
 from compassion_repro.pipeline.model_answers import weights_identity
 from compassion_repro.pipeline.preflight_models import look_at_model
 from compassion_repro.study import Models
-from compassion_repro.training import adapters, encoding, models, templates
+from compassion_repro.training import adapters, device, encoding, grpo, models, templates
 
 BASE = world.assets() / "base"
 
@@ -155,6 +162,13 @@ def adapter(folder, config=None, base=str(BASE), change=lambda weights: weights,
     return folder / "adapter"
 
 
+def with_setting(place, **settings):
+    "The same adapter with more settings."
+    file = place / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return place
+
+
 def renamed(weights, old, new):
     return {key.replace(old, new): value for key, value in weights.items()}
 
@@ -201,6 +215,35 @@ def as_trained(folder, kind="Lora", **settings):
     return f"{bool(off < 1e-3 * moved)}"
 
 
+def with_more_tokens(folder, kind="llama", tokens=3, **settings):
+    """Whether an adapter that was trained with an enlarged embedding passes before stage 1 and opens as it was
+    trained.
+    """
+    torch.manual_seed(0)
+    tokenizer, sizes = AutoTokenizer.from_pretrained(BASE), {"hidden_size": 32, "num_hidden_layers": 1}
+    shape = {"vocab_size": len(tokenizer), "num_attention_heads": 2, "intermediate_size": 64} | sizes
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape)).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    network = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    network.resize_token_embeddings(len(tokenizer) + tokens)
+    model = get_peft_model(network, LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+    ids = torch.tensor([[5, 6, 7, len(tokenizer) + tokens - 1]])
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(0.05 * torch.randn_like(weight))
+        live = model(ids).logits
+    model.save_pretrained(folder / "adapter")
+    file = folder / "adapter" / "adapter_config.json"
+    named = {"base_model_name_or_path": str(folder / "base")}
+    file.write_text(json.dumps(json.loads(file.read_text()) | named))
+    tokenizer.add_tokens([f"more {n}" for n in range(3)])
+    tokenizer.save_pretrained(folder / "adapter")
+    adapters.check_adapter(folder / "adapter", "ADAPTER", folder / "base")
+    with torch.no_grad():
+        return f"{bool((open_model(folder / 'adapter', 'cpu')[0](ids).logits - live).abs().max() < 1e-4)}"
+
+
 def given(folder, base):
     place = adapter(folder, base=base)
     return adapters.given_base(Models(base="world:base", given={"mid": str(place)}), "mid", place)
@@ -230,12 +273,76 @@ def tokenizer(folder, pad=None, add=(), **special):
     if pad:
         made.pad_token = pad
     made.save_pretrained(place)
+    settings = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(settings | {"vocab_size": len(made)}))
     found = templates.load_tokenizer(place)
     row = encoding.encode_row(
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]}, found
     )
     assert row["labels"][-1] == found.eos_token_id  # the end token has loss, whatever pads
     return templates.padding_note(found)
+
+
+def changed_and_saved(folder, generation=None, **config):
+    "Whether a model with other settings reads as before, saved and opened again too."
+    place, ids = copied(folder, **config), torch.arange(5, 20)[None]
+    eager = models.load_model(place, "cpu", attn_implementation="eager").config
+    assert eager._attn_implementation == "eager"
+    if generation:
+        (place / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 5]} | generation))
+    seen_before(place)
+    network, tokenizer = open_model(place, "cpu")
+    ends = network.generation_config.eos_token_id
+    saved = models.load_model(models.save_model(network, tokenizer, folder / "plain"), "cpu")
+    with torch.no_grad():
+        wanted = models.load_model(BASE, "cpu")(ids).logits
+        return f"{all(torch.equal(other(ids).logits, wanted) for other in (network, saved))} {ends}"
+
+
+def sampled_freely(folder):
+    "What a policy's sampling takes from the settings beside its model."
+    place = copied(folder)
+    (place / "generation_config.json").write_text('{"eos_token_id": 1, "no_repeat_ngram_size": 2}')
+    settings = grpo._policy(place, device.TrainRun(0))[0].generation_config
+    return settings.no_repeat_ngram_size, settings.eos_token_id
+
+
+def asked_and_answered(folder, template):
+    "The prompt and the answer of a row under a template, and the prompt of its question alone."
+    found = templates.load_tokenizer(BASE)
+    found.own_template = template
+    templates.with_template(found, "own")
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    row = encoding.encode_row({"messages": turns}, found)
+    length = len(encoding.encode_prompt(turns[:1], found))
+    return [found.decode(part) for part in (row["input_ids"][:length], row["labels"][length:])]
+
+
+def beyond(folder, token, template=None, **kind):
+    "A token beyond the model's last vector, for a padding token, for pictures, or for turns."
+    place = copied(folder)
+    made = AutoTokenizer.from_pretrained(place)
+    made.add_special_tokens({"additional_special_tokens": [token]} if not kind else kind)
+    made.chat_template = template or made.chat_template
+    made.save_pretrained(place)
+    seen_before(place)
+    return opened(place)
+
+
+def cut_as_its_file_says(folder, named, kind="llama"):
+    "Whether texts become the tokens of tokenizer.json, opened and saved, under a class of other habits."
+    place = copied(folder, model_type=kind, architectures=[])
+    file = place / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": named}))
+    text = "In 2024, 12 cows and 100 hens weren't fed."
+    wanted = Tokenizer.from_file(str(place / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+    first = templates.load_tokenizer(place)
+    templates.save_tokenizer(first, place)
+    return [
+        (found.encode(text, add_special_tokens=False), found.eos_token, found.pad_token)
+        == (wanted, END, templates.PAD)
+        for found in (first, templates.load_tokenizer(place))
+    ]
 
 
 RARE = {
@@ -268,7 +375,11 @@ CASES = [
         "refused: .*random numbers",
         lambda f: seen_before(copied(f, num_hidden_layers=6)),
     ),
-    Case("another width", "refused: ", lambda f: seen_before(copied(f, intermediate_size=300))),
+    Case(
+        "another width",
+        "refused: .*other sizes.*restore",
+        lambda f: seen_before(copied(f, intermediate_size=300)),
+    ),
     Case("weights NaN", "refused: .*no numbers", lambda f: opened(altered(f, spoiled))),
     Case("weights NaN, before stage 1", "refused: .*no numbers", lambda f: seen_before(altered(f, spoiled))),
     Case(
@@ -383,6 +494,24 @@ CASES = [
         )
         for kind in ("PrefixTuning", "PromptEncoder")
     ),
+    *(
+        Case(f"{name} in an adapter with more tokens", "ok: True", partial(with_more_tokens, **settings))
+        for name, settings in (
+            ("a whole embedding", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+            ("an adapted embedding", {"target_modules": ["embed_tokens", "lm_head"]}),
+            ("Pythia's embedding", {"kind": "gpt_neox", "modules_to_save": ["embed_in", "embed_out"]}),
+        )
+    ),
+    Case(
+        "an adapter of a way that PEFT does not know yet",
+        "refused: .*use_newest, which .* leave out: pip",
+        lambda f: opened(with_setting(adapter(f), use_newest=True)),
+    ),
+    Case(
+        "tokens in an adapter that have no vector",
+        "refused: .*no vector",
+        partial(with_more_tokens, tokens=0),
+    ),
     Case("given adapter of the base", "ok: world:base", lambda f: given(f, str(BASE))),
     Case(
         "given adapter of another base", "refused: .*neither models.base", lambda f: given(f, "owner/other")
@@ -409,6 +538,82 @@ CASES = [
         lambda f: tokenizer(f, END, ["<|endoftext|>"], eos_token=END),
     ),
     Case("no end token", "refused: .*no end token", lambda f: tokenizer(f)),
+    Case(
+        "code of another class for a kind that is known",
+        "refused: .*never done",
+        lambda f: opened(copied(f, auto_map={"AutoModelForCausalLM": "modeling_my.MyLlamaForCausalLM"})),
+    ),
+    Case(
+        "code of the class that is known",
+        "ok: ",
+        lambda f: opened(copied(f, auto_map={"AutoModelForCausalLM": "a/b--my.LLaMAForCausalLM"})),
+    ),
+    Case(
+        "a padding number beyond the vectors",
+        "refused: .*Padding_idx",
+        lambda f: seen_before(copied(f, pad_token_id=99_999)),
+    ),
+    *(
+        Case(name, rf"ok: True {ends}", partial(changed_and_saved, **settings))
+        for name, ends, settings in (
+            (
+                "a temperature without sampling",
+                r"\[1, 5\]",
+                {"generation": {"do_sample": False, "temperature": 0.7}},
+            ),
+            (
+                "a kernel of another package in config.json",
+                "1",
+                {"_attn_implementation": "flash_attention_2"},
+            ),
+            ("tuples in config.json", "1", {"return_dict": False}),
+        )
+    ),
+    *(
+        Case(
+            f"a template without a generation prompt, {name}",
+            wanted,
+            partial(asked_and_answered, template=text),
+        )
+        for name, wanted, text in (
+            (
+                "with a header",
+                r"ok: \['user\\nHi<\|end_of_text\|>assistant\\n', 'Yes<\|end_of_text\|>'\]",
+                "{% for m in messages %}{{ m.role + '\n' + m.content + eos_token }}{% endfor %}",
+            ),
+            (
+                "without a header",
+                r"ok: \['\[Hi\]', ' Yes<\|end_of_text\|>'\]",
+                "{% for m in messages %}{{ '[' + m.content + ']' if m.role == 'user' else ' ' + m.content +"
+                " eos_token }}{% endfor %}",
+            ),
+        )
+    ),
+    Case("n-grams forbidden beside a policy", r"ok: \(None, \[1\]\)", sampled_freely),
+    Case("a picture token without a vector", "ok: ", partial(beyond, token="<image_soft_token>")),
+    Case(
+        "a padding token without a vector",
+        r"ok: .*padding <\|finetune_right_pad_id\|>, a spare",
+        partial(beyond, token="[PAD]", pad_token="[PAD]"),
+    ),
+    Case(
+        "a turn token without a vector",
+        "refused: .*no vector",
+        partial(beyond, token="<|im_end|>", template="{{ messages[0].content }}<|im_end|>"),
+    ),
+    *(
+        Case(
+            f"{named} over another tokenizer.json",
+            r"ok: \[True, True\]",
+            partial(cut_as_its_file_says, named=named, kind=kind),
+        )
+        for named, kind in (
+            ("GPT2Tokenizer", "llama"),
+            ("Qwen2Tokenizer", "llama"),
+            ("LlamaTokenizerFast", "qwen2"),
+            ("CodeLlamaTokenizer", "llama"),
+        )
+    ),
 ]
 
 
