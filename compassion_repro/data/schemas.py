@@ -72,7 +72,8 @@ def _detect(row, shape="any"):
     # a mark, not an answer
     if isinstance(row.get("chosen"), bool | int | float):
         filled = filled - {"chosen", "rejected"}
-    order = [*DOCUMENTS, *SCHEMAS] if shape == "text" else SCHEMAS
+    first = {"text": DOCUMENTS, "pairs": ("preference",)}.get(shape, ())
+    order = [*first, *SCHEMAS]
     for columns, names in (
         (filled, order),
         (set(row) - {"chosen", "rejected"} | filled, order),
@@ -116,7 +117,10 @@ def _shaped(row, shape):
     if shape == "pairs" and not pair:
         raise BadRow("one answer where a pair (chosen, rejected) is wanted")
     if shape in ("messages", "any") and pair:
-        raise BadRow("a pair where one answer is wanted; name it with columns: {response: chosen}")
+        raise BadRow(
+            "a pair where one answer is wanted; name it with columns: {response: chosen}, or {messages: chosen}"
+            " where it holds the question too"
+        )
     turns, reference = row["messages"], {}
     if shape == "prompts":
         row = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}

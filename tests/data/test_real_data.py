@@ -13,6 +13,8 @@ from cases import Case, problem, table
 from compassion_repro.data.rows import load
 
 TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+NO = {"role": "assistant", "content": "No."}
+SYSTEM = [{"role": "system", "content": "Be."}, *TURNS]
 SHARED = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
 
 
@@ -173,7 +175,6 @@ ALTERNATE = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must"
     " alternate') }}{% endif %}{% endfor %}" + LOOP
 )
-SYSTEM = [{"role": "system", "content": "Be."}, *TURNS]
 QA = r"ok: user Why\? \| assistant So\.( |$)"
 NONE = r"refused: .*none of its 1 rows can be used.*"
 CASES = [
@@ -254,6 +255,53 @@ CASES = [
         r"ok: user Why\? \|\|",
         read(
             {"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content": "No."}]}, shape="pairs"
+        ),
+    ),
+    *[
+        Case(
+            f"preference {name}",
+            r"ok: system Be\. \| user Why\? \|\| .*1 kept",
+            read({"chosen": "So.", "rejected": "No.", **row}, shape="pairs"),
+        )
+        for name, row in (
+            ("with a column input", {"system": "Be.", "input": "Why?"}),
+            ("with turns before it", {"conversations": [{"from": "system", "value": "Be."}, *SHARED[:1]]}),
+            ("with its answers as a turn each", {"prompt": SYSTEM[:2], "chosen": TURNS[1], "rejected": NO}),
+            (
+                "beside the chosen conversation",
+                {
+                    "system": "Be.",
+                    "prompt": "Why?",
+                    "messages": TURNS,
+                    "chosen": TURNS,
+                    "rejected": [TURNS[0], NO],
+                },
+            ),
+            (
+                "written as one dialogue",
+                {
+                    "system": "Be.",
+                    "chosen": "\n\nHuman: Why?\n\nAssistant: So.",
+                    "rejected": "\n\nHuman: Why?\n\nAssistant: No.",
+                },
+            ),
+        )
+    ],
+    Case(
+        "preference without a question",
+        NONE + "no question beside chosen and rejected",
+        read({"chosen": "So.", "rejected": "No."}, shape="pairs"),
+    ),
+    Case(
+        "dialogue whose last speaker is to answer",
+        QA,
+        read({"prompt": "\n\nHuman: Why?\n\nAssistant:", "response": "So."}),
+    ),
+    Case(
+        "chosen dialogue mapped",
+        QA,
+        read(
+            {"chosen": "\n\nHuman: Why?\n\nAssistant: So.", "rejected": "x"}, columns={"messages": "chosen"}
         ),
     ),
     Case(
