@@ -72,6 +72,22 @@ def saved(folder, splits=False):
     return folder / "saved"
 
 
+ROW = json.dumps({"instruction": "Why?", "response": "So."}) + "\n"
+ONLY_A = "---\nconfigs:\n- config_name: one\n  data_files: a.jsonl\n---\n"
+
+
+def beside(shape="messages", **files):
+    "An action: load a folder of these files; says the first row and the account."
+
+    def act(folder):
+        for name, content in files.items():
+            named(folder, f"set/{name}", content)
+        corpus = load(folder / "set", shape)
+        return f"{said(corpus.rows)} || {corpus.report}"
+
+    return act
+
+
 def configured(folder):
     named(folder, "set/a.jsonl", json.dumps({"instruction": "Why?", "response": "So."}))
     front = (
@@ -464,6 +480,28 @@ CASES = [
         place(lambda f: named(f, "d/a.txt", "one\n\ntwo").parent, shape="text"),
     ),
     Case("folder named like a pattern", r"ok: user rows\[2\] ", place(brackets)),
+    *[
+        Case(f"folder with {name}", f"ok: user Why.*1 kept as 1 rows{unread}$", beside(**files))
+        for name, unread, files in (
+            ("rows of no split", ", files not read: more.jsonl", {"train.jsonl": ROW, "more.jsonl": ROW}),
+            ("rows of another kind", ", files not read: b.csv", {"a.jsonl": ROW, "b.csv": "q,a\n"}),
+            ("a backup", ", files not read: a.jsonl.bak", {"a.jsonl": ROW, "a.jsonl.bak": ROW}),
+            ("another split", "", {"train.jsonl": ROW, "test.jsonl": ROW}),
+            (
+                "notes",
+                "",
+                {"a.jsonl": ROW, "README.md": "x", "CHANGES.md": "x", "NEWS.md": "x", "b.txt": "x"},
+            ),
+            ("what its README leaves out", "", {"a.jsonl": ROW, "b.jsonl": ROW, "README.md": ONLY_A}),
+            ("a cache of a notebook", "", {"a.jsonl": ROW, ".ipynb_checkpoints/a-checkpoint.jsonl": ROW}),
+            ("an ending in capitals", "", {"A.JSONL": ROW}),
+        )
+    ],
+    Case(
+        "folder of documents with a licence",
+        "ok: one .*1 kept as 1 rows, files not read: LICENSE.txt$",
+        beside(shape="text", **{"a.txt": "one", "LICENSE.txt": "mine"}),
+    ),
     Case("save_to_disk", QA, place(saved)),
     Case("save_to_disk with splits", QA, place(lambda f: saved(f, True), split="test")),
     Case(
