@@ -10,6 +10,7 @@ __all__ = ['FILES', 'COMPRESSED', 'LONGEST', 'WRAPS', 'WORLD_ROWS', 'BadRow', 'S
 import csv
 import glob
 import io
+import itertools
 import json
 import os
 import re
@@ -89,7 +90,7 @@ def _file_kind(path):
     endings = [ending.lower() for ending in Path(path).suffixes] or [""]
     if endings[-1] not in COMPRESSED:
         return endings[-1]
-    return endings[-2] if len(endings) > 1 and endings[-2] in FILES else ".jsonl"
+    return endings[-2] if len(endings) > 1 and endings[-2] in (*FILES, ".tar") else ".jsonl"
 
 # %% ../../nbs/02_data/02_sources.ipynb #14e09042
 @contextmanager
@@ -143,6 +144,13 @@ def json_lines(
             yield number, _parse_line(line)
 
 # %% ../../nbs/02_data/02_sources.ipynb #e1564f8f
+def _check_utf8(path):
+    "Raise `InputError` for a file in UTF-16, as Excel and PowerShell write them."
+    with _opened(path) as handle:
+        if handle.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            raise InputError(f"{path}: not UTF-8 but UTF-16; save it as UTF-8")
+
+
 def _whole_json(path, text):
     "A file that is one JSON value."
     try:
@@ -209,6 +217,7 @@ def _unwrapped(path, whole, split):
 # %% ../../nbs/02_data/02_sources.ipynb #5a774f35
 def _json_rows(path, split=None):
     "The unit of the places and the rows of a JSON or JSON Lines file."
+    _check_utf8(path)
     with _opened(path) as handle:
         start = handle.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     with _opened(path) as handle:
@@ -247,27 +256,32 @@ def _table_row(names, cells):
         return BadRow(f"{'more' if len(cells) > len(names) else 'fewer'} cells than columns")
     if any("\udc80" <= character <= "\udcff" for cell in cells for character in cell):
         return BadRow("not UTF-8")
-    return {name: cell or None for name, cell in zip(names, cells)}
+    if any(cell for name, cell in zip(names, cells) if not name and names.count("") > 1):
+        return BadRow("a cell in a column without a name")
+    return {name: cell or None for name, cell in zip(names, cells) if name or names.count("") == 1}
 
 # %% ../../nbs/02_data/02_sources.ipynb #7ef5bd34
+def _header(text):
+    "The line of a table's names: the first that is not empty and not Excel's note of the separator."
+    for line in text:
+        if line.strip() and not re.fullmatch(r"\"?sep=.\"?", line.strip("\r\n")):
+            return line
+    return ""
+
+
 def _table_rows(path):
     "The rows of a CSV or TSV file, counted from 1 without the header."
     csv.field_size_limit(LONGEST)
-    with _opened(path) as handle:
-        start = handle.read(2)
-    if start in (b"\xff\xfe", b"\xfe\xff"):
-        raise InputError(f"{path}: not UTF-8 but UTF-16; save it as CSV in UTF-8")
-    with _opened(path) as handle:
-        header = handle.readline(LONGEST).decode("utf-8-sig", "surrogateescape")
+    _check_utf8(path)
     with _opened(path) as handle:
         text = io.TextIOWrapper(handle, "utf-8-sig", "surrogateescape", newline="")
-        reader = csv.reader(text, delimiter=_delimiter(path, header), strict=True)
+        header = _header(text)
+        reader = csv.reader(itertools.chain([header], text), delimiter=_delimiter(path, header), strict=True)
         try:
             names = [name.strip() for name in next(reader, [])]
-            if len(set(names)) < len(names):
-                raise InputError(
-                    f"{path}: two columns have one name ({max(names, key=names.count)!r}); rename one"
-                )
+            twice = [name for name in names if name and names.count(name) > 1]
+            if twice:
+                raise InputError(f"{path}: two columns have one name ({twice[0]!r}); rename one")
             return [(number, _table_row(names, cells)) for number, cells in enumerate(filter(any, reader), 1)]
         except csv.Error as error:
             raise InputError(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'NAMED_ROLES', 'QUESTIONS', 'ANSWERS', 'CONTEXTS', 'SYSTEMS', 'HISTORIES', 'NOT_READ', 'text_of', 'turns_of',
-           'is_filled', 'chat_row', 'from_answers', 'from_turns', 'from_pair']
+           'unread_keys', 'is_filled', 'chat_row', 'from_answers', 'from_turns', 'from_pair']
 
 # %% ../../nbs/02_data/04_turns.ipynb #59e3a3b6
 import json
@@ -121,6 +121,19 @@ def turns_of(
     return [{"role": role, "content": _content_of(turn, name)} for role, turn in zip(roles, turns)]
 
 # %% ../../nbs/02_data/04_turns.ipynb #2107485a
+_TURN = ("role", "from", "content", "value", "weight", "train", "tool_calls", "function_call")
+
+
+def unread_keys(
+    value: object,  # of a column
+) -> list[str]:  # such as `reasoning_content`; none where the column holds no turns
+    "What the turns of a column say beside their role and text."
+    turns = _parsed(value)
+    turns = turns if isinstance(turns, list) else [turns]
+    turns = [turn for turn in turns if isinstance(turn, dict) and {"role", "from"} & turn.keys()]
+    return sorted({key for turn in turns for key in turn if key not in _TURN and is_filled(turn, key)})
+
+
 QUESTIONS = ("instruction", "prompt", "question", "problem", "query", "inputs")  # columns of what is asked
 # columns of what is answered
 ANSWERS = ("response", "completion", "output", "answer", "solution", "target", "targets")

@@ -6,6 +6,7 @@ Each case makes its own small file and says what the loader made of it.
 import gzip
 import json
 import os
+from math import nan
 
 import pytest
 from cases import Case, problem, table
@@ -86,6 +87,16 @@ def beside(shape="messages", **files):
         return f"{said(corpus.rows)} || {corpus.report}"
 
     return act
+
+
+def dated(folder):
+    "Rows whose id is a date, as a Parquet file may hold it; the id is what is shown."
+    import pandas as pd
+
+    table = pd.DataFrame({"id": [pd.Timestamp("2020-01-01")], "text": ["one"]})
+    table.to_parquet(folder / "a.parquet")
+    named(folder, "b.txt", load(folder / "a.parquet", "text").rows[0]["id"])
+    return folder / "b.txt"
 
 
 def configured(folder):
@@ -608,6 +619,51 @@ CASES = [
             )
         ),
     ),
+    Case("missing cells as NaN", QA, read({"id": nan, "instruction": "Why?", "input": nan, "output": "So."})),
+    Case("id that is a date", "ok: 2020-01-01 00:00:00", place(dated, shape="text")),
+    Case(
+        "turns that say more",
+        QA + r".*not used: messages.name \(1\), messages.reasoning_content \(1\)$",
+        read(
+            {
+                "messages": [
+                    {**TURNS[0], "name": "Ann"},
+                    {**TURNS[1], "reasoning_content": "Hm.", "refusal": None, "tool_calls": []},
+                ]
+            }
+        ),
+    ),
+    Case(
+        "json lines in UTF-16",
+        r"refused: .*not UTF-8 but UTF-16",
+        place(lambda f: named(f, "a.jsonl", ROW.encode("utf-16"))),
+    ),
+    Case(
+        "json in UTF-16",
+        r"refused: .*not UTF-8 but UTF-16",
+        place(lambda f: named(f, "a.json", f"[{ROW}]".encode("utf-16-le").join((b"\xff\xfe", b"")))),
+    ),
+    Case("archive", r"refused: .*unknown kind of file", place(lambda f: named(f, "a.tar.gz", b"x"))),
+    *[
+        Case(f"csv {name}", wanted, place(lambda f, text=text: named(f, "a.csv", text)))
+        for name, wanted, text in (
+            ("with Excel's note of the separator", QA, "sep=;\r\nprompt;answer\r\nWhy?;So.\r\n"),
+            ("with empty columns at its end", QA, "prompt,answer,,\nWhy?,So.,,\n"),
+            (
+                "with cells under no name",
+                NONE + "a cell in a column without a name",
+                "prompt,answer,,\nWhy?,So.,x,\n",
+            ),
+            ("with an index of pandas", QA, ",prompt,answer\n0,Why?,So.\n"),
+            ("with empty lines above", QA, "\n\nprompt,answer\nWhy?,So.\n"),
+            (
+                "with a name of two lines",
+                QA,
+                '"prompt","answer","what\nelse"\n"Why?","So.",""\n',
+            ),
+            ("with two columns of a name", "refused: .*two columns have one name", "a,a\nb,c\n"),
+        )
+    ],
     Case("git-annex", r"refused: .*git annex get", place(annexed)),
 ]
 
