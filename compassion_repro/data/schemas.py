@@ -215,7 +215,7 @@ def row_line(
 def _named(row):
     "What goes along with a row; an id that JSON does not know, such as a date, as text."
     found = {name: row[name] for name in EXTRAS if row.get(name) is not None}
-    if not isinstance(found.get("id", ""), str | int | float | list | dict):
+    if not isinstance(found.get("id", ""), str | int | float | list | dict | set | tuple):
         found["id"] = str(found["id"])
     return found
 

@@ -508,7 +508,7 @@ def _unread(folder, splits):
     here = (path for path in folder.rglob("*") if path.is_file())
     names = {path: path.relative_to(folder) for path in here if path not in read and path.name not in _ABOUT}
     return sorted(
-        name.as_posix()
+        name.as_posix().encode("utf-8", "backslashreplace").decode()
         for path, name in names.items()
         if not any(part.startswith((".", "__")) for part in name.parts)
         and _file_kind(path.with_suffix("") if _KEPT.fullmatch(path.name) else path) in kinds

@@ -186,6 +186,24 @@ CASES = [
     Case(
         "two mistakes at once", "refused: .*'lora.rank'.*'sft.steps'", with_sets("sft.steps=x", "lora.rank=0")
     ),
+    Case(
+        "a share of a single source",
+        "refused: .*share 0.1 of a single source does nothing",
+        with_sets("data.sft-help={path: a.jsonl, share: 0.1}"),
+    ),
+    Case(
+        "shares of a third",
+        "ok: 33%",
+        with_sets(
+            "data.sft-help=[" + ", ".join(f"{{path: {name}.jsonl, share: 0.333}}" for name in "abc") + "]",
+            show=lambda p: study.data_label(p.data.sft_help),
+        ),
+    ),
+    Case(
+        "a file name that is not UTF-8",
+        r"refused: --set data.sft-help=/x/donn\\udce9es.jsonl: is not UTF-8",
+        with_sets("data.sft-help=/x/donn\udce9es.jsonl"),
+    ),
     Case("replay in post-training", "refused: .*sft.replay does nothing", with_sets("sft.replay=0.1")),
     Case(
         "a long value is cut between words",
