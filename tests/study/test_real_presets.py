@@ -192,6 +192,11 @@ CASES = [
         with_sets("data.sft-help={path: a.jsonl, share: 0.1}"),
     ),
     Case(
+        "dimensions of a benchmark that has its own",
+        "refused: .*benchmarks.anima.*dimensions does nothing",
+        with_sets("benchmarks.anima.dimensions=mine"),
+    ),
+    Case(
         "shares of a third",
         "ok: 33%",
         with_sets(
@@ -430,7 +435,7 @@ def another(name: str, value):
         given = {
             "task": None,
             "data": "mine",
-            "dimensions": "mine",
+            "dimensions": "mine" if "moru" in name else None,
             "strip_suffix": "x",
             "limit": None,
             "epochs": 2,
