@@ -276,7 +276,13 @@ def _table_rows(path):
     with _opened(path) as handle:
         text = io.TextIOWrapper(handle, "utf-8-sig", "surrogateescape", newline="")
         header = _header(text)
-        reader = csv.reader(itertools.chain([header], text), delimiter=_delimiter(path, header), strict=True)
+        comma = _delimiter(path, header)
+        reader = csv.reader(
+            itertools.chain([header], text),
+            delimiter=comma,
+            skipinitialspace=f"{comma} " in header,  # a space after every comma
+            strict=True,
+        )
         try:
             names = [name.strip() for name in next(reader, [])]
             twice = [name for name in names if name and names.count(name) > 1]
@@ -495,7 +501,15 @@ def _library_rows(link, split, config, cache, called):
         ) from None
 
 
-_ABOUT = ("dataset_infos.json", "dataset_info.json", "config.json", "package.json")  # files that hold no rows
+# files that hold no rows
+_ABOUT = (
+    "dataset_infos.json",
+    "dataset_info.json",
+    "dataset_dict.json",
+    "state.json",
+    "config.json",
+    "package.json",
+)
 
 
 def _unread(folder, splits):

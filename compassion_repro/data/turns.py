@@ -9,12 +9,16 @@ __all__ = ['ROLES', 'NAMED_ROLES', 'QUESTIONS', 'ANSWERS', 'CONTEXTS', 'SYSTEMS'
 # %% ../../nbs/02_data/04_turns.ipynb #59e3a3b6
 import json
 import re
+import string
 from collections.abc import Callable
 
 from ..core.errors import shorten
 from .sources import BadRow
 
 # %% ../../nbs/02_data/04_turns.ipynb #2bf101e4
+_BLANK = string.whitespace + "\u00a0\u200b\u200c\u200d\u2060\u3000\ufeff"  # what shows nothing
+
+
 def text_of(
     row: dict,  # a row of a data set
     name: str,  # a column
@@ -25,7 +29,7 @@ def text_of(
         raise BadRow(f"missing {name}")
     if not isinstance(value, str):
         raise BadRow(f"{name} is not text")
-    if not value.strip():
+    if not value.strip(_BLANK):
         raise BadRow(f"empty {name}")
     try:
         value.encode()
@@ -151,7 +155,8 @@ def is_filled(
     "Whether a column says something."
     value = row.get(name)
     return value is not None and not (
-        isinstance(value, str | list | dict) and not (value.strip() if isinstance(value, str) else value)
+        isinstance(value, str | list | dict)
+        and not (value.strip(_BLANK) if isinstance(value, str) else value)
     )
 
 # %% ../../nbs/02_data/04_turns.ipynb #4e464754

@@ -620,6 +620,11 @@ CASES = [
         ),
     ),
     Case("missing cells as NaN", QA, read({"id": nan, "instruction": "Why?", "input": nan, "output": "So."})),
+    Case(
+        "answer that shows nothing",
+        NONE + "empty answer",
+        read({"prompt": "Why?", "answer": "\u200b\ufeff "}),
+    ),
     Case("id that is a date", "ok: 2020-01-01 00:00:00", place(dated, shape="text")),
     Case(
         "turns that say more",
@@ -661,6 +666,7 @@ CASES = [
                 QA,
                 '"prompt","answer","what\nelse"\n"Why?","So.",""\n',
             ),
+            ("with spaces after its commas", QA, 'prompt, answer\n"Why?", "So."\n'),
             ("with two columns of a name", "refused: .*two columns have one name", "a,a\nb,c\n"),
         )
     ],
