@@ -7,6 +7,8 @@ import gzip
 import json
 import os
 from math import nan
+from pathlib import Path
+from unittest import mock
 
 import pytest
 from cases import Case, problem, table
@@ -97,6 +99,20 @@ def dated(folder):
     table.to_parquet(folder / "a.parquet")
     named(folder, "b.txt", load(folder / "a.parquet", "text").rows[0]["id"])
     return folder / "b.txt"
+
+
+def denied(folder):
+    "A folder whose file only another user may read: root may, so the opening is made to fail."
+    (place := named(folder, "set/a.jsonl", ROW)).chmod(0)
+    open_ = Path.open
+
+    def refuse(path, *more, **options):
+        if path == place:
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_(path, *more, **options)
+
+    with mock.patch.object(Path, "open", refuse):
+        return said(load(place.parent, "messages").rows)
 
 
 def configured(folder):
@@ -670,6 +686,9 @@ CASES = [
             ("with two columns of a name", "refused: .*two columns have one name", "a,a\nb,c\n"),
         )
     ],
+    Case(
+        "folder with a file that may not be read", "refused: .*a.jsonl is damaged, it cannot be read", denied
+    ),
     Case("git-annex", r"refused: .*git annex get", place(annexed)),
 ]
 

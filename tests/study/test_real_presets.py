@@ -55,6 +55,13 @@ def flown(*settings: str):
     return act
 
 
+def plain_prompts(folder: Path):
+    "What the preflight says of prompts of a code arm that bring no tests."
+    rows = ('{"prompt": "Why {n}?", "response": "So."}\n'.replace("{n}", str(n)) for n in range(20))
+    (folder / "plain.jsonl").write_text("".join(rows))
+    return flown(f"data.grpo-code={folder}/plain.jsonl")(folder)
+
+
 CASES = [
     Case(
         "null leaves out a benchmark", "ok: anima, leak$", with_sets("benchmarks.moru=null", show=benchmarks)
@@ -244,6 +251,16 @@ CASES = [
         "preflight of the embedded world",
         r"ok: 0 problems:  \| note: sham is a sham arm \(learning rate 0\): its weights stay those of mid$",
         flown(),
+    ),
+    Case(
+        "preflight of embedded rows of another shape",
+        "ok: 2 problems: (?=.*world:documents: none.*a document where)(?=.*world:help: none.*a conversation where)",
+        flown("data.sft-help=world:documents", "data.documents=world:help"),
+    ),
+    Case(
+        "preflight of code prompts without tests",
+        "ok: 0 problems: .*warning: .*plain.jsonl: 20 of 20 prompts bring neither unit tests nor a reference",
+        plain_prompts,
     ),
     Case(
         "preflight asks no network",
