@@ -378,9 +378,12 @@ def train_held_out(
         content = {name: row[name] for name in ("text", "messages") if name in row}
         groups.setdefault(row.get("document") or _draw_key(content, seed), []).append(at)
     number, chosen = round(held_out * len(rows)) if held_out < 1 else int(held_out), set()
-    for key in sorted(groups, key=lambda key: _draw_key({"group": key}, seed)):
+    drawn = sorted(groups, key=lambda key: _draw_key({"group": key}, seed))
+    for key in drawn:
         if len(chosen) + len(groups[key]) <= number:
             chosen.update(groups[key])
+    if number and not chosen:  # every text is there more often than that
+        chosen.update(min((groups[key] for key in drawn), key=len))
     if not 0 < len(chosen) < len(rows):
         raise InputError(
             f"{held_out} of {len(rows)} rows ({len(groups)} different) cannot be held out; give more rows or"

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 from cases import Case, problem, table
 
-from compassion_repro.data.rows import load
+from compassion_repro.data.rows import load, train_held_out
 
 TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
 NO = {"role": "assistant", "content": "No."}
@@ -113,6 +113,18 @@ def denied(folder):
 
     with mock.patch.object(Path, "open", refuse):
         return said(load(place.parent, "messages").rows)
+
+
+def thrice(folder):
+    "The rows held out and trained on of ten rows, each there three times."
+    rows = [{"messages": [{"role": "user", "content": str(n)}, TURNS[1]]} for n in range(10)] * 3
+    parts = [train_held_out(rows, number) for number in (1, 3, 10)]
+    assert not any(row in held for train, held in parts for row in train)
+    return ", ".join(str([len(held), len(train)]) for train, held in parts)
+
+
+def repeated(folder):
+    return train_held_out([{"messages": TURNS}] * 20, 5)
 
 
 def configured(folder):
@@ -689,6 +701,8 @@ CASES = [
     Case(
         "folder with a file that may not be read", "refused: .*a.jsonl is damaged, it cannot be read", denied
     ),
+    Case("every row three times", r"ok: \[3, 27\], \[3, 27\], \[9, 21\]", thrice),
+    Case("one row many times", "refused: .*5 of 20 rows .1 different. cannot be held out", repeated),
     Case("git-annex", r"refused: .*git annex get", place(annexed)),
 ]
 
