@@ -205,10 +205,14 @@ def _read_rows(
     rows = []
     for file in files:
         try:
+            if damage := hub.file_problem(file):
+                raise InputError(f"benchmark file {file}: {damage}")
             found = (
                 pd.read_parquet(file).to_dict("records") if file.suffix == ".parquet" else _json_rows(file)
             )
-        except (OSError, UnicodeDecodeError, ValueError) as error:
+        except UnicodeDecodeError:
+            raise InputError(f"benchmark file {file} is not UTF-8 text: save it as UTF-8") from None
+        except (OSError, ValueError) as error:
             raise (
                 error
                 if isinstance(error, InputError)

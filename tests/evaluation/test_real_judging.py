@@ -90,6 +90,18 @@ def two_files(folder: Path) -> str:
     return opened("anima", place, folder)
 
 
+def written(spoil):
+    "The file of MORU's questions in other bytes."
+
+    def act(folder):
+        place = folder_of("moru", folder)
+        file = place / "train.jsonl"
+        file.write_bytes(spoil(file.read_text(encoding="utf-8")))
+        return opened("moru", place, folder)
+
+    return act
+
+
 def marked(task: str):
     "Every text file begins with a byte order mark, as some editors write it."
 
@@ -275,6 +287,17 @@ CASES = [
         "moru dimension without indicators",
         "refused: .*empty 'observable_indicators'",
         rows("moru", "dimensions", observable_indicators=None),
+    ),
+    Case(
+        "moru in Latin-1",
+        "refused: .*train.jsonl is not UTF-8 text: save it as UTF-8",
+        written(lambda text: text.replace("a", "ä").encode("latin-1")),
+    ),
+    Case("moru in UTF-16", "refused: .*is not UTF-8 text", written(lambda text: text.encode("utf-16"))),
+    Case(
+        "moru as Git LFS's note",
+        "refused: .*train.jsonl: .*git lfs pull",
+        written(lambda text: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
     ),
     Case("moru byte order marks", "ok: 5 questions", marked("moru")),
     Case("anima byte order marks", "ok: 5 questions", marked("anima")),
