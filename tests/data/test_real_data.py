@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 from cases import Case, problem, table
 
+from compassion_repro.core.files import path_digest
 from compassion_repro.data.rows import load, train_held_out
 
 TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
@@ -113,6 +114,15 @@ def denied(folder):
 
     with mock.patch.object(Path, "open", refuse):
         return said(load(place.parent, "messages").rows)
+
+
+def strangely_named(folder):
+    "The identity of a folder with a file named in Latin-1, the file as the account names it, and the account."
+    place = named(folder, "set/train.jsonl", ROW).parent
+    (place / os.fsdecode(b"m\xe9re.jsonl")).write_text(ROW)
+    report = load(place, "messages").report
+    text = json.dumps(report.as_dict(), ensure_ascii=False)
+    return f"{len(path_digest(place))} {report.files_not_read[0]} {text.encode().decode()}"
 
 
 def thrice(folder):
@@ -700,6 +710,11 @@ CASES = [
     ],
     Case(
         "folder with a file that may not be read", "refused: .*a.jsonl is damaged, it cannot be read", denied
+    ),
+    Case(
+        "folder with a file whose name is not UTF-8",
+        r"ok: 16 m\\udce9re.jsonl {.*[\\]+udce9re",
+        strangely_named,
     ),
     Case("every row three times", r"ok: \[3, 27\], \[3, 27\], \[9, 21\]", thrice),
     Case("one row many times", "refused: .*5 of 20 rows .1 different. cannot be held out", repeated),
