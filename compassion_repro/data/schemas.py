@@ -116,7 +116,10 @@ def _shaped(row, shape):
         raise BadRow("a conversation where a document is wanted")
     pair = "chosen" in row
     if shape == "pairs" and not pair:
-        raise BadRow("one answer where a pair (chosen, rejected) is wanted")
+        raise BadRow(
+            "one answer where a pair (chosen, rejected) is wanted; name both with columns: {chosen: ...,"
+            " rejected: ...}"
+        )
     if shape in ("messages", "any") and pair:
         raise BadRow(
             "a pair where one answer is wanted; name it with columns: {response: chosen}, or {messages: chosen}"

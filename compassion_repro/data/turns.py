@@ -122,7 +122,14 @@ def turns_of(
     last = turns[-1]
     if roles[-1] == "assistant" and (last.get("weight") == 0 or last.get("train") is False):
         raise BadRow(f"{name} has an answer marked as not to be learned")
-    return [{"role": role, "content": _content_of(turn, name)} for role, turn in zip(roles, turns)]
+    said = [
+        {"role": role, "content": _content_of(turn, name)}
+        for role, turn in zip(roles, turns)
+        if role != "system" or any(is_filled(turn, key) for key in ("content", "value"))
+    ]
+    if not said:
+        raise BadRow(f"empty {name}")
+    return said
 
 # %% ../../nbs/02_data/04_turns.ipynb #2107485a
 _TURN = ("role", "from", "content", "value", "weight", "train", "tool_calls", "function_call")
@@ -152,8 +159,10 @@ def is_filled(
     row: dict,  # a row of a data set
     name: str,  # a column
 ) -> bool:  # False where it is absent, null, blank or an empty list
-    "Whether a column says something."
+    "Whether a column says something; Alpaca's `<noinput>` does not."
     value = row.get(name)
+    if isinstance(value, str) and re.fullmatch("<no ?input>", value.strip(), re.I):
+        return False
     return value is not None and not (
         isinstance(value, str | list | dict)
         and not (value.strip(_BLANK) if isinstance(value, str) else value)

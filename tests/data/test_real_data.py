@@ -716,6 +716,26 @@ CASES = [
         r"ok: 16 m\\udce9re.jsonl {.*[\\]+udce9re",
         strangely_named,
     ),
+    Case(
+        "system turn that says nothing",
+        QA,
+        read({"messages": [{"role": "system", "content": ""}, *TURNS]}),
+    ),
+    Case(
+        "system turn alone",
+        NONE + "empty messages",
+        read({"system": "Be.", "messages": [{"role": "system", "content": ""}]}),
+    ),
+    Case(
+        "alpaca without an input",
+        QA,
+        read({"instruction": "Why?", "input": "<noinput>", "output": "So."}),
+    ),
+    Case(
+        "two answers of which one is better",
+        NONE + "name both with columns: {chosen",
+        read({"prompt": "Why?", "response_0": "So.", "response_1": "No."}, shape="pairs"),
+    ),
     Case("every row three times", r"ok: \[3, 27\], \[3, 27\], \[9, 21\]", thrice),
     Case("one row many times", "refused: .*5 of 20 rows .1 different. cannot be held out", repeated),
     Case("git-annex", r"refused: .*git annex get", place(annexed)),
