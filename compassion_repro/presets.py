@@ -16,7 +16,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from .core.errors import InputError, did_you_mean, shorten
+from .core.errors import InputError, did_you_mean, shorten, visible
 from .core.files import packaged_model
 from .study import Benchmark, Preset
 from .study.arms import ArmSettings
@@ -220,6 +220,11 @@ def _override(setting: str) -> tuple[list[str], Any]:
         raise InputError(
             f"--set needs key=value, got {setting!r}; quote it where it has spaces, as in --set"
             " 'arms=[sft-help, sft-code]'"
+        )
+    if re.search("[\ud800-\udfff]", setting):
+        raise InputError(
+            f"--set {visible(setting)}: is not UTF-8; give the file or folder another name, or set PYTHONUTF8=1 where"
+            " the locale is the reason"
         )
     try:
         parsed = yaml.safe_load(value)

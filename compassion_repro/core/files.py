@@ -88,7 +88,9 @@ def _file_digest(path: Path, end: int = 2**20) -> str:
 # %% ../../nbs/00_core/01_files.ipynb #56f2ddf9
 def digest(value: Any) -> str:
     "Short SHA-256 of any JSON-able value, the same for equal values."
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    # names of files need not be UTF-8
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 # %% ../../nbs/00_core/01_files.ipynb #c7903aa0
 def weights_digest(
@@ -192,7 +194,7 @@ def content_hash(
         if name.startswith(".") or "/." in name:
             continue
         content = _without_mark(file.read_bytes())
-        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+        digest.update(f"{name}\0{len(content)}\0".encode(errors="surrogatepass") + content)
     return digest.hexdigest()
 
 # %% ../../nbs/00_core/01_files.ipynb #163620cd

@@ -242,10 +242,18 @@ def file_problem(
         return "" if start[:4] == file.read(4) == b"PAR1" else "it is cut off"
 
 # %% ../../nbs/02_data/01_hub.ipynb #d2eaf314
+def _readable_problem(path: Path) -> str:
+    "As `file_problem`, also for a file that may not be read."
+    try:
+        return file_problem(path)
+    except OSError as error:
+        return f"it cannot be read ({error.strerror or error})"
+
+
 def damaged_files(folder: Path) -> dict[str, str]:
     "File name to what is wrong with it, for every damaged or missing file of a folder."
     found = {
-        p.relative_to(folder).as_posix(): file_problem(p)
+        p.relative_to(folder).as_posix(): _readable_problem(p)
         for p in sorted(folder.rglob("*"))
         if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts)
     }

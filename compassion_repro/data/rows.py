@@ -44,6 +44,8 @@ class Report:
     split: int = 0  # kept documents that became several rows
     # column that nothing was made of -> rows in which it says something
     unused: dict[str, int] = field(default_factory=dict)
+    # files of rows in a folder that belong to none of its splits
+    files_not_read: list[str] = field(default_factory=list)
     # what was done to a row's turns so that the chat template takes them -> rows
     changed: dict[str, int] = field(default_factory=dict)
     parts: list[dict] = field(default_factory=list)  # of several sources: the account of each
@@ -84,6 +86,11 @@ def _columns(counts):
     return ", ".join(f"{name} ({count})" for name, count in shown[:20]) + (", ..." if len(shown) > 20 else "")
 
 # %% ../../nbs/02_data/06_rows.ipynb #0fc06293
+def _first_files(names):
+    "The first ten files of a list."
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+
+
 def _one_line(report):
     "The whole account as one line."
     parts = [
@@ -103,6 +110,8 @@ def _one_line(report):
     parts += [f"{count} with {words}" for words, count in report.changed.items()]
     if report.unused:
         parts.append(f"columns not used: {_columns(report.unused)}")
+    if report.files_not_read:
+        parts.append(f"files not read: {_first_files(report.files_not_read)}")
     return ", ".join(parts)
 
 # %% ../../nbs/02_data/06_rows.ipynb #4544e927
@@ -127,6 +136,7 @@ def _report_table(report):
         ("cut away", report.cut),
         ("split", report.split),
         ("columns not used", _columns(report.unused) or "none"),
+        ("files not read", _first_files(report.files_not_read) or "none"),
         ("rows", report.rows),
         ("sha256", f"`{report.sha256[:16]}`"),
     ]
@@ -211,7 +221,7 @@ def _fit_and_measure(max_length, measure, long_prompts):
 
 def _read_part(part, report, limit, seed, split, held_out):
     "Every row of one source with its place; raises `InputError` where it holds none."
-    report.revision, report.unit, records = read_source(
+    report.revision, report.unit, records, report.files_not_read = read_source(
         part.path, limit, seed, split or part.split, held_out, part.config
     )
     report.read = len(records)
@@ -314,6 +324,7 @@ def _add(report, part):
     for name in ("schemas", "unused", "changed"):
         for key, count in getattr(part, name).items():
             getattr(report, name)[key] = getattr(report, name).get(key, 0) + count
+    report.files_not_read += [f"{Path(part.source).name}/{name}" for name in part.files_not_read]
     for reason, count in part.dropped.items():
         named = f"{Path(part.source).name}: {reason}"
         report.dropped[named] = report.dropped.get(named, 0) + count
@@ -367,9 +378,12 @@ def train_held_out(
         content = {name: row[name] for name in ("text", "messages") if name in row}
         groups.setdefault(row.get("document") or _draw_key(content, seed), []).append(at)
     number, chosen = round(held_out * len(rows)) if held_out < 1 else int(held_out), set()
-    for key in sorted(groups, key=lambda key: _draw_key({"group": key}, seed)):
+    drawn = sorted(groups, key=lambda key: _draw_key({"group": key}, seed))
+    for key in drawn:
         if len(chosen) + len(groups[key]) <= number:
             chosen.update(groups[key])
+    if number and not chosen:  # every text is there more often than that
+        chosen.update(min((groups[key] for key in drawn), key=len))
     if not 0 < len(chosen) < len(rows):
         raise InputError(
             f"{held_out} of {len(rows)} rows ({len(groups)} different) cannot be held out; give more rows or"

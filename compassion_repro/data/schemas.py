@@ -26,6 +26,7 @@ from compassion_repro.data.turns import (
     is_filled,
     text_of,
     turns_of,
+    unread_keys,
 )
 
 # %% ../../nbs/02_data/05_schemas.ipynb #0b234014
@@ -72,7 +73,8 @@ def _detect(row, shape="any"):
     # a mark, not an answer
     if isinstance(row.get("chosen"), bool | int | float):
         filled = filled - {"chosen", "rejected"}
-    order = [*DOCUMENTS, *SCHEMAS] if shape == "text" else SCHEMAS
+    first = {"text": DOCUMENTS, "pairs": ("preference",)}.get(shape, ())
+    order = [*first, *SCHEMAS]
     for columns, names in (
         (filled, order),
         (set(row) - {"chosen", "rejected"} | filled, order),
@@ -114,9 +116,15 @@ def _shaped(row, shape):
         raise BadRow("a conversation where a document is wanted")
     pair = "chosen" in row
     if shape == "pairs" and not pair:
-        raise BadRow("one answer where a pair (chosen, rejected) is wanted")
+        raise BadRow(
+            "one answer where a pair (chosen, rejected) is wanted; name both with columns: {chosen: ...,"
+            " rejected: ...}"
+        )
     if shape in ("messages", "any") and pair:
-        raise BadRow("a pair where one answer is wanted; name it with columns: {response: chosen}")
+        raise BadRow(
+            "a pair where one answer is wanted; name it with columns: {response: chosen}, or {messages: chosen}"
+            " where it holds the question too"
+        )
     turns, reference = row["messages"], {}
     if shape == "prompts":
         row = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
@@ -207,6 +215,14 @@ def row_line(
     return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 # %% ../../nbs/02_data/05_schemas.ipynb #410c34ee
+def _named(row):
+    "What goes along with a row; an id that JSON does not know, such as a date, as text."
+    found = {name: row[name] for name in EXTRAS if row.get(name) is not None}
+    if not isinstance(found.get("id", ""), str | int | float | list | dict | set | tuple):
+        found["id"] = str(found["id"])
+    return found
+
+
 def _adapted(row, schema, shape):
     "A data set's row as a row of the corpus; raises `BadRow` with the reason where it cannot be one."
     adapted = SCHEMAS[schema].adapt(row)
@@ -229,8 +245,7 @@ def _adapted(row, schema, shape):
                 else ""
             )
         )
-    result = _shaped(adapted, shape)
-    result |= {name: row[name] for name in EXTRAS if row.get(name) is not None}
+    result = _shaped(adapted, shape) | _named(row)
     try:
         row_line(result)
     except (TypeError, ValueError):
@@ -315,11 +330,13 @@ def _marks(rows, shape):
 
 # %% ../../nbs/02_data/05_schemas.ipynb #bd0eb27e
 def _count_unused(report, row, original, columns):
-    "Count the columns of a good row that nothing was made of."
+    "Count the columns of a good row, and what its turns say beside their text, that nothing was made of."
     read = {columns.get(name, name) for name in row.seen}
-    for name in original:
-        if name not in read and is_filled(original, name):
-            report.unused[shorten(str(name), 60)] = report.unused.get(shorten(str(name), 60), 0) + 1
+    names = [name for name in original if name not in read and is_filled(original, name)]
+    for name in read & original.keys():
+        names += [f"{name}.{key}" for key in unread_keys(original[name])]
+    for name in names:
+        report.unused[shorten(str(name), 60)] = report.unused.get(shorten(str(name), 60), 0) + 1
 
 # %% ../../nbs/02_data/05_schemas.ipynb #1199aa0a
 def _checked(row, schema, shape, marks, given, report, check):
@@ -340,6 +357,11 @@ def _checked(row, schema, shape, marks, given, report, check):
     return changed
 
 # %% ../../nbs/02_data/05_schemas.ipynb #671977a6
+def _without_gaps(row):
+    "A row whose missing cells are null, where pandas wrote them as NaN."
+    return {name: None if value != value else value for name, value in row.items()}
+
+
 def good_rows(
     records: list[tuple],  # of `read_source`: places with rows, or with the `BadRow` that says what is wrong
     report,  # the account, a `Report` of data.rows: schemas, drops and unused columns are written into it
@@ -352,6 +374,7 @@ def good_rows(
 
     Raises `InputError` where the columns fit no schema.
     """
+    records = [(place, row if isinstance(row, BadRow) else _without_gaps(row)) for place, row in records]
     sound = [row for _, row in records if not isinstance(row, BadRow)]
     _check_columns(report.source, sound, columns)
     rows = [

@@ -10,6 +10,7 @@ __all__ = ['FILES', 'COMPRESSED', 'LONGEST', 'WRAPS', 'WORLD_ROWS', 'BadRow', 'S
 import csv
 import glob
 import io
+import itertools
 import json
 import os
 import re
@@ -89,7 +90,7 @@ def _file_kind(path):
     endings = [ending.lower() for ending in Path(path).suffixes] or [""]
     if endings[-1] not in COMPRESSED:
         return endings[-1]
-    return endings[-2] if len(endings) > 1 and endings[-2] in FILES else ".jsonl"
+    return endings[-2] if len(endings) > 1 and endings[-2] in (*FILES, ".tar") else ".jsonl"
 
 # %% ../../nbs/02_data/02_sources.ipynb #14e09042
 @contextmanager
@@ -143,6 +144,13 @@ def json_lines(
             yield number, _parse_line(line)
 
 # %% ../../nbs/02_data/02_sources.ipynb #e1564f8f
+def _check_utf8(path):
+    "Raise `InputError` for a file in UTF-16, as Excel and PowerShell write them."
+    with _opened(path) as handle:
+        if handle.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            raise InputError(f"{path}: not UTF-8 but UTF-16; save it as UTF-8")
+
+
 def _whole_json(path, text):
     "A file that is one JSON value."
     try:
@@ -209,6 +217,7 @@ def _unwrapped(path, whole, split):
 # %% ../../nbs/02_data/02_sources.ipynb #5a774f35
 def _json_rows(path, split=None):
     "The unit of the places and the rows of a JSON or JSON Lines file."
+    _check_utf8(path)
     with _opened(path) as handle:
         start = handle.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     with _opened(path) as handle:
@@ -247,27 +256,38 @@ def _table_row(names, cells):
         return BadRow(f"{'more' if len(cells) > len(names) else 'fewer'} cells than columns")
     if any("\udc80" <= character <= "\udcff" for cell in cells for character in cell):
         return BadRow("not UTF-8")
-    return {name: cell or None for name, cell in zip(names, cells)}
+    if any(cell for name, cell in zip(names, cells) if not name and names.count("") > 1):
+        return BadRow("a cell in a column without a name")
+    return {name: cell or None for name, cell in zip(names, cells) if name or names.count("") == 1}
 
 # %% ../../nbs/02_data/02_sources.ipynb #7ef5bd34
+def _header(text):
+    "The line of a table's names: the first that is not empty and not Excel's note of the separator."
+    for line in text:
+        if line.strip() and not re.fullmatch(r"\"?sep=.\"?", line.strip("\r\n")):
+            return line
+    return ""
+
+
 def _table_rows(path):
     "The rows of a CSV or TSV file, counted from 1 without the header."
     csv.field_size_limit(LONGEST)
-    with _opened(path) as handle:
-        start = handle.read(2)
-    if start in (b"\xff\xfe", b"\xfe\xff"):
-        raise InputError(f"{path}: not UTF-8 but UTF-16; save it as CSV in UTF-8")
-    with _opened(path) as handle:
-        header = handle.readline(LONGEST).decode("utf-8-sig", "surrogateescape")
+    _check_utf8(path)
     with _opened(path) as handle:
         text = io.TextIOWrapper(handle, "utf-8-sig", "surrogateescape", newline="")
-        reader = csv.reader(text, delimiter=_delimiter(path, header), strict=True)
+        header = _header(text)
+        comma = _delimiter(path, header)
+        reader = csv.reader(
+            itertools.chain([header], text),
+            delimiter=comma,
+            skipinitialspace=f"{comma} " in header,  # a space after every comma
+            strict=True,
+        )
         try:
             names = [name.strip() for name in next(reader, [])]
-            if len(set(names)) < len(names):
-                raise InputError(
-                    f"{path}: two columns have one name ({max(names, key=names.count)!r}); rename one"
-                )
+            twice = [name for name in names if name and names.count(name) > 1]
+            if twice:
+                raise InputError(f"{path}: two columns have one name ({twice[0]!r}); rename one")
             return [(number, _table_row(names, cells)) for number, cells in enumerate(filter(any, reader), 1)]
         except csv.Error as error:
             raise InputError(
@@ -356,10 +376,15 @@ def read_file(
         ) from None
 
 # %% ../../nbs/02_data/02_sources.ipynb #af9bd632
+# what stands next to rows and is none: copies that a program kept, and texts about the data
+_KEPT = re.compile(r".*(\.(bak|old|orig|tmp|part)|~)", re.I)
+_TEXTS = re.compile(r"(licen[cs]e|readme|copying|notice|requirements)\S*\.txt|(?!readme\.md).*\.md", re.I)
+
+
 @contextmanager
 def _plainly_named(folder):
     """A folder's files as links under a name without pattern characters (the library resolves a link to the
-    folder), and a cache for the library.
+    folder) and an ending in small letters, and a cache for the library.
     """
     with tempfile.TemporaryDirectory(prefix="rows-") as temporary:
         mirror = Path(temporary).resolve() / "data"
@@ -368,8 +393,17 @@ def _plainly_named(folder):
             there = mirror / Path(place).relative_to(folder)
             there.mkdir()
             for name in files:
-                (there / name).symlink_to(Path(place).resolve() / name)
+                small = Path(name).stem + Path(name).suffix.lower()
+                if not (_KEPT.fullmatch(name) or _TEXTS.fullmatch(name)):
+                    (there / (name if small in files else small)).symlink_to(Path(place).resolve() / name)
         yield mirror, f"{temporary}/cache"
+
+
+def _own_name(file, link, folder):
+    "The path that a file of the links has in the user's folder."
+    if not file.is_relative_to(link):
+        return file
+    return (folder / file.relative_to(link)).with_name(Path(os.readlink(file)).name)
 
 # %% ../../nbs/02_data/02_sources.ipynb #be40dfa8
 def _configurations(link, cache):
@@ -385,7 +419,7 @@ def _configurations(link, cache):
 
 # %% ../../nbs/02_data/02_sources.ipynb #e8180a00
 def _split_files(folder, split, config, link, cache):
-    "The files of a split, by the hub's rules; `folder` is what the user calls it."
+    "The files of each split, by the hub's rules; `folder` is what the user calls it."
     import datasets
 
     named = _configurations(link, cache) if config else []
@@ -411,7 +445,7 @@ def _split_files(folder, split, config, link, cache):
             f"{folder}: has no split {split!r} (there are {', '.join(map(str, files)) or 'none'}); choose one"
             " with {path: ..., split: ...}"
         )
-    return [Path(file) for file in files[split]]
+    return {str(name): [Path(file) for file in found] for name, found in files.items()}
 
 # %% ../../nbs/02_data/02_sources.ipynb #6a3fbc48
 def _saved_rows(folder, split, called):
@@ -467,16 +501,56 @@ def _library_rows(link, split, config, cache, called):
         ) from None
 
 
+# files that hold no rows
+_ABOUT = (
+    "dataset_infos.json",
+    "dataset_info.json",
+    "dataset_dict.json",
+    "state.json",
+    "config.json",
+    "package.json",
+)
+
+
+def _unread(folder, splits):
+    "Files of rows in a folder that belong to no split; none where its README says which files do."
+    readme = folder / "README.md"
+    if readme.is_file() and re.search(rb"^configs:", readme.read_bytes(), re.M):
+        return []
+    read = {file for files in splits.values() for file in files}
+    kinds = {kind for kind in FILES if kind != ".txt" or any(_file_kind(file) == ".txt" for file in read)}
+    here = (path for path in folder.rglob("*") if path.is_file())
+    names = {path: path.relative_to(folder) for path in here if path not in read and path.name not in _ABOUT}
+    return sorted(
+        name.as_posix().encode("utf-8", "backslashreplace").decode()
+        for path, name in names.items()
+        if not any(part.startswith((".", "__")) for part in name.parts)
+        and _file_kind(path.with_suffix("") if _KEPT.fullmatch(path.name) else path) in kinds
+    )
+
+
 def _layout_rows(folder, split, config, called):
-    "The rows of a split of a folder in the hub's layout."
+    "The rows of a split of a folder in the hub's layout, and the files of rows that belong to no split."
     with _plainly_named(folder) as (link, cache):
-        files = _split_files(called, split, config, link, cache)
-        files = [folder / file.relative_to(link) if file.is_relative_to(link) else file for file in files]
-        if all(_file_kind(file) in FILES for file in files):
-            return [row for file in files for _, row in read_file(file)[1]]
-        return _library_rows(link, split, config, cache, called)
+        splits = _split_files(called, split, config, link, cache)
+        splits = {name: [_own_name(file, link, folder) for file in files] for name, files in splits.items()}
+        if all(_file_kind(file) in FILES for file in splits[split]):
+            rows = [row for file in splits[split] for _, row in read_file(file)[1]]
+        else:
+            rows = _library_rows(link, split, config, cache, called)
+        return rows, _unread(folder, splits)
 
 # %% ../../nbs/02_data/02_sources.ipynb #e04810ad
+def _folder_rows(folder, split, config, called):
+    "The rows of a split with their places, and the files of rows that were not read."
+    _check_links(folder)
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        rows, unread = _saved_folder(folder, split, config, called), []
+    else:
+        rows, unread = _layout_rows(folder, split or "train", config, called)
+    return list(enumerate(rows, 1)), unread
+
+
 def read_folder(
     folder: str | Path,  # in the hub's layout, or written by `save_to_disk`
     split: str | None = None,  # which of its splits; None: train
@@ -487,13 +561,7 @@ def read_folder(
 
     Raises `InputError` where there are none to read.
     """
-    folder, called = Path(folder), called or str(folder)
-    _check_links(folder)
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        rows = _saved_folder(folder, split, config, called)
-    else:
-        rows = _layout_rows(folder, split or "train", config, called)
-    return list(enumerate(rows, 1))
+    return _folder_rows(Path(folder), split, config, called or str(folder))[0]
 
 # %% ../../nbs/02_data/02_sources.ipynb #2c622e44
 WORLD_ROWS = 3000
@@ -514,7 +582,8 @@ def read_source(
     held_out: bool = False,  # of an embedded corpus: rows that no training corpus of any seed holds
     config: str | None = None,  # configuration of a folder or a hub data set
 ):
-    """The revision, the unit of the places, and every row of a source with its place.
+    """The revision, the unit of the places, every row of a source with its place, and the files of rows in
+    a folder that were not read.
 
     Raises `InputError` where nothing can be read.
     """
@@ -522,10 +591,10 @@ def read_source(
     if place.kind == "world":
         _no_parts(source, split, config, "an embedded corpus")
         rows = world.corpus(place.place, limit or WORLD_ROWS, seed, held_out)
-        return "embedded", "row", list(enumerate(rows, 1))
+        return "embedded", "row", list(enumerate(rows, 1)), []
     if place.kind == "pocket" and not held_out:
         _no_parts(source, split, config, "an embedded corpus")
-        return "embedded", "row", list(enumerate(pocket.read_corpus(place.place), 1))
+        return "embedded", "row", list(enumerate(pocket.read_corpus(place.place), 1)), []
     if held_out:
         raise InputError(
             f"{source}: only world:<name> makes held-out rows; divide other rows with train_held_out"
@@ -533,7 +602,7 @@ def read_source(
     if place.kind == "local" and not Path(place.place).is_dir():
         refused = split if split != "train" and _file_kind(place.place) != ".json" else None
         _no_parts(source, refused, config, "one file")
-        return "local", *read_file(place.place, split)
+        return "local", *read_file(place.place, split), []
     pinned = place.kind != "local" and place.revision
     found = hub.snapshot(f"{place.place}@{place.revision}" if pinned else place.place, "dataset")
-    return found.revision, "row", read_folder(found.folder, split, config, str(source))
+    return found.revision, "row", *_folder_rows(found.folder, split, config, str(source))

@@ -4,16 +4,21 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'NAMED_ROLES', 'QUESTIONS', 'ANSWERS', 'CONTEXTS', 'SYSTEMS', 'HISTORIES', 'NOT_READ', 'text_of', 'turns_of',
-           'is_filled', 'chat_row', 'from_answers', 'from_turns', 'from_pair']
+           'unread_keys', 'is_filled', 'chat_row', 'from_answers', 'from_turns', 'from_pair']
 
 # %% ../../nbs/02_data/04_turns.ipynb #59e3a3b6
 import json
+import re
+import string
 from collections.abc import Callable
 
 from ..core.errors import shorten
 from .sources import BadRow
 
 # %% ../../nbs/02_data/04_turns.ipynb #2bf101e4
+_BLANK = string.whitespace + "\u00a0\u200b\u200c\u200d\u2060\u3000\ufeff"  # what shows nothing
+
+
 def text_of(
     row: dict,  # a row of a data set
     name: str,  # a column
@@ -24,7 +29,7 @@ def text_of(
         raise BadRow(f"missing {name}")
     if not isinstance(value, str):
         raise BadRow(f"{name} is not text")
-    if not value.strip():
+    if not value.strip(_BLANK):
         raise BadRow(f"empty {name}")
     try:
         value.encode()
@@ -85,6 +90,20 @@ def _parsed(value):
         return value
 
 # %% ../../nbs/02_data/04_turns.ipynb #3c136b0f
+_SPOKEN = "\n\nHuman:"  # how a dialogue in one text begins in Anthropic's hh-rlhf
+
+
+def _transcript(text, name):
+    "The turns of such a dialogue; an `Assistant:` at its end only asks for the answer."
+    spoken = re.split(r"\n\n(Human|Assistant):", text)[1:]
+    if spoken[-2] == "Assistant" and not spoken[-1].strip():
+        spoken = spoken[:-2]
+    return [
+        {"role": {"Human": "user"}.get(who, "assistant"), "content": text_of({name: said.strip()}, name)}
+        for who, said in zip(spoken[::2], spoken[1::2])
+    ]
+
+
 def turns_of(
     row: dict,  # a row of a data set
     name: str,  # the column that holds a conversation
@@ -93,6 +112,8 @@ def turns_of(
     turns = _parsed(row.get(name))
     if turns is None:
         raise BadRow(f"missing {name}")
+    if isinstance(turns, str) and turns.startswith(_SPOKEN):
+        return _transcript(turns, name)
     if not isinstance(turns, list):
         raise BadRow(f"{name} is not a list of turns")
     if not turns:
@@ -101,9 +122,29 @@ def turns_of(
     last = turns[-1]
     if roles[-1] == "assistant" and (last.get("weight") == 0 or last.get("train") is False):
         raise BadRow(f"{name} has an answer marked as not to be learned")
-    return [{"role": role, "content": _content_of(turn, name)} for role, turn in zip(roles, turns)]
+    said = [
+        {"role": role, "content": _content_of(turn, name)}
+        for role, turn in zip(roles, turns)
+        if role != "system" or any(is_filled(turn, key) for key in ("content", "value"))
+    ]
+    if not said:
+        raise BadRow(f"empty {name}")
+    return said
 
 # %% ../../nbs/02_data/04_turns.ipynb #2107485a
+_TURN = ("role", "from", "content", "value", "weight", "train", "tool_calls", "function_call")
+
+
+def unread_keys(
+    value: object,  # of a column
+) -> list[str]:  # such as `reasoning_content`; none where the column holds no turns
+    "What the turns of a column say beside their role and text."
+    turns = _parsed(value)
+    turns = turns if isinstance(turns, list) else [turns]
+    turns = [turn for turn in turns if isinstance(turn, dict) and {"role", "from"} & turn.keys()]
+    return sorted({key for turn in turns for key in turn if key not in _TURN and is_filled(turn, key)})
+
+
 QUESTIONS = ("instruction", "prompt", "question", "problem", "query", "inputs")  # columns of what is asked
 # columns of what is answered
 ANSWERS = ("response", "completion", "output", "answer", "solution", "target", "targets")
@@ -118,10 +159,13 @@ def is_filled(
     row: dict,  # a row of a data set
     name: str,  # a column
 ) -> bool:  # False where it is absent, null, blank or an empty list
-    "Whether a column says something."
+    "Whether a column says something; Alpaca's `<noinput>` does not."
     value = row.get(name)
+    if isinstance(value, str) and re.fullmatch("<no ?input>", value.strip(), re.I):
+        return False
     return value is not None and not (
-        isinstance(value, str | list | dict) and not (value.strip() if isinstance(value, str) else value)
+        isinstance(value, str | list | dict)
+        and not (value.strip(_BLANK) if isinstance(value, str) else value)
     )
 
 # %% ../../nbs/02_data/04_turns.ipynb #4e464754
@@ -135,13 +179,14 @@ def chat_row(
 
 # %% ../../nbs/02_data/04_turns.ipynb #02201034
 def _said(row, name, role):
-    "The turns of a column that holds one turn's text, or turns."
+    "The turns of a column that holds one turn, its text, several turns, or a dialogue as text."
     value = _parsed(row.get(name))
-    return (
-        turns_of(row, name)
-        if isinstance(value, list) and value and isinstance(value[0], dict)
-        else [{"role": role, "content": text_of(row, name)}]
-    )
+    if isinstance(value, dict) and {"role", "from"} & value.keys():
+        return turns_of({name: [value]}, name)
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return turns_of(row, name)
+    text = text_of(row, name)
+    return _transcript(text, name) if text.startswith(_SPOKEN) else [{"role": role, "content": text}]
 
 # %% ../../nbs/02_data/04_turns.ipynb #0c5840c7
 def _before(row):
@@ -233,16 +278,31 @@ def from_turns(
     }
 
 # %% ../../nbs/02_data/04_turns.ipynb #1c7d845f
+def _pair_prompt(row):
+    "The turns that two answers follow, of a column of their own; none where no column asks."
+    for name in (*QUESTIONS, "input"):
+        if is_filled(row, name):
+            return _asked(row, name)
+    for name in ("messages", "conversations", "conversation", "context_messages"):
+        if is_filled(row, name):
+            return from_turns(name)(row)["messages"]
+    return []
+
+
 def from_pair(
     row: dict,  # a row with `chosen`, `rejected` and perhaps its prompt
 ) -> dict:  # {"messages", "chosen", "rejected"}
     "A preference pair: the turns that both answers follow, and the answers; raises `BadRow` if they do not."
-    prompt = next((_asked(row, name) for name in QUESTIONS if is_filled(row, name)), [])
     chosen, rejected = (_said(row, name, "assistant") for name in ("chosen", "rejected"))
     if len(chosen) > 1 and len(rejected) > 1 and chosen[:-1] == rejected[:-1]:
-        prompt, chosen, rejected = chosen[:-1], chosen[-1:], rejected[-1:]
-    if not prompt or len(chosen) > 1 or len(rejected) > 1:
+        prompt = _with_system(row, [*_before(row), *_with_context(row, chosen[:-1])])
+        chosen, rejected = chosen[-1:], rejected[-1:]
+    else:
+        prompt = _pair_prompt(row)
+    if len(chosen) > 1 or len(rejected) > 1:
         raise BadRow("chosen and rejected do not answer the same prompt")
+    if not prompt:
+        raise BadRow("no question beside chosen and rejected; name one with columns: {prompt: ...}")
     if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
         raise BadRow("chosen or rejected does not end with the assistant")
     if chosen == rejected:

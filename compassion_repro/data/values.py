@@ -8,6 +8,7 @@ __all__ = ['FIRST', 'QUESTION', 'DIMENSION', 'SKELETON', 'Value', 'shipped_value
 
 # %% ../../nbs/02_data/08_values.ipynb #b258a783
 import re
+from datetime import date
 from pathlib import Path
 
 import yaml
@@ -65,6 +66,9 @@ def _columns(rows: list[dict], needed: tuple[str, ...], what: str) -> str:  # em
     for number, row in enumerate(rows, 1):
         if missing := [column for column in needed if not row.get(column)]:
             return f"{what} {number} has no {missing[0]!r}"
+        for column, value in row.items():
+            if isinstance(value, date):
+                return f"{what} {number}: YAML reads {column} as a date; quote it"
     return ""
 
 

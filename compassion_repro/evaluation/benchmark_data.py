@@ -19,6 +19,8 @@ import numpy as np
 import pandas as pd
 import yaml
 from babel import Locale
+from babel.core import get_global
+from babel.localedata import locale_identifiers
 from inspect_evals.anima import dataset as anima_data
 from inspect_evals.moru import dataset as moru_data
 
@@ -40,16 +42,35 @@ _LANGUAGE_NAMES |= {
     "malaysian": "ms",
     "oriya": "or",
     "kiswahili": "sw",
+    "bahasa melayu": "ms",
+    "bahasa indonesia": "id",
 }
 
+
+@functools.cache
+def _names_elsewhere() -> dict[str, str]:
+    "Code by three-letter code (`spa`) and by a language's name for itself (`español`)."
+    found = {code: real for code, real in get_global("language_aliases").items() if len(code) == 3}
+    for code in locale_identifiers():
+        if "_" not in code and (name := Locale.parse(code).get_language_name(code)):
+            found.setdefault(name.lower(), code)
+    return found
+
 # %% ../../nbs/05_evaluation/02_benchmark_data.ipynb #a2ab79ca
+_CODES = set(_LANGUAGE_NAMES.values())
+
+
 def language_code(
     name: str | None,  # language name, code with or without a region, or None for English
 ) -> str:  # ISO 639 code such as "en"
     "The code of a language, however a benchmark writes it."
     words = (name or "English").strip().lower()
-    code = _LANGUAGE_NAMES.get(words, words)
-    return re.split("[_-]", code)[0]
+    without = re.sub(r"\s*\([^)]*\)$", "", words)  # Spanish (Mexico)
+    for said in (words, without):
+        code = re.split("[_-]", _LANGUAGE_NAMES.get(said, said))[0]
+        if code in _CODES:
+            return code
+    return _names_elsewhere().get(without, re.split("[_-]", words)[0])
 
 # %% ../../nbs/05_evaluation/02_benchmark_data.ipynb #f43c83e7
 PINS = {  # revisions that `inspect_evals` pins its data sets to
@@ -184,10 +205,14 @@ def _read_rows(
     rows = []
     for file in files:
         try:
+            if damage := hub.file_problem(file):
+                raise InputError(f"benchmark file {file}: {damage}")
             found = (
                 pd.read_parquet(file).to_dict("records") if file.suffix == ".parquet" else _json_rows(file)
             )
-        except (OSError, UnicodeDecodeError, ValueError) as error:
+        except UnicodeDecodeError:
+            raise InputError(f"benchmark file {file} is not UTF-8 text: save it as UTF-8") from None
+        except (OSError, ValueError) as error:
             raise (
                 error
                 if isinstance(error, InputError)
@@ -279,6 +304,7 @@ def _check_rows(task: str, rows: list[dict], dims: list[dict], folders: tuple[Pa
     questions.check_dimensions(dims, folders[1])
     questions.check_texts(task, rows, language_code, folders[0])
     remarks = questions.strange_languages(rows, language_code, _LANGUAGE_NAMES)
+    remarks += questions.same_questions(rows, language_code)
     if not dims:
         return remarks  # of the hub
     names = [row["dimension"] if task == "anima" else row["dimension"].strip().lower() for row in dims]

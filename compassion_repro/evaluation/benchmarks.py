@@ -205,7 +205,8 @@ def _left_out_remark(left_out: list[str]) -> list[str]:
         return []
     some = ", ".join(map(str, left_out[:5]))
     return [
-        f"the official task leaves out {len(left_out)} questions (no text, or no known dimension): {some}"
+        f"the official task leaves out {len(left_out)} questions (no text, no known dimension, or in a file"
+        f" that it does not read): {some}"
     ]
 
 # %% ../../nbs/05_evaluation/04_benchmarks.ipynb #bc3fecb9

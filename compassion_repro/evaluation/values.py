@@ -81,6 +81,26 @@ def _faults_of_all(pairs: list[Pair]) -> list[str]:
 RUN = 8  # words in a row that no training row may share
 
 
+def _misfit(row: dict) -> str:
+    "What a question has that the benchmark it becomes does not take; empty where all is well."
+    text = "text: quote it where YAML reads it as something else"
+    tags = row["tags"]
+    for name, good, wanted in (
+        ("id", isinstance(row["id"], str | int) and row["id"] is not True, f"a number or {text}"),
+        ("question", isinstance(row["question"], str), text),
+        ("language", isinstance(row.get("language"), str | None), text),
+        ("variables", isinstance(row.get("variables"), str | None), text),
+        (
+            "tags",
+            isinstance(tags, list) and all(isinstance(t, str) for t in tags),
+            "a list of dimensions, [...]",
+        ),
+    ):
+        if not good:
+            return f"question {row['id']}: {name} should be {wanted}"
+    return ""
+
+
 def _question_faults(value: Value, pairs: list[Pair]) -> list[str]:
     "What is wrong with questions and dimensions."
     names, faults, seen = {row["dimension"] for row in value.dimensions}, [], set()
@@ -88,6 +108,8 @@ def _question_faults(value: Value, pairs: list[Pair]) -> list[str]:
         tags = row["tags"] if isinstance(row["tags"], list) else [row["tags"]]
         if unknown := [str(tag) for tag in tags if tag not in names]:
             faults.append(f"question {row['id']}: {unknown[0]!r} is no dimension of this value")
+        if misfit := _misfit(row):
+            faults.append(misfit)
         if row["id"] in seen:
             faults.append(f"question {row['id']}: the id appears twice")
         seen.add(row["id"])

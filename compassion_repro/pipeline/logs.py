@@ -216,6 +216,22 @@ def log_rows(
     return scores, answers
 
 # %% ../../nbs/09_pipeline/18_logs.ipynb #c1b1aa47
+def _asked_and_judged(log: "EvalLog") -> tuple:
+    "What copies of a log have in common: the run, and who judged it (scored anew, a log is another one)."
+    by = {by for sample in log.samples or () for by in sample.scores or {}}
+    return log.eval.task_id or log.location, *sorted(judge_name(log, one, len(by) > 1) for one in by)
+
+
+def _last_attempts(logs: "list[EvalLog]", say: Callable[[str], None]) -> "list[EvalLog]":
+    "The logs without copies of one another and without what Inspect's `eval-retry` took further."
+    last = {_asked_and_judged(log): log for log in logs}
+    for log in logs:
+        kept = last[_asked_and_judged(log)]
+        if kept is not log:
+            say(f"{log.location}: is a copy or an earlier attempt of {kept.location} and is left out")
+    return list(last.values())
+
+
 _ARM = {name: None for name in ("arm", "start", "paradigm", "domain", "substitute_for")}
 
 
@@ -226,6 +242,7 @@ def tidy_logs(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # rows of `scores.parquet`, rows of `answers.parquet`
     "Scores and answers of several logs; raises `InputError` as `read_log` and `log_rows`."
     logs = sorted((read_log(file) for file in files), key=lambda log: log.eval.created)
+    logs = _last_attempts(logs, say)
     scores, answers, seen = [], [], Counter()
     for log in logs:
         if log.status != "success":

@@ -98,7 +98,9 @@ def say_benchmark(flight: Preflight, name: str, task, judge: str, first: bool):
     "Say what a loaded benchmark leaves out (once, for the first judge), and whether its judge can read it."
     if first and (left := task.provenance.get("left_out")):
         shown = ", ".join(map(str, left[:5])) + (" and others" if len(left) > 5 else "")
-        flight.say(f"warning: the official task leaves out {len(left)} questions of {name}: {shown}")
+        flight.say(
+            f"warning: the official task leaves out {len(left)} questions of {name} (no text, no known dimension, or in a file that it does not read): {shown}"
+        )
     for remark in task.remarks if first else ():
         if not remark.startswith("the official task leaves out"):
             flight.say(f"warning: {name}: {remark}")

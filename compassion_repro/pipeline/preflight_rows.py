@@ -52,11 +52,11 @@ def opened_sources(
 
 # %% ../../nbs/09_pipeline/07_preflight_rows.ipynb #a018ad0f
 def check_rows(flight: Preflight):
-    "The rows of every corpus that is not embedded; of embedded ones whether an arm of your own can use them."
+    "The rows of every corpus that is not embedded; of embedded ones whether they have the shape that is needed."
     seen = []
-    for setting, (spec, shape) in row_sources(flight.preset).items():
+    for spec, shape in row_sources(flight.preset).values():
         ours = isinstance(spec, str) and embedded(spec)
-        if (spec, shape) in seen or ours and not setting.startswith("arms."):
+        if (spec, shape) in seen:
             continue
         seen.append((spec, shape))
         with flight.trying():
@@ -142,13 +142,18 @@ def check_tests(flight: Preflight):
 
 # %% ../../nbs/09_pipeline/07_preflight_rows.ipynb #b14c0a7b
 def look_at_tests(flight: Preflight, place):
-    "Say which tests of a corpus decide nothing; raises `InputError` where that leaves no row."
+    """Say which prompts of a corpus bring nothing to be judged by, and which tests decide nothing.
+
+    Raises `InputError` where that leaves no row.
+    """
     from compassion_repro.data import rows as data
     from compassion_repro.sandbox import jail
-    from compassion_repro.training import weak_tests
+    from compassion_repro.training import rewards, weak_tests
 
+    corpus = data.load(place, "prompts")
+    if silent := rewards.remark_code(corpus.rows):
+        flight.say(f"warning: {corpus.report.source}: {silent}")
     if jail.level() == "none":
         return
-    corpus = data.load(place, "prompts")
     for line in weak_tests.leave_out_tests(corpus.rows, jail.run_many)[1]:
         flight.say(f"warning: {corpus.report.source}: {line}")

@@ -250,6 +250,8 @@ class Benchmark(Section):
             )
         if self.judged and not self.data:
             raise ValueError(f"{self.task} needs its questions named: set data")
+        if self.task == "anima" and self.dimensions:
+            raise ValueError("dimensions does nothing, anima has its own beside its questions: leave it out")
         if self.judged and self.limit:
             raise ValueError(
                 f"limit is for tasks that need no judge; {self.task} of the embedded world is sized by size"

@@ -188,11 +188,16 @@ def _data_spec(value: Any) -> "str | DataSource | tuple[DataSource, ...]":
         raise ValueError("an empty list names no source")
     shares = [part.share for part in parts if part.share is not None]
     if len(parts) == 1:
+        if shares and shares[0] < 1:
+            raise ValueError(
+                f"share {shares[0]:g} of a single source does nothing: take fewer of its rows with limit, or name"
+                " the other sources in a list"
+            )
         part = parts[0].model_copy(update={"share": None})
         return part.path if part == DataSource(path=part.path) else part
     if shares and len(shares) < len(parts):
         raise ValueError("some sources have a share and some have none: give all of them one, or none")
-    if shares and abs(sum(shares) - 1) > 1e-3:
+    if shares and round(abs(sum(shares) - 1), 6) > 1e-3:  # three times 0.333 will do
         raise ValueError(f"the shares add up to {sum(shares):g}: let them add up to 1")
     return parts
 

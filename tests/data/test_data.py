@@ -255,7 +255,7 @@ def test_byte_order_mark_blank_lines_and_carriage_returns(tmp_path):
 
 def test_utf_16_is_told_not_guessed(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes((json.dumps(CODE) + "\n").encode("utf-16"))
-    assert_refused(lambda: load(tmp_path / "rows.jsonl", "messages"), "none of its")
+    assert_refused(lambda: load(tmp_path / "rows.jsonl", "messages"), "not UTF-8 but UTF-16")
 
 
 def test_deep_nesting_and_huge_numbers_are_bad_rows(tmp_path):

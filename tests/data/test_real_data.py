@@ -6,13 +6,19 @@ Each case makes its own small file and says what the loader made of it.
 import gzip
 import json
 import os
+from math import nan
+from pathlib import Path
+from unittest import mock
 
 import pytest
 from cases import Case, problem, table
 
-from compassion_repro.data.rows import load
+from compassion_repro.core.files import path_digest
+from compassion_repro.data.rows import load, train_held_out
 
 TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+NO = {"role": "assistant", "content": "No."}
+SYSTEM = [{"role": "system", "content": "Be."}, *TURNS]
 SHARED = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
 
 
@@ -68,6 +74,67 @@ def saved(folder, splits=False):
     rows = Dataset.from_list([{"instruction": "Why?", "response": "So."}])
     (DatasetDict(train=rows, test=rows) if splits else rows).save_to_disk(folder / "saved")
     return folder / "saved"
+
+
+ROW = json.dumps({"instruction": "Why?", "response": "So."}) + "\n"
+ONLY_A = "---\nconfigs:\n- config_name: one\n  data_files: a.jsonl\n---\n"
+
+
+def beside(shape="messages", **files):
+    "An action: load a folder of these files; says the first row and the account."
+
+    def act(folder):
+        for name, content in files.items():
+            named(folder, f"set/{name}", content)
+        corpus = load(folder / "set", shape)
+        return f"{said(corpus.rows)} || {corpus.report}"
+
+    return act
+
+
+def dated(folder):
+    "Rows whose id is a date, as a Parquet file may hold it; the id is what is shown."
+    import pandas as pd
+
+    table = pd.DataFrame({"id": [pd.Timestamp("2020-01-01")], "text": ["one"]})
+    table.to_parquet(folder / "a.parquet")
+    named(folder, "b.txt", load(folder / "a.parquet", "text").rows[0]["id"])
+    return folder / "b.txt"
+
+
+def denied(folder):
+    "A folder whose file only another user may read: root may, so the opening is made to fail."
+    (place := named(folder, "set/a.jsonl", ROW)).chmod(0)
+    open_ = Path.open
+
+    def refuse(path, *more, **options):
+        if path == place:
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_(path, *more, **options)
+
+    with mock.patch.object(Path, "open", refuse):
+        return said(load(place.parent, "messages").rows)
+
+
+def strangely_named(folder):
+    "The identity of a folder with a file named in Latin-1, the file as the account names it, and the account."
+    place = named(folder, "set/train.jsonl", ROW).parent
+    (place / os.fsdecode(b"m\xe9re.jsonl")).write_text(ROW)
+    report = load(place, "messages").report
+    text = json.dumps(report.as_dict(), ensure_ascii=False)
+    return f"{len(path_digest(place))} {report.files_not_read[0]} {text.encode().decode()}"
+
+
+def thrice(folder):
+    "The rows held out and trained on of ten rows, each there three times."
+    rows = [{"messages": [{"role": "user", "content": str(n)}, TURNS[1]]} for n in range(10)] * 3
+    parts = [train_held_out(rows, number) for number in (1, 3, 10)]
+    assert not any(row in held for train, held in parts for row in train)
+    return ", ".join(str([len(held), len(train)]) for train, held in parts)
+
+
+def repeated(folder):
+    return train_held_out([{"messages": TURNS}] * 20, 5)
 
 
 def configured(folder):
@@ -173,7 +240,6 @@ ALTERNATE = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must"
     " alternate') }}{% endif %}{% endfor %}" + LOOP
 )
-SYSTEM = [{"role": "system", "content": "Be."}, *TURNS]
 QA = r"ok: user Why\? \| assistant So\.( |$)"
 NONE = r"refused: .*none of its 1 rows can be used.*"
 CASES = [
@@ -254,6 +320,53 @@ CASES = [
         r"ok: user Why\? \|\|",
         read(
             {"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content": "No."}]}, shape="pairs"
+        ),
+    ),
+    *[
+        Case(
+            f"preference {name}",
+            r"ok: system Be\. \| user Why\? \|\| .*1 kept",
+            read({"chosen": "So.", "rejected": "No.", **row}, shape="pairs"),
+        )
+        for name, row in (
+            ("with a column input", {"system": "Be.", "input": "Why?"}),
+            ("with turns before it", {"conversations": [{"from": "system", "value": "Be."}, *SHARED[:1]]}),
+            ("with its answers as a turn each", {"prompt": SYSTEM[:2], "chosen": TURNS[1], "rejected": NO}),
+            (
+                "beside the chosen conversation",
+                {
+                    "system": "Be.",
+                    "prompt": "Why?",
+                    "messages": TURNS,
+                    "chosen": TURNS,
+                    "rejected": [TURNS[0], NO],
+                },
+            ),
+            (
+                "written as one dialogue",
+                {
+                    "system": "Be.",
+                    "chosen": "\n\nHuman: Why?\n\nAssistant: So.",
+                    "rejected": "\n\nHuman: Why?\n\nAssistant: No.",
+                },
+            ),
+        )
+    ],
+    Case(
+        "preference without a question",
+        NONE + "no question beside chosen and rejected",
+        read({"chosen": "So.", "rejected": "No."}, shape="pairs"),
+    ),
+    Case(
+        "dialogue whose last speaker is to answer",
+        QA,
+        read({"prompt": "\n\nHuman: Why?\n\nAssistant:", "response": "So."}),
+    ),
+    Case(
+        "chosen dialogue mapped",
+        QA,
+        read(
+            {"chosen": "\n\nHuman: Why?\n\nAssistant: So.", "rejected": "x"}, columns={"messages": "chosen"}
         ),
     ),
     Case(
@@ -416,6 +529,28 @@ CASES = [
         place(lambda f: named(f, "d/a.txt", "one\n\ntwo").parent, shape="text"),
     ),
     Case("folder named like a pattern", r"ok: user rows\[2\] ", place(brackets)),
+    *[
+        Case(f"folder with {name}", f"ok: user Why.*1 kept as 1 rows{unread}$", beside(**files))
+        for name, unread, files in (
+            ("rows of no split", ", files not read: more.jsonl", {"train.jsonl": ROW, "more.jsonl": ROW}),
+            ("rows of another kind", ", files not read: b.csv", {"a.jsonl": ROW, "b.csv": "q,a\n"}),
+            ("a backup", ", files not read: a.jsonl.bak", {"a.jsonl": ROW, "a.jsonl.bak": ROW}),
+            ("another split", "", {"train.jsonl": ROW, "test.jsonl": ROW}),
+            (
+                "notes",
+                "",
+                {"a.jsonl": ROW, "README.md": "x", "CHANGES.md": "x", "NEWS.md": "x", "b.txt": "x"},
+            ),
+            ("what its README leaves out", "", {"a.jsonl": ROW, "b.jsonl": ROW, "README.md": ONLY_A}),
+            ("a cache of a notebook", "", {"a.jsonl": ROW, ".ipynb_checkpoints/a-checkpoint.jsonl": ROW}),
+            ("an ending in capitals", "", {"A.JSONL": ROW}),
+        )
+    ],
+    Case(
+        "folder of documents with a licence",
+        "ok: one .*1 kept as 1 rows, files not read: LICENSE.txt$",
+        beside(shape="text", **{"a.txt": "one", "LICENSE.txt": "mine"}),
+    ),
     Case("save_to_disk", QA, place(saved)),
     Case("save_to_disk with splits", QA, place(lambda f: saved(f, True), split="test")),
     Case(
@@ -522,6 +657,87 @@ CASES = [
             )
         ),
     ),
+    Case("missing cells as NaN", QA, read({"id": nan, "instruction": "Why?", "input": nan, "output": "So."})),
+    Case(
+        "answer that shows nothing",
+        NONE + "empty answer",
+        read({"prompt": "Why?", "answer": "\u200b\ufeff "}),
+    ),
+    Case("id that is a date", "ok: 2020-01-01 00:00:00", place(dated, shape="text")),
+    Case(
+        "turns that say more",
+        QA + r".*not used: messages.name \(1\), messages.reasoning_content \(1\)$",
+        read(
+            {
+                "messages": [
+                    {**TURNS[0], "name": "Ann"},
+                    {**TURNS[1], "reasoning_content": "Hm.", "refusal": None, "tool_calls": []},
+                ]
+            }
+        ),
+    ),
+    Case(
+        "json lines in UTF-16",
+        r"refused: .*not UTF-8 but UTF-16",
+        place(lambda f: named(f, "a.jsonl", ROW.encode("utf-16"))),
+    ),
+    Case(
+        "json in UTF-16",
+        r"refused: .*not UTF-8 but UTF-16",
+        place(lambda f: named(f, "a.json", f"[{ROW}]".encode("utf-16-le").join((b"\xff\xfe", b"")))),
+    ),
+    Case("archive", r"refused: .*unknown kind of file", place(lambda f: named(f, "a.tar.gz", b"x"))),
+    *[
+        Case(f"csv {name}", wanted, place(lambda f, text=text: named(f, "a.csv", text)))
+        for name, wanted, text in (
+            ("with Excel's note of the separator", QA, "sep=;\r\nprompt;answer\r\nWhy?;So.\r\n"),
+            ("with empty columns at its end", QA, "prompt,answer,,\nWhy?,So.,,\n"),
+            (
+                "with cells under no name",
+                NONE + "a cell in a column without a name",
+                "prompt,answer,,\nWhy?,So.,x,\n",
+            ),
+            ("with an index of pandas", QA, ",prompt,answer\n0,Why?,So.\n"),
+            ("with empty lines above", QA, "\n\nprompt,answer\nWhy?,So.\n"),
+            (
+                "with a name of two lines",
+                QA,
+                '"prompt","answer","what\nelse"\n"Why?","So.",""\n',
+            ),
+            ("with spaces after its commas", QA, 'prompt, answer\n"Why?", "So."\n'),
+            ("with two columns of a name", "refused: .*two columns have one name", "a,a\nb,c\n"),
+        )
+    ],
+    Case(
+        "folder with a file that may not be read", "refused: .*a.jsonl is damaged, it cannot be read", denied
+    ),
+    Case(
+        "folder with a file whose name is not UTF-8",
+        r"ok: 16 m\\udce9re.jsonl {.*[\\]+udce9re",
+        strangely_named,
+    ),
+    Case(
+        "system turn that says nothing",
+        QA,
+        read({"messages": [{"role": "system", "content": ""}, *TURNS]}),
+    ),
+    Case(
+        "system turn alone",
+        NONE + "empty messages",
+        read({"system": "Be.", "messages": [{"role": "system", "content": ""}]}),
+    ),
+    Case(
+        "alpaca without an input",
+        QA,
+        read({"instruction": "Why?", "input": "<noinput>", "output": "So."}),
+    ),
+    Case(
+        "two answers of which one is better",
+        NONE + "name both with columns: {chosen",
+        read({"prompt": "Why?", "response_0": "So.", "response_1": "No."}, shape="pairs"),
+    ),
+    Case("every row three times", r"ok: \[3, 27\], \[3, 27\], \[9, 21\]", thrice),
+    Case("one row many times", "refused: .*5 of 20 rows .1 different. cannot be held out", repeated),
     Case("git-annex", r"refused: .*git annex get", place(annexed)),
 ]
 

@@ -77,6 +77,31 @@ def rows(task: str, part: str = "questions", number: int = 0, **values):
     return act
 
 
+def first(task: str) -> str:
+    "The first question of a benchmark, with other spaces."
+    return world.benchmark_questions(task, SIZE)[0]["question"].replace(" ", "  ")
+
+
+def two_files(folder: Path) -> str:
+    "Questions in a second file, which the library passes over beside one that is named after a split."
+    place = folder_of("anima", folder)
+    text = (place / "questions/train.jsonl").read_text()
+    (place / "questions/more.jsonl").write_text(text.replace('"id": "', '"id": "more-').replace("?", "??"))
+    return opened("anima", place, folder)
+
+
+def written(spoil):
+    "The file of MORU's questions in other bytes."
+
+    def act(folder):
+        place = folder_of("moru", folder)
+        file = place / "train.jsonl"
+        file.write_bytes(spoil(file.read_text(encoding="utf-8")))
+        return opened("moru", place, folder)
+
+    return act
+
+
 def marked(task: str):
     "Every text file begins with a byte order mark, as some editors write it."
 
@@ -263,6 +288,17 @@ CASES = [
         "refused: .*empty 'observable_indicators'",
         rows("moru", "dimensions", observable_indicators=None),
     ),
+    Case(
+        "moru in Latin-1",
+        "refused: .*train.jsonl is not UTF-8 text: save it as UTF-8",
+        written(lambda text: text.replace("a", "ä").encode("latin-1")),
+    ),
+    Case("moru in UTF-16", "refused: .*is not UTF-8 text", written(lambda text: text.encode("utf-16"))),
+    Case(
+        "moru as Git LFS's note",
+        "refused: .*train.jsonl: .*git lfs pull",
+        written(lambda text: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+    ),
     Case("moru byte order marks", "ok: 5 questions", marked("moru")),
     Case("anima byte order marks", "ok: 5 questions", marked("anima")),
     Case(
@@ -285,6 +321,23 @@ CASES = [
     Case(
         "anima a language in another case", "ok: 5 questions in en,es; $", rows("anima", language=" SPANISH")
     ),
+    *[
+        Case(
+            f"anima a language as {said}",
+            "ok: 5 questions in en,es; $",
+            rows("anima", number=3, language=said),
+        )
+        for said in ("Español", "spa", "Spanish (Mexico)", "es-419")
+    ],
+    *[
+        Case(
+            f"{task} a question twice",
+            "ok: 5 questions in en,es; 1 question repeats another word for word .*each of them counts$",
+            rows(task, number=1, question=first(task)),
+        )
+        for task in ("anima", "moru")
+    ],
+    Case("anima a file that the task does not read", "ok: 5 .*leaves out 5 .*does not read", two_files),
     Case("anima a language that is a number", "refused: .*language 5", rows("anima", language=5)),
     Case("anima variables with =", "ok: 5 .*not of the form", rows("anima", variables="animal=dogs")),
     Case(

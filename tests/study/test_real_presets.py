@@ -55,6 +55,13 @@ def flown(*settings: str):
     return act
 
 
+def plain_prompts(folder: Path):
+    "What the preflight says of prompts of a code arm that bring no tests."
+    rows = ('{"prompt": "Why {n}?", "response": "So."}\n'.replace("{n}", str(n)) for n in range(20))
+    (folder / "plain.jsonl").write_text("".join(rows))
+    return flown(f"data.grpo-code={folder}/plain.jsonl")(folder)
+
+
 CASES = [
     Case(
         "null leaves out a benchmark", "ok: anima, leak$", with_sets("benchmarks.moru=null", show=benchmarks)
@@ -186,6 +193,29 @@ CASES = [
     Case(
         "two mistakes at once", "refused: .*'lora.rank'.*'sft.steps'", with_sets("sft.steps=x", "lora.rank=0")
     ),
+    Case(
+        "a share of a single source",
+        "refused: .*share 0.1 of a single source does nothing",
+        with_sets("data.sft-help={path: a.jsonl, share: 0.1}"),
+    ),
+    Case(
+        "dimensions of a benchmark that has its own",
+        "refused: .*benchmarks.anima.*dimensions does nothing",
+        with_sets("benchmarks.anima.dimensions=mine"),
+    ),
+    Case(
+        "shares of a third",
+        "ok: 33%",
+        with_sets(
+            "data.sft-help=[" + ", ".join(f"{{path: {name}.jsonl, share: 0.333}}" for name in "abc") + "]",
+            show=lambda p: study.data_label(p.data.sft_help),
+        ),
+    ),
+    Case(
+        "a file name that is not UTF-8",
+        r"refused: --set data.sft-help=/x/donn\\udce9es.jsonl: is not UTF-8",
+        with_sets("data.sft-help=/x/donn\udce9es.jsonl"),
+    ),
     Case("replay in post-training", "refused: .*sft.replay does nothing", with_sets("sft.replay=0.1")),
     Case(
         "a long value is cut between words",
@@ -221,6 +251,16 @@ CASES = [
         "preflight of the embedded world",
         r"ok: 0 problems:  \| note: sham is a sham arm \(learning rate 0\): its weights stay those of mid$",
         flown(),
+    ),
+    Case(
+        "preflight of embedded rows of another shape",
+        "ok: 2 problems: (?=.*world:documents: none.*a document where)(?=.*world:help: none.*a conversation where)",
+        flown("data.sft-help=world:documents", "data.documents=world:help"),
+    ),
+    Case(
+        "preflight of code prompts without tests",
+        "ok: 0 problems: .*warning: .*plain.jsonl: 20 of 20 prompts bring neither unit tests nor a reference",
+        plain_prompts,
     ),
     Case(
         "preflight asks no network",
@@ -412,7 +452,7 @@ def another(name: str, value):
         given = {
             "task": None,
             "data": "mine",
-            "dimensions": "mine",
+            "dimensions": "mine" if "moru" in name else None,
             "strip_suffix": "x",
             "limit": None,
             "epochs": 2,
