@@ -377,7 +377,7 @@ def _problem(place: tuple, value: bool, items: list[dict]) -> str:
         return f"{key!r}: {said}" if key else said
     return f"{key!r}: {said}, got {_got(item['input'])}"
 
-
+# %% ../nbs/01_study/01_presets.ipynb #af1726be
 def problems(
     error: ValidationError,  # of a section
     section: type[BaseModel] = Preset,

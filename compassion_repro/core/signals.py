@@ -127,6 +127,7 @@ def raise_on_signal():
     seen, left, repeated = [], threading.Event(), threading.Event()
 
     def insist(number):
+        "Send the signal again and again; at first as a repeat of ours, which spares code that clears up."
         patient_until = time.monotonic() + CLEARING_SECONDS
         while not left.wait(RESEND_EVERY):
             if time.monotonic() < patient_until:

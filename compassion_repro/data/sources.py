@@ -500,7 +500,7 @@ def _library_rows(link, split, config, cache, called):
             " name one of its files instead"
         ) from None
 
-
+# %% ../../nbs/02_data/02_sources.ipynb #791782bd
 # files that hold no rows
 _ABOUT = (
     "dataset_infos.json",
@@ -528,7 +528,7 @@ def _unread(folder, splits):
         and _file_kind(path.with_suffix("") if _KEPT.fullmatch(path.name) else path) in kinds
     )
 
-
+# %% ../../nbs/02_data/02_sources.ipynb #0f5dee2d
 def _layout_rows(folder, split, config, called):
     "The rows of a split of a folder in the hub's layout, and the files of rows that belong to no split."
     with _plainly_named(folder) as (link, cache):

@@ -525,7 +525,7 @@ def _kl_from(
         return none, {"kl_mean": None, "kl": {}, "kl_note": f"no KL from mid: {error}"}
     return kl, _kl_means(kl)
 
-
+# %% ../../nbs/05_evaluation/17_judge_free.ipynb #7f654941
 def probe(
     folder: str | Path,  # the model
     mid: str | Path,  # the mid-trained model; the same folder for itself

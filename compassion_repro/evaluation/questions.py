@@ -207,7 +207,7 @@ def same_questions(
     counts = f"{more} question{'s repeat' if more > 1 else ' repeats'}"
     return [f"{counts} another word for word ({some}): each of them counts"] if twice else []
 
-
+# %% ../../nbs/05_evaluation/01_questions.ipynb #64c0f706
 _PLACE = re.compile(r"\{\{([^}]+)\}\}")
 
 

@@ -100,7 +100,7 @@ def _misfit(row: dict) -> str:
             return f"question {row['id']}: {name} should be {wanted}"
     return ""
 
-
+# %% ../../nbs/05_evaluation/19_values.ipynb #34df28b0
 def _question_faults(value: Value, pairs: list[Pair]) -> list[str]:
     "What is wrong with questions and dimensions."
     names, faults, seen = {row["dimension"] for row in value.dimensions}, [], set()

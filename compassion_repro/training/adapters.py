@@ -71,6 +71,17 @@ _PARTIAL = {
 _CHANGED = ("pissa_niter", "corda", "loftq", "lora_ga")
 
 
+def _check_known(settings: dict, config: PeftConfig, name: str):
+    "Raise `InputError` where PEFT dropped a way of training that it does not know, with a warning alone."
+    new = [key for key, on in settings.items() if key.startswith("use_") and on is True]
+    new = [key for key in new if not hasattr(config, key)]
+    if new:
+        raise InputError(
+            f"the adapter {name} was trained with {new[0]}, which the installed peft {peft.__version__} would"
+            " leave out: pip install --upgrade peft"
+        )
+
+# %% ../../nbs/04_training/07_adapters.ipynb #48c7e9fa
 def read_adapter(
     folder: str | Path,  # adapter folder
     name: str | None = None,  # what the user called it
@@ -90,17 +101,7 @@ def read_adapter(
             f"the adapter {name} is of the kind {kind}, which changes no weights and cannot be merged: "
             "give a LoRA adapter, or a whole model"
         )
-    settings = read_json(Path(folder) / "adapter_config.json")
-    new = [
-        key
-        for key, on in settings.items()
-        if key.startswith("use_") and on is True and not hasattr(config, key)
-    ]
-    if new:
-        raise InputError(
-            f"the adapter {name} was trained with {new[0]}, which the installed peft {peft.__version__} would"
-            " leave out: pip install --upgrade peft"
-        )
+    _check_known(read_json(Path(folder) / "adapter_config.json"), config, name)
     for setting, what in _PARTIAL.items():
         if getattr(config, setting, None):
             raise InputError(

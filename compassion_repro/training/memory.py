@@ -383,6 +383,7 @@ def fit(
     padded, whole = length if grpo else 0, training.completions if grpo else training.batch_size
 
     def attempt(size, again):
+        "The memory at a micro-batch of this size, with activations kept or computed again."
         recorded = _records(training, shape, held, size * length, memory_gb, again)
         replayed = math.ceil(documents * size / whole) * training.length  # of a micro-batch
         parts = training_memory(shape, size * length + replayed, held, again, padded, recorded)
