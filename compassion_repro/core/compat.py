@@ -7,7 +7,7 @@ __all__ = ['GRPO_PARTS', 'patched', 'patched_environment', 'current_sample', 'pr
            'retry_after', 'inspect_folder', 'rewritten_logs', 'common_console', 'token_counts', 'distributions_once',
            'extend', 'anima_explanation', 'accelerate_environment', 'die_with_parent', 'hold_to_one_gpu',
            'replace_saving', 'running_totals', 'resume_totals', 'count_tokens', 'finite_loss', 'zero_all',
-           'attention_name', 'end_capture', 'load_weights']
+           'attention_name', 'drop_attention', 'end_capture', 'load_weights']
 
 # %% ../../nbs/00_core/04_compat.ipynb #558b5da9
 import functools
@@ -265,6 +265,16 @@ def attention_name(
 ) -> str | None:  # what `set_attn_implementation` was given, or chose
     "The attention that a language model computes with."
     return model.config.get_text_config()._attn_implementation
+
+
+def drop_attention(
+    config: Any,  # a `transformers.PretrainedConfig`, changed in place
+) -> bool:  # whether it named one
+    "Let the library choose the attention, in place of the one that a config.json names."
+    named = getattr(config, "_attn_implementation", None) is not None
+    if named:
+        config._attn_implementation = None
+    return named
 
 # %% ../../nbs/00_core/04_compat.ipynb #f3e8f67f
 def end_capture(

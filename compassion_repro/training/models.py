@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..core.compat import drop_attention
 from ..core.errors import InputError, first_line
 from ..data import hub
 from .dequantise import open_gguf
@@ -233,10 +234,7 @@ def _exact_attention(source: str | Path, options: dict) -> dict:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception:
         return {}  # `from_pretrained` says what is wrong with it
-    found = {}
-    if getattr(config, "_attn_implementation", None):
-        config._attn_implementation = None
-        found = {"config": config}
+    found = {"config": config} if drop_attention(config) else {}
     fast = options.get("attn_implementation", "sdpa") in ("sdpa", "varlen")
     return found | (
         {"attn_implementation": "eager"} if fast and "soft cap" in attention_extras(config) else {}

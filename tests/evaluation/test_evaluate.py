@@ -201,7 +201,7 @@ def _change(place, **values):
         (_truncated, "line 1 is not JSON"),
         (_wrong_schema, "has no 'id'"),
         (_not_objects, "has no 'id'"),
-        (_not_utf8, "cannot be read"),
+        (_not_utf8, "is not UTF-8 text"),
         (_broken_parquet, "cannot be read"),
         (_same_id, "appears twice"),
         (_not_text, "wrong type"),
