@@ -383,7 +383,8 @@ def train_held_out(
         if len(chosen) + len(groups[key]) <= number:
             chosen.update(groups[key])
     if number and not chosen:  # every text is there more often than that
-        chosen.update(min((groups[key] for key in drawn), key=len))
+        fewest = min((groups[key] for key in drawn), key=len)
+        chosen.update(fewest if len(fewest) <= max(number, len(rows) // 10) else [])
     if not 0 < len(chosen) < len(rows):
         raise InputError(
             f"{held_out} of {len(rows)} rows ({len(groups)} different) cannot be held out; give more rows or"

@@ -333,8 +333,8 @@ def _count_unused(report, row, original, columns):
     "Count the columns of a good row, and what its turns say beside their text, that nothing was made of."
     read = {columns.get(name, name) for name in row.seen}
     names = [name for name in original if name not in read and is_filled(original, name)]
-    for name in read & original.keys():
-        names += [f"{name}.{key}" for key in unread_keys(original[name])]
+    for name in original:
+        names += [f"{name}.{key}" for key in unread_keys(original[name]) if name in read]
     for name in names:
         report.unused[shorten(str(name), 60)] = report.unused.get(shorten(str(name), 60), 0) + 1
 
@@ -359,7 +359,9 @@ def _checked(row, schema, shape, marks, given, report, check):
 # %% ../../nbs/02_data/05_schemas.ipynb #671977a6
 def _without_gaps(row):
     "A row whose missing cells are null, where pandas wrote them as NaN."
-    return {name: None if value != value else value for name, value in row.items()}
+    return {
+        name: None if isinstance(value, float) and value != value else value for name, value in row.items()
+    }
 
 
 def good_rows(

@@ -250,15 +250,15 @@ def _delimiter(path, header):
     return max(",;\t|", key=re.sub(r'"[^"]*"', "", header).count)
 
 # %% ../../nbs/02_data/02_sources.ipynb #e5f01229
-def _table_row(names, cells):
-    "A row of a table by column name, empty cells as None."
+def _table_row(names, cells, gaps):
+    "A row of a table by column name, empty cells as None; `gaps`: several columns have no name."
     if len(cells) != len(names):
         return BadRow(f"{'more' if len(cells) > len(names) else 'fewer'} cells than columns")
     if any("\udc80" <= character <= "\udcff" for cell in cells for character in cell):
         return BadRow("not UTF-8")
-    if any(cell for name, cell in zip(names, cells) if not name and names.count("") > 1):
+    if gaps and any(cell for name, cell in zip(names, cells) if not name):
         return BadRow("a cell in a column without a name")
-    return {name: cell or None for name, cell in zip(names, cells) if name or names.count("") == 1}
+    return {name: cell or None for name, cell in zip(names, cells) if name or not gaps}
 
 # %% ../../nbs/02_data/02_sources.ipynb #7ef5bd34
 def _header(text):
@@ -277,10 +277,11 @@ def _table_rows(path):
         text = io.TextIOWrapper(handle, "utf-8-sig", "surrogateescape", newline="")
         header = _header(text)
         comma = _delimiter(path, header)
+        apart = any(name.startswith(" ") for name in next(csv.reader([header], delimiter=comma), [])[1:])
         reader = csv.reader(
             itertools.chain([header], text),
             delimiter=comma,
-            skipinitialspace=f"{comma} " in header,  # a space after every comma
+            skipinitialspace=apart,  # a space after every comma
             strict=True,
         )
         try:
@@ -288,7 +289,9 @@ def _table_rows(path):
             twice = [name for name in names if name and names.count(name) > 1]
             if twice:
                 raise InputError(f"{path}: two columns have one name ({twice[0]!r}); rename one")
-            return [(number, _table_row(names, cells)) for number, cells in enumerate(filter(any, reader), 1)]
+            gaps = names.count("") > 1
+            rows = enumerate(filter(any, reader), 1)
+            return [(number, _table_row(names, cells, gaps)) for number, cells in rows]
         except csv.Error as error:
             raise InputError(
                 f"{path}: not a readable table near line {reader.line_num} ({error}); mend its quotation"
@@ -378,7 +381,9 @@ def read_file(
 # %% ../../nbs/02_data/02_sources.ipynb #af9bd632
 # what stands next to rows and is none: copies that a program kept, and texts about the data
 _KEPT = re.compile(r".*(\.(bak|old|orig|tmp|part)|~)", re.I)
-_TEXTS = re.compile(r"(licen[cs]e|readme|copying|notice|requirements)\S*\.txt|(?!readme\.md).*\.md", re.I)
+_TEXTS = re.compile(
+    r"(licen[cs]es?|readme|copying|notices?|requirements)([-._]?\d*)?\.txt|(?!readme\.md).*\.md", re.I
+)
 
 
 @contextmanager
@@ -395,7 +400,8 @@ def _plainly_named(folder):
             for name in files:
                 small = Path(name).stem + Path(name).suffix.lower()
                 if not (_KEPT.fullmatch(name) or _TEXTS.fullmatch(name)):
-                    (there / (name if small in files else small)).symlink_to(Path(place).resolve() / name)
+                    taken = small in files or (there / small).is_symlink()
+                    (there / (name if taken else small)).symlink_to(Path(place).resolve() / name)
         yield mirror, f"{temporary}/cache"
 
 
@@ -508,6 +514,8 @@ _ABOUT = (
     "dataset_dict.json",
     "state.json",
     "config.json",
+    "generation_config.json",
+    "metadata.json",
     "package.json",
 )
 

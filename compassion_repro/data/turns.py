@@ -9,14 +9,13 @@ __all__ = ['ROLES', 'NAMED_ROLES', 'QUESTIONS', 'ANSWERS', 'CONTEXTS', 'SYSTEMS'
 # %% ../../nbs/02_data/04_turns.ipynb #59e3a3b6
 import json
 import re
-import string
 from collections.abc import Callable
 
 from ..core.errors import shorten
 from .sources import BadRow
 
 # %% ../../nbs/02_data/04_turns.ipynb #2bf101e4
-_BLANK = string.whitespace + "\u00a0\u200b\u200c\u200d\u2060\u3000\ufeff"  # what shows nothing
+_BLANK = re.compile(r"[\s\u200b-\u200d\u2060\ufeff]*")  # what shows nothing
 
 
 def text_of(
@@ -29,7 +28,7 @@ def text_of(
         raise BadRow(f"missing {name}")
     if not isinstance(value, str):
         raise BadRow(f"{name} is not text")
-    if not value.strip(_BLANK):
+    if _BLANK.fullmatch(value):
         raise BadRow(f"empty {name}")
     try:
         value.encode()
@@ -165,7 +164,7 @@ def is_filled(
         return False
     return value is not None and not (
         isinstance(value, str | list | dict)
-        and not (value.strip(_BLANK) if isinstance(value, str) else value)
+        and (_BLANK.fullmatch(value) if isinstance(value, str) else not value)
     )
 
 # %% ../../nbs/02_data/04_turns.ipynb #4e464754
@@ -280,13 +279,19 @@ def from_turns(
 # %% ../../nbs/02_data/04_turns.ipynb #1c7d845f
 def _pair_prompt(row):
     "The turns that two answers follow, of a column of their own; none where no column asks."
-    for name in (*QUESTIONS, "input"):
-        if is_filled(row, name):
-            return _asked(row, name)
-    for name in ("messages", "conversations", "conversation", "context_messages"):
-        if is_filled(row, name):
-            return from_turns(name)(row)["messages"]
-    return []
+    asked = next((name for name in QUESTIONS if is_filled(row, name)), None)
+    turns = ("messages", "conversations", "conversation", "context_messages")
+    talked = next((name for name in turns if is_filled(row, name)), None)
+    if talked and not asked:
+        return from_turns(talked)(row)["messages"]
+    return _asked(row, asked or "input") if asked or is_filled(row, "input") else []
+
+
+def _with_columns(row, turns):
+    "The dialogue that both answers go on, with what columns add: to an only question, and a first system turn."
+    if sum(turn["role"] == "user" for turn in turns) == 1:
+        turns = [*_before(row), *_with_context(row, turns)]
+    return turns if turns[0]["role"] == "system" else _with_system(row, turns)
 
 
 def from_pair(
@@ -295,7 +300,7 @@ def from_pair(
     "A preference pair: the turns that both answers follow, and the answers; raises `BadRow` if they do not."
     chosen, rejected = (_said(row, name, "assistant") for name in ("chosen", "rejected"))
     if len(chosen) > 1 and len(rejected) > 1 and chosen[:-1] == rejected[:-1]:
-        prompt = _with_system(row, [*_before(row), *_with_context(row, chosen[:-1])])
+        prompt = _with_columns(row, chosen[:-1])
         chosen, rejected = chosen[-1:], rejected[-1:]
     else:
         prompt = _pair_prompt(row)

@@ -198,10 +198,9 @@ def same_questions(
     for row in questions:
         language = row.get("language")
         words = " ".join((row["question"] or "").split()).casefold()
-        asked.setdefault((code(language if isinstance(language, str) else None), words), {})[
-            str(row["id"])
-        ] = row
-    twice = [list(ids) for (_, words), ids in asked.items() if words and len(ids) > 1]
+        where = code(language if isinstance(language, str) else None), str(row.get("variables") or "")
+        asked.setdefault((words, *where), {})[str(row["id"])] = row
+    twice = [list(ids) for (words, *_), ids in asked.items() if words and len(ids) > 1]
     more = sum(len(ids) - 1 for ids in twice)
     some = "; ".join(" and ".join(ids[:3]) for ids in twice[:3]) + ("; ..." if len(twice) > 3 else "")
     counts = f"{more} question{'s repeat' if more > 1 else ' repeats'}"

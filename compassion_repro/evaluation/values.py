@@ -86,7 +86,7 @@ def _misfit(row: dict) -> str:
     text = "text: quote it where YAML reads it as something else"
     tags = row["tags"]
     for name, good, wanted in (
-        ("id", isinstance(row["id"], str | int) and row["id"] is not True, f"a number or {text}"),
+        ("id", isinstance(row["id"], str | int) and not isinstance(row["id"], bool), f"a number or {text}"),
         ("question", isinstance(row["question"], str), text),
         ("language", isinstance(row.get("language"), str | None), text),
         ("variables", isinstance(row.get("variables"), str | None), text),

@@ -222,14 +222,23 @@ def _asked_and_judged(log: "EvalLog") -> tuple:
     return log.eval.task_id or log.location, *sorted(judge_name(log, one, len(by) > 1) for one in by)
 
 
+def _reached(log: "EvalLog") -> tuple:
+    "How far a log came, and when it was written: the last of several attempts, or the one that was scored anew."
+    scored = sum(bool(sample.scores) for sample in log.samples or [])
+    file = Path(log.location.removeprefix("file://"))
+    return scored, log.eval.created, file.stat().st_mtime_ns if file.is_file() else 0
+
+
 def _last_attempts(logs: "list[EvalLog]", say: Callable[[str], None]) -> "list[EvalLog]":
     "The logs without copies of one another and without what Inspect's `eval-retry` took further."
-    last = {_asked_and_judged(log): log for log in logs}
+    last = {}
+    for log in sorted(logs, key=_reached):
+        last[_asked_and_judged(log)] = log
     for log in logs:
         kept = last[_asked_and_judged(log)]
         if kept is not log:
             say(f"{log.location}: is a copy or an earlier attempt of {kept.location} and is left out")
-    return list(last.values())
+    return [last[key] for key in dict.fromkeys(map(_asked_and_judged, logs))]
 
 
 _ARM = {name: None for name in ("arm", "start", "paradigm", "domain", "substitute_for")}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..core.errors import InputError
 from ..core.files import is_local, writable
-from ..data.hub import is_pinned
+from ..data.hub import is_pinned, split_source
 from . import machine
 from .findings import Preflight, embedded
 from compassion_repro.pipeline.preflight_models import (
@@ -88,7 +88,8 @@ def at_hand(
 
 def _check_hub_source(source: str):
     "Raise `InputError` for a source that the hub cannot have, or that names no revision to repeat the run with."
-    if not is_pinned(source):  # the libraries of the benchmarks are loaded for nothing else
+    # the libraries of the benchmarks are loaded for nothing else
+    if "/" not in split_source(source)[0] or not is_pinned(source):
         from compassion_repro.evaluation.benchmark_data import hub_place
 
         hub_place(source)

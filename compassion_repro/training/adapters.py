@@ -242,10 +242,10 @@ def merged(
     return plain
 
 # %% ../../nbs/04_training/07_adapters.ipynb #dced99a4
-def _own_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    "The tokenizer beside an adapter; None where it has none."
+def _own_tokenizer(folder: Path, network: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    "The tokenizer beside an adapter, for the model that has it; None where it has none."
     own = any((folder / file).is_file() for file in ("tokenizer_config.json", "tokenizer.json"))
-    return load_tokenizer(folder) if own else None
+    return load_tokenizer(folder, rows=len(network.get_input_embeddings().weight)) if own else None
 
 
 def open_adapter(
@@ -277,7 +277,7 @@ def open_adapter(
         network, tokenizer = load_model(base, device), None
     network = merged(attach(network, folder, name, called), name)
     check_numbers(network, name)
-    tokenizer = _own_tokenizer(folder) or tokenizer or load_tokenizer(base)
+    tokenizer = _own_tokenizer(folder, network) or tokenizer or load_tokenizer(base)
     check_fits(network, tokenizer, 1)
     return network, tokenizer
 
@@ -314,6 +314,6 @@ def check_adapter(
     kind = getattr(read_adapter(folder, name).peft_type, "value", "")
     if kind == "LORA" and not hub.is_adapter(base):
         model = attach(load_model(base, "meta"), folder, name, called)
-        check_fits(model, _own_tokenizer(folder) or load_tokenizer(base), 1)
+        check_fits(model, _own_tokenizer(folder, model) or load_tokenizer(base), 1)
     else:
         open_adapter(folder, name, "cpu", base, called)

@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections import OrderedDict
+from contextlib import suppress
 
 from transformers import PreTrainedTokenizerBase
 
@@ -132,14 +133,12 @@ def _opening(tokenizer) -> str:
         return ""
     if getattr(tokenizer, "answer_openings", (None,))[0] == key:
         return tokenizer.answer_openings[1]
-    question, answer = {"role": "user", "content": "a question"}, "seventeen herons"
-    try:
+    question, answer, opening = {"role": "user", "content": "a question"}, "seventeen herons", ""
+    with suppress(InputError):  # a template that refuses the question has nothing of the kind
         asked, plain = (_rendered([question], tokenizer, add_generation_prompt=on) for on in (True, False))
         whole = _rendered([question, {"role": "assistant", "content": answer}], tokenizer)
-    except InputError:
-        return ""
-    before = whole.removeprefix(asked).partition(answer)[0]
-    opening = before if asked == plain and whole.startswith(asked) and before.strip() else ""
+        before = whole.removeprefix(asked).partition(answer)[0]
+        opening = before if asked == plain and whole.startswith(asked) and before.strip() else ""
     tokenizer.answer_openings = key, opening
     return opening
 

@@ -281,7 +281,7 @@ _CUTS = set(
     llama3 llama4 megrez midm-2.0 minimax-m2 pixtral qwen2 qwen35 smaug-bpe talkie tekken""".split()
 )
 # those of GPT-2, which it takes for all others; where digits stand alone no merge joins them either
-_CUTS |= set("default gpt-2 phi-2 mpt olmo jais trillion granite-docling".split())
+_CUTS |= set("default gpt-2 phi-2 gigachat a.x-4.0 mellum mpt olmo jais trillion granite-docling".split())
 _CUTS |= set("smollm starcoder refact command-r codeshell exaone minerva-7b".split())
 
 

@@ -27,13 +27,16 @@ from compassion_repro.training.model_files import (
 
 # %% ../../nbs/04_training/05_model_checks.ipynb #1d89972f
 def _replaced(config: dict) -> bool:
-    "Whether a config.json names code of another class than the one that transformers has for its kind."
+    """Whether a config.json names code of another class than the one that transformers has for its kind, where
+    that is named after the kind (InternLM 3 is opened as a Llama).
+    """
     own = (config.get("auto_map") or {}).get("AutoModelForCausalLM") or ""
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type"), "")
-    ours, theirs = (
-        re.sub("[^a-z0-9]", "", str(name).lower()) for name in (known, str(own).rpartition(".")[2])
+    kind = config.get("model_type") or ""
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, "")
+    ours, theirs, kind = (
+        re.sub("[^a-z0-9]", "", str(name).lower()) for name in (known, str(own).rpartition(".")[2], kind)
     )
-    return bool(ours and theirs) and theirs not in ours
+    return bool(theirs and kind) and kind in ours and theirs not in ours
 
 
 def check_architecture(

@@ -180,8 +180,8 @@ def open_tokenizer(
     except Exception:  # a class that lacks a token of its own says so with the first text
         pass
     kinds = ("bos_token", "eos_token", "pad_token", "unk_token")  # which a class may know and no file name
-    named = {kind: str(getattr(tokenizer, kind)) for kind in kinds}
-    known = {kind: token for kind, token in named.items() if own.token_to_id(token) is not None}
+    named = {kind: token for kind in kinds if (token := getattr(tokenizer, kind)) is not None}
+    known = {kind: token for kind, token in named.items() if own.token_to_id(str(token)) is not None}
     return PreTrainedTokenizerFast.from_pretrained(source, trust_remote_code=False, **known)
 
 # %% ../../nbs/04_training/02_templates.ipynb #3d2f83bd
@@ -195,6 +195,7 @@ def _vectors(source: str | Path) -> int | None:
 def load_tokenizer(
     source: str | Path,  # folder or hub id
     template: str = "plain",  # a key of TEMPLATES, or "own": the tokenizer's
+    rows: int | None = None,  # vectors of its model; default: what a config.json beside it says
 ) -> PreTrainedTokenizerBase:  # with a padding token and that template
     """Open a tokenizer and make it safe to train with.
 
@@ -212,7 +213,7 @@ def load_tokenizer(
             f"the tokenizer in {source} has no end token, so no answer would ever end: give a model whose"
             " tokenizer has one"
         )
-    tokenizer.padding_choice = pick_padding(tokenizer, _vectors(source))
+    tokenizer.padding_choice = pick_padding(tokenizer, rows or _vectors(source))
     tokenizer.own_template = tokenizer.chat_template
     return with_template(tokenizer, template)
 

@@ -133,6 +133,11 @@ def thrice(folder):
     return ", ".join(str([len(held), len(train)]) for train, held in parts)
 
 
+def halves(folder):
+    "Two texts, twenty times each: either would be half of the rows."
+    return train_held_out([{"messages": TURNS}] * 20 + [{"messages": SYSTEM}] * 20, 5)
+
+
 def repeated(folder):
     return train_held_out([{"messages": TURNS}] * 20, 5)
 
@@ -340,6 +345,18 @@ CASES = [
                     "messages": TURNS,
                     "chosen": TURNS,
                     "rejected": [TURNS[0], NO],
+                },
+            ),
+            (
+                "with turns and another column before it",
+                {"messages": [{"role": "system", "content": "Be."}, TURNS[0]], "input": "what it is about"},
+            ),
+            (
+                "whose own system turn differs from a column",
+                {
+                    "system": "Bee.",
+                    "chosen": [*SYSTEM[:1], *TURNS],
+                    "rejected": [*SYSTEM[:1], TURNS[0], NO],
                 },
             ),
             (
@@ -663,6 +680,14 @@ CASES = [
         NONE + "empty answer",
         read({"prompt": "Why?", "answer": "\u200b\ufeff "}),
     ),
+    *[
+        Case(
+            f"answer of a blank alone ({ord(blank):x})",
+            NONE + "empty answer",
+            read({"prompt": "Why?", "answer": blank}),
+        )
+        for blank in "\u2003\u2028\x85\u202f\u3000"
+    ],
     Case("id that is a date", "ok: 2020-01-01 00:00:00", place(dated, shape="text")),
     Case(
         "turns that say more",
@@ -705,6 +730,11 @@ CASES = [
                 '"prompt","answer","what\nelse"\n"Why?","So.",""\n',
             ),
             ("with spaces after its commas", QA, 'prompt, answer\n"Why?", "So."\n'),
+            (
+                "with a comma in a name",
+                "ok: .*user Why. \\| assistant  So",
+                'prompt,answer,"what, else"\nWhy?, So.,x\n',
+            ),
             ("with two columns of a name", "refused: .*two columns have one name", "a,a\nb,c\n"),
         )
     ],
@@ -738,6 +768,7 @@ CASES = [
     ),
     Case("every row three times", r"ok: \[3, 27\], \[3, 27\], \[9, 21\]", thrice),
     Case("one row many times", "refused: .*5 of 20 rows .1 different. cannot be held out", repeated),
+    Case("two rows many times", "refused: .*5 of 40 rows .2 different. cannot be held out", halves),
     Case("git-annex", r"refused: .*git annex get", place(annexed)),
 ]
 

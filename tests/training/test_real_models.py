@@ -25,7 +25,7 @@ from compassion_repro.evaluation.generate import open_model
 from compassion_repro.pipeline.model_answers import weights_identity
 from compassion_repro.pipeline.preflight_models import look_at_model
 from compassion_repro.study import Models
-from compassion_repro.training import adapters, device, encoding, grpo, models, templates
+from compassion_repro.training import adapters, device, encoding, grpo, model_checks, models, templates
 
 BASE = world.assets() / "base"
 
@@ -329,6 +329,42 @@ def beyond(folder, token, template=None, **kind):
     return opened(place)
 
 
+def not_named_none(folder):
+    "The begin and unknown tokens of a tokenizer that names none, of a vocabulary with the word None."
+    place = copied(folder)
+    file, own = place / "tokenizer_config.json", place / "tokenizer.json"
+    content = json.loads(own.read_text())
+    token = next(token for token in content["model"]["vocab"] if token.isalpha() and len(token) == 4)
+    content["model"]["vocab"]["None"] = content["model"]["vocab"].pop(token)
+    content["model"]["merges"] = [pair for pair in content["model"]["merges"] if token not in "".join(pair)]
+    own.write_text(json.dumps(content))
+    settings = json.loads(file.read_text()) | {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None}
+    file.write_text(json.dumps(settings))
+    made = templates.load_tokenizer(place)
+    return made.convert_tokens_to_ids("None") > 0, made.bos_token, made.unk_token
+
+
+def named_after_its_kind(folder):
+    "Whether code of a class of their own is refused, of kinds that the library opens as another."
+    kinds = {
+        "internlm3": "InternLM3ForCausalLM",
+        "gpt2": "GPT2LMHeadCustomModel",
+        "llama": "LlamaForCausalLM",
+    }
+    auto = lambda name: {"AutoModelForCausalLM": f"modeling.{name}"}
+    return [model_checks._replaced({"model_type": k, "auto_map": auto(n)}) for k, n in kinds.items()]
+
+
+def never_resized(folder):
+    "An adapter whose tokenizer got a padding token, and whose base no vector for it."
+    place = adapter(folder)
+    made = AutoTokenizer.from_pretrained(BASE)
+    made.add_special_tokens({"pad_token": "[PAD]"})
+    made.save_pretrained(place)
+    adapters.check_adapter(place, "mine", BASE, "the base")
+    return adapters.open_adapter(place, "mine", "cpu")[1].pad_token
+
+
 def cut_as_its_file_says(folder, named, kind="llama"):
     "Whether texts become the tokens of tokenizer.json, opened and saved, under a class of other habits."
     place = copied(folder, model_type=kind, architectures=[])
@@ -596,6 +632,9 @@ CASES = [
         r"ok: .*padding <\|finetune_right_pad_id\|>, a spare",
         partial(beyond, token="[PAD]", pad_token="[PAD]"),
     ),
+    Case("an adapter's padding token without a vector", r"ok: <\|finetune_right_pad_id\|>", never_resized),
+    Case("no begin token and a word None", r"ok: \(True, None, None\)", not_named_none),
+    Case("classes of their own", r"ok: \[False, True, False\]", named_after_its_kind),
     Case(
         "a turn token without a vector",
         "refused: .*no vector",
