@@ -10,7 +10,7 @@ __all__ = ['LIBRARIES', 'SECONDS_BETWEEN', 'RETRIES', 'GRACE_SECONDS', 'SETTLE_S
 import importlib.util
 import os
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -102,30 +102,34 @@ def _passing(lines, place: str):
     return report
 
 # %% ../../nbs/09_pipeline/03_ray_engine.ipynb #b2e859fd
+@contextmanager
+def _ends_when_interrupted():
+    "End this process where the work inside is interrupted: whatever was being imported is half there."
+    try:
+        yield
+    except KeyboardInterrupt:
+        os._exit(1)  # for Ray a lost process, which it replaces where the task is still wanted
+
+
 def _check_on_worker(folder: str, where: str, preset: Preset, check: callable) -> list[str]:
     "Open what the user brings where the stages will run; the lines that it has to say."
-    study, lines = _open(folder, where), []
-    check(study, preset, lines.append)
-    return lines
+    with _ends_when_interrupted():
+        study, lines = _open(folder, where), []
+        check(study, preset, lines.append)
+        return lines
 
 # %% ../../nbs/09_pipeline/03_ray_engine.ipynb #3d585166
 def _run_on_worker(
     folder: str, where: str, preset: Preset, stage: Stage, unsafe: bool, lines, *after
 ) -> dict:
     "One stage on a worker, after those it reads (`after`, which Ray has waited for); its manifest."
-    import ray
-
-    study, report = _open(folder, where), _passing(lines, stage.place)
-    if study.done(stage) and not study.damage(stage):
-        return study.manifest(stage)
-    report(None)
-    prepare(preset)
-    try:
+    with _ends_when_interrupted():
+        study, report = _open(folder, where), _passing(lines, stage.place)
+        if study.done(stage) and not study.damage(stage):
+            return study.manifest(stage)
+        report(None)
+        prepare(preset)
         return run_stage(study, preset, stage, report, unsafe)
-    except KeyboardInterrupt:
-        if ray.get_runtime_context().is_canceled():
-            raise
-        os._exit(1)  # told to end from outside: for Ray a lost process, which it replaces
 
 # %% ../../nbs/09_pipeline/03_ray_engine.ipynb #41c1a12d
 RETRIES = 3  # times that a stage whose process or machine was lost is started again

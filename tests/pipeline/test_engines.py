@@ -2,6 +2,7 @@
 cost what runs and nothing else.
 """
 
+import os
 import shutil
 import signal
 import threading
@@ -142,6 +143,27 @@ def test_bad_input_in_a_stage_ends_the_run_with_its_line(cluster, study_copy, tm
         study.folder.rglob(".*.partial")
     )
     assert not (study.folder / "seed-1" / "sft-help").exists()
+
+
+def test_a_process_that_was_interrupted_is_not_used_again(cluster, tmp_path):
+    "An interrupt in the middle of an import leaves half a library behind, on which the next task would fail."
+
+    def work(place, seconds):
+        with ray_engine._ends_when_interrupted():
+            place.write_text(str(os.getpid()))
+            while seconds > 0:
+                time.sleep(0.1)
+                seconds -= 0.1
+            return os.getpid()
+
+    task, place = cluster.remote(num_cpus=4)(work), tmp_path / "here"
+    cut = task.remote(place, 120)
+    while not (place.exists() and place.read_text()):
+        time.sleep(0.05)
+    first = int(place.read_text())
+    cluster.cancel(cut)
+    assert cluster.wait([cut], timeout=60)[0]
+    assert cluster.get(task.remote(place, 0)) != first
 
 
 def test_bad_input_in_the_check_is_one_line(cluster, tmp_path, monkeypatch):
