@@ -77,9 +77,17 @@ def rows(task: str, part: str = "questions", number: int = 0, **values):
     return act
 
 
-def first(task: str) -> str:
-    "The first question of a benchmark, with other spaces."
-    return world.benchmark_questions(task, SIZE)[0]["question"].replace(" ", "  ")
+def twice(task: str, *copied: str):
+    "A benchmark whose second question is the first, with other spaces, and has these columns of it."
+
+    def act(folder):
+        place = folder_of(task, folder / "read")
+        file = (place / "questions" if task == "anima" else place) / "train.jsonl"
+        row = json.loads(file.read_text().splitlines()[0])
+        question = row["question"].replace(" ", "  ")
+        return rows(task, number=1, question=question, **{name: row[name] for name in copied})(folder)
+
+    return act
 
 
 def two_files(folder: Path) -> str:
@@ -333,10 +341,15 @@ CASES = [
         Case(
             f"{task} a question twice",
             "ok: 5 questions in en,es; 1 question repeats another word for word .*each of them counts$",
-            rows(task, number=1, question=first(task)),
+            twice(task, *copied),
         )
-        for task in ("anima", "moru")
+        for task, copied in (("anima", ["variables"]), ("moru", []))
     ],
+    Case(
+        "anima a question of other variables",
+        "ok: 5 questions in en,es; $",
+        twice("anima"),
+    ),
     Case("anima a file that the task does not read", "ok: 5 .*leaves out 5 .*does not read", two_files),
     Case("anima a language that is a number", "refused: .*language 5", rows("anima", language=5)),
     Case("anima variables with =", "ok: 5 .*not of the form", rows("anima", variables="animal=dogs")),
