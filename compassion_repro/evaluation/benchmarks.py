@@ -38,6 +38,7 @@ from compassion_repro.evaluation.benchmark_data import (
     safe_copies,
 )
 from .inspect_tasks import find_task, task_records
+from .questions import LEFT_OUT
 from ..study import Benchmark
 
 # %% ../../nbs/05_evaluation/04_benchmarks.ipynb #09b0f523
@@ -204,10 +205,7 @@ def _left_out_remark(left_out: list[str]) -> list[str]:
     if not left_out:
         return []
     some = ", ".join(map(str, left_out[:5]))
-    return [
-        f"the official task leaves out {len(left_out)} questions (no text, no known dimension, or in a file"
-        f" that it does not read): {some}"
-    ]
+    return [f"the official task leaves out {len(left_out)} questions ({LEFT_OUT}): {some}"]
 
 # %% ../../nbs/05_evaluation/04_benchmarks.ipynb #bc3fecb9
 def load_benchmark(

@@ -21,6 +21,7 @@ from .generate import find_local, generate_answers
 from compassion_repro.evaluation.judge_free import (
     PAIR_FILES,
     Pair,
+    cut_alike,
     encode_continuation,
     measure_kl,
     measure_margins,
@@ -29,7 +30,7 @@ from compassion_repro.evaluation.judge_free import (
     value_pairs,
 )
 from ..study import Generation
-from ..training.model_files import adapter_base
+from ..training.model_files import adapter_base, has_tokenizer
 from ..training.templates import load_tokenizer
 
 # %% ../../nbs/05_evaluation/18_checkpoint.ipynb #781a14b0
@@ -120,8 +121,7 @@ def same_tokens(
 ) -> bool:
     "Whether two tokenizers cut every continuation into the same tokens."
     texts = [text for pairs in sets.values() for p in pairs for text in (f" {p.welfare}", f" {p.neutral}")]
-    options = {"add_special_tokens": False}
-    return one(texts, **options)["input_ids"] == other(texts, **options)["input_ids"]
+    return cut_alike(one, other, texts)
 
 # %% ../../nbs/05_evaluation/18_checkpoint.ipynb #f7a4dca1
 def find_checkpoint(
@@ -133,8 +133,7 @@ def find_checkpoint(
 
 def _tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
     "The tokenizer of a model, or of an adapter: its own, or that of its base."
-    own = any((folder / file).is_file() for file in ("tokenizer_config.json", "tokenizer.json"))
-    if own or not is_adapter(folder):
+    if has_tokenizer(folder) or not is_adapter(folder):
         return load_tokenizer(folder)
     return _tokenizer_of(find_local(adapter_base(folder, str(folder))))
 

@@ -6,7 +6,7 @@
 __all__ = ['WORDS', 'WORD_SHARE', 'CHARACTER_SHARE', 'SHARED', 'PAIR_FILES', 'Encoded', 'MARGIN_COLUMNS', 'KL_COLUMNS', 'Pair',
            'mismatch', 'shared_words', 'read_pairs', 'world_pairs', 'value_word_problem', 'value_pairs', 'pairs_of',
            'encode_continuation', 'mean_logprobs', 'measure_margins', 'encode_answer', 'token_divergences',
-           'measure_kl', 'probe']
+           'measure_kl', 'cut_alike', 'probe']
 
 # %% ../../nbs/05_evaluation/17_judge_free.ipynb #9289d8f4
 import random
@@ -503,6 +503,22 @@ def _kl_means(kl: pd.DataFrame) -> dict:
     }
 
 # %% ../../nbs/05_evaluation/17_judge_free.ipynb #955be328
+def cut_alike(
+    one: PreTrainedTokenizerBase,
+    other: PreTrainedTokenizerBase,
+    texts: Sequence[str],  # to try them on
+) -> bool:
+    "Whether two tokenizers cut texts into the same tokens."
+    first, second = (own(list(texts), add_special_tokens=False)["input_ids"] for own in (one, other))
+    return first == second
+
+
+def _without_kl(answers: pd.DataFrame, epochs: int, why: str) -> tuple[pd.DataFrame, dict]:
+    "What `_kl_from` gives where there is no KL."
+    none = _without_drift(answers, epochs)[:0]
+    return none, {"kl_mean": None, "kl": {}, "kl_note": f"no KL from mid: the two have {why}"}
+
+
 def _kl_from(
     network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -513,15 +529,13 @@ def _kl_from(
     report: Callable,
 ) -> tuple[pd.DataFrame, dict]:  # rows of kl.parquet; the means for the manifest
     "KL from the mid-trained model; none, and `kl_note` why, where the two do not share their tokens."
-    other, epochs = load_tokenizer(mid), settings.kl_epochs
-    texts = [*answers["prompt"].head(8), *answers["text"].head(8)]
-    one, two = (own(texts, add_special_tokens=False)["input_ids"] for own in (tokenizer, other))
-    reference = load_model(mid, device) if one == two else None
-    sizes = [own and len(own.get_input_embeddings().weight) for own in (network, reference)]
-    if reference is None or sizes[0] != sizes[1]:
-        words = f"vocabularies of {sizes[0]:,} and {sizes[1]:,} tokens" if reference else "other tokenizers"
-        none = _without_drift(answers, epochs)[:0]
-        return none, {"kl_mean": None, "kl": {}, "kl_note": f"no KL from mid: the two have {words}"}
+    epochs, texts = settings.kl_epochs, [*answers["prompt"].head(8), *answers["text"].head(8)]
+    if not cut_alike(tokenizer, load_tokenizer(mid), texts):
+        return _without_kl(answers, epochs, "other tokenizers")
+    reference = load_model(mid, device)
+    ours, theirs = (len(own.get_input_embeddings().weight) for own in (network, reference))
+    if ours != theirs:
+        return _without_kl(answers, epochs, f"vocabularies of {ours:,} and {theirs:,} tokens")
     kl = measure_kl(network, reference, tokenizer, answers, epochs, settings.batch_tokens, report)
     return kl, _kl_means(kl)
 

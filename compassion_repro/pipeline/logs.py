@@ -231,9 +231,7 @@ def _reached(log: "EvalLog") -> tuple:
 
 def _last_attempts(logs: "list[EvalLog]", say: Callable[[str], None]) -> "list[EvalLog]":
     "The logs without copies of one another and without what Inspect's `eval-retry` took further."
-    last = {}
-    for log in sorted(logs, key=_reached):
-        last[_asked_and_judged(log)] = log
+    last = {_asked_and_judged(log): log for log in sorted(logs, key=_reached)}
     for log in logs:
         kept = last[_asked_and_judged(log)]
         if kept is not log:

@@ -14,6 +14,7 @@ from pathlib import Path
 from ..core.errors import InputError
 from ..core.files import is_local, writable
 from ..data.hub import is_pinned, split_source
+from ..evaluation.questions import LEFT_OUT
 from . import machine
 from .findings import Preflight, embedded
 from compassion_repro.pipeline.preflight_models import (
@@ -100,7 +101,7 @@ def say_benchmark(flight: Preflight, name: str, task, judge: str, first: bool):
     if first and (left := task.provenance.get("left_out")):
         shown = ", ".join(map(str, left[:5])) + (" and others" if len(left) > 5 else "")
         flight.say(
-            f"warning: the official task leaves out {len(left)} questions of {name} (no text, no known dimension, or in a file that it does not read): {shown}"
+            f"warning: the official task leaves out {len(left)} questions of {name} ({LEFT_OUT}): {shown}"
         )
     for remark in task.remarks if first else ():
         if not remark.startswith("the official task leaves out"):

@@ -116,8 +116,8 @@ def _adapter_template(folder: Path, base: Path):
     "Raise `InputError` where neither an adapter nor its base has the chat template that is asked for."
     from compassion_repro.training import templates
 
-    has_tokenizer = any((folder / file).is_file() for file in ("tokenizer_config.json", "tokenizer.json"))
-    templates.load_tokenizer(folder if has_tokenizer or hub.is_adapter(base) else base, "own")
+    own = model_files.has_tokenizer(folder)
+    templates.load_tokenizer(folder if own or hub.is_adapter(base) else base, "own")
 
 # %% ../../nbs/09_pipeline/06_preflight_models.ipynb #049b0cfa
 def look_at_adapter(flight: Preflight, name: str, folder: Path):

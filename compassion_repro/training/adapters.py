@@ -26,7 +26,7 @@ from ..core.errors import InputError, first_line
 from ..data import hub
 from ..study import Lora, Models
 from .model_checks import check_fits, check_numbers
-from .model_files import adapter_base, headers, read_json, same_source
+from .model_files import adapter_base, has_tokenizer, headers, read_json, same_source
 from .models import find_model, load_model
 from .templates import load_tokenizer
 
@@ -244,8 +244,8 @@ def merged(
 # %% ../../nbs/04_training/07_adapters.ipynb #dced99a4
 def _own_tokenizer(folder: Path, network: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     "The tokenizer beside an adapter, for the model that has it; None where it has none."
-    own = any((folder / file).is_file() for file in ("tokenizer_config.json", "tokenizer.json"))
-    return load_tokenizer(folder, rows=len(network.get_input_embeddings().weight)) if own else None
+    rows = len(network.get_input_embeddings().weight)
+    return load_tokenizer(folder, rows=rows) if has_tokenizer(folder) else None
 
 
 def open_adapter(

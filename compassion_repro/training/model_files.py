@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPENED', 'PLAIN_FORMATS', 'MERGE', 'read_json', 'quantisation', 'check_quantised', 'headers', 'check_formats',
-           'adapter_base', 'same_source', 'merge_note', 'is_unmerged', 'weights_folder', 'keeps_float32', 'needs_code']
+           'adapter_base', 'has_tokenizer', 'same_source', 'merge_note', 'is_unmerged', 'weights_folder',
+           'keeps_float32', 'needs_code']
 
 # %% ../../nbs/04_training/00_model_files.ipynb #84161036
 import json
@@ -137,6 +138,13 @@ def adapter_base(
         if isinstance(revision, str) and revision and "@" not in base and "/" in base
         else base
     )
+
+# %% ../../nbs/04_training/00_model_files.ipynb #f47979fb
+def has_tokenizer(
+    folder: str | Path,  # of a model or an adapter
+) -> bool:
+    "Whether a tokenizer is beside the weights; an adapter may leave it to its base."
+    return any((Path(folder) / file).is_file() for file in ("tokenizer_config.json", "tokenizer.json"))
 
 # %% ../../nbs/04_training/00_model_files.ipynb #6e0396a1
 def same_source(
